@@ -1,0 +1,34 @@
+"""Which implementation runs: CUDA tensors go to the Triton kernel, CPU tensors to the PyTorch reference. Nothing else.
+
+There is no fallback: a kernel that fails raises. With TRITON_INTERPRET=1 set before this import, CPU tensors go to the
+kernels too, through Triton's interpreter, which is slow and how tests/test_kernels.py checks them without a GPU.
+"""
+
+import importlib.util
+import os
+import types
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Every kernel file takes `triton` and `tl` from here, so that a machine without Triton (a Mac) can import them too.
+if importlib.util.find_spec("triton"):
+    import triton
+    import triton.language as tl
+else:
+    triton = types.SimpleNamespace(jit=lambda fn: fn)
+    tl = types.SimpleNamespace(constexpr=int)
+
+
+def use_triton(*tensors):
+    """True when all tensors are on a GPU (or the interpreter is on); a sharded DTensor is refused, not misread."""
+    for tensor in tensors:
+        if hasattr(tensor, "placements"):
+            raise TypeError("kernels take plain tensors; call them inside the module that FSDP gathers, or .to_local()")
+    return INTERPRET or all(tensor.is_cuda for tensor in tensors)
+
+
+def num_programs(device, per_sm=4):
+    """How many programs to launch for a kernel whose programs loop over rows: a few for each multiprocessor."""
+    return 3 if device.type == "cpu" else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
