@@ -16,7 +16,7 @@ from kernels.dispatch import tl, triton, use_triton
 def hash_torch(index, seed):
     """A well-mixed 32-bit number per element (int64 holding uint32): two multiply-xorshift rounds."""
     mask = 0xFFFFFFFF
-    x = (index + seed * 0x9E3779B9) & mask
+    x = (index + (seed * 0x9E3779B9 & mask)) & mask
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & mask
     return x ^ (x >> 16)
@@ -86,7 +86,7 @@ def adamw_bf16_(p, g, m, v, *, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
     step counts from 1; seed must differ for each parameter and step. grad_scale, a tensor of one element, multiplies
     the gradient: the clip coefficient, which so costs no pass of its own and no synchronisation.
     """
-    beta1, beta2 = betas
+    (beta1, beta2), seed = betas, seed & 0x7FFFFFFF
     grad_scale = torch.ones(1, device=p.device) if grad_scale is None else grad_scale.float()
     if not use_triton(p, g, m, v):
         new, random = adamw_ref(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, grad_scale)
@@ -96,7 +96,7 @@ def adamw_bf16_(p, g, m, v, *, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
     assert p.is_contiguous() and m.is_contiguous() and v.is_contiguous(), "p, m and v are updated in place"
     scalars = [1 - lr * weight_decay, beta1, beta2, lr / (1 - beta1**step), 1 / (1 - beta2**step), eps]
     scalars = torch.tensor(scalars, dtype=torch.float32).to(p.device, non_blocking=True)
-    seed = torch.tensor([seed & 0x7FFFFFFF], dtype=torch.int64).to(p.device, non_blocking=True)
+    seed = torch.tensor([seed], dtype=torch.int64).to(p.device, non_blocking=True)
     grid = (triton.cdiv(p.numel(), 1024),)
     adamw_kernel[grid](p, g.contiguous(), m, v, scalars, seed, grad_scale, p.numel(), BLOCK=1024, num_warps=4)
 

@@ -58,7 +58,7 @@ def forward_triton(hidden, weight, target, valid, needs_grad):
         rows = block.stop - block.start
         z, dz = mm_fp32(hidden[block], weight.T, z_buffer[:rows]), dz_buffer[:rows]
         m, s, u, zt = state = z.new_zeros(4, rows)
-        m.fill_(-torch.inf)
+        m.fill_(-1e30)
         fold_chunk[(rows,)](z, target[block], ones, state, rows, z.stride(0), 0, vocab, BLOCK=4096, num_warps=8)
         lse = m + s.log()
         logprob, dlogprob = zt - lse, -valid[block].float()

@@ -89,7 +89,7 @@ def fold_chunk(
 ):  # fmt: skip
     """Folds one chunk of logits into a token's four running numbers (state [4, N]):
 
-    m = running max;  s = sum(exp(z - m));  u = sum(exp(z - m) * (z - m));  zt = the target's logit
+    m = running max, -1e30 at first;  s = sum(exp(z - m));  u = sum(exp(z - m) * (z - m));  zt = the target's logit
     A new max m' rescales: a = exp(m - m');  u = a * (u + (m - m') * s);  s = a * s. In the end
     logprob = zt - m - log(s) and entropy = log(s) - u / s, which stays exact where logsumexp - sum(p * z) cancels.
     """
@@ -102,13 +102,13 @@ def fold_chunk(
     cols = tl.arange(0, BLOCK)
     for start in range(0, chunk_cols, BLOCK):
         mask = start + cols < chunk_cols
-        z = tl.load(z_ptr + token * z_stride + start + cols, mask=mask, other=-float("inf")) * scale
+        z = tl.load(z_ptr + token * z_stride + start + cols, mask=mask, other=-1e30) * scale
         new_m = tl.maximum(m, tl.max(z))
-        shrink = m - new_m  # -inf before the first block, when s and u are 0
+        shrink = m - new_m
         a = tl.exp(shrink)
-        centred = tl.where(mask, z - new_m, 0.0)
-        e = tl.where(mask, tl.exp(centred), 0.0)
-        u = a * (u + tl.where(s > 0.0, shrink * s, 0.0)) + tl.sum(e * centred)
+        centred = z - new_m
+        e = tl.exp(centred)
+        u = a * (u + shrink * s) + tl.sum(e * centred)
         s = a * s + tl.sum(e)
         m = new_m
     tl.store(state, m)
@@ -133,7 +133,7 @@ def logits_to_dz(
     dlogprob = tl.load(dlogprob_ptr + token)
     column = tl.load(target_ptr + token) - chunk_start
     # logp = z - logsumexp(z);  p = exp(logp)
-    logp = tl.load(z_ptr + token * z_stride + cols, mask=mask, other=-float("inf")) * scale - tl.load(lse_ptr + token)
+    logp = tl.load(z_ptr + token * z_stride + cols, mask=mask, other=-1e30) * scale - tl.load(lse_ptr + token)
     p = tl.exp(logp)
     # dz = dlogprob * (onehot - p), where 1 - p of the target is -expm1(logprob): a short series near 0, exp elsewhere
     series = -logprob * (1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666668)))
@@ -141,8 +141,7 @@ def logits_to_dz(
     dz = dlogprob * tl.where(cols == column, one_minus_p, -p)
     # dz -= dentropy * p * (logp + entropy)
     if HAS_DENTROPY:
-        entropy_part = tl.where(p > 0.0, p * (logp + tl.load(entropy_ptr + token)), 0.0)
-        dz -= tl.load(dentropy_ptr + token) * entropy_part
+        dz -= tl.load(dentropy_ptr + token) * p * (logp + tl.load(entropy_ptr + token))
     tl.store(dz_ptr + token * dz_stride + cols, (dz * scale).to(dz_ptr.dtype.element_ty), mask=mask)
 
 
@@ -165,7 +164,7 @@ def forward_triton(hidden, weight, target, scale):
     """Returns logprob, entropy and logsumexp, each [N] fp32."""
     num_tokens = len(hidden)
     m, s, u, zt = state = hidden.new_zeros(4, num_tokens, dtype=torch.float32)
-    m.fill_(-torch.inf)
+    m.fill_(-1e30)
     buffer = hidden.new_empty(num_tokens * min(VOCAB_CHUNK, len(weight)), dtype=torch.float32)
     for start, end in vocab_chunks(len(weight)):
         z = mm_fp32(hidden, weight[start:end].T, buffer[: num_tokens * (end - start)].view(num_tokens, -1))

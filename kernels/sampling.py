@@ -1,6 +1,7 @@
 """Draws one token per row of logits, with its log-probability, from one given uniform number per row.
 
-    p = softmax(logits / temperature);  kept = top-k, then top-p of p;  token = first t with cumsum(p * kept)[t] > u * mass
+    p = softmax(logits / temperature);   kept = top-k, then top-p of p
+    token = first t with cumsum(p * kept)[t] > uniform * sum(p * kept)
 
 The randomness comes in as `uniform`, so a draw is a pure function: a row gives the same token whatever it is batched
 with. The log-probability is of the full tempered softmax, the quantity the trainer computes; top-k and top-p only

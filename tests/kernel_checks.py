@@ -1,0 +1,246 @@
+"""Runs every Triton kernel in the interpreter on the CPU and prints its errors against float64 as one JSON object.
+
+Run by tests/test_kernels.py in a process of its own, because TRITON_INTERPRET has to be set before Triton is imported
+and the compiler does not work beside the interpreter. By hand: TRITON_INTERPRET=1 python tests/kernel_checks.py
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+os.environ["TRITON_INTERPRET"] = "1"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from kernels import adamw, attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu
+
+CHECKS = {}
+
+
+def check(fn):
+    """Registers a check: a function of the module under test that returns its largest relative error."""
+    CHECKS[fn.__name__] = fn
+    return fn
+
+
+def poison_empty():
+    """Fills fresh memory with NaN (integers: a large number), so that an element nobody wrote is seen."""
+
+    def poisoned(make):
+        def fill(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(2**30)
+
+        return fill
+
+    torch.empty, torch.empty_like = poisoned(torch.empty), poisoned(torch.empty_like)
+    torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)
+
+
+def compare(fn, ref, inputs, *rest):
+    """Largest error, relative to the largest entry, over the outputs of fn and its gradients to every float input."""
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    rest64 = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
+    outs, refs = fn(*inputs, *rest), ref(*wide, *rest64)
+    outs, refs = (x if isinstance(x, tuple) else (x,) for x in (outs, refs))
+    generator = torch.Generator().manual_seed(1)
+    douts = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in refs]
+    grads = torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], [d.to(o) for d, o in zip(douts, outs)])
+    refgrads = torch.autograd.grad(refs, [x for x in wide if x.requires_grad], douts)
+    pairs = list(zip((*outs, *grads), (*refs, *refgrads)))
+    errors = [((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs]
+    return max(errors, key=lambda e: float("inf") if e != e else e)  # NaN counts as the largest
+
+
+def randn(*shape, dtype=torch.float32, grad=True):
+    """Normal numbers that want a gradient."""
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def worst(errors):
+    """max that does not lose a NaN."""
+    return max(errors, key=lambda e: float("inf") if e != e else e)
+
+
+@check
+def rms_norm_fp32(module=rms_norm, dtype=torch.float32):
+    """Widths that are not powers of two, one row, more rows than programs, rows that are slices of wider ones."""
+    errors = [
+        compare(module.rms_norm, module.rms_norm_ref, [randn(rows, width, dtype=dtype), randn(width, dtype=dtype)])
+        for rows, width in ((3, 37), (1, 2), (7, 128))
+    ]
+    sliced, transposed = randn(4, 3, 100, dtype=dtype)[:, :, 20:60], randn(40, 5, dtype=dtype).T
+    errors += [compare(module.rms_norm, module.rms_norm_ref, [x, randn(40, dtype=dtype)]) for x in (sliced, transposed)]
+    return worst(errors)
+
+
+@check
+def add_rms_norm_fp32(module=rms_norm, dtype=torch.float32):
+    """Both outputs and three gradients; also with only the first or only the second output used."""
+    inputs = [randn(5, 37, dtype=dtype), randn(5, 74, dtype=dtype)[:, ::2], randn(37, dtype=dtype)]
+    errors = [compare(module.add_rms_norm, module.add_rms_norm_ref, inputs)]
+    for i in range(2):
+        pick = [lambda *a, f=f: f(*a)[i] for f in (module.add_rms_norm, module.add_rms_norm_ref)]
+        errors.append(compare(*pick, inputs[: 3 - i] if i == 0 else inputs[:2], *inputs[3 - i :] if i == 0 else inputs[2:]))
+    return worst(errors)
+
+
+@check
+def rms_norm_bf16():
+    """bf16 in and out: within two units of the last place (the interpreter truncates where the GPU rounds)."""
+    return worst([rms_norm_fp32(dtype=torch.bfloat16), add_rms_norm_fp32(dtype=torch.bfloat16)])
+
+
+@check
+def qk_norm_rope_fp32(module=qk_norm_rope, dtype=torch.float32):
+    """24-wide heads, views into one fused projection, positions out of order."""
+    errors = []
+    for tokens, n, k, width in ((5, 4, 2, 24), (1, 1, 1, 2), (7, 3, 1, 16)):
+        fused = randn(tokens, n + 2 * k, width, dtype=dtype)
+        angle = torch.rand(50, width // 2) * 6
+        weights = [randn(width, dtype=dtype), randn(width, dtype=dtype)]
+        inputs = [fused[:, :n], fused[:, n : n + k], *weights]
+        rest = angle.cos(), angle.sin(), torch.randint(50, (tokens,))
+        errors.append(compare(module.qk_norm_rope, module.qk_norm_rope_ref, inputs, *rest))
+    return worst(errors)
+
+
+@check
+def qk_norm_rope_bf16():
+    """As rms_norm_bf16."""
+    return qk_norm_rope_fp32(dtype=torch.bfloat16)
+
+
+@check
+def swiglu_fp32(module=swiglu, dtype=torch.float32):
+    """More than one block per row, ragged ends, the two halves of one fused projection."""
+    fused = randn(3, 2 * 1100, dtype=dtype)
+    pairs = [(randn(2, 3, 37, dtype=dtype), randn(2, 3, 37, dtype=dtype)), fused.chunk(2, dim=-1)]
+    return worst([compare(module.swiglu, module.swiglu_ref, list(pair)) for pair in pairs])
+
+
+@check
+def swiglu_bf16():
+    """As rms_norm_bf16."""
+    return swiglu_fp32(dtype=torch.bfloat16)
+
+
+@check
+def linear_logprob_fp32(module=linear_logprob):
+    """Several ragged vocabulary chunks, one temperature for all or one each, a sharp row, either output alone."""
+    errors = []
+    for tokens, width, vocab, chunk in ((5, 8, 37, 16), (1, 3, 5, 8192), (6, 4, 300, 100)):
+        module.VOCAB_CHUNK = chunk
+        inputs = [randn(tokens, width), randn(vocab, width)]
+        inputs[0].data[1:2] *= 20  # nearly all mass on one token
+        target = torch.randint(vocab, (tokens,))
+        for temperature in (1.0, 0.6, torch.rand(tokens) + 0.5):
+            errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, temperature))
+    for i in range(2):
+        pick = [lambda *a, f=f: f(*a)[i] for f in (module.linear_logprob, module.linear_logprob_ref)]
+        errors.append(compare(*pick, inputs, target, 0.7))
+    module.VOCAB_CHUNK = 8192
+    return worst(errors)
+
+
+@check
+def linear_cross_entropy_fp32(module=linear_cross_entropy):
+    """Ragged token chunks, some rows or all rows ignored."""
+    errors = []
+    for tokens, vocab, chunk, ignored in ((5, 37, 2, 1), (3, 300, 2048, 0), (4, 9, 3, 4)):
+        module.TOKEN_CHUNK = chunk
+        target = torch.randint(vocab, (tokens,))
+        target[:ignored] = -100
+        inputs = [randn(tokens, 8), randn(vocab, 8)]
+        errors.append(compare(module.linear_cross_entropy, module.linear_cross_entropy_ref, inputs, target))
+    return worst(errors)
+
+
+@check
+def attention_fp32(module=attention):
+    """Sequences of length 1, around one block and over two; 24-wide heads; views into a fused projection; GQA."""
+    errors = []
+    for lengths, n, k, width, scale in (((1, 130, 5), 2, 1, 24, None), ((64, 1, 128), 2, 2, 16, 0.3)):
+        total = sum(lengths)
+        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        fused = randn(total, n + 2 * k, width)
+        inputs = [fused[:, :n], fused[:, n : n + k], fused[:, n + k :]]
+        rest = cu_seqlens, max(lengths), scale
+        errors.append(compare(module.flash_attention_varlen, module.flash_attention_varlen_ref, inputs, *rest))
+    return worst(errors)
+
+
+@check
+def sampling_fp32(module=sampling):
+    """The same token as the CPU path wherever the uniform number is not within 1e-5 of a step of the CDF."""
+    errors, logits = [], torch.randn(4, 5003)[:, 3:] * 3
+    logits[1, 7:] = -torch.inf
+    logits[2] = logits[2].round()  # many ties
+    for kwargs in ({}, {"temperature": 0}, {"temperature": 0.6, "top_p": 0.95}, {"top_k": 20}, {"top_k": 9, "top_p": 0.5}):
+        uniform = torch.rand(4)
+        uniform[0], uniform[3] = 0.0, 1 - 2**-24
+        token, logprob = module.sample_tokens(logits, uniform, **kwargs)
+        near = [module.sample_tokens_ref(logits, (uniform + d).clamp(0, 1 - 2**-24), **kwargs) for d in (-1e-5, 1e-5)]
+        low, high = (x[0] for x in near)
+        exact = torch.log_softmax(logits.double() / (kwargs.get("temperature", 1.0) or 1.0), -1).gather(1, token[:, None])
+        errors += [float(((token < low) | (token > high)).any()), (logprob - exact[:, 0]).abs().max().item()]
+    return worst(errors)
+
+
+@check
+def adamw_bf16(module=adamw):
+    """Bit for bit the CPU path in all but rare last bits (fp32 order of operations); relative error after 3 steps."""
+    made = [torch.randn(1500).bfloat16() for _ in range(2)] + [torch.zeros(1500).bfloat16() for _ in range(2)]
+    states = [[x.clone() for x in made] for _ in range(2)]
+    for use_kernel, (p, g, m, v) in enumerate(states):
+        module.use_triton = lambda *_, on=use_kernel: bool(on)
+        for step in range(1, 4):
+            options = {"lr": 1e-3, "weight_decay": 0.1, "step": step, "seed": 2**40 + step, "grad_scale": torch.tensor([0.5])}
+            module.adamw_bf16_(p, g, m, v, **options)
+    mismatches = [(a != b).double().mean().item() for a, b in zip(*states)]
+    return worst(mismatches)
+
+
+def broken(name, right, wrong):
+    """A module of kernels/ with one line of a kernel changed."""
+    source = (ROOT / "kernels" / f"{name}.py").read_text()
+    assert source.count(right) >= 1, f"{name}.py no longer contains: {right}"
+    path = pathlib.Path(tempfile.mkdtemp()) / f"{name}.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(f"broken_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MUTANTS = [  # file, the right code, the broken code, the check that must notice
+    ("rms_norm", "(tl.sum(g * x_hat) / D)", "(tl.sum(g) / D)", rms_norm_fp32),
+    ("rms_norm", "dx += tl.load(dsummed_ptr", "dx += 0 * tl.load(dsummed_ptr", add_rms_norm_fp32),
+    ("rms_norm", "mask = cols < D", "mask = cols < D - 1", rms_norm_fp32),
+    ("qk_norm_rope", "dy1 * cos + dy2 * sin", "dy1 * cos - dy2 * sin", qk_norm_rope_fp32),
+    ("swiglu", "(s + gate * s * (1.0 - s))", "s", swiglu_fp32),
+    ("linear_logprob", "a * (u + shrink * s)", "a * u", linear_logprob_fp32),
+    ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
+    ("attention", "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", attention_fp32),
+    ("attention", "- delta[None, :])", ")", attention_fp32),
+    ("sampling", "amount_at_or_above(row_ptr, middle, m, inverse_temperature, MASS, V, BLOCK) >= goal", "True", sampling_fp32),
+    ("adamw", "first >> 16, mask", "first & 0xFFFF, mask", adamw_bf16),
+]
+
+
+def main():
+    torch.manual_seed(0)
+    poison_empty()
+    results = {name: fn() for name, fn in CHECKS.items()}
+    for name, right, wrong, fn in MUTANTS:
+        results[f"broken {name}: {wrong}"] = fn(broken(name, right, wrong))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
