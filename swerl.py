@@ -14,6 +14,7 @@ torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/
 """
 
 import difflib
+import functools
 import io
 import json
 import math
@@ -156,7 +157,9 @@ def select_rows(rows, epoch, history, cfg):
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
 
-TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*_test\.\w+|conftest\.py|tox\.ini)$)")
+TESTS = re.compile(
+    r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*_test\.\w+|conftest\.py|(tox|pytest)\.ini)$)"
+)
 
 
 class NoPatch(ValueError):
@@ -235,7 +238,7 @@ def apply_edits(response, files):
 
 def apply_patch(patch, files):
     """{path: text} after a unified diff, as git writes it; a deleted file becomes "". NoPatch if it does not apply."""
-    files, lines, source = dict(files), iter(patch.replace("\r\n", "\n").split("\n")), None
+    files, lines, source, target = dict(files), iter(patch.replace("\r\n", "\n").split("\n")), None, None
     for line in lines:
         if name := re.match(r"(---|rename from) (?:a/)?([^\t]+)", line):
             source = name[2]
@@ -251,11 +254,11 @@ def apply_patch(patch, files):
             num_old, num_new = (1 if n is None else int(n) for n in hunk.group(1, 3))
             old, new = [], []
             while len(old) < num_old or len(new) < num_new:
-                body = next(lines, "\\")
-                if body[:1] not in " +-":
+                body = next(lines, None)
+                if body is None or body[:1] not in " +-\\":
                     raise NoPatch("golden patch is cut off")
-                old += [body[1:]] if body[:1] != "+" else []
-                new += [body[1:]] if body[:1] != "-" else []
+                old += [body[1:]] if body[:1] in " -" else []  # an empty line is context whose blank was stripped
+                new += [body[1:]] if body[:1] in " +" else []
             if target not in files:
                 raise NoPatch("golden patch needs a file that is not given")
             files[target] = replace_lines(files[target], old, new, at=int(hunk[2]) - (num_new > 0))
@@ -264,12 +267,15 @@ def apply_patch(patch, files):
     return files
 
 
+@functools.lru_cache(256)  # the golden diff is asked for once a rollout, the candidate's three times
+def unified(old, new):
+    """Unified diff of two texts without its header: 3 lines of context, line ends not compared."""
+    return "\n".join(list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))[2:])
+
+
 def changes(files, other):
-    """{path: unified diff without its header} of the files that differ: 3 lines of context, line ends not compared."""
-    diffs = {}
-    for path in sorted(p for p in {*files, *other} if files.get(p, "") != other.get(p, "")):
-        old, new = files.get(path, "").splitlines(), other.get(path, "").splitlines()
-        diffs[path] = "\n".join(list(difflib.unified_diff(old, new, lineterm="", n=3))[2:])
+    """{path: unified diff} of the files that differ; a missing file counts as an empty one."""
+    diffs = {path: unified(files.get(path, ""), other.get(path, "")) for path in sorted({*files, *other})}
     return {path: diff for path, diff in diffs.items() if diff}
 
 
@@ -305,8 +311,11 @@ def code_tokens(path, text):
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline)) if path.endswith(".py") else None
     except (SyntaxError, tokenize.TokenError):
         tokens = None
-    skip = (tokenize.COMMENT, tokenize.NL)
-    return [(t.type, t.string.strip()) for t in tokens if t.type not in skip] if tokens else text.splitlines()
+    if tokens is None:
+        return text.splitlines()
+    blank = (tokenize.INDENT, tokenize.NEWLINE)  # their text is width and line end
+    kept = (t for t in tokens if t.type not in (tokenize.COMMENT, tokenize.NL))
+    return [(t.type, "" if t.type in blank else t.string) for t in kept]
 
 
 def verdict(response, files, golden_patch, judge=None):

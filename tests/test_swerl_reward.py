@@ -178,6 +178,11 @@ def test_new_deleted_and_renamed_files_of_the_golden_patch():
     assert swerl.apply_patch(gone, FILES)["shop/util.py"] == ""
     moved = "diff --git a/shop/util.py b/shop/limits.py\nsimilarity index 100%\nrename from shop/util.py\nrename to shop/limits.py\n"
     assert swerl.apply_patch(moved, FILES)["shop/limits.py"] == "LIMIT = 10\n"
+    unended = "--- a/x\n+++ b/x\n@@ -1,2 +1,2 @@\n one\n-two\n\\ No newline at end of file\n+three\n\\ No newline at end of file\n"
+    assert swerl.apply_patch(unended, {"x": "one\ntwo"}) == {"x": "one\nthree"}
+    for broken in ("@@ -1 +1 @@\n-a\n+b\n", unended[:45], "+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "Binary files a/x and b/x differ"):
+        with pytest.raises(swerl.NoPatch):
+            swerl.apply_patch(broken, {"y": "a\n"})
     with pytest.raises(swerl.NoPatch):
         swerl.apply_patch(GOLDEN, {"shop/util.py": ""})
     with pytest.raises(swerl.NoPatch):

@@ -1,0 +1,307 @@
+"""The math reward: every answer, honest or hostile, earns the verdict written beside it.
+Equalities guarded: ours = math-verify on honest forms, integers = exact integers, gold = itself or it is not trained on.
+Also the epoch filter (paper 4.5.2), the language rule and verifiers that hang."""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from math_verify import LatexExtractionConfig, parse, verify
+
+import mathrl
+
+HONEST = {  # gold: answers that are right
+    "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
+    r"x \approx 34|34 \text{ apples}|34\,\text{cm}^2|34\textnormal{ miles}|34 degrees|34_{10}|(34)|\left(34\right)|\boxed{34}|"
+    r"\frac{68}{2}|\cfrac{68}{2}|34/1|\sqrt{1156}|3.4\times 10^1|3.4 \cdot 10^{1}",
+    "033": "33|033|33.0",
+    "-3": r"-3|-3.0|x=-3|-\frac{6}{2}",
+    "0": "0|0.0|00",
+    "1024": "2^{10}|1,024|1{,}024|1024",
+    "1000000": r"10^6|1,000,000|1,\!000,\!000|1000000",
+    r"\frac{1}{2}": r"0.5|1/2|\frac12|\dfrac{2}{4}|.5",
+    "1/3": "0.333333",
+    "28%": "28|0.28|28%",
+    r"2\sqrt{3}": r"\sqrt{12}|x=2\sqrt3|2\sqrt{3}",
+    r"1+\sqrt{2}": r"\sqrt2+1",
+    r"1 \pm \sqrt{19}": r"1 \pm \sqrt{19}",
+    r"\frac{1}{2004!}": r"\frac{1}{2004!}",
+    r"\infty": r"\infty",
+    "x^2+1": "1+x^2|f(x)=x^2+1|(x+1)^2-2x",
+    "x=5": "x=5|5",
+    "n!": "n!",
+    "(1,2)": "(1,2)",
+    "[0,1)": "[0,1)",
+    "3,4": "4,3|3,4",
+    "A": r"A|\text{A}",
+    r"\text{Yes}": "yes|Yes",
+    "2 hours": "2",
+}
+DISHONEST = {  # gold: answers that are wrong, hedged, not computed or hostile
+    "34": r"35|-34|0.34|3400|340|33.9999999|34.0000001|33 34|33 \quad 34|33, 34|34, 33|33;34|33 . 34|33:34|\{33,34\}|[33,34]|"
+    r"33 \lor 34|33 \land 34|33 \mid 34|33 \to 34|33 \Rightarrow 34|33 \cup 34|33 \dots 34|\neg 33 34|33\\34|34 \pm 1|34 or 33|"
+    r"33 xor 34|33 \text{ or } 34|34 \text{ or 33}|\text{not } 34|33\boxed{34}|33=34|33 \equiv 34|34=34=34|33<34|x<34|x \in 34|"
+    r"a+b=34|33 \approx 34|30+4|40-6|2\times 17|17 \cdot 2|34!|\sum_{i=1}^{34} 1|\prod_{i=1}^{1} 34|\int_0^{34} 1 dx|"
+    r"\lim_{x\to 34} x|\log_2 {17179869184}|\max(33,34)|\gcd(34,68)|\binom{34}{1}|9^{9^{9^9}}|10^{10^{10}}|34^{34^{34^{34}}}|"
+    r"__import__('os').system('touch pwned')|eval('34')|\text{exec}(34)|thirty-four|\text{the answer}|?|\%|^|_",
+    "5040": "7!",
+    "4": r"2+2|\sqrt[4]{255}|2^{1}",
+    "67": "33 34",
+    "0": r"10^{-9}|0.0000001|10^{-400}|\sin(\pi)",
+    "1/3": "0.3333|0.33",
+    "28": "0.28|2800",
+    "0.28": "28",
+    "32349": "32, 349|32,34,9",
+    "(0,9)": "[0,9)|[0,9]|(0,9]",
+    r"\{1,2\}": r"\{1,2,3\}|1",
+    "3,4": "3,4,5|3|4",
+    "10^{-20}": "10^{-21}|0",
+    r"\frac{1}{2^{99}}": r"\frac{1}{2^{98}}",
+    r"\frac{1}{2004!}": r"\frac{1}{2006!}|0",
+    r"2\sqrt{3}": r"1=2\sqrt3|3.4|2\sqrt{3},1|1 \lor 2\sqrt{3}",
+    r"\frac{\pi}{4}": r"\int_0^1\frac{1}{1+x^2}dx|0.785",
+    r"\frac{\pi^2}{6}": r"\sum_{k=1}^\infty \frac{1}{k^2}",
+    "x^2+1": "x^2+2|x^2|y^2+1",
+    "A": "B|AB|A, B",
+}
+RESPONSES = {  # whole responses to a problem whose answer is 34
+    r"<think>17 twice</think> It is \boxed{34}.": 1,
+    r"</think>\boxed{34}": 1,
+    r"<think>\boxed{33}</think>\boxed{34}": 1,
+    r"</think>First \boxed{33}, no: \boxed{34}": 1,
+    r"</think>\boxed {34}": 1,
+    r"</think>\fbox{34}": 1,
+    r"</think>\boxed{\boxed{34}}": 1,
+    r"</think>\boxed{\text{34}}": 1,
+    r"</think>\boxed{33 \boxed{34}": 1,  # the last box is a whole one
+    r"<think>a</think>\boxed{33}</think>\boxed{34}": 1,
+    r"": 0,
+    r"34": 0,
+    r"</think>34": 0,
+    r"</think>The answer is 34.": 0,
+    r"\boxed{34}": 0,
+    r"<think>\boxed{34}": 0,
+    r"<think>\boxed{34}</think>": 0,
+    r"</think>\boxed{34}</think>": 0,
+    r"</think>\boxed{34} \boxed{33}": 0,
+    r"</think>\boxed{34} and \boxed{33": 0,
+    r"</think>\boxed{34} or \boxed 33": 0,
+    r"</think>\boxed{34": 0,
+    r"</think>\boxed{33 \boxed{34}}": 0,
+    r"</think>\boxed{\{34}": 0,
+    r"</think>\boxed{}": 0,
+    r"</think>\boxedx{34}": 0,
+    r"</think>boxed{34}": 0,
+    "</think>\\boxed{" + "1" * 600 + "}": 0,
+    "</think>\\boxed{34" + " " * 600 + "}": 0,
+    "</think>" + "\\boxed{" * 20000: 0,
+    "</think>\\boxed{" + "{" * 250 + "}" * 250 + "}": 0,
+    "</think>\\boxed{" + "\\sqrt{" * 80 + "34" + "}" * 80 + "}": 0,
+    "</think>\\boxed{34\x00}": 0,
+    "</think>\\boxed{\u0663\u0664}": 0,  # Arabic-Indic digits
+}
+TABLE = [(gold, answer, 1) for gold, answers in HONEST.items() for answer in answers.split("|")]
+TABLE += [(gold, answer, 0) for gold, answers in DISHONEST.items() for answer in answers.split("|")]
+
+
+def test_every_answer_earns_the_verdict_written_beside_it():
+    slowest, wrong = 0, []
+    for gold, answer, expected in TABLE:
+        start = time.time()
+        if mathrl.reward(mathrl.boxed(answer), gold) != expected:
+            wrong.append((gold, answer, expected))
+        slowest = max(slowest, time.time() - start)
+    print(f"{len(TABLE)} answers, slowest {slowest:.1f} s (limit 10 s)")
+    assert not wrong and slowest < 10.5 and not os.path.exists("pwned")
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_only_the_last_balanced_box_after_the_last_closing_tag_counts(response):
+    start = time.time()
+    assert mathrl.reward(response, "34") == RESPONSES[response] and time.time() - start < 10.5
+
+
+def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_too_loosely():
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    ours = theirs = 0
+    for gold, answer, expected in TABLE:
+        if expected:
+            forms = parse(mathrl.boxed(gold)), parse(mathrl.boxed(answer), [LatexExtractionConfig()])
+            ours, theirs = ours + 1, theirs + verify(*forms)
+    print(f"math-verify accepts {theirs} of the {ours} honest answers that we accept")  # not: "34." and a few dresses
+    assert theirs >= 0.9 * ours
+
+
+def test_status_says_why():
+    cases = {r"</think>\boxed{34}": "ok", r"</think>\boxed{3}": "wrong", r"\boxed{34}": "no_answer", "</think>": "no_answer"}
+    assert {text: mathrl.verdict(text, "34")[1] for text in cases} == cases
+
+
+def test_reasoning_in_another_script_earns_minus_one_whatever_the_answer():
+    english, chinese = "Find x.", "\u6c42 x\u3002"
+    for text in ("\u6240\u4ee5 x", "\u0437\u043d\u0430\u0447\u0438\u0442", "\u7b54\u3048\u306f", "\u0625\u0630\u0646", "\u0967"):
+        assert mathrl.language_ok(english, text) == (not any(c.isalpha() for c in text))
+    for text in ("naive caf\u00e9 \u00bd", "\u03b1 + \u03b2 \u2264 \u2211", "\u211d \U0001d431 \u2192 \u2713", "\U0001f600 \u00b5 \u00aa"):
+        assert mathrl.language_ok(english, text), text
+    assert mathrl.language_ok(chinese, "\u6240\u4ee5 x") and mathrl.language_ok(chinese, "so x")
+    response = "<think>\u6240\u4ee5</think>\\boxed{34}"
+    assert mathrl.reward(response, "34", english) == -1 and mathrl.verdict(response, "34", english)[1] == "language"
+    assert mathrl.reward(response, "34", chinese) == 1 and mathrl.reward(response, "34") == 1
+    assert mathrl.reward("<think>so</think>\u6240\u4ee5 \\boxed{34}", "34", english) == 1  # only the reasoning counts
+
+
+# ---- verifier processes ----------------------------------------------------------------------------------------------
+
+
+def hang(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pow(3, 10**6)
+    return seconds
+
+
+def allocate(size):
+    return len(bytearray(size))
+
+
+def test_a_hanging_or_dying_verifier_is_killed_and_replaced():
+    call = mathrl.killable(hang, 1.0)
+    start = time.time()
+    assert call(100) is None and time.time() - start < 2 and call(0.01) == 0.01
+    call = mathrl.killable(allocate, 5.0)
+    assert call(4 << 30) is None and call(10) == 10  # 2 GiB is the limit
+
+
+def half_pi(i):
+    return mathrl.reward(mathrl.boxed(r"\frac{%d\pi}{7}" % i), r"\frac{%d\pi}{7}" % (i - i % 2))
+
+
+def test_forks_of_a_process_that_has_verified_get_verifiers_of_their_own():
+    assert half_pi(2) == 1
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(half_pi, range(16)) == [1, 0] * 8
+
+
+def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
+    row = {"messages": [{"role": "user", "content": "Find it."}], "think": True, "answer": r"\frac{\pi}{4}"}
+    texts = {r"<think>a</think>\boxed{\frac{\pi}{4}}": (1, "ok"), r"</think>\boxed{\frac{\pi}{3}}": (0, "wrong"), "no": (0, "no_answer")}
+    texts |= {"<think>\u6240\u4ee5</think>\\boxed{\\frac{\\pi}{4}}": (-1, "language")}
+    rollouts = [SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="") for text in list(texts) * 4]
+    submit, collect = mathrl.make_reward(mathrl.Config(reward_workers=2))
+    for rollout in rollouts[:12]:
+        submit(rollout)
+    collect(rollouts)
+    assert [(r.reward, r.status) for r in rollouts] == list(texts.values()) * 4
+    assert mathrl.monitor(rollouts) == {"box": 0.75, "two_boxes": 0.0, "box_wrong": 0.25, "language": 0.25, "timeout": 0.0}
+    cut = SimpleNamespace(row=row, text=next(iter(texts)), finish_reason="length", reward=None, status="")
+    free = SimpleNamespace(row={**row, "think": False}, text=r"\boxed{\frac{\pi}{4}}", finish_reason="stop", reward=None, status="")
+    collect([cut, free])
+    assert (cut.reward, cut.status) == (0, "no_answer") and mathrl.metric(free) == 1.0
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+DAPO_PROMPT = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    '(without quotes) where $Answer is the answer to the problem.\n\nFind it.\n\nNow.\n\nRemember to put your answer on its own line after "Answer:".'
+)
+
+
+def test_every_schema_becomes_the_same_row_and_bad_golds_are_dropped(tmp_path, capsys):
+    rows = [
+        {"problem": "One.", "answer": "34", "source": "NuminaMath"},
+        {"problem": "One.", "answer": "34", "source": "again"},
+        {"problem": "Two.", "solution": "So \\boxed{x^2}.", "answer": "x^2"},
+        {"problem": "Three.", "solution": "So it is \\boxed{\\frac{1}{2}}."},
+        {"prompt": "Four.", "solution": "7"},
+        {"question": "Five.", "expected_answer": 12},
+        {"prompt": [{"role": "user", "content": DAPO_PROMPT}], "reward_model": {"ground_truth": "8", "style": "rule"}},
+        {"problem": "Bad.", "answer": "}{"},
+        {"problem": "Empty.", "answer": " "},
+    ]
+    path = tmp_path / "math.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    cfg = mathrl.Config(data=str(path), reward_workers=2)
+    loaded = mathrl.load_rows(cfg)
+    problems = [row["messages"][0]["content"].removeprefix(mathrl.INSTRUCTION) for row in loaded]
+    assert problems == ["One.", "Two.", "Three.", "Four.", "Five.", "Find it.\n\nNow."]
+    assert [row["answer"] for row in loaded] == ["34", "x^2", r"\frac{1}{2}", "7", "12", "8"] and all(row["think"] for row in loaded)
+    printed = capsys.readouterr().out
+    assert "empty problem or answer" in printed and "1 repeated problems" in printed and "1 answers" in printed
+    mathrl.self_test(loaded, cfg)
+    with pytest.raises(SystemExit):
+        mathrl.self_test([{"answer": "}{"}], cfg)
+    path.write_text('{"problem": "One."}')
+    with pytest.raises(SystemExit):
+        mathrl.load_rows(cfg)
+
+
+def test_the_epoch_filter_drops_solved_and_hopeless_rows_and_readmits_a_few():
+    cfg, rows = mathrl.Config(), [{}] * 4000
+    history = {i: [8, 8] for i in range(1000)} | {i: [0, 8] for i in range(1000, 2000)} | {i: [3, 8] for i in range(2000, 3000)}
+    history[3000] = [0, 0]  # every rollout was skipped: still unseen
+    pool = mathrl.select_rows(rows, 1, history, cfg)
+    easy, hard = sum(i < 1000 for i in pool), sum(1000 <= i < 2000 for i in pool)
+    print(f"readmitted: {easy} of 1000 easy (expected 10), {hard} of 1000 hard (expected 100)")
+    assert set(range(2000, 4000)) <= set(pool) and 2 <= easy <= 25 and 65 <= hard <= 140
+    assert pool == mathrl.select_rows(rows, 1, dict(reversed(history.items())), cfg) != mathrl.select_rows(rows, 2, history, cfg)
+    assert mathrl.select_rows(rows, 0, {}, cfg) == list(range(4000))
+    assert mathrl.select_rows(rows[:3], 1, {i: [8, 8] for i in range(3)}, cfg)  # never an empty pool
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+PIECES = ["</think>", "\\boxed{", "}", "{", "\\{", "34", "33", "=", ",", ".", "\\frac", "\\sqrt", "\\text", "^", "_", "!", "\\sum", "x"]
+RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=25).map("".join)
+
+
+def never_fails(response, gold="34"):
+    start = time.time()
+    value, status = mathrl.verdict(response, gold)
+    assert value in (0, 1) and (value == 1) == (status == "ok") and time.time() - start < 10.5
+    assert value == 0 or "</think>" in response
+
+
+@settings(max_examples=300, deadline=None)
+@given(RESPONSE_TEXTS)
+def test_no_response_raises_or_stalls(response):
+    never_fails(response)
+
+
+@settings(max_examples=60, deadline=None)
+@given(RESPONSE_TEXTS.map(lambda text: text.replace("</think>", "")))
+def test_no_boxed_text_raises_or_stalls(answer):
+    never_fails(mathrl.boxed(answer), r"\frac{\pi}{4}")
+
+
+@pytest.mark.slow
+@settings(max_examples=20000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(RESPONSE_TEXTS, st.sampled_from(["34", r"\frac{\pi}{4}", "x^2+1", "(1,2)", r"\text{Yes}"]))
+def test_twenty_thousand_responses_neither_raise_nor_stall(response, gold):
+    never_fails(response, gold)
+    never_fails(mathrl.boxed(response.replace("</think>", "")), gold)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(-(10**30), 10**30), st.integers(-3, 3))
+def test_integers_are_compared_exactly_and_symmetrically(gold, off):
+    a, b = str(gold), str(gold + off)
+    assert mathrl.reward(mathrl.boxed(a), b) == mathrl.reward(mathrl.boxed(b), a) == (off == 0)
+    assert mathrl.reward(mathrl.boxed(f"{gold:,}"), a) == 1
+
+
+def test_an_integer_answer_costs_microseconds():
+    texts = [f"<think>{'so ' * 200}</think> It is \\boxed{{{random.randrange(100)}}}." for _ in range(2000)]
+    start = time.time()
+    for text in texts:
+        mathrl.reward(text, "34")
+    each = (time.time() - start) / len(texts)
+    print(f"{each * 1e6:.0f} microseconds (limit 500)")
+    assert each < 5e-4
