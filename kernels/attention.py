@@ -3,15 +3,13 @@
     out[t] = sum_s softmax_s(scale * q[t] . k[s]) v[s]       over the tokens s <= t of the sequence of t
 
 Sequences lie one behind another in [T, heads, H]; cu_seqlens holds where each begins and, last, where the last ends.
-Query head n reads key head n // (N / K). The scores are never in memory: a program keeps a block of queries and walks
-over blocks of keys with a running max m and sum l, rescaling what it has whenever the max rises (the online softmax
-of FlashAttention). Backward makes the probabilities again from the saved logsumexp:
+Query head n reads key head n // (N / K). A program keeps a block of queries and walks over blocks of keys with a
+running max m and sum l, rescaling when the max rises (FlashAttention). Backward makes p again from the logsumexp:
 
     p = exp(scores - lse);  dv = p^T dout;  ds = p * (dout v^T - delta),  delta = sum(dout * out)
     dk = scale * ds^T q;  dq = scale * ds k
 
-dk and dv in one kernel (a program owns keys, walks over queries of all heads of the group), dq in another (a program
-owns queries). That is seven products where a single kernel needs five, but no atomics, so a run repeats bit for bit.
+dk and dv in one kernel, where a program owns keys, dq in another: 7 products, not 5, but no atomics, so runs repeat.
 """
 
 import torch
@@ -36,8 +34,7 @@ def flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale=No
     padding all to max_seqlen at lengths of 40 to 160, and 3x as fast as a call per sequence at lengths of 3 to 20."""
     num_seqs, total = len(cu_seqlens) - 1, len(q)
     if num_seqs * max_seqlen == total:  # equally long: views only, nothing is copied
-        batch = (x.unflatten(0, (num_seqs, max_seqlen)) for x in (q, k, v))
-        return attention_sdpa(*batch, softmax_scale).reshape(q.shape)
+        return attention_sdpa(*(x.unflatten(0, (num_seqs, max_seqlen)) for x in (q, k, v)), softmax_scale).flatten(0, 1)
     lengths = cu_seqlens.diff().long()
     padded = (lengths + LENGTH_STEP - 1) // LENGTH_STEP * LENGTH_STEP
     order = padded.argsort()
@@ -118,15 +115,14 @@ def attention_forward(
     acc = tl.zeros([BLOCK_Q, H_BLOCK], tl.float32)
     m = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
-    # keys before the block of queries need no mask, keys beside it are masked, keys behind it are not visited
+    # keys before the block of queries need no mask, those beside it do, those behind it are not visited
     diagonal = first_row // BLOCK_K * BLOCK_K
-    acc, m, l = attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, 0, diagonal, scale,
-                       False, H, H_BLOCK, BLOCK_K)  # fmt: skip
-    stop = tl.minimum(first_row + BLOCK_Q, length)
-    acc, m, l = attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, diagonal, stop, scale,
-                       True, H, H_BLOCK, BLOCK_K)  # fmt: skip
+    for masked in tl.static_range(2):  # unrolled when compiled: two loops
+        start, stop = (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
+        acc, m, l = attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
+                           masked, H, H_BLOCK, BLOCK_K)  # fmt: skip
     store_rows(out_ptr + (begin * N + head) * H, acc / l[:, None], rows, length, N * H, H, H_BLOCK)
-    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + begin + rows, m + tl.log2(l), mask=rows < length)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * num_tokens + begin + rows, m + tl.log2(l), mask=rows < length)
 
 
 @triton.jit
@@ -151,7 +147,7 @@ def attention_backward_kv(
             rows = first + tl.arange(0, BLOCK_Q).to(tl.int64)
             q = load_rows(q_ptr + begin * q_stride + head * H, rows, length, q_stride, H, H_BLOCK)
             dout = load_rows(dout_ptr + (begin * N + head) * H, rows, length, N * H, H, H_BLOCK)
-            per_row = begin + rows + num_tokens.to(tl.int64) * head
+            per_row = begin + rows + tl.cast(head, tl.int64) * num_tokens
             lse = tl.load(lse_ptr + per_row, mask=rows < length, other=float("inf"))  # rows past the end: p = 0
             delta = tl.load(delta_ptr + per_row, mask=rows < length, other=0.0)
             # p = exp(scores - lse)
@@ -183,7 +179,7 @@ def attention_backward_q(
     q = load_rows(q_ptr + begin * q_stride + head * H, rows, length, q_stride, H, H_BLOCK)
     dout = load_rows(dout_ptr + (begin * N + head) * H, rows, length, N * H, H, H_BLOCK)
     out = load_rows(out_ptr + (begin * N + head) * H, rows, length, N * H, H, H_BLOCK)
-    per_row = begin + rows + num_tokens.to(tl.int64) * head
+    per_row = begin + rows + tl.cast(head, tl.int64) * num_tokens
     # delta = (dout * out).sum(-1)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + per_row, delta, mask=rows < length)
@@ -206,8 +202,8 @@ def attention_backward_q(
 
 def model_constants(q, k):
     """Compiled in: head counts and width, and the width's block (at least 16, the least a tensor core takes)."""
-    (_, n, width), kv = q.shape, k.shape[1]
-    return {"N": n, "K": kv, "H": width, "H_BLOCK": max(16, triton.next_power_of_2(width))}
+    block = max(16, triton.next_power_of_2(q.shape[2]))
+    return {"N": q.shape[1], "K": k.shape[1], "H": q.shape[2], "H_BLOCK": block}
 
 
 class FlashAttention(torch.autograd.Function):
@@ -223,7 +219,7 @@ class FlashAttention(torch.autograd.Function):
             **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.max_seqlen, ctx.softmax_scale = max_seqlen, softmax_scale
+        ctx.options = max_seqlen, softmax_scale
         return out
 
     @staticmethod
@@ -232,26 +228,21 @@ class FlashAttention(torch.autograd.Function):
         (total, n, _), num_seqs, dout = q.shape, len(cu_seqlens) - 1, dout.contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         delta = torch.empty_like(lse)
-        strides = q.stride(0), k.stride(0), v.stride(0), total
-        model = model_constants(q, k)
-        blocks_q, blocks_k = triton.cdiv(ctx.max_seqlen, 128), triton.cdiv(ctx.max_seqlen, 64)
-        scales = ctx.softmax_scale * LOG2E, ctx.softmax_scale
+        strides, (max_seqlen, scale) = (q.stride(0), k.stride(0), v.stride(0)), ctx.options
+        blocks_q, blocks_k = triton.cdiv(max_seqlen, 128), triton.cdiv(max_seqlen, 64)
         attention_backward_q[(blocks_q * num_seqs, n)](
-            q, k, v, out, dout, lse, delta, dq, cu_seqlens, *strides, blocks_q, *scales,
-            **model, BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2,
+            q, k, v, out, dout, lse, delta, dq, cu_seqlens, *strides, total, blocks_q, scale * LOG2E, scale,
+            **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2,
         )  # fmt: skip
         attention_backward_kv[(blocks_k * num_seqs, k.shape[1])](
-            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *strides, blocks_k, *scales,
-            **model, BLOCK_Q=64, BLOCK_K=64, num_warps=8, num_stages=2,
+            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *strides, total, blocks_k, scale * LOG2E, scale,
+            **model_constants(q, k), BLOCK_Q=64, BLOCK_K=64, num_warps=8, num_stages=2,
         )  # fmt: skip
         return dq, dk, dv, None, None, None
 
 
 def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
-    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int.
-
-    A token's heads must lie side by side; tokens may be any distance apart (views into a fused projection).
-    """
+    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int."""
     if not use_triton(q, k, v, cu_seqlens):
         return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
     q, k, v = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k, v))

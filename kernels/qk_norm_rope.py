@@ -138,12 +138,13 @@ def qk_norm_rope_backward(
     HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A few programs walk over the tokens; each keeps its share of both weights' gradients, [4, H/2] in registers."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     half = tl.arange(0, HALF_BLOCK)
     inside = half < HALF
     dqw1, dqw2 = tl.zeros([HALF_BLOCK], tl.float32), tl.zeros([HALF_BLOCK], tl.float32)
     dkw1, dkw2 = tl.zeros([HALF_BLOCK], tl.float32), tl.zeros([HALF_BLOCK], tl.float32)
-    for token in range(program, num_tokens, num_programs):
+    for i in range(program, num_tokens, num_programs):
+        token = tl.cast(i, tl.int64)
         angle = tl.load(pos_ptr + token).to(tl.int64) * HALF + half
         cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)[None, :]
         sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)[None, :]

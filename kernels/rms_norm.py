@@ -104,13 +104,14 @@ def rms_norm_backward(
     Program p takes rows p, p + P, p + 2P ... and keeps its share of dweight in registers; the P shares are summed
     afterwards in a fixed order. That costs P * D extra numbers and needs no atomics.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
 
-    for row in range(program, num_rows, num_programs):  # int64, as its start is
+    for i in range(program, num_rows, num_programs):
+        row = tl.cast(i, tl.int64)
         dy = tl.load(dy_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)

@@ -42,29 +42,30 @@ def poison_empty():
     torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)
 
 
-def compare(fn, ref, inputs, *rest):
-    """Largest error, relative to the largest entry, over the outputs of fn and its gradients to every float input."""
-    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+def compare(fn, ref, inputs, *rest, only=None):
+    """Largest error, relative to the largest entry, over the outputs of fn and its gradients to every input.
+
+    With only=i the gradient flows into output i alone.
+    """
+    wide = [x.detach().double().requires_grad_() for x in inputs]
     rest64 = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
-    outs, refs = fn(*inputs, *rest), ref(*wide, *rest64)
-    outs, refs = (x if isinstance(x, tuple) else (x,) for x in (outs, refs))
-    generator = torch.Generator().manual_seed(1)
-    douts = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in refs]
-    grads = torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], [d.to(o) for d, o in zip(douts, outs)])
-    refgrads = torch.autograd.grad(refs, [x for x in wide if x.requires_grad], douts)
-    pairs = list(zip((*outs, *grads), (*refs, *refgrads)))
-    errors = [((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs]
-    return max(errors, key=lambda e: float("inf") if e != e else e)  # NaN counts as the largest
-
-
-def randn(*shape, dtype=torch.float32, grad=True):
-    """Normal numbers that want a gradient."""
-    return torch.randn(shape).to(dtype).requires_grad_(grad)
+    outs, refs = (x if isinstance(x, tuple) else (x,) for x in (fn(*inputs, *rest), ref(*wide, *rest64)))
+    outs, refs = (x if only is None else x[only : only + 1] for x in (outs, refs))
+    douts = [torch.randn(out.shape, dtype=torch.float64) for out in refs]
+    grads = torch.autograd.grad(outs, inputs, [d.to(out) for d, out in zip(douts, outs)], allow_unused=True)
+    refgrads = torch.autograd.grad(refs, wide, douts, allow_unused=True)
+    pairs = [(a, b) for a, b in zip((*outs, *grads), (*refs, *refgrads)) if b is not None]
+    return worst(((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
 
 
 def worst(errors):
-    """max that does not lose a NaN."""
-    return max(errors, key=lambda e: float("inf") if e != e else e)
+    """The largest; NaN counts as larger than anything."""
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def randn(*shape, dtype=torch.float32):
+    """Normal numbers that want a gradient."""
+    return torch.randn(shape).to(dtype).requires_grad_()
 
 
 @check
@@ -83,11 +84,7 @@ def rms_norm_fp32(module=rms_norm, dtype=torch.float32):
 def add_rms_norm_fp32(module=rms_norm, dtype=torch.float32):
     """Both outputs and three gradients; also with only the first or only the second output used."""
     inputs = [randn(5, 37, dtype=dtype), randn(5, 74, dtype=dtype)[:, ::2], randn(37, dtype=dtype)]
-    errors = [compare(module.add_rms_norm, module.add_rms_norm_ref, inputs)]
-    for i in range(2):
-        pick = [lambda *a, f=f: f(*a)[i] for f in (module.add_rms_norm, module.add_rms_norm_ref)]
-        errors.append(compare(*pick, inputs[: 3 - i] if i == 0 else inputs[:2], *inputs[3 - i :] if i == 0 else inputs[2:]))
-    return worst(errors)
+    return worst(compare(module.add_rms_norm, module.add_rms_norm_ref, inputs, only=only) for only in (None, 0, 1))
 
 
 @check
@@ -141,9 +138,8 @@ def linear_logprob_fp32(module=linear_logprob):
         target = torch.randint(vocab, (tokens,))
         for temperature in (1.0, 0.6, torch.rand(tokens) + 0.5):
             errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, temperature))
-    for i in range(2):
-        pick = [lambda *a, f=f: f(*a)[i] for f in (module.linear_logprob, module.linear_logprob_ref)]
-        errors.append(compare(*pick, inputs, target, 0.7))
+    for only in range(2):
+        errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, 0.7, only=only))
     module.VOCAB_CHUNK = 8192
     return worst(errors)
 
@@ -162,17 +158,37 @@ def linear_cross_entropy_fp32(module=linear_cross_entropy):
 
 
 @check
-def attention_fp32(module=attention):
+def linear_heads_bf16():
+    """bf16 operands with fp32 logits and sums, where PyTorch's CPU product for that pair is stood in for."""
+    for module in (linear_logprob, linear_cross_entropy):
+        module.mm_fp32 = lambda a, b, out: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+        module.addmm_fp32 = lambda out, a, b: out.addmm_(a.to(out.dtype), b.to(out.dtype))
+    inputs, target = [randn(5, 8, dtype=torch.bfloat16), randn(300, 8, dtype=torch.bfloat16)], torch.randint(300, (5,))
+    logprob = compare(linear_logprob.linear_logprob, linear_logprob.linear_logprob_ref, inputs, target, 0.6)
+    loss = compare(
+        linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_ref, inputs, target
+    )
+    return worst([logprob, loss])
+
+
+@check
+def attention_fp32(module=attention, dtype=torch.float32):
     """Sequences of length 1, around one block and over two; 24-wide heads; views into a fused projection; GQA."""
     errors = []
     for lengths, n, k, width, scale in (((1, 130, 5), 2, 1, 24, None), ((64, 1, 128), 2, 2, 16, 0.3)):
         total = sum(lengths)
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        fused = randn(total, n + 2 * k, width)
+        fused = randn(total, n + 2 * k, width, dtype=dtype)
         inputs = [fused[:, :n], fused[:, n : n + k], fused[:, n + k :]]
         rest = cu_seqlens, max(lengths), scale
         errors.append(compare(module.flash_attention_varlen, module.flash_attention_varlen_ref, inputs, *rest))
     return worst(errors)
+
+
+@check
+def attention_fp16():
+    """Half precision into the products, fp32 sums (bf16 products are wrong in the interpreter, fp16 ones are right)."""
+    return attention_fp32(dtype=torch.float16)
 
 
 @check
@@ -181,29 +197,30 @@ def sampling_fp32(module=sampling):
     errors, logits = [], torch.randn(4, 5003)[:, 3:] * 3
     logits[1, 7:] = -torch.inf
     logits[2] = logits[2].round()  # many ties
-    for kwargs in ({}, {"temperature": 0}, {"temperature": 0.6, "top_p": 0.95}, {"top_k": 20}, {"top_k": 9, "top_p": 0.5}):
+    for temperature, top_p, top_k in ((1.0, 1.0, 0), (0, 1.0, 0), (0.6, 0.95, 0), (1.0, 1.0, 20), (1.0, 0.5, 9)):
         uniform = torch.rand(4)
         uniform[0], uniform[3] = 0.0, 1 - 2**-24
-        token, logprob = module.sample_tokens(logits, uniform, **kwargs)
-        near = [module.sample_tokens_ref(logits, (uniform + d).clamp(0, 1 - 2**-24), **kwargs) for d in (-1e-5, 1e-5)]
-        low, high = (x[0] for x in near)
-        exact = torch.log_softmax(logits.double() / (kwargs.get("temperature", 1.0) or 1.0), -1).gather(1, token[:, None])
+        token, logprob = module.sample_tokens(logits, uniform, temperature, top_p, top_k)
+        low, high = (
+            module.sample_tokens_ref(logits, (uniform + d).clamp(0, 1 - 2**-24), temperature, top_p, top_k)[0]
+            for d in (-1e-5, 1e-5)
+        )
+        exact = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1).gather(1, token[:, None])
         errors += [float(((token < low) | (token > high)).any()), (logprob - exact[:, 0]).abs().max().item()]
     return worst(errors)
 
 
 @check
 def adamw_bf16(module=adamw):
-    """Bit for bit the CPU path in all but rare last bits (fp32 order of operations); relative error after 3 steps."""
+    """Share of elements of p, g, m, v that differ from the CPU path after 3 steps: the random bits are the same."""
     made = [torch.randn(1500).bfloat16() for _ in range(2)] + [torch.zeros(1500).bfloat16() for _ in range(2)]
     states = [[x.clone() for x in made] for _ in range(2)]
     for use_kernel, (p, g, m, v) in enumerate(states):
         module.use_triton = lambda *_, on=use_kernel: bool(on)
         for step in range(1, 4):
-            options = {"lr": 1e-3, "weight_decay": 0.1, "step": step, "seed": 2**40 + step, "grad_scale": torch.tensor([0.5])}
-            module.adamw_bf16_(p, g, m, v, **options)
-    mismatches = [(a != b).double().mean().item() for a, b in zip(*states)]
-    return worst(mismatches)
+            options = {"lr": 1e-3, "weight_decay": 0.1, "step": step, "seed": 2**40 + step}
+            module.adamw_bf16_(p, g, m, v, grad_scale=torch.tensor([0.5]), **options)
+    return worst((a != b).double().mean().item() for a, b in zip(*states))
 
 
 def broken(name, right, wrong):
@@ -228,9 +245,51 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
     ("attention", "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", attention_fp32),
     ("attention", "- delta[None, :])", ")", attention_fp32),
-    ("sampling", "amount_at_or_above(row_ptr, middle, m, inverse_temperature, MASS, V, BLOCK) >= goal", "True", sampling_fp32),
+    ("sampling", "            low = middle", "            high = middle", sampling_fp32),
     ("adamw", "first >> 16, mask", "first & 0xFFFF, mask", adamw_bf16),
 ]
+
+
+def far_rows(*shape, rows=3, dtype=torch.float32):
+    """Rows 2^30 elements apart in a sparse file: 9 GB of addresses, a few KB on disk. Row 2 lies beyond int32."""
+    file = tempfile.NamedTemporaryFile(delete=False)
+    size = 2**30 * (rows - 1) + torch.Size(shape).numel()
+    far = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    os.unlink(file.name)
+    strides = torch.empty(shape).stride()
+    return far.as_strided((rows, *shape), (2**30, *strides)).copy_(torch.randn(rows, *shape))
+
+
+def int64_offsets(modules):
+    """Largest error of every kernel that reads rows by a stride, forward and backward, on rows far apart."""
+    ones, angle, rows = torch.ones(8, requires_grad=True), torch.rand(9, 4), torch.arange(3)
+    x, gate, up = far_rows(8), far_rows(8), far_rows(8)
+    q, k, v = far_rows(2, 8), far_rows(1, 8), far_rows(1, 8)
+    norm, rope, mlp, attend = (modules[name] for name in ("rms_norm", "qk_norm_rope", "swiglu", "attention"))
+    head, draw = modules["linear_logprob"], modules["sampling"]
+    varlen = torch.tensor([0, 3], dtype=torch.int32), 3
+    z, target, ones3 = far_rows(8), torch.tensor([1, 7, 0]), torch.ones(3)
+    state = torch.zeros(4, 3)
+    state[0] = -1e30
+    head.fold_chunk[(3,)](z, target, ones3, state, 3, z.stride(0), 0, 8, BLOCK=8)
+    logprob = state[3] - state[0] - state[1].log()
+    token, drawn = draw.sample_tokens(z, torch.rand(3))
+    logprobs = torch.log_softmax(z, dim=-1)
+    yield "rms_norm", compare_far(norm.rms_norm, norm.rms_norm_ref, [x], ones)
+    yield "qk_norm_rope", compare_far(rope.qk_norm_rope, rope.qk_norm_rope_ref, [q, k], ones, ones, angle, angle, rows)
+    yield "swiglu", compare_far(mlp.swiglu, mlp.swiglu_ref, [gate, up])
+    yield "attention", compare_far(attend.flash_attention_varlen, attend.flash_attention_varlen_ref, [q, k, v], *varlen)
+    yield "linear_logprob", (logprob - logprobs.gather(1, target[:, None])[:, 0]).abs().max().item()
+    yield "sampling", (drawn - logprobs.gather(1, token[:, None])[:, 0]).abs().max().item()
+
+
+def compare_far(fn, ref, far, *rest):
+    """Like compare, against the same numbers moved close together."""
+    near = [x.clone().requires_grad_() for x in far]
+    far = [x.requires_grad_() for x in far]
+    outs, refs = (x if isinstance(x, tuple) else (x,) for x in (fn(*far, *rest), ref(*near, *rest)))
+    grads = [torch.autograd.grad([x.square().sum() for x in y], z) for y, z in ((outs, far), (refs, near))]
+    return worst((a - b).abs().max().item() for a, b in zip((*outs, *grads[0]), (*refs, *grads[1])))
 
 
 def main():
@@ -239,8 +298,18 @@ def main():
     results = {name: fn() for name, fn in CHECKS.items()}
     for name, right, wrong, fn in MUTANTS:
         results[f"broken {name}: {wrong}"] = fn(broken(name, right, wrong))
+    results |= {f"int64 {name}": error for name, error in int64_offsets(FAR_KERNELS)}
     print(json.dumps(results))
 
 
+FAR_KERNELS = {
+    "rms_norm": rms_norm, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu,
+    "attention": attention, "linear_logprob": linear_logprob, "sampling": sampling,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 1:
+        main()
+    else:  # the name of a file: its kernels with int32 row offsets, which crash or read the wrong rows
+        int32 = {sys.argv[1]: broken(sys.argv[1], "tl.int64", "tl.int32")}
+        print(json.dumps(dict(int64_offsets(FAR_KERNELS | int32))))

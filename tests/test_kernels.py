@@ -1,0 +1,320 @@
+"""Guards: kernel = its PyTorch reference in float64, forward and every gradient; CPU path = reference = gradcheck.
+
+No GPU: Triton's interpreter gives results (tests/kernel_checks.py), its compiler gives Hopper machine code
+(tests/aot_report.py). Neither gives speed; that is bench/kernels.py on a GPU.
+"""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.adamw import AdamW, adamw_bf16_, hash_torch, round_torch
+from kernels.attention import flash_attention_varlen
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from kernels.linear_logprob import linear_logprob, linear_logprob_ref
+from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
+from kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from kernels.sampling import sample_tokens
+from kernels.swiglu import swiglu, swiglu_ref
+
+HERE = pathlib.Path(__file__).resolve().parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_python(*args, check=True):
+    """Runs a Python script beside the tests and returns its last line as JSON, or None if it failed."""
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=HERE.parent)
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+# ---- the Triton kernels, in the interpreter and in the compiler ----
+
+TOLERANCES = {  # largest relative error over outputs and gradients; observed values are printed with -s
+    "rms_norm_fp32": 2e-6,
+    "add_rms_norm_fp32": 2e-6,
+    "rms_norm_bf16": 3e-2,  # two bf16 steps of the largest entry; the interpreter truncates where hardware rounds
+    "qk_norm_rope_fp32": 2e-6,
+    "qk_norm_rope_bf16": 3e-2,
+    "swiglu_fp32": 2e-6,
+    "swiglu_bf16": 3e-2,
+    "linear_logprob_fp32": 2e-5,
+    "linear_cross_entropy_fp32": 1e-5,
+    "linear_heads_bf16": 3e-2,
+    "attention_fp32": 5e-6,
+    "attention_fp16": 4e-3,
+    "sampling_fp32": 1e-5,
+    "adamw_bf16": 1e-2,  # share of elements that differ from the CPU path at all
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Errors of all kernels, of broken kernels and at far row offsets, from one interpreter process."""
+    return run_python(HERE / "kernel_checks.py")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_kernel_matches_float64_reference_forward_and_every_gradient(interpreted, name):
+    print(f"{name}: error {interpreted[name]:.1e}, tolerance {TOLERANCES[name]:.0e}")
+    assert interpreted[name] <= TOLERANCES[name]
+
+
+@needs_triton
+def test_a_deliberately_broken_kernel_fails(interpreted):
+    broken = {name: error for name, error in interpreted.items() if name.startswith("broken")}
+    print(*(f"{name}: error {error:.1e}" for name, error in broken.items()), sep="\n")
+    assert len(broken) == 11 and not any(error <= 0.1 for error in broken.values())
+
+
+@needs_triton
+def test_rows_beyond_two_billion_elements_are_found(interpreted):
+    far = {name: error for name, error in interpreted.items() if name.startswith("int64")}
+    print(far)
+    assert len(far) == 6 and all(error < 1e-5 for error in far.values())
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rms_norm", "qk_norm_rope", "swiglu", "attention", "linear_logprob", "sampling"])
+def test_with_int32_row_offsets_the_same_check_fails(name):
+    errors = run_python(HERE / "kernel_checks.py", name, check=False)  # None: it crashed
+    assert errors is None or not errors[name] < 0.1
+
+
+@needs_triton
+def test_every_kernel_compiles_for_hopper_without_spills():
+    for kernel in run_python(HERE / "aot_report.py"):
+        print(f"{kernel['registers']:4d} registers {kernel['shared_bytes']:7d} B shared  {kernel['kernel']}")
+        assert kernel["spilled_bytes"] == 0 and kernel["registers"] <= 255
+        assert kernel["shared_bytes"] <= 232448, "more shared memory than a Hopper multiprocessor has"
+        assert kernel["wgmma"] == kernel["has_dot"], "a product that does not run on the tensor cores"
+        assert not kernel["float_atomics"] and not kernel["fp64"]
+        assert kernel["wide_loads"] or "HALF': 12" in kernel["kernel"], "no 16-byte loads"
+
+
+# ---- the CPU paths ----
+
+
+def double(*shape):
+    """Float64 input that wants a gradient."""
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def rope_inputs():
+    """q, k, their weights, cos, sin, position_ids of five tokens, 2 query heads, 1 key head of width 6."""
+    angle = torch.rand(9, 3, dtype=torch.float64) * 6
+    return (
+        double(5, 2, 6),
+        double(5, 1, 6),
+        double(6),
+        double(6),
+        angle.cos(),
+        angle.sin(),
+        torch.tensor([0, 1, 0, 5, 8]),
+    )
+
+
+def cases():
+    """(function, reference, inputs) of each operation, float64, small."""
+    torch.manual_seed(0)
+    cu_seqlens, target = torch.tensor([0, 1, 4, 9], dtype=torch.int32), torch.tensor([3, 0, 6, 6])
+    temperature = torch.tensor([0.5, 1.0, 0.7, 1.3], dtype=torch.float64)
+    qkv = double(9, 2, 4), double(9, 1, 4), double(9, 1, 4)
+    return {
+        "rms_norm": (rms_norm, rms_norm_ref, (double(3, 5), double(5))),
+        "add_rms_norm": (add_rms_norm, add_rms_norm_ref, (double(3, 5), double(3, 5), double(5))),
+        "qk_norm_rope": (qk_norm_rope, qk_norm_rope_ref, rope_inputs()),
+        "swiglu": (swiglu, swiglu_ref, (double(3, 5), double(3, 5))),
+        "attention": (flash_attention_varlen, attention_naive, (*qkv, cu_seqlens, 5)),
+        "linear_logprob": (linear_logprob, linear_logprob_ref, (double(4, 3), double(7, 3), target, temperature)),
+        "linear_cross_entropy": (
+            linear_cross_entropy,
+            linear_cross_entropy_ref,
+            (double(4, 3), double(7, 3), torch.tensor([3, -100, 6, 6])),
+        ),
+    }
+
+
+def attention_naive(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
+    """Sequence by sequence, scores and all."""
+    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    outs = []
+    for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:]):
+        key, value = (x[begin:end].repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("tnh,snh->nts", q[begin:end], key) * scale
+        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        outs.append(torch.einsum("nts,snh->tnh", scores.masked_fill(future, -torch.inf).softmax(-1), value))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_gradients_of_each_reference_and_cpu_path_pass_gradcheck(name):
+    fn, ref, inputs = cases()[name]
+    assert torch.autograd.gradcheck(ref, inputs) and torch.autograd.gradcheck(fn, inputs)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_cpu_path_equals_the_reference(name):
+    fn, ref, inputs = cases()[name]
+    outs, refs = (x if isinstance(x, tuple) else (x,) for x in (fn(*inputs), ref(*inputs)))
+    for out, expected in zip(outs, refs):
+        print(f"{name}: error {(out - expected).abs().max():.1e}, tolerance 1e-12")
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (40, 3, 17, 16, 1, 40), (7, 7)])
+def test_attention_of_packed_sequences_equals_attention_of_each(lengths):
+    torch.manual_seed(0)
+    total, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    qkv = torch.randn(total, 4, 8), torch.randn(total, 2, 8), torch.randn(total, 2, 8)
+    for scale in (None, 0.3):
+        out = flash_attention_varlen(*qkv, cu_seqlens, max(lengths), scale)
+        torch.testing.assert_close(out, attention_naive(*qkv, cu_seqlens, max(lengths), scale), rtol=1e-5, atol=1e-5)
+
+
+def test_a_vocabulary_in_many_token_blocks_gives_the_same_gradients():
+    torch.manual_seed(0)
+    for vocab in (7, 50000):  # 50000: blocks of 128 tokens, probabilities computed again in backward
+        hidden, weight = torch.randn(400, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+        target, douts = torch.randint(vocab, (400,)), torch.randn(2, 400)
+        both = [fn(hidden, weight, target, 0.7) for fn in (linear_logprob, linear_logprob_ref)]
+        grads = [torch.autograd.grad(outs, (hidden, weight), list(douts)) for outs in both]
+        for out, expected in zip((*both[0], *grads[0]), (*both[1], *grads[1])):
+            error = (out - expected).abs().max() / expected.abs().max()
+            print(f"vocabulary {vocab}: error {error:.1e}, tolerance 1e-5")
+            assert error < 1e-5
+
+
+def test_bf16_head_on_cpu_keeps_fp32_logits():
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(50, 64).bfloat16(), torch.randn(300, 64).bfloat16(), torch.randint(300, (50,))
+    logprob, entropy = linear_logprob(hidden, weight, target)
+    exact = linear_logprob_ref(hidden.double(), weight.double(), target)
+    assert logprob.dtype == entropy.dtype == torch.float32
+    error = max((a - b).abs().max() for a, b in zip((logprob, entropy), exact))
+    print(f"error {error:.1e} nat, tolerance 1e-4 (bf16 logits: {0.06} nat)")
+    assert error < 1e-4
+
+
+MEMORY_PROBE = """
+import json, resource, sys, time
+import torch
+import torch.nn.functional as F
+from kernels.linear_logprob import linear_logprob
+torch.set_num_threads(1)
+hidden, weight = torch.randn(4096, 64, requires_grad=True), torch.randn(32768, 64, requires_grad=True)
+target = torch.randint(32768, (4096,))
+def materialised():
+    return -F.cross_entropy(hidden @ weight.T, target, reduction="none")
+def fused():
+    return linear_logprob(hidden, weight, target)[0]
+linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()  # libraries load before the clock starts
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+{"materialised": materialised, "fused": fused}[sys.argv[1]]().sum().backward()
+seconds = time.perf_counter() - start
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, seconds]))
+"""
+
+
+def test_head_and_loss_take_a_tenth_of_the_memory_of_materialised_logits():
+    (plain, plain_seconds), (fused, seconds) = (run_python("-c", MEMORY_PROBE, x) for x in ("materialised", "fused"))
+    print(f"4096 tokens x 32768: {plain} -> {fused} KiB, {plain_seconds:.2f} -> {seconds:.2f} s, with entropy as well")
+    assert fused * 10 <= plain and seconds <= 1.5 * plain_seconds  # 1.5: a busy machine
+
+
+def test_sampled_tokens_follow_the_tempered_distribution_and_their_logprob_is_its_log():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 11).expand(200_000, 11) * 2
+    token, logprob = sample_tokens(logits, torch.rand(200_000), temperature=0.7)
+    expected = torch.softmax(logits[0] / 0.7, dim=-1)
+    error = (token.bincount(minlength=11) / 200_000 - expected).abs().max().item()
+    print(f"largest frequency error {error:.1e}, tolerance 4e-3")
+    assert error < 4e-3
+    torch.testing.assert_close(logprob, expected.log()[token], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p, top_k", [(0.9, 0), (1.0, 5), (0.6, 5), (0.999, 0), (0.01, 0)])
+def test_top_p_and_top_k_draw_only_from_the_kept_tokens_but_score_with_all(top_p, top_k):
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(500, 700), torch.linspace(0, 1 - 2**-24, 500)
+    token, logprob = sample_tokens(logits, uniform, 0.8, top_p, top_k)
+    logprobs = torch.log_softmax(logits / 0.8, dim=-1)
+    best, order = logprobs.exp().sort(descending=True)
+    best[:, top_k or 700 :] = 0.0
+    kept = (best.cumsum(-1) - best < top_p * best.sum(-1, keepdim=True)) & (best > 0)  # the textbook, by sorting
+    assert (kept & (order == token[:, None])).any(dim=-1).all()
+    torch.testing.assert_close(logprob, logprobs.gather(1, token[:, None])[:, 0])
+
+
+def test_a_row_samples_the_same_token_alone_and_in_a_batch_and_greedy_takes_the_best():
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(50, 300), torch.rand(50)
+    token, _ = sample_tokens(logits, uniform, 0.6, 0.95)
+    assert all(sample_tokens(logits[i : i + 1], uniform[i : i + 1], 0.6, 0.95)[0] == token[i] for i in range(50))
+    assert (sample_tokens(logits, uniform, temperature=0)[0] == logits.argmax(-1)).all()
+
+
+def test_stochastic_rounding_is_right_on_average_and_its_random_bits_are_uniform():
+    index = torch.arange(1_000_000)
+    bits = hash_torch(index, 12345)
+    print(f"mean of 32 random bits, as a fraction: {bits.double().mean() / 2**32:.5f}")
+    assert abs(bits.double().mean() / 2**32 - 0.5) < 2e-3 and bits.unique().numel() > 999_000
+    for value in (1.001, -3.3, 1e-20, 255.5):
+        x = torch.full((1_000_000,), value)
+        error = abs(round_torch(x, bits & 0xFFFF).double().mean().item() / x[0].item() - 1)
+        print(f"{value}: mean is off by {error:.1e} of the value, tolerance 2e-5 (nearest: up to 2e-3)")
+        assert error < 2e-5
+
+
+def test_bf16_adamw_makes_progress_where_rounding_to_nearest_stands_still():
+    params = [torch.ones(4096, dtype=torch.bfloat16), torch.ones(4096)]
+    moments = [torch.zeros(4096, dtype=torch.bfloat16) for _ in range(2)]
+    plain = torch.optim.AdamW([params[1].requires_grad_()], lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for step in range(1, 21):
+        gradient = torch.full((4096,), 0.3)
+        adamw_bf16_(params[0], gradient.bfloat16(), *moments, lr=1e-4, step=step, seed=step)
+        params[1].grad = gradient
+        plain.step()
+    moved, expected = (1 - params[0].double().mean()).item(), (1 - params[1].double().mean()).item()
+    print(f"bf16 moved {moved:.3e} on average, fp32 AdamW {expected:.3e}; one bf16 step below 1 is 3.9e-3")
+    assert abs(moved / expected - 1) < 0.05
+
+
+def test_the_bf16_optimizer_trains_like_torch_adamw_and_resumes_bit_for_bit():
+    torch.manual_seed(0)
+    x, goal = torch.randn(256, 16), torch.randn(256, 1)
+    start = torch.nn.Linear(16, 1).bfloat16().state_dict()
+
+    def train(make, steps, state=None, dtype=torch.bfloat16):
+        model = torch.nn.Linear(16, 1).to(dtype)
+        model.load_state_dict(state["model"] if state else start)
+        optimizer = make(model.parameters())
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        for _ in range(steps):
+            loss = F.mse_loss(model(x.to(dtype)).float(), goal)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item(), {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    ours = lambda params: AdamW(params, lr=1e-2)  # noqa: E731
+    loss, whole = train(ours, 60)
+    plain, _ = train(lambda params: torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.95)), 60, dtype=torch.float32)
+    print(f"loss after 60 steps: bf16 {loss:.4f}, fp32 torch.optim.AdamW {plain:.4f}")
+    assert abs(loss - plain) < 0.03 * plain
+    resumed = train(ours, 20, state=train(ours, 40)[1])[1]
+    assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in start)
+
+
+def test_kernel_files_stay_readable():
+    for path in (HERE.parent / "kernels").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= (20 if path.name == "__init__.py" else 250), path.name
