@@ -305,17 +305,17 @@ def lexical_judge(files, predicted, oracle):
     return value if value >= 0.5 else 0.0
 
 
-def code_tokens(path, text):
-    """A Python file without comments, blank lines and the width of its indentation; the lines of any other file."""
+def same_code(path, old, new):
+    """True if two versions of a Python file differ in comments, blank lines and the width of indentation only."""
+    if not path.endswith(".py") or len({re.sub(r"#.*|\s", "", text) for text in (old, new)}) > 1:  # cheap
+        return False
     try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline)) if path.endswith(".py") else None
+        versions = [list(tokenize.generate_tokens(io.StringIO(text).readline)) for text in (old, new)]
     except (SyntaxError, tokenize.TokenError):
-        tokens = None
-    if tokens is None:
-        return text.splitlines()
-    blank = (tokenize.INDENT, tokenize.NEWLINE)  # their text is width and line end
-    kept = (t for t in tokens if t.type not in (tokenize.COMMENT, tokenize.NL))
-    return [(t.type, "" if t.type in blank else t.string) for t in kept]
+        return False
+    blank, layout = (tokenize.COMMENT, tokenize.NL), (tokenize.INDENT, tokenize.NEWLINE)
+    a, b = ([(t.type, t.type in layout or t.string) for t in tokens if t.type not in blank] for tokens in versions)
+    return a == b
 
 
 def verdict(response, files, golden_patch, judge=None):
@@ -331,13 +331,13 @@ def verdict(response, files, golden_patch, judge=None):
         return -1.0, str(reason)
     if ours == golden:
         return 1.0, "exact"
-    if all(code_tokens(path, files.get(path, "")) == code_tokens(path, predicted[path]) for path in ours):
+    if all(same_code(path, files.get(path, ""), predicted[path]) for path in ours):
         return 0.0, "unchanged"
-    return float((judge or lexical_judge)(files, predicted, oracle)), "judged"
+    return float((judge if callable(judge) else lexical_judge)(files, predicted, oracle)), "judged"
 
 
 def reward(response, files, golden_patch, judge=None):
-    """-1 ... 1 of one response (paper eq. 2). judge(files, predicted, oracle) -> P(YES); None: lexical similarity."""
+    """-1 ... 1 of one response (paper eq. 2). judge(files, predicted, oracle) -> P(YES), or None for similarity."""
     return verdict(response, files, golden_patch, judge)[0]
 
 
