@@ -10,7 +10,7 @@ Deviations: [dev 1] 256 prompts a step as in table 16, the text says 128. [dev 2
 unbiased std, std 0 gives sigmoid(0). [dev 3] In training a reply without a single letter is in no language; the
 reference takes undetectable text for followed, which symbols exploit. check(), check_loose() and metric() keep the
 reference's rule. [dev 4] Where the reference draws a random parameter, the row is dropped; n_start 0 and a symbol
-as letter count as written.
+as letter count as written. [dev 5] An answer of over 50,000 characters follows nothing.
 
     torchrun --nproc_per_node=8 ifrl.py --init_from=out/rlhf/final --taxonomy=ifeval
 In a good run reward rises while len stays; under_20_words rising means that short replies farm the easy constraints.
@@ -167,7 +167,9 @@ def load_rows(cfg, path=None, limit=0):
 
     rows = load_table(path or cfg.data, normalize, limit)
     ids = Counter(name for row in rows for name in row["instruction_id_list"])
-    print0(f"data {path or cfg.data}: {len(rows)} prompts, {sum(ids.values())} constraints of {len(ids)} kinds")
+    beyond = sum(not IFEVAL.keys() >= set(row["instruction_id_list"]) for row in rows)
+    print0(f"data {path or cfg.data}: {len(rows)} prompts, {sum(ids.values())} constraints of {len(ids)} kinds, "
+           f"{beyond} prompts with ids beyond IFEval's 25")  # fmt: skip
     return rows
 
 
@@ -181,7 +183,7 @@ def select_rows(rows, epoch, history, cfg):
 # ids) and open-instruct's IFEvalG (29 ids) decide, quirks included: a keyword is an unescaped, case-blind pattern.
 
 langdetect.DetectorFactory.seed = 0  # detection samples n-grams: without a seed one reply gets two verdicts
-MAX_CHARS = 50_000  # a longer answer follows nothing in training: some patterns take quadratic time
+MAX_CHARS = 50_000  # a longer answer follows nothing: some patterns take quadratic time
 VERDICT_SECONDS = 60  # for the verdicts still open when the last completion is done; they take milliseconds
 
 
@@ -414,7 +416,7 @@ def verify(text, think, instruction_id_list, kwargs, need_letters=True):
 
 def reward(response, instruction_id_list, kwargs):
     """1 if the answer follows every constraint, else 0: the training reward, hence with [dev 3]."""
-    return int(verify(response, "think>" in response, instruction_id_list, kwargs)[1] == "ok")
+    return int(verify(response, re.search("</?think>", response), instruction_id_list, kwargs)[1] == "ok")
 
 
 def add_preference(rollouts, scores):

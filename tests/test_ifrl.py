@@ -21,6 +21,8 @@ LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
 FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
 ENGLISH = "The little cat sleeps on the table while the rain is falling on the roofs of the town."
 BIRD = {"phrase": "The early bird catches the worm", "small_n": 2}
+
+
 def have_punkt():
     try:
         return bool(ifrl.punkt())
@@ -240,7 +242,12 @@ def test_arguments_a_short_sample_cannot_meet_are_usable():
     if have_punkt():
         assert ifrl.unusable("keywords:keyword_specific_position", {"keyword": "dog", "n": 7, "m": 30}) is None
     assert ifrl.unusable("length_constraints:number_words", {"num_words": 5000, **MORE}) is None
-    assert ifrl.unusable("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 9, "nth_paragraph": 9, "first_word": "a"}) is None
+    assert (
+        ifrl.unusable(
+            "length_constraints:nth_paragraph_first_word", {"num_paragraphs": 9, "nth_paragraph": 9, "first_word": "a"}
+        )
+        is None
+    )
 
 
 def test_unknown_ids_are_an_error_not_a_zero():
@@ -250,7 +257,15 @@ def test_unknown_ids_are_an_error_not_a_zero():
 
 def test_language_verdicts_do_not_change_from_call_to_call():
     close = "No me gusta. Nao gosto disso tudo. Il tempo."
-    assert len({tuple(ifrl.check("language:response_language", {"language": c}, close) for c in ("es", "pt", "it")) for _ in range(20)}) == 1
+    assert (
+        len(
+            {
+                tuple(ifrl.check("language:response_language", {"language": c}, close) for c in ("es", "pt", "it"))
+                for _ in range(20)
+            }
+        )
+        == 1
+    )
 
 
 # fmt: off
@@ -386,7 +401,9 @@ def test_thinking_reward_by_hand(monkeypatch):
     """Scores 1 2 3 6: mean 3, unbiased std 2.1602; the third breaks a rule but counts in mean and std."""
     scores = {"w": 1.0, "x": 2.0, "a,b": 3.0, "z": 6.0, "p": 5.0, "q": 5.0}
     seen = []
-    model = types.SimpleNamespace(load_reward_model=lambda path, device: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
+    model = types.SimpleNamespace(
+        load_reward_model=lambda path, device: lambda m, answers: seen.append(answers) or [scores[a] for a in answers]
+    )
     monkeypatch.setitem(sys.modules, "rlhf", model)
     rollouts = make_rollouts([f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True)
     rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)  # equal scores; "p" never closed its reasoning
@@ -419,7 +436,12 @@ def write(tmp_path, rows):
 @pytest.mark.parametrize("schema", list(SCHEMAS))
 def test_every_schema_gives_the_same_normal_row(tmp_path, schema):
     (row,) = ifrl.load_rows(ifrl.Config(data=write(tmp_path, [SCHEMAS[schema]])))
-    assert row == {"messages": USER, "think": False, "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [{}, SHORT[1]]}
+    assert row == {
+        "messages": USER,
+        "think": False,
+        "instruction_id_list": ["punctuation:no_comma", SHORT[0]],
+        "kwargs": [{}, SHORT[1]],
+    }
     ifrl.self_test([row], ifrl.Config())
 
 
@@ -471,8 +493,18 @@ def test_ids_that_need_punkt_are_refused_at_load_without_it(tmp_path, capsys, mo
 
 def test_taxonomy_splits_the_curriculum_and_spares_held_out_rows(tmp_path):
     easy, hard = constrained("punctuation:no_comma", {}), constrained("punctuation:punctuation_dot", {})
-    path = write(tmp_path, [easy, hard, {**easy, "instruction_id_list": ["punctuation:no_comma", "paragraphs:paragraphs"], "kwargs": [{}, {}]}])
-    count = {taxonomy: len(ifrl.load_rows(ifrl.Config(data=path, taxonomy=taxonomy))) for taxonomy in ("all", "ifeval", "iftrain")}
+    path = write(
+        tmp_path,
+        [
+            easy,
+            hard,
+            {**easy, "instruction_id_list": ["punctuation:no_comma", "paragraphs:paragraphs"], "kwargs": [{}, {}]},
+        ],
+    )
+    count = {
+        taxonomy: len(ifrl.load_rows(ifrl.Config(data=path, taxonomy=taxonomy)))
+        for taxonomy in ("all", "ifeval", "iftrain")
+    }
     assert count == {"all": 3, "ifeval": 1, "iftrain": 2}
     cfg = ifrl.Config(eval_data=path, taxonomy="ifeval")
     assert len(ifrl.load_rows(dataclasses.replace(cfg, data=cfg.eval_data))) == 3
@@ -486,7 +518,9 @@ def test_self_test_stops_a_run_whose_rows_cannot_be_decided(capsys):
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------
-BITS = "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ... ?! !\" \u201cx.\u201d <<t>> << >> [x] [ ] *b* ** *** ****** - --- \n \n\n \t * {} 1 , Section P.S. \u4e2d\u6587 \u0130 \u00df \u0301 \u200b \ud7ff \x00 \x0b <stop> ``` ```json".split(" ")
+BITS = "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ... ?! !\" \u201cx.\u201d <<t>> << >> [x] [ ] *b* ** *** ****** - --- \n \n\n \t * {} 1 , Section P.S. \u4e2d\u6587 \u0130 \u00df \u0301 \u200b \ud7ff \x00 \x0b <stop> ``` ```json".split(
+    " "
+)
 TEXTS = st.one_of(st.text(max_size=300), st.lists(st.sampled_from([*BITS, " ", " ", " "]), max_size=60).map("".join))
 EXAMPLES = {name: kwargs for name, kwargs, _, _ in TABLE if name not in ifrl.NEED_PUNKT or have_punkt()}
 
@@ -530,7 +564,9 @@ def load_lm_eval(monkeypatch):
     """lm_eval's IFEval registry without the rest of lm_eval; skips with the reason where it cannot be had."""
     root = importlib.util.find_spec("lm_eval")
     if root is None:
-        pytest.skip("the reference, lm_eval, is not installed: IFEval's 25 ids were compared with the hand-written table only")
+        pytest.skip(
+            "the reference, lm_eval, is not installed: IFEval's 25 ids were compared with the hand-written table only"
+        )
     if not have_punkt():
         pytest.skip(ifrl.PUNKT_HELP)
     import nltk
@@ -546,7 +582,9 @@ def load_lm_eval(monkeypatch):
         monkeypatch.setattr(nltk.data, "load", lambda *args: ifrl.punkt())
         monkeypatch.setattr(nltk, "word_tokenize", ifrl.tokens)
     for name in ("instructions_util", "instructions", "instructions_registry"):
-        spec = importlib.util.spec_from_file_location(f"{package}.{name}", f"{root.submodule_search_locations[0]}/tasks/ifeval/{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            f"{package}.{name}", f"{root.submodule_search_locations[0]}/tasks/ifeval/{name}.py"
+        )
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         try:
@@ -559,8 +597,20 @@ def load_lm_eval(monkeypatch):
 
 
 def random_reply(rng):
-    unit = rng.choice([BITS, rng.sample(BITS, 4), ENGLISH.split(), FRENCH.split(), ["- a", "* b", "*", "**c**", "\n"], ["[a]", "<<b>>", "["]])
-    return "".join(rng.choice(unit) + rng.choice([" ", " ", " ", "", "\n", "\n\n", "***", "******"]) for _ in range(rng.choice([1, 2, 5, 20])))
+    unit = rng.choice(
+        [
+            BITS,
+            rng.sample(BITS, 4),
+            ENGLISH.split(),
+            FRENCH.split(),
+            ["- a", "* b", "*", "**c**", "\n"],
+            ["[a]", "<<b>>", "["],
+        ]
+    )
+    return "".join(
+        rng.choice(unit) + rng.choice([" ", " ", " ", "", "\n", "\n\n", "***", "******"])
+        for _ in range(rng.choice([1, 2, 5, 20]))
+    )
 
 
 def test_ifeval_verdicts_equal_those_of_lm_eval(monkeypatch):
