@@ -9,7 +9,7 @@ Deviations from the paper:
      unknown file, a new file that the golden patch does not make, a test or CI file that the golden patch leaves alone.
      Paths are normalised; CRLF and the last line's end do not matter.
   3. "Changes nothing" is read as code: comments and blank lines in Python earn 0 like an edit and its revert.
-  4. The length window is counted in characters (chars_per_token): rows are built before a tokenizer is loaded.
+  4. Files are fitted into the prompt by characters (chars_per_token): rows are built before a tokenizer is loaded.
 torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/swerl --judge=http://judge:8000/v1
 """
 
@@ -140,8 +140,8 @@ def load_rows(cfg, path=None, limit=0):
         shown = choose_files(files, [name for name in touched if name in files], cfg, draw)
         text = "\n\n".join(f"### {name}\n```\n{shown[name]}\n```" for name in shown)
         text = PROMPT.format(issue=issue, files=text)
-        if not cfg.min_prompt_tokens <= len(text) / cfg.chars_per_token <= cfg.max_prompt_tokens:
-            raise BadRow("prompt outside min_prompt_tokens ... max_prompt_tokens")
+        if len(text) < cfg.min_prompt_tokens * cfg.chars_per_token:
+            raise BadRow("prompt shorter than min_prompt_tokens")
         normal = {"messages": [{"role": "user", "content": text}], "think": True, "issue": issue, "files": shown}
         tests = row.get("tests")
         tests = {"tests": json.loads(tests) if isinstance(tests, str) else tests} if tests else {}
