@@ -17,6 +17,7 @@ In a good run reward rises while len stays; under_20_words rising means that sho
 """
 
 import ast
+import atexit
 import ctypes
 import functools
 import itertools
@@ -436,7 +437,9 @@ def make_reward(cfg):
 
     def start():
         mortal = ctypes.CDLL(None).prctl, (1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker dies when its parent does
-        return multiprocessing.get_context("fork").Pool(cfg.reward_workers, *mortal)
+        pool = multiprocessing.get_context("fork").Pool(cfg.reward_workers, *mortal)
+        atexit.register(pool.terminate)
+        return pool
 
     pool, pending, rounds = start() if cfg.reward_workers else None, {}, itertools.count(1)
 
