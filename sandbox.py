@@ -21,7 +21,7 @@ Choices:
   5. Hash seed and `random` are fixed: the same program gets the same verdict in every run.
   6. Any exit() is a normal end; an uncaught exception is a crash, whatever was printed before it.
   7. Where namespaces are refused (most plain containers) a leaf has another user id (below root), Landlock, seccomp and
-     rlimits; one line on stderr says so. numpy, and modules that nothing here imports, may then be missing.
+     rlimits; one line on stderr says so. A folder to write to, numpy and some modules may then be missing.
   8. What no program can cause (zygote gone, fork refused, pipe broken) is tried three times, each with a fresh zygote,
      then reported as "infra", never as a wrong answer.
 """
@@ -112,12 +112,13 @@ def _start_leaf(job, test):
                 _zygote = _start_zygote()
             process, control = _zygote
             socket.send_fds(control, [b"f"], [theirs.fileno(), output])
-        ours.settimeout(WALL_FACTOR * timeout + WALL_EXTRA)
+        ours.settimeout(30)
         ready, pid = struct.unpack("!cI", _read(ours.recv, 5))
         if ready != b"r":
             raise EOFError("a leaf could not be set up")
         for part in json.dumps([is_call, memory_mb]).encode(), source, b"" if is_call else test.encode("utf-8", "replace"):
             ours.sendall(struct.pack("!I", len(part)) + part)
+        ours.settimeout(WALL_FACTOR * timeout + WALL_EXTRA)
     except BaseException:
         ours.close()
         os.close(output)
