@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels.dispatch import triton, use_triton
-from kernels.linear_logprob import addmm_fp32, fold_chunk, logits_to_dz, mm_fp32, softmax_block, token_blocks
+from kernels.linear_logprob import addmm_fp32, fold_chunk, logits_to_dz, mm_fp32
 
 # N tokens   D model width   V vocabulary
 
 TOKEN_CHUNK = 2048  # tokens per chunk on the GPU: 1.2 GiB of fp32 logits at V = 151,936
+CPU_TILE, CPU_TOKENS = 2**18, 128  # on the CPU: logits per chunk, and the least tokens, fewer would starve the product
 
 
 def linear_cross_entropy_ref(hidden, weight, target, ignore_index=-100):
@@ -30,14 +31,16 @@ def forward_torch(hidden, weight, target, valid, needs_grad):
     """CPU path: returns the summed loss and, if wanted, both gradients. Ignored rows must have target 0."""
     loss = hidden.new_zeros(())
     dhidden, dweight = (torch.empty_like(hidden), torch.zeros_like(weight)) if needs_grad else (None, None)
-    for block in token_blocks(len(hidden), len(weight)):
+    step = max(CPU_TOKENS, CPU_TILE // len(weight))
+    for block in (slice(start, start + step) for start in range(0, len(hidden), step)):
         index, weight_of = target[block, None], valid[block, None].to(hidden.dtype)
-        logprobs, dz = softmax_block(hidden[block], weight, None)
+        z = hidden[block] @ weight.T
+        logprobs = torch.log_softmax(z, dim=-1)
         logprob = logprobs.gather(1, index)
         loss -= (logprob * weight_of).sum()
         if needs_grad:
             # dz = (p - onehot) * valid
-            dz.scatter_(1, index, torch.expm1(logprob)).mul_(weight_of)
+            dz = torch.exp(logprobs, out=z).scatter_(1, index, torch.expm1(logprob)).mul_(weight_of)
             torch.mm(dz, weight, out=dhidden[block])
             dweight.addmm_(dz.T, hidden[block])
     return loss, dhidden, dweight

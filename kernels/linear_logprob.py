@@ -3,10 +3,11 @@
     z = hidden @ weight.T / temperature      logprob = z[target] - logsumexp(z)      entropy = -sum(p * log p)
 
 The logits z [N, V] are never whole in memory: at 32K tokens and a vocabulary of 151,936 they would be 20 GB in fp32,
-and plain autograd keeps several copies. Instead (GPU) the vocabulary is cut into chunks: a matrix product makes one
-chunk of fp32 logits for all tokens, a row kernel folds it into four numbers per token, and the chunk's memory is used
-again. Backward makes each chunk a second time, turns it into dz and multiplies on: one third more arithmetic than
-keeping z, memory flat in V. The matrix products are cuBLAS's; the row kernels do the rest.
+and plain autograd keeps several copies. Instead they are made tile by tile, each folded into four numbers per token,
+and the tile's memory is used again. Backward makes each tile a second time, turns it into dz and multiplies on: one
+third more arithmetic than keeping z, memory flat in V. The matrix products are the library's; the rest is row work.
+A tile is, on the GPU, all tokens x 8192 columns (one fat product, dweight written once, no sum over tokens to carry);
+on the CPU what one core's cache holds. A vocabulary that fits one tile keeps its probabilities and skips the remake.
 
 Pass only the tokens that are trained on: compaction scales the whole cost by their share. fp32 logits are not
 negotiable: bf16 ones are off by up to 0.06 nat at |z| = 16, and trainer and sampler then disagree about the policy.
@@ -16,11 +17,11 @@ import torch
 
 from kernels.dispatch import tl, triton, use_triton
 
-# N tokens   D model width   V vocabulary   C one chunk of the vocabulary
+# N tokens   D model width   V vocabulary
 
-VOCAB_CHUNK = 8192  # columns per chunk on the GPU: 1 GiB of fp32 logits at 32K tokens
-CPU_BLOCK = 2**18  # logits per block of tokens on the CPU, which fits the cache of one core
-CPU_KEEP = 2**24  # up to this many probabilities (64 MB) are kept for backward instead of being computed again
+GPU_COLUMNS = 8192  # columns of a tile on the GPU: 1 GiB of fp32 logits at 32K tokens
+CPU_COLUMNS, CPU_TILE = 2048, 2**18  # on the CPU: columns, and logits in all (1 MB)
+CPU_KEEP = 2**24  # probabilities (64 MB) that the CPU keeps for backward at most
 
 
 def linear_logprob_ref(hidden, weight, target, temperature=1.0):
@@ -31,68 +32,48 @@ def linear_logprob_ref(hidden, weight, target, temperature=1.0):
     return logprobs.gather(1, target[:, None])[:, 0], -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
-# ---- CPU: blocks of tokens against the whole vocabulary ----
+def fold_torch(z, column, scale, state):
+    """Folds a tile of logits into the four running numbers of its tokens, state [4, tokens]; returns exp(z - m).
+
+    m = running max, -1e30 at first;  s = sum(exp(z - m));  u = sum(exp(z - m) * (z - m));  zt = the target's logit
+    A new max m' rescales: a = exp(m - m');  u = a * (u + (m - m') * s);  s = a * s. In the end
+    logprob = zt - m - log(s) and entropy = log(s) - u / s, which stays exact where logsumexp - sum(p * z) cancels.
+    """
+    m, s, u, zt = state
+    if scale is not None:
+        z *= scale[:, None]
+    inside = (column >= 0) & (column < z.shape[1])
+    zt += torch.where(inside, z.gather(1, torch.where(inside, column, 0)[:, None])[:, 0], 0.0)
+    new_m = torch.maximum(m, z.amax(1))
+    shrink, z = m - new_m, z.sub_(new_m[:, None])
+    a, e = shrink.exp(), z.exp()
+    u.add_(shrink * s).mul_(a).add_(torch.linalg.vecdot(e, z))
+    s.mul_(a).add_(e.sum(1))
+    m.copy_(new_m)
+    return e
 
 
-def softmax_block(hidden, weight, inverse_temperature):
-    """log p and p of one block of tokens, [block, V] in fp32."""
-    z = hidden @ weight.T
-    logprobs = torch.log_softmax(z if inverse_temperature is None else z.mul_(inverse_temperature[:, None]), dim=-1)
-    return logprobs, logprobs.exp()
+def dz_torch(z, p, column, scale, logprob, entropy, lse, dlogprob, dentropy):
+    """The gradient of a tile: dz = dlogprob * (onehot - p) - dentropy * p * (log p + entropy), all over temperature.
 
-
-def token_blocks(num_tokens, vocab):
-    """Slices of tokens whose logits fit the cache, and never fewer than 128 of them, which would starve the product."""
-    step = max(128, CPU_BLOCK // vocab)
-    return [slice(start, start + step) for start in range(0, num_tokens, step)]
-
-
-def forward_torch(hidden, weight, target, inverse_temperature, keep):
-    """Returns logprob, entropy and, where asked for and few, the probabilities."""
-    num_tokens, vocab = len(hidden), len(weight)
-    logprob, entropy = hidden.new_empty(2, num_tokens).unbind()
-    kept = hidden.new_empty(num_tokens, vocab) if keep and num_tokens * vocab <= CPU_KEEP else None
-    for block in token_blocks(num_tokens, vocab):
-        scale = None if inverse_temperature is None else inverse_temperature[block]
-        logprobs, probs = softmax_block(hidden[block], weight, scale)
-        logprob[block] = logprobs.gather(1, target[block, None])[:, 0]
-        entropy[block] = -torch.linalg.vecdot(probs, logprobs)
-        if kept is not None:
-            kept[block] = probs
-    return logprob, entropy, kept
-
-
-def backward_torch(dlogprob, dentropy, hidden, weight, target, inverse_temperature, logprob, entropy, kept):
-    """dz = dlogprob * (onehot - p) - dentropy * p * (log p + entropy), all over temperature; then two products."""
-    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
-    for block in token_blocks(len(hidden), len(weight)):
-        scale = None if inverse_temperature is None else inverse_temperature[block]
-        probs = softmax_block(hidden[block], weight, scale)[1] if kept is None else kept[block]
-        dz = probs * -dlogprob[block, None]
-        # the target's entry is dlogprob * (1 - p); -expm1(log p) keeps its digits when p is nearly 1
-        dz.scatter_(1, target[block, None], (dlogprob[block] * -torch.expm1(logprob[block]))[:, None])
-        if dentropy is not None:
-            dz -= dentropy[block, None] * (torch.xlogy(probs, probs) + probs * entropy[block, None])
-        if scale is not None:
-            dz *= scale[:, None]
-        torch.mm(dz, weight, out=dhidden[block])
-        dweight.addmm_(dz.T, hidden[block])
-    return dhidden, dweight
-
-
-# ---- GPU: chunks of the vocabulary for all tokens ----
+    z is given, or p if that was kept. The target's entry is dlogprob * (1 - p); -expm1(log p) keeps its digits.
+    """
+    if p is None:
+        z = z if scale is None else z.mul_(scale[:, None])
+        p = z.sub_(lse[:, None]).exp_()
+    dz = p * -dlogprob[:, None]
+    inside = ((column >= 0) & (column < p.shape[1])).nonzero()[:, 0]
+    dz[inside, column[inside]] = (dlogprob * -torch.expm1(logprob))[inside]
+    if dentropy is not None:
+        dz -= torch.xlogy(p, p).addcmul_(p, entropy[:, None]).mul_(dentropy[:, None])
+    return dz if scale is None else dz.mul_(scale[:, None])
 
 
 @triton.jit
 def fold_chunk(
     z_ptr, target_ptr, scale_ptr, state_ptr, num_tokens, z_stride, chunk_start, chunk_cols, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Folds one chunk of logits into a token's four running numbers (state [4, N]):
-
-    m = running max, -1e30 at first;  s = sum(exp(z - m));  u = sum(exp(z - m) * (z - m));  zt = the target's logit
-    A new max m' rescales: a = exp(m - m');  u = a * (u + (m - m') * s);  s = a * s. In the end
-    logprob = zt - m - log(s) and entropy = log(s) - u / s, which stays exact where logsumexp - sum(p * z) cancels.
-    """
+    """fold_torch, one program per token; its four numbers live in registers while it walks over the columns."""
     token = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + token)
     state = state_ptr + token
@@ -124,7 +105,7 @@ def logits_to_dz(
     z_ptr, dz_ptr, target_ptr, scale_ptr, logprob_ptr, entropy_ptr, lse_ptr, dlogprob_ptr, dentropy_ptr,
     z_stride, dz_stride, chunk_start, chunk_cols, blocks_per_row, HAS_DENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """backward_torch for one chunk: dz in the dtype of the products that follow, 1 / temperature included."""
+    """dz_torch, in the dtype of the products that follow; one program per BLOCK columns of one token."""
     token = (tl.program_id(0) // blocks_per_row).to(tl.int64)
     cols = tl.program_id(0) % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
     mask = cols < chunk_cols
@@ -155,81 +136,107 @@ def addmm_fp32(out, a, b):
     return out.addmm_(a, b) if a.dtype == out.dtype else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
-def vocab_chunks(vocab):
-    """Equal slices of at most VOCAB_CHUNK columns, the last one shorter."""
-    return [(start, min(start + VOCAB_CHUNK, vocab)) for start in range(0, vocab, VOCAB_CHUNK)]
+def tiles(num_tokens, vocab, on_gpu):
+    """Pairs (columns, list of token blocks) of slices that cover the logits, column by column."""
+    width = min(vocab, GPU_COLUMNS if on_gpu else CPU_COLUMNS)
+    height = max(1, num_tokens if on_gpu else CPU_TILE // width)
+    blocks = [slice(start, min(start + height, num_tokens)) for start in range(0, num_tokens, height)]
+    return [(slice(start, min(start + width, vocab)), blocks) for start in range(0, vocab, width)]
 
 
-def forward_triton(hidden, weight, target, scale):
-    """Returns logprob, entropy and logsumexp, each [N] fp32."""
-    num_tokens = len(hidden)
-    m, s, u, zt = state = hidden.new_zeros(4, num_tokens, dtype=torch.float32)
+def new_buffer(cover, like, dtype):
+    """Memory for the largest tile, which is the first."""
+    columns, blocks = cover[0]
+    return like.new_empty(columns.stop * blocks[0].stop if blocks else 0, dtype=dtype)
+
+
+def make_tile(hidden, weight, block, columns, buffer):
+    """The logits of one tile, in the buffer's memory."""
+    shape = block.stop - block.start, columns.stop - columns.start
+    return mm_fp32(hidden[block], weight[columns].T, buffer[: shape[0] * shape[1]].view(shape))
+
+
+def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
+    """Returns logprob, entropy and logsumexp [N], and the probabilities if they are wanted and few."""
+    num_tokens, vocab, wide = len(hidden), len(weight), torch.promote_types(hidden.dtype, torch.float32)
+    m, s, u, zt = state = hidden.new_zeros(4, num_tokens, dtype=wide)
     m.fill_(-1e30)
-    buffer = hidden.new_empty(num_tokens * min(VOCAB_CHUNK, len(weight)), dtype=torch.float32)
-    for start, end in vocab_chunks(len(weight)):
-        z = mm_fp32(hidden, weight[start:end].T, buffer[: num_tokens * (end - start)].view(num_tokens, -1))
-        fold_chunk[(num_tokens,)](
-            z, target, scale, state, num_tokens, z.stride(0), start, end - start, BLOCK=4096, num_warps=8,
-        )  # fmt: skip
+    cover = tiles(num_tokens, vocab, on_gpu)
+    keep = keep and not on_gpu and len(cover) == 1 and num_tokens * vocab <= CPU_KEEP
+    kept = hidden.new_empty(num_tokens, vocab) if keep else None
+    buffer = new_buffer(cover, hidden, wide)
+    for columns, blocks in cover:
+        for block in blocks:
+            z = make_tile(hidden, weight, block, columns, buffer)
+            if on_gpu:
+                fold_chunk[(num_tokens,)](
+                    z, target, scale, state, num_tokens, z.stride(0), columns.start, z.shape[1], BLOCK=4096, num_warps=8,
+                )  # fmt: skip
+            else:
+                row_scale = None if scale is None else scale[block]
+                e = fold_torch(z, target[block] - columns.start, row_scale, state[:, block])
+                if keep:
+                    torch.div(e, s[block, None], out=kept[block])
     log_s = s.log()
-    return zt - m - log_s, log_s - u / s, m + log_s
+    return zt - m - log_s, log_s - u / s, m + log_s, kept
 
 
-def backward_triton(dlogprob, dentropy, hidden, weight, target, scale, logprob, entropy, lse):
-    """dhidden is summed over the chunks in fp32; each chunk of dweight is one product over all tokens."""
-    num_tokens, dtype = len(hidden), hidden.dtype
-    dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    dweight = torch.empty_like(weight)
-    width = min(VOCAB_CHUNK, len(weight))
-    z_buffer = hidden.new_empty(num_tokens * width, dtype=torch.float32)
-    dz_buffer = z_buffer if dtype == torch.float32 else hidden.new_empty(num_tokens * width)
-    for start, end in vocab_chunks(len(weight)):
-        cols = end - start
-        z, dz = (b[: num_tokens * cols].view(num_tokens, cols) for b in (z_buffer, dz_buffer))
-        mm_fp32(hidden, weight[start:end].T, z)
-        blocks = triton.cdiv(cols, 4096)
-        logits_to_dz[(num_tokens * blocks,)](
-            z, dz, target, scale, logprob, entropy, lse, dlogprob, logprob if dentropy is None else dentropy,
-            z.stride(0), dz.stride(0), start, cols, blocks,
-            HAS_DENTROPY=dentropy is not None, BLOCK=4096, num_warps=8,
-        )  # fmt: skip
-        addmm_fp32(dhidden, dz, weight[start:end])
-        torch.mm(dz.T, hidden, out=dweight[start:end])
+def backward_tiles(dlogprob, dentropy, hidden, weight, target, scale, logprob, entropy, lse, kept, on_gpu):
+    """dhidden is summed over the columns in fp32; the rows of dweight are final when their columns are done."""
+    num_tokens = len(hidden)
+    dhidden = torch.zeros(hidden.shape, dtype=logprob.dtype, device=hidden.device)
+    dweight = torch.empty_like(weight) if num_tokens else torch.zeros_like(weight)
+    cover = tiles(num_tokens, len(weight), on_gpu)
+    buffer = new_buffer(cover, hidden, logprob.dtype)
+    dz_buffer = buffer if hidden.dtype == buffer.dtype else new_buffer(cover, hidden, hidden.dtype)
+    for columns, blocks in cover:
+        for block in blocks:
+            z = make_tile(hidden, weight, block, columns, buffer) if kept is None else None
+            if on_gpu:
+                dz = dz_buffer[: z.numel()].view(z.shape)
+                launches = triton.cdiv(z.shape[1], 4096)
+                logits_to_dz[(num_tokens * launches,)](
+                    z, dz, target, scale, logprob, entropy, lse, dlogprob, logprob if dentropy is None else dentropy,
+                    z.stride(0), dz.stride(0), columns.start, z.shape[1], launches,
+                    HAS_DENTROPY=dentropy is not None, BLOCK=4096, num_warps=8,
+                )  # fmt: skip
+            else:
+                p, *rows = (
+                    x if x is None else x[block] for x in (kept, scale, logprob, entropy, lse, dlogprob, dentropy)
+                )
+                dz = dz_torch(z, p, target[block] - columns.start, *rows)
+            addmm_fp32(dhidden[block], dz, weight[columns])
+            dweight[columns].addmm_(dz.T, hidden[block], beta=0 if block is blocks[0] else 1)
     return dhidden, dweight
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Two-pass: saves the inputs and a few numbers per token (on the CPU also the probabilities where they are few)."""
+    """Saves the inputs and a few numbers per token (on the CPU also the probabilities where they are few)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, scale, keep):
-        if use_triton(hidden, weight, target):
-            logprob, entropy, extra = forward_triton(hidden, weight, target, scale)
-        else:
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            logprob, entropy, extra = forward_torch(hidden.to(wide), weight.to(wide), target, scale, keep)
-        ctx.save_for_backward(hidden, weight, target, scale, logprob, entropy, extra)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.on_gpu = use_triton(hidden, weight, target)
+        if not ctx.on_gpu:  # PyTorch's CPU has no product of bf16 operands with an fp32 result
+            hidden, weight = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (hidden, weight))
+        logprob, entropy, lse, kept = forward_tiles(hidden, weight, target, scale, keep, ctx.on_gpu)
+        ctx.save_for_backward(hidden, weight, target, scale, logprob, entropy, lse, kept)
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, dlogprob, dentropy):
-        hidden, weight, *rest = ctx.saved_tensors
-        logprob = rest[2]
+        hidden, weight, target, scale, logprob, *rest = ctx.saved_tensors
         dlogprob = torch.zeros_like(logprob) if dlogprob is None else dlogprob.contiguous()
         dentropy = None if dentropy is None else dentropy.contiguous()
-        if use_triton(hidden, weight):
-            dhidden, dweight = backward_triton(dlogprob, dentropy, hidden, weight, *rest)
-        else:
-            dhidden, dweight = backward_torch(dlogprob, dentropy, hidden.to(logprob), weight.to(logprob), *rest)
-        return dhidden.to(hidden.dtype), dweight.to(weight.dtype), None, None, None
+        grads = backward_tiles(dlogprob, dentropy, hidden, weight, target, scale, logprob, *rest, ctx.on_gpu)
+        return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)), None, None, None
 
 
 def linear_logprob(hidden, weight, target, temperature=1.0):
     """hidden [N, D], weight [V, D], target [N] int64, temperature float or [N] -> (logprob [N], entropy [N]), fp32.
 
-    Differentiable in both outputs with respect to hidden and weight. temperature must be positive.
-    """
+    Both outputs are differentiable in hidden and weight."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if isinstance(temperature, torch.Tensor):

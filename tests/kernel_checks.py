@@ -132,7 +132,7 @@ def linear_logprob_fp32(module=linear_logprob):
     """Several ragged vocabulary chunks, one temperature for all or one each, a sharp row, either output alone."""
     errors = []
     for tokens, width, vocab, chunk in ((5, 8, 37, 16), (1, 3, 5, 8192), (6, 4, 300, 100)):
-        module.VOCAB_CHUNK = chunk
+        module.GPU_COLUMNS = chunk
         inputs = [randn(tokens, width), randn(vocab, width)]
         inputs[0].data[1:2] *= 20  # nearly all mass on one token
         target = torch.randint(vocab, (tokens,))
@@ -140,7 +140,7 @@ def linear_logprob_fp32(module=linear_logprob):
             errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, temperature))
     for only in range(2):
         errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, 0.7, only=only))
-    module.VOCAB_CHUNK = 8192
+    module.GPU_COLUMNS = 8192
     return worst(errors)
 
 
@@ -241,7 +241,7 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("rms_norm", "mask = cols < D", "mask = cols < D - 1", rms_norm_fp32),
     ("qk_norm_rope", "dy1 * cos + dy2 * sin", "dy1 * cos - dy2 * sin", qk_norm_rope_fp32),
     ("swiglu", "(s + gate * s * (1.0 - s))", "s", swiglu_fp32),
-    ("linear_logprob", "a * (u + shrink * s)", "a * u", linear_logprob_fp32),
+    ("linear_logprob", "u = a * (u + shrink * s) + tl", "u = a * u + tl", linear_logprob_fp32),
     ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
     ("attention", "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", attention_fp32),
     ("attention", "- delta[None, :])", ")", attention_fp32),
