@@ -14,6 +14,10 @@ Deviations from the paper:
 torchrun --nproc_per_node=8 coderl.py --init_from=out/mathrl/final --out_dir=out/coderl
 """
 
+import time
+import statistics
+import resource
+import os
 import ast
 import decimal
 import json
@@ -22,10 +26,17 @@ import random
 import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sandbox
 from common import BadRow, fail, field, load_table, print0
+import numpy as np
+import torch
+from tqdm import tqdm
+import common
+from engine import Rollout, make_engine, request_seed
+from model import Qwen3, load_tokenizer, render_chat
+
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -336,3 +347,262 @@ def self_test(rows, cfg):
 def metric(rollout):
     """Whether one held-out rollout passes all tests; the mean over samples is the pass@1 of the paper."""
     return float(rollout.reward == 1)
+
+
+# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+
+
+# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
+def encode_prompts(rows, tokenizer, cfg):
+    """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
+    for row in rows:
+        row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
+    kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
+    for index, row in enumerate(kept):
+        row["index"] = index
+    if len(kept) < len(rows):
+        common.print0(f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens")
+    return kept if kept else common.fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
+
+
+def next_prompts(rows, state, cfg):
+    """Row indices of the next step: a walk through a permutation of the epoch's pool. Advances the cursor in `state`."""
+    chosen = []
+    while len(chosen) < cfg.prompts_per_step:
+        if state["position"] >= len(state["pool"]):
+            pool = select_rows(rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg)
+            order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
+            state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
+        taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]
+        state["position"] += len(taken)
+        chosen += taken
+    return chosen
+
+
+def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
+    """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
+    groups of equal rewards make room for fresh prompts (DAPO dynamic sampling, paper 4.4.2): `trained` are the groups kept,
+    `sampled` those of the first round, an unbiased view of the policy."""
+    submit, collect = reward_hook
+    mine, trained, sampled = indices[rank::world], [], []
+    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    for refill in range(1 + cfg.max_refill_rounds):
+        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
+                         seed=request_seed(cfg.seed, step, refill, i, sample))
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+            finished = lambda r, bar=bar: (submit(r), bar.update())
+            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            collect(fresh)
+        compute_advantages(fresh, cfg)
+        groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
+        uneven = [group for group in groups if any(r.advantage for r in group)]
+        trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
+        sampled = sampled or fresh
+        missing = wanted - len(trained) // cfg.group_size
+        if missing <= 0 or not spare:
+            break
+        mine, spare = spare[:missing], spare[missing:]
+    return trained or sampled, sampled
+
+
+def compute_advantages(rollouts, cfg):
+    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (recipe gap 2). Infra failures, and truncated
+    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (recipe gap 7)."""
+    for first in range(0, len(rollouts), cfg.group_size):
+        group = rollouts[first : first + cfg.group_size]
+        assert len({r.group for r in group}) == 1, "a group was torn apart"
+        for r in group:
+            assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
+            r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+        rewards = [r.reward for r in group if r.trained]
+        even = len(rewards) < 2 or max(rewards) == min(rewards)  # by comparison: a std of 1e-17 is not a signal
+        mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
+        for r in group:
+            r.trained = r.trained and len(rewards) > 1
+            r.advantage = 0.0 if even or not r.trained else (r.reward - mean) / (std + 1e-6)
+
+
+def collate(rollouts, cfg, device):
+    """Packed micro-batches of at most micro_batch_tokens each, long sequences first. Rollouts with advantage 0 have no
+    gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
+    rollouts = sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+    packs, room = [], 0
+    for r in rollouts:
+        length = len(r.prompt_ids) + len(r.completion_ids)
+        if length > room:
+            packs.append([])
+            room = cfg.micro_batch_tokens
+        packs[-1].append(r)
+        room -= length
+    return [pack_rollouts(pack, device) for pack in packs]
+
+
+def pack_rollouts(rollouts, device):
+    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens."""
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
+    advantages_T, sampler_logprobs_T = np.zeros(cu_seqlens[-1], np.float32), np.zeros(cu_seqlens[-1], np.float32)
+    for r, where in zip(rollouts, index, strict=True):
+        advantages_T[where], sampler_logprobs_T[where] = r.advantage, r.sampler_logprobs
+    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
+    return {
+        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
+        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
+        "advantages_T": tensor(advantages_T), "sampler_logprobs_T": tensor(sampler_logprobs_T),
+    }  # fmt: skip
+
+
+def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
+    """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
+    completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
+    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
+    advantages_M = batch["advantages_T"][batch["loss_index"]]
+    clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    return -torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M).sum() / counts["tokens"]
+
+
+def train_step(model, optimizer, rollouts, cfg, device, world):
+    """One gradient update from the rollouts of all ranks; returns the metrics. A gradient that is not finite is not applied."""
+    in_loss = [r for r in rollouts if r.trained]
+    counts = common.all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    batches = collate(rollouts, cfg, device)
+    most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    idle = most - len(batches)
+    batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
+    sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
+    for i, batch in enumerate(batches):
+        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+        logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
+        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        (loss * world).backward()  # sharded gradients are averaged over ranks, and the denominator is global already
+        if i < most - idle:
+            sums["loss"] += loss.item()
+            sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
+            sums["entropy"] += entropy_T.detach().sum().item()
+            sums["scored"] += len(batch["loss_index"])
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+    if math.isfinite(grad_norm) and most:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums = common.all_reduce(sums)
+    per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
+    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+
+
+def summarize(rollouts):
+    """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
+    n = len(rollouts)
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r.group, set()).add(r.reward)
+    sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
+    sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
+    sums["len"] = sum(len(r.completion_ids) for r in rollouts)
+    sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
+    sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
+    sums = common.all_reduce(sums)
+    n, groups = sums.pop("n"), sums.pop("groups")
+    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+
+
+def evaluate(engine, rows, cfg, reward_hook, rank, world):
+    """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
+    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = rollouts[rank::world]
+    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    reward_hook[1](rollouts)
+    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    return sums["score"] / max(sums["n"], 1)
+
+
+# ---- 6. main ---------------------------------------------------------------------------------------------------------
+STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
+
+
+def main(cfg):
+    common.lock(cfg.out_dir)
+    rank, world, device = common.init_distributed(cfg.seed)
+    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    rows = load_rows(cfg)
+    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    self_test(rows, cfg)
+
+    resume = common.latest_checkpoint(cfg.out_dir)
+    init_from = resume or cfg.init_from
+    if not os.path.exists(os.path.join(init_from, "config.json")):
+        common.fail(f"--init_from={init_from}: no checkpoint there (config.json is missing).")
+    tokenizer = load_tokenizer(init_from)
+    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
+    model = Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    model.gradient_checkpointing = device.type == "cuda"
+    common.shard(model, device)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
+    start, state = common.load_checkpoint(resume, optimizer) if resume else (0, state)
+    engine = make_engine(cfg.engine, model, tokenizer)
+    logger = common.Logger(cfg.out_dir, start)
+    num_params = sum(p.numel() for p in model.parameters())
+    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+    assert cfg.prompts_per_step % world == 0, f"prompts_per_step {cfg.prompts_per_step} is not a multiple of {world} ranks"
+
+    for step in range(start + 1, cfg.num_steps + 1):
+        clock = time.time()
+        indices = next_prompts(rows, state, cfg)
+        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        generated = time.time()
+        decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
+        metrics = summarize(sampled) | train_step(model, optimizer, trained, cfg, device, world)
+        engine.sync(model)
+        for counts in common.all_gather(count_correct(sampled)):
+            state["history"] |= counts
+
+        if metrics["status/infra"] > cfg.max_infra:
+            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).")
+        state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
+        if state["skipped"] >= 3:
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
+        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+            metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
+        done = time.time()
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": done - generated}
+        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
+            r = sampled[0]
+            common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, init_from, cfg, state)
+    common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+
+
+def count_correct(rollouts):
+    """{row index: [num_correct, num_rollouts]} of one rank, rollouts that are not trained on left out."""
+    counts = {}
+    for r in rollouts:
+        if r.trained:
+            correct, total = counts.get(str(r.row["index"]), (0, 0))
+            counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
+    return counts
+
+
+def console_line(step, m, cfg, device):
+    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
+    seconds = m["time/gen"] + m["time/train"]
+    rate = m["num_tokens"] / max(seconds, 1e-9)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
+            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
+            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config))
+    common.finish()

@@ -1,0 +1,278 @@
+"""Plumbing: flags, data files, ranks, checkpoints, logs. Nothing here takes a tensor with a batch axis."""
+
+import argparse
+import ctypes
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from model import save_tokenizer
+
+
+def fail(message):
+    """One sentence and exit code 2; used for everything that is wrong before training starts."""
+    print(f"{os.path.basename(sys.argv[0])}: {message} Nothing was trained.", file=sys.stderr, flush=True)
+    os._exit(2) if dist.is_initialized() else sys.exit(2)
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+def parse_config(Config):
+    """Every dataclass field is a flag: --lr=1e-6 or --lr 1e-6. Types come from the annotations; unknown flags are errors."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        kind = (lambda s: {"true": True, "false": False}[s.lower()]) if f.type is bool else f.type
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=f.type.__name__)
+    return Config(**vars(parser.parse_args()))
+
+
+# ---- Data files ------------------------------------------------------------------------------------------------------
+class BadRow(ValueError):
+    """Raised by a stage's normalize(row, where): the row is dropped and counted under this reason."""
+
+
+def read_rows(path, limit=0):
+    """[(where, row)] of a .json/.jsonl/.parquet file, a folder of them, or a hub id ("owner/name" or "owner/name:config")."""
+    if os.path.isdir(path):
+        files = sorted(f for f in os.listdir(path) if f.endswith((".jsonl", ".json", ".parquet")))
+        rows = [item for f in files for item in read_rows(os.path.join(path, f), limit)]
+    elif path.endswith((".jsonl", ".json")) and os.path.exists(path):
+        rows = []
+        with open(path, encoding="utf-8") as f:
+            lines = enumerate(json.load(f), 1) if path.endswith(".json") else enumerate(f, 1)
+            for i, line in lines:
+                try:
+                    row = json.loads(line) if isinstance(line, str) else line
+                except json.JSONDecodeError as e:
+                    fail(f"data {path} row {i}: not valid JSON ({e.msg} at column {e.colno}).")
+                rows.append((f"{path} row {i}", row))
+                if limit and len(rows) >= limit:
+                    break
+    elif os.path.exists(path) or path.count("/") == 1:
+        import datasets  # slow to import, so only where it is used
+
+        name, _, config = path.partition(":")
+        if os.path.exists(path):
+            table = datasets.load_dataset("parquet", data_files=path, split="train")
+        else:
+            table = datasets.load_dataset(name, config or None, split="train")
+        rows = [(f"{path} row {i + 1}", row) for i, row in enumerate(table.select(range(min(limit or len(table), len(table)))))]
+    else:
+        fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
+    return rows[:limit] if limit else rows
+
+
+def field(row, where, name, kind=str):
+    """row[name], or one sentence naming file, row, field and what was expected."""
+    if name not in row:
+        fail(f'data {where}: no "{name}" field (has: {", ".join(map(str, row))}).')
+    if not isinstance(row[name], kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        fail(f'data {where}: field "{name}" is {type(row[name]).__name__}, expected {kinds}.')
+    return row[name]
+
+
+def load_table(path, normalize, limit=0):
+    """Normal rows of a data set: normalize(row, where) returns one or raises BadRow(reason). Prints what was dropped and why."""
+    rows, dropped = [], {}
+    for where, raw in read_rows(path, limit):
+        if not isinstance(raw, dict):
+            fail(f"data {where}: a row is {type(raw).__name__}, expected an object.")
+        try:
+            rows.append(normalize(raw, where))
+        except BadRow as reason:
+            dropped.setdefault(str(reason), []).append(where)
+    for reason, wheres in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        print0(f"data {path}: dropped {len(wheres)} of {len(rows) + sum(map(len, dropped.values()))} rows, {reason} (first: {wheres[0]})")
+    if not rows:
+        fail(f"data {path}: no usable row ({'; '.join(f'{len(w)} x {r}' for r, w in dropped.items()) or 'the file is empty'}).")
+    return rows
+
+
+# ---- Ranks -----------------------------------------------------------------------------------------------------------
+def init_distributed(seed):
+    """(rank, world, device). torchrun's variables decide; without them it is one process. Seeds everything."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # glibc gives big temporaries back to the system after every op, which faults each page in again: keeping them makes
+        # a training step of the tiny model 1.5 to 2 times faster.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in ((-3, 1 << 25), (-1, 1 << 30), (-2, 1 << 26)):  # mmap threshold, trim threshold, top pad
+                libc.mallopt(option, value)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)))
+    if world > 1 or device.type == "cuda":
+        timeout = datetime.timedelta(minutes=30)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    torch.manual_seed(seed)
+    return rank, world, device
+
+
+def print0(*args):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, flush=True)
+
+
+def all_reduce(values, op="sum"):
+    """{name: number} reduced over ranks, in one collective; keys must be equal on every rank."""
+    if not dist.is_initialized():
+        return dict(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    t = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(t, dict(sum=dist.ReduceOp.SUM, max=dist.ReduceOp.MAX)[op])
+    return dict(zip(values, t.tolist()))
+
+
+def all_gather(value):
+    """[value of rank 0, value of rank 1, ...] for any picklable value."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def shard(model, device):
+    """FSDP2 over all ranks, every layer and then the root: fp32 master weights, bf16 compute on GPUs, fp32 gradient
+    reduction. A single process keeps the plain module."""
+    if dist.is_initialized():
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    return model
+
+
+def finish():
+    """End of every script: leave without interpreter teardown, where gloo's threads sometimes abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+def lock(out_dir):
+    """Create out_dir and hold it: a second run on the same directory refuses."""
+    os.makedirs(out_dir, exist_ok=True)
+    if int(os.environ.get("RANK", 0)) == 0:
+        lock.file = open(os.path.join(out_dir, ".lock"), "w")
+        try:
+            fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{out_dir}: another run is writing here.")
+
+
+def checksum(path):
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+        os.fsync(f.fileno())
+    return [os.path.getsize(path), digest.hexdigest()]
+
+
+def save_checkpoint(out_dir, step, model, optimizer, tokenizer_dir, cfg, state, keep=2):
+    """out_dir/step_000200: a Hugging Face folder plus each rank's optimizer and run.json (flags, state, versions, checksums).
+    Written under a temporary name and renamed, so that a folder with this name is always whole."""
+    rank, final = int(os.environ.get("RANK", 0)), os.path.join(out_dir, f"step_{step:06d}")
+    folder = final + ".tmp"
+    whole = {n: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.detach().cpu() for n, p in model.named_parameters()}
+    os.makedirs(folder, exist_ok=True)
+    torch.save(optimizer.state_dict(), os.path.join(folder, f"optim_rank{rank}.pt"))
+    all_gather(None)  # every rank has written
+    if rank == 0:
+        model.save_pretrained(folder, whole)
+        save_tokenizer(tokenizer_dir, folder)
+        run = {"step": step, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_hash(), "torch": torch.__version__,
+               "world": int(os.environ.get("WORLD_SIZE", 1)), "state": state}  # fmt: skip
+        run["files"] = {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != "run.json"}
+        with open(os.path.join(folder, "run.json"), "w") as f:
+            json.dump(run, f)
+            f.flush()
+            os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(folder, final)
+        for old in step_folders(out_dir)[:-keep]:
+            shutil.rmtree(os.path.join(out_dir, old))
+    all_gather(None)
+    return final
+
+
+def step_folders(out_dir):
+    return sorted(f for f in os.listdir(out_dir) if f.startswith("step_") and not f.endswith(".tmp")) if os.path.isdir(out_dir) else []
+
+
+def latest_checkpoint(out_dir):
+    """The newest whole checkpoint of out_dir, or ""; a damaged one is skipped with a line saying so."""
+    for name in reversed(step_folders(out_dir)):
+        folder = os.path.join(out_dir, name)
+        try:
+            files = json.load(open(os.path.join(folder, "run.json")))["files"]
+            damaged = [f for f, expected in files.items() if checksum(os.path.join(folder, f)) != expected]
+        except (OSError, ValueError, KeyError) as e:
+            damaged = [str(e)]
+        if not damaged:
+            return folder
+        print0(f"{folder} is damaged ({damaged[0]}), trying the one before")
+    return ""
+
+
+def load_checkpoint(folder, optimizer):
+    """Restore the optimizer of this rank and return (step, state); the weights are loaded by Qwen3.from_pretrained(folder)."""
+    run = json.load(open(os.path.join(folder, "run.json")))
+    if run["world"] != int(os.environ.get("WORLD_SIZE", 1)):
+        fail(f"{folder} was written by {run['world']} ranks and can only be resumed by as many.")
+    rank = int(os.environ.get("RANK", 0))
+    optimizer.load_state_dict(torch.load(os.path.join(folder, f"optim_rank{rank}.pt"), weights_only=True))
+    return run["step"], run["state"]
+
+
+def mark_final(out_dir, folder):
+    """out_dir/final -> the last checkpoint: what the next stage starts from, and the sign that this stage is done."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        link = os.path.join(out_dir, "final.tmp")
+        if os.path.lexists(link):
+            os.remove(link)
+        os.symlink(os.path.basename(folder), link)
+        os.replace(link, os.path.join(out_dir, "final"))
+
+
+def git_hash():
+    here = os.path.dirname(os.path.abspath(__file__))
+    return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+# ---- Log -------------------------------------------------------------------------------------------------------------
+class Logger:
+    """One console line and one metrics.jsonl line a step. After a resume the file is cut back to the step resumed from."""
+
+    def __init__(self, out_dir, step):
+        self.path, self.start = os.path.join(out_dir, "metrics.jsonl"), time.time()
+        if int(os.environ.get("RANK", 0)) == 0:
+            old = [line for line in open(self.path) if line.endswith("\n")] if os.path.exists(self.path) else []
+            with open(self.path, "w") as f:
+                f.writelines(line for line in old if json.loads(line)["step"] <= step)
+
+    def log(self, step, metrics, line=""):
+        if int(os.environ.get("RANK", 0)) == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **metrics}) + "\n")
+        if line:
+            print0(line)

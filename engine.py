@@ -1,0 +1,187 @@
+"""Rollouts: prompts in, completions out, tokens on both sides (model text is never encoded again).
+
+The built-in sampler runs anywhere: one packed prefill that every sample of a prompt shares, then batched decoding with a KV
+cache. Finished rows leave the batch and are handed on at once, so that their rewards are computed while others still decode.
+Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with.
+
+    B rows still decoding   P distinct prompts   S cache slots   N query heads   K kv heads   H head width   V vocabulary
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import flash_attention_varlen
+from kernels.sampling import sample_tokens
+from model import stop_ids
+
+
+@dataclass
+class Rollout:
+    """One sampled completion on its way from prompt to advantage."""
+
+    row: dict  # the data row it came from
+    group: int  # rollouts of one prompt share it
+    prompt_ids: list
+    seed: int  # request_seed(run, step, prompt, sample)
+    completion_ids: list = field(default_factory=list)  # the stop token included when there is one
+    sampler_logprobs: list = field(default_factory=list)  # under softmax(logits / temperature), whole vocabulary
+    finish_reason: str = ""  # "stop" or "length"
+    text: str = ""  # decoded completion, thinking included, stop token left out
+    reward: float = float("nan")
+    status: str = ""  # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)
+    advantage: float = 0.0
+    trained: bool = True  # False: left out of the loss, its denominator and the group statistics
+
+
+def request_seed(*key):
+    """63-bit seed from integers, e.g. (run seed, step, prompt, sample); every rank and resume computes the same one."""
+    return int(np.random.SeedSequence([int(k) % 2**32 for k in key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def uniforms(seeds, start, count):
+    """[len(seeds), count] floats in (0, 1): numbers start .. start + count of each seed's own stream (SplitMix64)."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(seeds, np.uint64)[:, None] + np.uint64(0x9E3779B97F4A7C15) * np.arange(start + 1, start + count + 1, dtype=np.uint64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+class TorchEngine:
+    """The built-in sampler. On one rank it decodes with the trained module itself; beside sharded weights it keeps a whole
+    replica that sync() refreshes."""
+
+    def __init__(self, model, tokenizer, max_rows=256):
+        self.tokenizer, self.max_rows = tokenizer, max_rows
+        self.stops = torch.tensor(stop_ids(tokenizer))
+        self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+        self.model = model
+        if self.sharded:
+            self.model = type(model)(copy.deepcopy(model.config)).requires_grad_(False)
+            self.sync(model)
+
+    @torch.no_grad()
+    def sync(self, model):
+        """Copy the trained weights into the engine, one tensor at a time; returns the bytes moved."""
+        if not self.sharded:
+            return 0
+        moved = 0
+        for (name, p), (copy_name, target) in zip(model.named_parameters(), self.model.named_parameters(), strict=True):
+            assert name == copy_name, f"{name} is not {copy_name}"
+            whole = p.full_tensor()
+            target.data = whole.to(dtype=target.dtype, device=whole.device)
+            moved += whole.numel() * whole.element_size()
+        return moved
+
+    @torch.no_grad()
+    def generate(self, rollouts, max_new_tokens, temperature, top_p=1.0, top_k=0, on_finished=None):
+        """Fill completion_ids, sampler_logprobs, finish_reason and text of every rollout, in place; on_finished(rollout) is
+        called the moment one ends. temperature 0 is greedy. top_p and top_k restrict what can be drawn; the log-probs are of
+        the whole distribution (what the trainer computes too; recipe gap 6)."""
+        was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
+        sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+        for first in range(0, len(rollouts), self.max_rows):
+            self._generate_wave(rollouts[first : first + self.max_rows], max_new_tokens, sampling, on_finished)
+        self.model.gradient_checkpointing = was_checkpointing
+
+    def _generate_wave(self, rollouts, max_new_tokens, sampling, on_finished):
+        config, device = self.model.config, self.model.model.embed_tokens.weight.device
+        lengths_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
+        width = int(lengths_B.max())  # prompts are right-aligned, so that every row writes the same slot
+        logits_BV, cache = self._prefill(rollouts, width, max_new_tokens, device)
+        bias_B11S = torch.zeros(len(rollouts), 1, 1, width + max_new_tokens, dtype=cache[0][0].dtype)
+        bias_B11S.masked_fill_(torch.arange(width + max_new_tokens) < (width - lengths_B)[:, None, None, None], float("-inf"))
+        bias_B11S, position_B = bias_B11S.to(device), lengths_B.to(device)
+        alive = list(range(len(rollouts)))  # batch row -> rollout
+        uniform_BS = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens)).float()
+        for step in range(max_new_tokens):
+            token_B, logprob_B = sample_tokens(logits_BV, uniform_BS[alive, step].to(device), **sampling)
+            stopped = torch.isin(token_B.cpu(), self.stops).tolist()
+            for b, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist())):
+                rollout = rollouts[alive[b]]
+                rollout.completion_ids.append(token)
+                rollout.sampler_logprobs.append(logprob)
+                if stopped[b] or step + 1 == max_new_tokens:
+                    self._finish(rollout, "stop" if stopped[b] else "length", on_finished)
+            keep = [b for b, stop in enumerate(stopped) if not stop]
+            if not keep or step + 1 == max_new_tokens:
+                return
+            if len(keep) < len(alive):
+                index = torch.tensor(keep, device=device)
+                alive = [alive[b] for b in keep]
+                token_B, position_B, bias_B11S = token_B[index], position_B[index], bias_B11S[index]
+                slots = width + step  # only the slots in use are copied
+                cache = [tuple(self._shrink(t, index, slots) for t in layer) for layer in cache]
+            logits_BV = self._decode(token_B, position_B, cache, bias_B11S, width + step)
+            position_B = position_B + 1
+
+    @staticmethod
+    def _shrink(t_BKSH, index, slots):
+        smaller = t_BKSH.new_empty(len(index), *t_BKSH.shape[1:])
+        smaller[:, :, :slots] = t_BKSH[index, :, :slots]
+        return smaller
+
+    def _finish(self, rollout, reason, on_finished):
+        rollout.finish_reason = reason
+        ids = rollout.completion_ids[:-1] if reason == "stop" else rollout.completion_ids
+        rollout.text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if on_finished is not None:
+            on_finished(rollout)
+
+    def _prefill(self, rollouts, width, max_new_tokens, device):
+        """Last-token logits [B, V] and the cache [(k, v)] * layers, each [B, K, width + max_new_tokens, H]."""
+        first_of, prompts = {}, []
+        for r in rollouts:
+            if first_of.setdefault(tuple(r.prompt_ids), len(prompts)) == len(prompts):
+                prompts.append(r.prompt_ids)
+        prompt_B = torch.tensor([first_of[tuple(r.prompt_ids)] for r in rollouts], device=device)
+        lengths = [len(p) for p in prompts]
+        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+        row_T = torch.tensor(np.repeat(np.arange(len(prompts)), lengths), device=device)
+        position_T = torch.tensor(np.concatenate([np.arange(n) for n in lengths]), device=device)
+        slot_T = position_T + torch.tensor(np.repeat(width - np.array(lengths), lengths), device=device)
+        cache = []
+
+        def attend(layer, q_TNH, k_TKH, v_TKH):
+            both = []
+            for t_TKH in (k_TKH, v_TKH):
+                t_PKSH = t_TKH.new_zeros(len(prompts), t_TKH.shape[1], width, t_TKH.shape[2])
+                t_PKSH[row_T, :, slot_T] = t_TKH
+                t_BKSH = t_TKH.new_empty(len(rollouts), t_TKH.shape[1], width + max_new_tokens, t_TKH.shape[2])
+                t_BKSH[:, :, :width] = t_PKSH[prompt_B]
+                both.append(t_BKSH)
+            cache.append(tuple(both))
+            return flash_attention_varlen(q_TNH, k_TKH, v_TKH, cu_seqlens, max(lengths))
+
+        input_ids_T = torch.tensor(np.concatenate(prompts), device=device)
+        hidden_TD = self.model.hidden_states(input_ids_T, position_T, attend)
+        logits_PV = F.linear(hidden_TD[cu_seqlens[1:].long() - 1], self.model.head_weight).float()
+        return logits_PV[prompt_B], cache
+
+    def _decode(self, token_B, position_B, cache, bias_B11S, slot):
+        """One token a row: write its key and value at `slot`, attend to slots 0..slot, return logits [B, V]."""
+
+        def attend(layer, q_BNH, k_BKH, v_BKH):
+            k_BKSH, v_BKSH = cache[layer]
+            k_BKSH[:, :, slot], v_BKSH[:, :, slot] = k_BKH, v_BKH
+            B, K, H = k_BKH.shape
+            # The N / K query heads that share a kv head stand in the query-length axis: grouped attention without copies.
+            out = F.scaled_dot_product_attention(
+                q_BNH.view(B, K, -1, H), k_BKSH[:, :, : slot + 1], v_BKSH[:, :, : slot + 1], attn_mask=bias_B11S[..., : slot + 1]
+            )
+            return out.reshape(B, -1, H)
+
+        hidden_BD = self.model.hidden_states(token_B, position_B, attend)
+        return F.linear(hidden_BD, self.model.head_weight).float()
+
+
+def make_engine(name, model, tokenizer):
+    """The engine of a run: "torch" is the built-in sampler; "auto" takes it wherever nothing faster is installed."""
+    if name in ("auto", "torch"):
+        return TorchEngine(model, tokenizer)
+    raise ValueError(f"engine {name!r}: expected auto or torch")

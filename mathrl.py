@@ -1,0 +1,634 @@
+"""Math RL: stage 4 of the cascade (paper 4.5), and the RL stage to read first.
+
+One prompt, G completions, reward 1 if the last box after </think> equals the answer, 0 if not, -1 if the reasoning
+leaves the language of the prompt. Lengths grow over three invocations: 24K, 32K, 40K tokens (run_cascade.sh).
+Deviations from the paper:
+  1. Equality is math-verify's on the last balanced box, the answer read as LaTeX only; the paper's AceMath checker also
+     takes 28 for 0.28, (0,9) for [0,9) and "32, 349" for 32349, which a policy can farm.
+  2. When the gold is a number, the answer has to be one: lists, relations and work left undone ("2+2", "7!") earn 0.
+  3. Mixed language is a test on Unicode scripts (letters of a script absent from the prompt), not a language model.
+torchrun --nproc_per_node=8 mathrl.py --init_from=out/ifrl/final --out_dir=out/mathrl
+"""
+
+import functools
+import math
+import statistics
+import time
+import logging
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import threading
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from common import BadRow, fail, field, load_table, print0
+import numpy as np
+import torch
+from tqdm import tqdm
+import common
+from engine import Rollout, make_engine, request_seed
+from model import Qwen3, load_tokenizer, render_chat
+
+
+# ---- 1. Config -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    init_from: str = "out/ifrl/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    out_dir: str = "out/mathrl"
+    data: str = "nvidia/Nemotron-Cascade-RL-Math"  # hub id, folder, parquet, .json or .jsonl
+    eval_data: str = ""  # same schemas; "": no held-out metric
+    engine: str = "auto"  # rollouts: auto or torch
+    prompts_per_step: int = 128  # over all ranks; paper T17
+    group_size: int = 8  # completions per prompt (G); paper T17
+    num_steps: int = 190  # first of 190 + 240 + 70 steps; paper T17
+    max_prompt_tokens: int = 2048  # longer prompts are dropped at load
+    max_new_tokens: int = 24576  # 24K, then 32K, then 40K; paper T17
+    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K
+    temperature: float = 1.0  # of the sampler and of the trained log-probs; paper T17: 1.0, 1.0, 0.8
+    top_p: float = 0.95  # sampler only (recipe gap 6); paper T17
+    top_k: int = 0  # sampler only; 0: off
+    overlong_filter: bool = True  # truncated completions leave loss and group statistics; False: they keep their reward
+    max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
+    readmit_hard: float = 0.10  # chance that a 0% problem returns to the pool of an epoch; paper 4.5.2
+    readmit_easy: float = 0.01  # the same for a 100% problem
+    lr: float = 2e-6  # AdamW; paper T17
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (recipe gap 3)
+    warmup_steps: int = 0  # linear
+    beta1: float = 0.9  # paper T17
+    beta2: float = 0.95  # paper T17
+    weight_decay: float = 0.01  # not stated in the paper (recipe gap 4)
+    grad_clip: float = 1.0  # not stated in the paper
+    clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
+    clip_high: float = 0.2
+    micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
+    reward_workers: int = 8  # verifier processes per rank
+    max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
+    eval_every: int = 20  # steps; 0: never
+    eval_rows: int = 256  # held-out rows, one sample each
+    save_every: int = 10  # steps
+    sample_every: int = 10  # steps between printed samples
+    seed: int = 0
+
+
+# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+
+INSTRUCTION = "Solve the problem step by step. Put the final answer, and nothing else, inside \\boxed{}.\n\n"
+DAPO = re.compile(r"Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put your answer.*", re.S)
+
+
+def normalize(row, where):
+    """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops it with a reason."""
+    problem = row.get("problem") or row.get("question") or field(row, where, "prompt", (str, list))
+    if isinstance(problem, list):  # DAPO-Math-17k: a chat turn that asks for "Answer:" instead of a box
+        problem = DAPO.sub(r"\1", problem[-1]["content"].strip())
+    named = {**row, "ground_truth": (row.get("reward_model") or {}).get("ground_truth")}
+    names = [k for k in ("answer", "expected_answer", "ground_truth", "solution") if named.get(k) is not None]
+    gold = str(named[names[0]] if names else field(row, where, "answer"))
+    if "\\boxed" in gold:  # a written solution instead of a bare answer
+        gold = last_box(gold) or ""
+    if not problem.strip() or not gold.strip():
+        raise BadRow("empty problem or answer")
+    return {"messages": [{"role": "user", "content": INSTRUCTION + problem.strip()}], "think": True, "answer": gold}
+
+
+def load_rows(cfg, path=None, limit=0):
+    """Rows of cfg.data (or path): each problem once (DAPO repeats them), golds that verify against themselves only."""
+    rows = load_table(path or cfg.data, normalize, limit)
+    distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
+    sound = verifiers(cfg.reward_workers).map(lambda row: reward(boxed(row["answer"]), row["answer"]) == 1, distinct)
+    kept = [row for row, ok in zip(distinct, sound) if ok]
+    if len(kept) < len(rows):
+        repeated, unsound = len(rows) - len(distinct), len(distinct) - len(kept)
+        print0(f"data {path or cfg.data}: dropped {repeated} repeated problems, {unsound} answers that do not verify")
+    return kept or fail(f"data {path or cfg.data}: no answer that the verifier can read.")
+
+
+def select_rows(rows, epoch, history, cfg):
+    """Indices of the rows in this epoch's pool: the epoch-wise filter of paper 4.5.2, always drawn from the full set.
+
+    history: {row index: [num_correct, num_rollouts]} of the last epoch that sampled the row, truncated rollouts left
+    out. Rows at 100% or 0% leave, and return with readmit_easy or readmit_hard; unseen rows stay. A pure function, the
+    same on every rank; each row has its own draw, so that its luck does not depend on the others.
+    """
+    draw, pool = random.Random(f"{cfg.seed} {epoch}"), []
+    for i in range(len(rows)):
+        luck, (correct, total) = draw.random(), history.get(i, (0, 0))
+        chance = {0: cfg.readmit_hard, total: cfg.readmit_easy}.get(correct, 1.0) if total else 1.0
+        if luck < chance:
+            pool.append(i)
+    return pool or list(range(len(rows)))
+
+
+# ---- 3. Reward -------------------------------------------------------------------------------------------------------
+
+for name in ("math_verify", "latex2sympy2_extended"):  # they warn about every answer that does not parse
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+
+LIMIT_S = 9.5  # wall seconds of one verification; parsing the gold, parsing the answer and comparing have 3 each
+MAX_ANSWER = 512  # characters inside the box
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
+NAME = re.compile(r"\\?[A-Za-z]+(_\w|_\{\w+\}|\([A-Za-z]\))?\s*(=|\\(equiv|approx)(?![a-z]))\s*")  # "x = ", "a_{1}="
+UNIT = re.compile(r"\s*(\\?%|\^\{?\\circ\}?|\\degree|_\{?10\}?|\\(text\w*|mathrm|mbox)\{[^{}\d]*\}(\^\{?[23]\}?)?)$")
+# What a plain number may look like besides a literal: powers, fractions, roots, E for "\times 10^", a unit in words.
+VALUE = re.compile(
+    r"(\d(?!\s+\d)|[.^{}()/\s]|(?<![\w)}])-|\\[cdt]?frac|\\sqrt|\\(left|right)(?![a-z])|E)+([A-Za-z]{2}[A-Za-z ]*)?",
+    re.A,
+)
+RELATION = re.compile(
+    r"[=<>;]|\\\\|\\text\w*\{[^}]*\d|\\(equiv|approx|sim|simeq|cong|neq?|leq?|geq?|lt|gt|to|([Ll]eft)?[Rr]ightarrow"
+    r"|iff|implies|in|lor|land|vee|wedge|cup|cap|mid|pm|mp|l?dots|cdots|q?quad)(?![A-Za-z])"
+)
+UNDONE = re.compile(r"!|\\(sum|prod|i+nt|oint|lim|limsup|liminf|[dt]?binom|choose|max|min|sup|inf|gcd|det)(?![A-Za-z])")
+
+
+def boxed(answer):
+    """The shortest response that gives this answer."""
+    return "</think>\\boxed{" + answer + "}"
+
+
+def last_box(text):
+    """Content of the last outermost \\boxed{} or \\fbox{}; None if missing, unbalanced, too long or a hedge.
+
+    "\\boxed{33} so \\boxed{\\boxed{34}}" -> "34"; "\\boxed{33 \\boxed{34}}" -> None.
+    """
+    content, end = None, 0
+    for box in list(BOX.finditer(text))[-8:]:  # eight: bounded work on a flood of boxes
+        if box.start() < end:
+            continue  # inside the previous one
+        content, depth = None, 0
+        for token in re.finditer(r"\\.|[{}]|[^\\{}]+", text[box.end() : box.end() + MAX_ANSWER + 2], re.S):
+            depth += {"{": 1, "}": -1}.get(token[0], 0)
+            if depth <= 0:
+                if token[0] == "}":
+                    end = box.end() + token.end()
+                    content = text[box.end() + 1 : end - 1].strip()
+                break
+    if content and (inner := BOX.match(content)) and content[inner.end() :].startswith("{") and content.endswith("}"):
+        content = content[inner.end() + 1 : -1].strip()
+    return None if content is None or BOX.search(content) else content
+
+
+def strip(text):
+    """An answer without its dress: one trailing dot, dollars, spacing, thousands commas, a name in front, a unit."""
+    text = re.sub(r",\\!\s*", ",", str(text).replace("{,}", ","))
+    text = re.sub(r"\\[!,:; ()\[\]]|~|\\?\$", "", text).strip().removesuffix(".")
+    text = UNIT.sub("", NAME.sub("", text, count=1) if NAME.match(text) else text)
+    text = re.sub(r"^\\(?:text\w*|mathrm|mathbf|mbox)\{([^{}]*)\}$", r"\1", text).strip()
+    return text.replace(",", "") if re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", text) else text
+
+
+def literal(text):
+    """Exact value of a number written out: "1,024" "-3.50" "7/2" "\\frac{7}{2}" "12 \\text{ cm}"; None for others."""
+    text = re.sub(r"^([-+]?)\\[cdt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", strip(text))
+    return Fraction(text) if LITERAL.fullmatch(text) and not re.search(r"/0+$", text) else None
+
+
+def refused(gold, given):
+    """True if gold is a number and given is not written as one (deviation 2): hedges, chains, work left undone."""
+    given = re.sub(r"\\(times|cdot)\s*10\s*\^", "E", strip(given))
+    if literal(gold) is not None:
+        return not VALUE.fullmatch(given)
+    symbols = re.sub(r"\\(?!infty)[A-Za-z]+|[ei](?![A-Za-z])", "", strip(gold))
+    if re.search(r"[A-Za-z,=<>|\[\]]", symbols) or RELATION.search(gold) or not re.search(r"\d|\\pi|e", gold):
+        return False  # gold is a set, an interval, an expression, a word
+    return bool(RELATION.search(given) or (UNDONE.search(given) and not UNDONE.search(gold)))
+
+
+def equal(gold, given):
+    """math-verify on gold (default reading) and answer (LaTeX only). It uses SIGALRM and can hang: only in a child."""
+    try:
+        gold_forms = parse(boxed(gold), parsing_timeout=3)
+        given_forms = parse(boxed(given), [LatexExtractionConfig()], parsing_timeout=3)
+        if not verify(gold_forms, given_forms, timeout_seconds=3):
+            return False
+        a, b = gold_forms[0], given_forms[0]
+        if a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b)):
+            return True
+        if a.is_Integer:
+            return (a - b).equals(0) is True
+        return bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30)))  # verify() rounds: tiny numbers are all equal
+    except BaseException:  # whatever sympy throws at hostile LaTeX; math-verify's own timeout is no Exception
+        return False
+
+
+def killable(function, limit_s):
+    """call(*args): function(*args) in the calling thread's own child process; None if it ran past limit_s or died.
+
+    Nothing here knows mathematics. The child is forked by call.start(), best before a model exists, and reused.
+    """
+    mine, forking, ends = threading.local(), threading.Lock(), []
+
+    def serve(pipe, parent):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with open("/proc/self/statm") as pages:
+            memory = int(pages.read().split()[0]) * resource.getpagesize() + (2 << 30)  # 2 GiB more than now
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        while os.getppid() == parent:  # an orphan ends by itself, at the latest after a second
+            if pipe.poll(1):
+                args = pipe.recv()  # EOFError if the parent has gone
+                signal.setitimer(signal.ITIMER_PROF, limit_s)  # default action: ends a hang in C, parent or no parent
+                result = function(*args)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                pipe.send(result)
+
+    def start():
+        with forking:  # a child holds the far end of its own pipe only, so that either side sees the other die
+            mine.pipe, far = multiprocessing.Pipe()
+            ends.append(mine.pipe)
+            mine.owner = os.getpid()
+            mine.child = os.fork()
+            if mine.child == 0:
+                try:
+                    for end in ends:
+                        end.close()
+                    serve(far, mine.owner)
+                finally:
+                    os._exit(0)
+            far.close()
+
+    def call(*args):
+        if getattr(mine, "owner", None) != os.getpid():  # first call of this thread, or of a fork of it
+            start()
+        try:
+            mine.pipe.send(args)
+            if mine.pipe.poll(limit_s):
+                return mine.pipe.recv()
+        except (EOFError, OSError):
+            pass  # the child died
+        os.kill(mine.child, signal.SIGKILL)
+        os.waitpid(mine.child, 0)
+        mine.pipe.close()
+        ends.remove(mine.pipe)
+        start()
+
+    call.start = start
+    return call
+
+
+equal_in_child = killable(equal, LIMIT_S)
+
+
+def same_answer(gold, given):
+    """True or False, None if the verifier had to be killed. Integers and equal literals never leave this process."""
+    a, b = literal(gold), literal(given)
+    if "%" not in gold and a is not None and b is not None and (a == b or a.denominator == 1):
+        return a == b
+    return False if refused(gold, given) else equal_in_child(gold, given.removesuffix("."))
+
+
+def language_ok(prompt, response):
+    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
+
+    def scripts(text):
+        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
+        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
+        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
+
+    return scripts(response) <= scripts(prompt)
+
+
+def verdict(response, answer, prompt=None):
+    """(reward, status) of one response: text up to the last </think> is reasoning, the last box after it counts."""
+    reasoning, closed, final = response.rpartition("</think>")
+    if prompt is not None and not language_ok(prompt, reasoning if closed else response):
+        return -1, "language"
+    given = last_box(final) if closed else None
+    if not given:
+        return 0, "no_answer"
+    return {True: (1, "ok"), False: (0, "wrong"), None: (0, "timeout")}[same_answer(str(answer), given)]
+
+
+def reward(response, answer, prompt=None):
+    """1 / 0 / -1 (the last only with a prompt). At most 10 s."""
+    return verdict(response, answer, prompt)[0]
+
+
+def judge(rollout):
+    """(reward, status) of a rollout. A truncated one has not answered, whatever it boxed on the way."""
+    text = rollout.text if rollout.row["think"] else "</think>" + rollout.text
+    prompt = " ".join(turn["content"] for turn in rollout.row["messages"])
+    value, status = verdict(text, rollout.row["answer"], prompt)
+    return (0, "no_answer") if rollout.finish_reason == "length" and value == 1 else (value, status)
+
+
+@functools.cache
+def verifiers(workers):
+    """Thread pool whose threads own a child each, all forked when this returns. First called while loading the data."""
+    pool, barrier = ThreadPoolExecutor(workers), threading.Barrier(workers)
+    list(pool.map(lambda _: (equal_in_child.start(), barrier.wait()), range(workers)))
+    return pool
+
+
+def make_reward(cfg):
+    """(submit, collect): submit(rollout) starts its verdict in the background, collect(rollouts) waits and sets it."""
+    pool = verifiers(cfg.reward_workers)
+    pending = {}  # id -> (rollout, future); holding the rollout keeps its id unique
+
+    def submit(rollout):
+        pending[id(rollout)] = rollout, pool.submit(judge, rollout)
+
+    def collect(rollouts):
+        for rollout in rollouts:
+            if id(rollout) not in pending:
+                submit(rollout)
+            rollout.reward, rollout.status = pending.pop(id(rollout))[1].result()
+
+    return submit, collect
+
+
+def monitor(rollouts):
+    """This stage's numbers for the log, as shares of all rollouts."""
+    boxes = [len(BOX.findall(r.text.rpartition("</think>")[2])) if "</think>" in r.text else 0 for r in rollouts]
+    shares = {"box": [n > 0 for n in boxes], "two_boxes": [n > 1 for n in boxes]}
+    shares["box_wrong"] = [n > 0 and r.status == "wrong" for n, r in zip(boxes, rollouts)]
+    shares |= {status: [r.status == status for r in rollouts] for status in ("language", "timeout")}
+    return {name: sum(flags) / max(len(flags), 1) for name, flags in shares.items()}
+
+
+def self_test(rows, cfg):
+    """Before training: on a sample, the boxed gold earns 1, another number 0, and the gold inside the reasoning 0."""
+    for row in random.Random(cfg.seed).sample(rows, min(32, len(rows))):
+        gold = row["answer"]
+        tries = (boxed(gold), boxed("-7151623.5"), boxed(gold).removeprefix("</think>"))
+        earned = [reward(text, gold) for text in tries]
+        if earned != [1, 0, 0]:
+            fail(f'verifier self test: answer "{gold}" earns {earned} where [1, 0, 0] is right.')
+
+
+# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+
+
+def metric(rollout):
+    """Accuracy of one held-out rollout; its mean over samples is the avg@k of the paper."""
+    return float(rollout.reward == 1)
+
+
+# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+
+
+# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
+def encode_prompts(rows, tokenizer, cfg):
+    """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
+    for row in rows:
+        row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
+    kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
+    for index, row in enumerate(kept):
+        row["index"] = index
+    if len(kept) < len(rows):
+        common.print0(f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens")
+    return kept if kept else common.fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
+
+
+def next_prompts(rows, state, cfg):
+    """Row indices of the next step: a walk through a permutation of the epoch's pool. Advances the cursor in `state`."""
+    chosen = []
+    while len(chosen) < cfg.prompts_per_step:
+        if state["position"] >= len(state["pool"]):
+            pool = select_rows(rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg)
+            order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
+            state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
+        taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]
+        state["position"] += len(taken)
+        chosen += taken
+    return chosen
+
+
+def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
+    """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
+    groups of equal rewards make room for fresh prompts (DAPO dynamic sampling, paper 4.4.2): `trained` are the groups kept,
+    `sampled` those of the first round, an unbiased view of the policy."""
+    submit, collect = reward_hook
+    mine, trained, sampled = indices[rank::world], [], []
+    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    for refill in range(1 + cfg.max_refill_rounds):
+        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
+                         seed=request_seed(cfg.seed, step, refill, i, sample))
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+            finished = lambda r, bar=bar: (submit(r), bar.update())
+            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            collect(fresh)
+        compute_advantages(fresh, cfg)
+        groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
+        uneven = [group for group in groups if any(r.advantage for r in group)]
+        trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
+        sampled = sampled or fresh
+        missing = wanted - len(trained) // cfg.group_size
+        if missing <= 0 or not spare:
+            break
+        mine, spare = spare[:missing], spare[missing:]
+    return trained or sampled, sampled
+
+
+def compute_advantages(rollouts, cfg):
+    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (recipe gap 2). Infra failures, and truncated
+    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (recipe gap 7)."""
+    for first in range(0, len(rollouts), cfg.group_size):
+        group = rollouts[first : first + cfg.group_size]
+        assert len({r.group for r in group}) == 1, "a group was torn apart"
+        for r in group:
+            assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
+            r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+        rewards = [r.reward for r in group if r.trained]
+        even = len(rewards) < 2 or max(rewards) == min(rewards)  # by comparison: a std of 1e-17 is not a signal
+        mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
+        for r in group:
+            r.trained = r.trained and len(rewards) > 1
+            r.advantage = 0.0 if even or not r.trained else (r.reward - mean) / (std + 1e-6)
+
+
+def collate(rollouts, cfg, device):
+    """Packed micro-batches of at most micro_batch_tokens each, long sequences first. Rollouts with advantage 0 have no
+    gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
+    rollouts = sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+    packs, room = [], 0
+    for r in rollouts:
+        length = len(r.prompt_ids) + len(r.completion_ids)
+        if length > room:
+            packs.append([])
+            room = cfg.micro_batch_tokens
+        packs[-1].append(r)
+        room -= length
+    return [pack_rollouts(pack, device) for pack in packs]
+
+
+def pack_rollouts(rollouts, device):
+    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens."""
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
+    advantages_T, sampler_logprobs_T = np.zeros(cu_seqlens[-1], np.float32), np.zeros(cu_seqlens[-1], np.float32)
+    for r, where in zip(rollouts, index, strict=True):
+        advantages_T[where], sampler_logprobs_T[where] = r.advantage, r.sampler_logprobs
+    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
+    return {
+        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
+        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
+        "advantages_T": tensor(advantages_T), "sampler_logprobs_T": tensor(sampler_logprobs_T),
+    }  # fmt: skip
+
+
+def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
+    """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
+    completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
+    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
+    advantages_M = batch["advantages_T"][batch["loss_index"]]
+    clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    return -torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M).sum() / counts["tokens"]
+
+
+def train_step(model, optimizer, rollouts, cfg, device, world):
+    """One gradient update from the rollouts of all ranks; returns the metrics. A gradient that is not finite is not applied."""
+    in_loss = [r for r in rollouts if r.trained]
+    counts = common.all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    batches = collate(rollouts, cfg, device)
+    most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    idle = most - len(batches)
+    batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
+    sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
+    for i, batch in enumerate(batches):
+        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+        logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
+        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        (loss * world).backward()  # sharded gradients are averaged over ranks, and the denominator is global already
+        if i < most - idle:
+            sums["loss"] += loss.item()
+            sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
+            sums["entropy"] += entropy_T.detach().sum().item()
+            sums["scored"] += len(batch["loss_index"])
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+    if math.isfinite(grad_norm) and most:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums = common.all_reduce(sums)
+    per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
+    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+
+
+def summarize(rollouts):
+    """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
+    n = len(rollouts)
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r.group, set()).add(r.reward)
+    sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
+    sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
+    sums["len"] = sum(len(r.completion_ids) for r in rollouts)
+    sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
+    sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
+    sums = common.all_reduce(sums)
+    n, groups = sums.pop("n"), sums.pop("groups")
+    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+
+
+def evaluate(engine, rows, cfg, reward_hook, rank, world):
+    """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
+    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = rollouts[rank::world]
+    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    reward_hook[1](rollouts)
+    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    return sums["score"] / max(sums["n"], 1)
+
+
+# ---- 6. main ---------------------------------------------------------------------------------------------------------
+STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
+
+
+def main(cfg):
+    common.lock(cfg.out_dir)
+    rank, world, device = common.init_distributed(cfg.seed)
+    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    rows = load_rows(cfg)
+    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    self_test(rows, cfg)
+
+    resume = common.latest_checkpoint(cfg.out_dir)
+    init_from = resume or cfg.init_from
+    if not os.path.exists(os.path.join(init_from, "config.json")):
+        common.fail(f"--init_from={init_from}: no checkpoint there (config.json is missing).")
+    tokenizer = load_tokenizer(init_from)
+    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
+    model = Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    model.gradient_checkpointing = device.type == "cuda"
+    common.shard(model, device)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
+    start, state = common.load_checkpoint(resume, optimizer) if resume else (0, state)
+    engine = make_engine(cfg.engine, model, tokenizer)
+    logger = common.Logger(cfg.out_dir, start)
+    num_params = sum(p.numel() for p in model.parameters())
+    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+    assert cfg.prompts_per_step % world == 0, f"prompts_per_step {cfg.prompts_per_step} is not a multiple of {world} ranks"
+
+    for step in range(start + 1, cfg.num_steps + 1):
+        clock = time.time()
+        indices = next_prompts(rows, state, cfg)
+        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        generated = time.time()
+        decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
+        metrics = summarize(sampled) | train_step(model, optimizer, trained, cfg, device, world)
+        engine.sync(model)
+        for counts in common.all_gather(count_correct(sampled)):
+            state["history"] |= counts
+
+        if metrics["status/infra"] > cfg.max_infra:
+            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).")
+        state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
+        if state["skipped"] >= 3:
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
+        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+            metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
+        done = time.time()
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": done - generated}
+        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
+            r = sampled[0]
+            common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, init_from, cfg, state)
+    common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+
+
+def count_correct(rollouts):
+    """{row index: [num_correct, num_rollouts]} of one rank, rollouts that are not trained on left out."""
+    counts = {}
+    for r in rollouts:
+        if r.trained:
+            correct, total = counts.get(str(r.row["index"]), (0, 0))
+            counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
+    return counts
+
+
+def console_line(step, m, cfg, device):
+    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
+    seconds = m["time/gen"] + m["time/train"]
+    rate = m["num_tokens"] / max(seconds, 1e-9)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
+            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
+            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config))
+    common.finish()

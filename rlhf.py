@@ -1,0 +1,605 @@
+"""RLHF: stage 2 of the cascade (paper 4.2 and 4.3). A Bradley-Terry reward model, then GRPO against its scalar score.
+
+Without --rm the reward model is trained first (--rm_data) and kept in out_dir/rm; --rm takes any Hugging Face sequence
+classifier, or the URL of a scoring endpoint. It reads question and answer, never the thinking. Half of the prompts of a
+unified run are answered in think mode, half in no_think (paper 4.3.2). Deviations from the paper and gaps filled:
+  1. The reward model starts from --rm_init_from, any size; the paper's is Qwen2.5-72B-Instruct (4.2.2).
+  2. Small reward models are unstable (paper 6.3): --kl_coef=1e-3 --sequence_level=true --shape_reward=true are the paper's
+     stabilisers, off by default as in its main runs.
+  3. Mixed language is a test on Unicode scripts; "the lowest score in the batch" is over all ranks' unpenalised rollouts.
+
+torchrun --nproc_per_node=8 rlhf.py --init_from=out/sft2/final --out_dir=out/rlhf
+A good run prints a reward-model pair accuracy well over 0.7 and then a reward that rises while len and trunc stay put.
+"""
+
+import json
+import math
+import os
+import resource
+import statistics
+import time
+import unicodedata
+import urllib.request
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import common
+from engine import Rollout, make_engine, request_seed
+from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
+
+
+# ---- 1. Config -------------------------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    init_from: str = "out/sft2/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    out_dir: str = "out/rlhf"
+    data: str = "nvidia/Nemotron-Cascade-RL-RLHF"  # prompts: hub id, folder, parquet, .json or .jsonl
+    eval_data: str = ""  # same schemas; "": no held-out metric
+    think_share: float = 0.5  # of the prompts answered in think mode; 1.0 for thinking-only models. Paper 4.3.2
+    rm: str = ""  # reward model folder or http(s) URL; "": train one
+    rm_init_from: str = ""  # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct
+    rm_data: str = "nvidia/Nemotron-Cascade-RM-Training"  # chosen/rejected or HelpSteer rows
+    rm_eval_data: str = ""  # same schemas, for the pair accuracy
+    rm_samples_per_step: int = 256  # pairs per update; paper 4.2.2
+    rm_epochs: int = 1  # paper 4.2.2: longer was worse
+    rm_lr: float = 2e-6  # AdamW, 3% warm-up, then linear to 0 (recipe gap 11); paper 4.2.2
+    rm_max_len: int = 8192  # tokens of question and answer; longer pairs are dropped (recipe gap 11)
+    kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3
+    sequence_level: bool = False  # mean over sequences of their token means; paper 6.3
+    shape_reward: bool = False  # tanh of the group z-score; paper 6.3
+    engine: str = "auto"  # rollouts: auto or torch
+    prompts_per_step: int = 256  # over all ranks; paper T15 (128 in the text)
+    group_size: int = 8  # completions per prompt (G); paper T15
+    num_steps: int = 800  # paper T15
+    max_prompt_tokens: int = 4096  # longer prompts are dropped at load
+    max_new_tokens: int = 12288  # paper T15
+    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K
+    temperature: float = 0.6  # of the sampler and of the trained log-probs; paper T15
+    top_p: float = 0.95  # sampler only (recipe gap 6); paper T15
+    top_k: int = 0  # sampler only; 0: off
+    overlong_filter: bool = False  # truncated completions are scored as they are, which teaches brevity; paper 4.3.2
+    max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
+    lr: float = 2e-6  # AdamW; paper T15
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (recipe gap 3)
+    warmup_steps: int = 0  # linear
+    beta1: float = 0.9  # paper T15
+    beta2: float = 0.95  # paper T15
+    weight_decay: float = 0.01  # not stated in the paper (recipe gap 4)
+    grad_clip: float = 1.0  # not stated in the paper
+    clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
+    clip_high: float = 0.2
+    micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
+    reward_workers: int = 8  # parallel requests to a scoring endpoint
+    max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
+    eval_every: int = 20  # steps; 0: never
+    eval_rows: int = 256  # held-out rows, one sample each
+    save_every: int = 10  # steps
+    sample_every: int = 10  # steps between printed samples
+    seed: int = 0
+
+
+# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+def load_rows(cfg, path=None, limit=0):
+    """Prompts of cfg.data (or path): a `prompt` or `messages`/`conversation` chat list, or text; modes alternate."""
+
+    def normalize(row, where):
+        chat = row.get("prompt") or row.get("messages") or row.get("conversation")
+        if chat is None:
+            common.field(row, where, "prompt", (str, list))  # stops the run and names the fields that are there
+        chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+        last = max((i for i, m in enumerate(chat) if m.get("role") == "user"), default=-1)
+        if last < 0 or not str(chat[last].get("content") or "").strip():
+            raise common.BadRow("no user turn")
+        return {"messages": [{"role": m["role"], "content": m["content"]} for m in chat[: last + 1]]}
+
+    rows = common.load_table(path or cfg.data, normalize, limit)
+    for i, row in enumerate(rows):  # all G completions of a prompt share its mode (recipe gap 30)
+        row["think"] = math.floor((i + 1) * cfg.think_share) > math.floor(i * cfg.think_share)
+    return rows
+
+
+def load_pairs(path, tokenizer, cfg):
+    """[(chosen ids, rejected ids)] of preference rows: {chosen, rejected} chats, or HelpSteer's {context, response1,
+    response2, overall_preference} where negative prefers response1 and 0 is dropped (recipe gap 12)."""
+
+    def normalize(row, where):
+        if "overall_preference" in row:
+            context = row.get("context") or row.get("prompt")
+            context = [{"role": "user", "content": context}] if isinstance(context, str) else context
+            replies = [common.field(row, where, "response1"), common.field(row, where, "response2")]
+            if row["overall_preference"] == 0:
+                raise common.BadRow("no preference")
+            best, worst = replies if row["overall_preference"] < 0 else replies[::-1]
+        else:
+            chosen, rejected = (common.field(row, where, name, (str, list)) for name in ("chosen", "rejected"))
+            context = row.get("prompt") or (chosen[:-1] if isinstance(chosen, list) else [])
+            context = [{"role": "user", "content": context}] if isinstance(context, str) else context
+            best, worst = (reply if isinstance(reply, str) else reply[-1]["content"] for reply in (chosen, rejected))
+        if best == worst or not context:
+            raise common.BadRow("equal answers or no question")
+        return {"pair": [score_ids(tokenizer, context, best), score_ids(tokenizer, context, worst)]}
+
+    rows = common.load_table(path, normalize)
+    kept = [row["pair"] for row in rows if max(map(len, row["pair"])) <= cfg.rm_max_len]
+    if len(kept) < len(rows):
+        common.print0(f"data {path}: dropped {len(rows) - len(kept)} of {len(rows)} pairs, over {cfg.rm_max_len} tokens")
+    return kept
+
+
+def select_rows(rows, epoch, history, cfg):
+    """Indices this epoch draws from: all of them."""
+    return list(range(len(rows)))
+
+
+# ---- 3. Reward -------------------------------------------------------------------------------------------------------
+class RewardModel(nn.Module):
+    """Qwen3 body with a scalar head on the last token of each packed sequence (paper 4.2.2); on disk it is a
+    Qwen3ForSequenceClassification with one label, which transformers and vLLM open."""
+
+    def __init__(self, qwen3):
+        super().__init__()
+        self.model, self.qwen3 = qwen3.model, [qwen3]  # in a list: the language head is no part of this module
+        self.score = nn.Linear(qwen3.config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, input_ids_T, cu_seqlens, max_seqlen):
+        """Scores [num_seqs], fp32."""
+        hidden_TD = self.qwen3[0].packed_hidden(input_ids_T, cu_seqlens, max_seqlen)
+        return self.score(hidden_TD[cu_seqlens[1:].long() - 1].float()).squeeze(-1)
+
+    def save_pretrained(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        config = hf_config(self.qwen3[0].config) | {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(config | {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}, f, indent=2)
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+
+
+def score_ids(tokenizer, messages, answer):
+    """What the reward model reads: the conversation and the answer, ending with its <|im_end|>."""
+    turns = [*messages, {"role": "assistant", "content": answer}]
+    return render_chat(tokenizer, turns, think=False, add_generation_prompt=False)[0][:-1]
+
+
+def score_batch(model, sequences, budget, device):
+    """[num_seqs] scores, packed `budget` tokens at a time."""
+    order, scores, pack = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), {}, []
+    for n, i in enumerate(order):
+        pack.append(i)
+        if n + 1 == len(order) or sum(len(sequences[j]) for j in pack) + len(sequences[order[n + 1]]) > budget:
+            lengths = [len(sequences[j]) for j in pack]
+            ids = torch.tensor(np.concatenate([sequences[j] for j in pack]), device=device)
+            cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+            scores |= dict(zip(pack, model(ids, cu_seqlens, max(lengths)), strict=True))
+            pack = []
+    return torch.stack([scores[i] for i in range(len(sequences))])
+
+
+def train_reward_model(cfg, folder):
+    """Bradley-Terry: the mean over pairs of -log sigmoid(s_chosen - s_rejected), one epoch (paper 4.2.2). Every rank trains
+    on its share and averages gradients; rank 0 writes the folder."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    init_from = cfg.rm_init_from or cfg.init_from
+    tokenizer = load_tokenizer(init_from)
+    pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
+    held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
+    model = RewardModel(Qwen3.from_pretrained(init_from, device=device)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
+    steps = max(cfg.rm_epochs * len(pairs) // cfg.rm_samples_per_step, 1)
+    order = np.concatenate([np.random.default_rng([cfg.seed, 11, e]).permutation(len(pairs)) for e in range(cfg.rm_epochs)])
+    common.print0(f"reward model: {len(pairs)} pairs, {steps} steps of {cfg.rm_samples_per_step}, from {init_from}")
+    for step in tqdm(range(1, steps + 1), desc="reward model", leave=False, disable=None if rank == 0 else True):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.rm_lr * min(step / (0.03 * steps + 1), 1 - (step - 1) / steps)
+        taken = order[(step - 1) * cfg.rm_samples_per_step : step * cfg.rm_samples_per_step]
+        for first in range(rank, len(taken), world * 64):
+            mine = [pairs[i] for i in taken[first : first + world * 64 : world]]
+            scores = score_batch(model, [ids for pair in mine for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
+            (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() / len(taken)).backward()
+        average_gradients(model, world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for name, part in (("training", pairs[:512]), ("held-out", held_out)):
+        if part:
+            with torch.no_grad():
+                scores = score_batch(model, [ids for pair in part for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
+            common.print0(f"reward model: pair accuracy {(scores[:, 0] > scores[:, 1]).float().mean():.3f} on {len(part)} {name} pairs")
+    if rank == 0:
+        model.save_pretrained(folder + ".tmp")
+        save_tokenizer(init_from, folder + ".tmp")
+        os.rename(folder + ".tmp", folder)
+    common.all_gather(None)
+
+
+def average_gradients(model, world):
+    """Sum the gradients of all ranks (their losses already carry the global denominator)."""
+    for p in model.parameters() if world > 1 else []:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.distributed.all_reduce(p.grad)
+
+
+def load_reward_model(path, device):
+    """score(messages_list, answers) -> list of floats (None where an endpoint failed). path: a folder written by this
+    script, any Hugging Face sequence classifier with one label, or the URL of a vLLM-style /score endpoint."""
+    if path.startswith(("http://", "https://")):
+        return lambda messages_list, answers: [ask_endpoint(path, m, a) for m, a in zip(messages_list, answers, strict=True)]
+    architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
+    if architecture != "Qwen3ForSequenceClassification":
+        return load_classifier(path, device)
+    tokenizer, state = load_tokenizer(path), load_file(os.path.join(path, "model.safetensors"), device=str(device))
+    model = RewardModel(Qwen3(read_config(path))).to(device).requires_grad_(False)
+    model.load_state_dict(state, strict=True)
+
+    def score(messages_list, answers):
+        sequences = [score_ids(tokenizer, m, a) for m, a in zip(messages_list, answers, strict=True)]
+        with torch.no_grad():
+            return score_batch(model, sequences, 32768, device).tolist() if sequences else []
+
+    return score
+
+
+def load_classifier(path, device):
+    """Any other sequence classifier, through transformers and its own chat template, right-padded one by one."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.bfloat16).to(device).eval()
+
+    @torch.no_grad()
+    def score(messages_list, answers):
+        chats = [[*m, {"role": "assistant", "content": a}] for m, a in zip(messages_list, answers, strict=True)]
+        ids = (tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, return_tensors="pt") for chat in chats)
+        return [model(x.to(device)).logits[0, 0].item() for x in ids]
+
+    return score
+
+
+def ask_endpoint(url, messages, answer):
+    """Score of one answer from a pooling server that takes chat messages; None after three failures."""
+    body = json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]}).encode()
+    for _ in range(3):
+        try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            data = json.load(urllib.request.urlopen(request, timeout=60))["data"][0]
+            value = data.get("score", data.get("data"))
+            return float(value[0] if isinstance(value, list) else value)
+        except (OSError, KeyError, ValueError, TypeError):
+            time.sleep(1.0)
+    return None
+
+
+def language_ok(prompt, response):
+    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
+
+    def scripts(text):
+        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
+        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
+        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
+
+    return scripts(response) <= scripts(prompt)
+
+
+def answer_of(rollout):
+    """What is scored: the text after </think>; the whole reply in no_think mode or when the tag is missing (paper 4.3.2)."""
+    return rollout.text.rpartition("</think>")[2] if rollout.row["think"] else rollout.text
+
+
+def make_reward(cfg):
+    """(submit, collect). Scores are computed in one batch when all completions are there; submit has nothing to start."""
+    rank_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    path = cfg.rm or os.path.join(cfg.out_dir, "rm")
+    if not cfg.rm and not os.path.exists(path):
+        train_reward_model(cfg, path)
+    score = load_reward_model(path, rank_device)
+
+    def collect(rollouts):
+        scores = score([r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
+        spoken = [language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) for r in rollouts]
+        lowest = min([s for s, ok in zip(scores, spoken, strict=True) if ok and s is not None], default=0.0)
+        lowest = -common.all_reduce({"lowest": -lowest}, "max")["lowest"]
+        for r, s, ok in zip(rollouts, scores, spoken, strict=True):
+            r.status = "infra" if s is None else "ok" if ok else "language"
+            r.reward = float("nan") if s is None else s if ok else lowest - 10.0  # paper 4.3.2
+        for group in {r.group for r in rollouts} if cfg.shape_reward else ():
+            members = [r for r in rollouts if r.group == group and r.status != "infra"]
+            mean, std = statistics.fmean(r.reward for r in members), statistics.pstdev(r.reward for r in members)
+            for r in members:
+                r.reward = math.tanh((r.reward - mean) / (std + 1e-6))
+
+    return (lambda rollout: None), collect
+
+
+def monitor(rollouts):
+    """This stage's numbers for the log: shares of all rollouts."""
+    unclosed = [r.row["think"] and "</think>" not in r.text for r in rollouts]
+    return {"unclosed_think": sum(unclosed) / max(len(rollouts), 1)}
+
+
+def self_test(rows, cfg):
+    """Before training: the reward model answers with finite numbers, and not with one number for everything."""
+    score = load_reward_model(cfg.rm or os.path.join(cfg.out_dir, "rm"), torch.device("cpu"))
+    sample = rows[: min(8, len(rows))]
+    scores = [s for reply in ("", "Yes.", "a a a a") for s in score([r["messages"] for r in sample], [reply] * len(sample))]
+    if any(s is None or not math.isfinite(s) for s in scores) or len(set(scores)) < 2:
+        common.fail(f"reward model self test: scores {scores[:4]} of {cfg.rm or 'out_dir/rm'} are missing, not finite, or all equal.")
+
+
+# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+def metric(rollout):
+    """The raw reward-model score of a held-out rollout (unbounded; compare only within one reward model)."""
+    return rollout.reward if math.isfinite(rollout.reward) else 0.0
+
+
+# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+
+
+# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
+def encode_prompts(rows, tokenizer, cfg):
+    """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
+    for row in rows:
+        row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
+    kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
+    for index, row in enumerate(kept):
+        row["index"] = index
+    if len(kept) < len(rows):
+        common.print0(f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens")
+    return kept if kept else common.fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
+
+
+def next_prompts(rows, state, cfg):
+    """Row indices of the next step: a walk through a permutation of the epoch's pool. Advances the cursor in `state`."""
+    chosen = []
+    while len(chosen) < cfg.prompts_per_step:
+        if state["position"] >= len(state["pool"]):
+            pool = select_rows(rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg)
+            order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
+            state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
+        taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]
+        state["position"] += len(taken)
+        chosen += taken
+    return chosen
+
+
+def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
+    """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
+    groups of equal rewards make room for fresh prompts (DAPO dynamic sampling, paper 4.4.2): `trained` are the groups kept,
+    `sampled` those of the first round, an unbiased view of the policy."""
+    submit, collect = reward_hook
+    mine, trained, sampled = indices[rank::world], [], []
+    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    for refill in range(1 + cfg.max_refill_rounds):
+        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
+                         seed=request_seed(cfg.seed, step, refill, i, sample))
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+            finished = lambda r, bar=bar: (submit(r), bar.update())
+            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            collect(fresh)
+        compute_advantages(fresh, cfg)
+        groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
+        uneven = [group for group in groups if any(r.advantage for r in group)]
+        trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
+        sampled = sampled or fresh
+        missing = wanted - len(trained) // cfg.group_size
+        if missing <= 0 or not spare:
+            break
+        mine, spare = spare[:missing], spare[missing:]
+    return trained or sampled, sampled
+
+
+def compute_advantages(rollouts, cfg):
+    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (recipe gap 2). Infra failures, and truncated
+    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (recipe gap 7)."""
+    for first in range(0, len(rollouts), cfg.group_size):
+        group = rollouts[first : first + cfg.group_size]
+        assert len({r.group for r in group}) == 1, "a group was torn apart"
+        for r in group:
+            assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
+            r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+        rewards = [r.reward for r in group if r.trained]
+        even = len(rewards) < 2 or max(rewards) == min(rewards)  # by comparison: a std of 1e-17 is not a signal
+        mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
+        for r in group:
+            r.trained = r.trained and len(rewards) > 1
+            r.advantage = 0.0 if even or not r.trained else (r.reward - mean) / (std + 1e-6)
+
+
+def collate(rollouts, cfg, device):
+    """Packed micro-batches of at most micro_batch_tokens each, long sequences first. Rollouts with advantage 0 have no
+    gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
+    rollouts = sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+    packs, room = [], 0
+    for r in rollouts:
+        length = len(r.prompt_ids) + len(r.completion_ids)
+        if length > room:
+            packs.append([])
+            room = cfg.micro_batch_tokens
+        packs[-1].append(r)
+        room -= length
+    return [pack_rollouts(pack, device) for pack in packs]
+
+
+def pack_rollouts(rollouts, device):
+    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens."""
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
+    advantages_T, sampler_logprobs_T = np.zeros(cu_seqlens[-1], np.float32), np.zeros(cu_seqlens[-1], np.float32)
+    for r, where in zip(rollouts, index, strict=True):
+        advantages_T[where], sampler_logprobs_T[where] = r.advantage, r.sampler_logprobs
+    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
+    return {
+        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
+        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
+        "advantages_T": tensor(advantages_T), "sampler_logprobs_T": tensor(sampler_logprobs_T),
+    }  # fmt: skip
+
+
+def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
+    """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
+    completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
+    # CHANGED: the stabilisers for small reward models (paper 6.3) are added to the loss of the other stages
+    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
+    advantages_M = batch["advantages_T"][batch["loss_index"]]
+    clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    loss_M = -torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
+    if cfg.kl_coef > 0:  # k3 = e^d - d - 1 with d = log ref - log policy: its gradient is that of KL(policy || ref)
+        d_M = reference_logprobs(batch, cfg)[batch["loss_index"]] - logprobs_T[batch["loss_index"]]
+        loss_M = loss_M + cfg.kl_coef * (d_M.exp() - d_M - 1)
+    if cfg.sequence_level:  # weigh each token by 1 / its sequence's length
+        sequence_M = torch.searchsorted(batch["cu_seqlens"].long(), batch["loss_index"], right=True)
+        return (loss_M / sequence_M.bincount()[sequence_M]).sum() / counts["sequences"]
+    return loss_M.sum() / counts["tokens"]
+
+
+def train_step(model, optimizer, rollouts, cfg, device, world):
+    """One gradient update from the rollouts of all ranks; returns the metrics. A gradient that is not finite is not applied."""
+    in_loss = [r for r in rollouts if r.trained]
+    counts = common.all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    batches = collate(rollouts, cfg, device)
+    most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    idle = most - len(batches)
+    batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
+    sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
+    for i, batch in enumerate(batches):
+        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+        logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
+        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        (loss * world).backward()  # sharded gradients are averaged over ranks, and the denominator is global already
+        if i < most - idle:
+            sums["loss"] += loss.item()
+            sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
+            sums["entropy"] += entropy_T.detach().sum().item()
+            sums["scored"] += len(batch["loss_index"])
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+    if math.isfinite(grad_norm) and most:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums = common.all_reduce(sums)
+    per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
+    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+
+
+def summarize(rollouts):
+    """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
+    n = len(rollouts)
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r.group, set()).add(r.reward)
+    sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
+    sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
+    sums["len"] = sum(len(r.completion_ids) for r in rollouts)
+    sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
+    sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
+    sums = common.all_reduce(sums)
+    n, groups = sums.pop("n"), sums.pop("groups")
+    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+
+
+def evaluate(engine, rows, cfg, reward_hook, rank, world):
+    """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
+    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = rollouts[rank::world]
+    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    reward_hook[1](rollouts)
+    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    return sums["score"] / max(sums["n"], 1)
+
+
+# ---- 6. main ---------------------------------------------------------------------------------------------------------
+STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
+
+
+def main(cfg):
+    common.lock(cfg.out_dir)
+    rank, world, device = common.init_distributed(cfg.seed)
+    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    rows = load_rows(cfg)
+    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    self_test(rows, cfg)
+
+    resume = common.latest_checkpoint(cfg.out_dir)
+    init_from = resume or cfg.init_from
+    if not os.path.exists(os.path.join(init_from, "config.json")):
+        common.fail(f"--init_from={init_from}: no checkpoint there (config.json is missing).")
+    tokenizer = load_tokenizer(init_from)
+    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
+    model = Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    model.gradient_checkpointing = device.type == "cuda"
+    common.shard(model, device)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
+    start, state = common.load_checkpoint(resume, optimizer) if resume else (0, state)
+    engine = make_engine(cfg.engine, model, tokenizer)
+    logger = common.Logger(cfg.out_dir, start)
+    num_params = sum(p.numel() for p in model.parameters())
+    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+    assert cfg.prompts_per_step % world == 0, f"prompts_per_step {cfg.prompts_per_step} is not a multiple of {world} ranks"
+
+    for step in range(start + 1, cfg.num_steps + 1):
+        clock = time.time()
+        indices = next_prompts(rows, state, cfg)
+        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        generated = time.time()
+        decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
+        metrics = summarize(sampled) | train_step(model, optimizer, trained, cfg, device, world)
+        engine.sync(model)
+        for counts in common.all_gather(count_correct(sampled)):
+            state["history"] |= counts
+
+        if metrics["status/infra"] > cfg.max_infra:
+            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).")
+        state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
+        if state["skipped"] >= 3:
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
+        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+            metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
+        done = time.time()
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": done - generated}
+        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
+            r = sampled[0]
+            common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, init_from, cfg, state)
+    common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+
+
+def count_correct(rollouts):
+    """{row index: [num_correct, num_rollouts]} of one rank, rollouts that are not trained on left out."""
+    counts = {}
+    for r in rollouts:
+        if r.trained:
+            correct, total = counts.get(str(r.row["index"]), (0, 0))
+            counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
+    return counts
+
+
+def console_line(step, m, cfg, device):
+    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
+    seconds = m["time/gen"] + m["time/train"]
+    rate = m["num_tokens"] / max(seconds, 1e-9)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
+            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
+            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config))
+    common.finish()

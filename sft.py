@@ -1,0 +1,221 @@
+"""SFT: stage 1 of the cascade (paper 3 and 4.1). Next-token prediction on the assistant's tokens of packed conversations.
+
+Two invocations (run_cascade.sh): 16K tokens, then 32K with tool calling and SWE added. Deviations and gaps filled:
+  1. "Batch 256" counts conversations, not packed rows (recipe section 4.1: the released row counts only fit that). They are
+     packed for speed, and attention never crosses from one to the next, so packing changes nothing but the time.
+  2. Loss on the last assistant turn only (earlier ones are history, their thinking removed), mean over the tokens of the
+     whole step; 1% warm-up (neither is stated).
+  3. The cosine runs over schedule_steps = 100K as printed in T14, so the rate hardly decays within a stage.
+
+torchrun --nproc_per_node=8 sft.py --init_from=Qwen/Qwen3-8B-Base --data=nvidia/Nemotron-Cascade-SFT-Stage-1 --out_dir=out/sft1
+A good run prints a loss that falls fast for 100 steps and then slowly, the same for every category of the eval line.
+"""
+
+import json
+import math
+import os
+import resource
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from model import Qwen3, load_tokenizer, render_chat, show_tokens
+
+
+# ---- 1. Config -------------------------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    init_from: str = "out/base"  # Hugging Face Qwen3 folder
+    out_dir: str = "out/sft"
+    data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"  # hub id, folder, parquet, .json or .jsonl with `messages` rows
+    eval_data: str = ""  # same form; "": no held-out loss
+    limit: int = 0  # rows read from data; 0: all
+    samples_per_step: int = 256  # conversations per update, over all ranks; paper T14
+    num_steps: int = 20000  # paper T14: 20K, then 32K (8B)
+    schedule_steps: int = 100000  # where the cosine reaches 0; paper T14
+    warmup_steps: int = 200  # linear; 1%, not stated in the paper
+    max_seq_len: int = 16384  # tokens; longer conversations are dropped. Paper 3.1.1: 16K, then 32K
+    micro_batch_tokens: int = 16384  # tokens of one packed forward pass on one rank
+    lr: float = 5e-5  # paper T14: 5e-5, then 2e-5 (8B)
+    beta1: float = 0.9  # paper T14
+    beta2: float = 0.95  # paper T14
+    weight_decay: float = 1e-4  # paper T14
+    grad_clip: float = 1.0  # not stated in the paper
+    rope_factor: float = 0.0  # YaRN factor; 2.0 once sequences can pass 32K
+    eval_every: int = 500  # steps; 0: never
+    save_every: int = 1000  # steps
+    seed: int = 0
+
+
+# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+def normalize(row, where):
+    """{"messages", "tools", "think", "category"} of a Nemotron SFT row; rows that cannot be trained on are BadRow."""
+    messages = common.field(row, where, "messages", list)
+    if not messages or messages[-1].get("role") != "assistant":
+        raise common.BadRow("the last turn is not the assistant's")
+    if not (messages[-1].get("content") or messages[-1].get("tool_calls")):
+        raise common.BadRow("the last assistant turn is empty")
+    if not any(m.get("role") == "user" for m in messages):
+        raise common.BadRow("no user turn")
+    think = row.get("thinking")
+    think = "<think>" in (messages[-1].get("content") or "") if think is None else think
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    return {"messages": messages, "tools": tools, "think": think, "category": row.get("category", "all")}
+
+
+def load_samples(path, tokenizer, cfg):
+    """[(ids, loss_mask, category)] as numpy arrays; conversations over max_seq_len tokens are dropped and counted."""
+    samples = []
+    rows = common.load_table(path, normalize, cfg.limit)
+    for row in tqdm(rows, desc="tokenize", leave=False, disable=None):
+        ids, mask = render_chat(tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False)
+        samples.append((np.array(ids, np.int32), np.array(mask, bool), row["category"]))
+    kept = [s for s in samples if len(s[0]) <= cfg.max_seq_len and s[1].any()]
+    if len(kept) < len(samples):
+        common.print0(f"data {path}: dropped {len(samples) - len(kept)} of {len(samples)} rows, over {cfg.max_seq_len} tokens")
+    counts = {}
+    for ids, _, category in kept:
+        n, tokens = counts.get(category, (0, 0))
+        counts[category] = (n + 1, tokens + len(ids))
+    for category, (n, tokens) in sorted(counts.items()):
+        common.print0(f"data {path}: {category:24s} {n:8d} conversations, {tokens / n:6.0f} tokens on average")
+    return kept if kept else common.fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
+
+
+def sample_indices(num_samples, step, cfg):
+    """Indices of the samples of one step, a pure function of (seed, step): epochs are permutations, read one after another."""
+    first, indices = (step - 1) * cfg.samples_per_step, []
+    for i in range(first, first + cfg.samples_per_step):
+        epoch, position = divmod(i, num_samples)
+        if not indices or position == 0:
+            order = np.random.default_rng([cfg.seed, epoch]).permutation(num_samples)
+        indices.append(int(order[position]))
+    return indices
+
+
+def pack(samples, budget, device):
+    """Packed micro-batches of at most `budget` tokens (more only for a single longer sample), long samples first."""
+    packs, room = [], 0
+    for sample in sorted(samples, key=lambda s: -len(s[0])):
+        if len(sample[0]) > room:
+            packs.append([])
+            room = budget
+        packs[-1].append(sample)
+        room -= len(sample[0])
+    batches = []
+    for group in packs:
+        lengths = [len(ids) for ids, _, _ in group]
+        batches.append({
+            "input_ids_T": torch.from_numpy(np.concatenate([ids for ids, _, _ in group])).long().to(device),
+            "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), "max_seqlen": max(lengths),
+            "loss_index": torch.from_numpy(np.flatnonzero(np.concatenate([mask for _, mask, _ in group]))).to(device),
+        })  # fmt: skip
+    return batches
+
+
+# ---- 3. Loss ---------------------------------------------------------------------------------------------------------
+def learning_rate(step, cfg):
+    """Linear warm-up, then a cosine to 0 at schedule_steps."""
+    return cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * 0.5 * (1 + math.cos(math.pi * min(step / cfg.schedule_steps, 1.0)))
+
+
+def train_step(model, optimizer, samples, cfg, device, world):
+    """One update on this rank's samples. The denominator is the number of trained tokens of all ranks, counted first, so the
+    gradient depends neither on packing nor on the number of ranks."""
+    num_tokens = common.all_reduce({"n": sum(int(mask.sum()) for _, mask, _ in samples)})["n"]
+    assert num_tokens > 0, "no token of this step is trained on"
+    batches = pack(samples, cfg.micro_batch_tokens, device)
+    most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # collectives must match: idle ranks repeat with weight 0
+    weights = [1.0] * len(batches) + [0.0] * (most - len(batches))
+    batches += [batches[-1]] * (most - len(batches))
+    total = 0.0
+    for batch, weight in zip(batches, weights, strict=True):
+        loss = weight * model(**dict(zip(("input_ids", "cu_seqlens", "max_seqlen", "loss_index"), batch.values())), nll=True) / num_tokens
+        (loss * world).backward()  # sharded gradients are averaged over ranks, and the denominator is global already
+        total += loss.item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": common.all_reduce({"loss": total})["loss"], "grad_norm": grad_norm, "num_tokens": num_tokens}
+
+
+# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(model, samples, cfg, device, rank, world):
+    """{"eval/<category>": nats per trained token} over the held-out conversations."""
+    sums, most = {}, max(common.all_gather(len({s[2] for s in samples})))
+    for category in sorted({s[2] for s in samples}):
+        part = [s for s in samples if s[2] == category]
+        mine = part[rank::world] or part[:1]
+        batches = pack(mine, cfg.micro_batch_tokens, device)
+        rounds = int(common.all_reduce({"n": len(batches)}, "max")["n"])
+        nll = 0.0
+        for i in range(rounds):
+            value = model(**dict(zip(("input_ids", "cu_seqlens", "max_seqlen", "loss_index"), batches[i % len(batches)].values())), nll=True)
+            nll += value.item() if i < len(batches) and part[rank::world] else 0.0
+        sums[f"eval/{category}"] = nll / sum(int(mask.sum()) for _, mask, _ in part)
+    assert len(sums) == most, "ranks read different eval data"
+    return common.all_reduce(sums)
+
+
+# ---- 5. main ---------------------------------------------------------------------------------------------------------
+def main(cfg):
+    common.lock(cfg.out_dir)
+    rank, world, device = common.init_distributed(cfg.seed)
+    resume = common.latest_checkpoint(cfg.out_dir)
+    init_from = resume or cfg.init_from
+    if not os.path.exists(os.path.join(init_from, "config.json")):
+        common.fail(f"--init_from={init_from}: no checkpoint there (config.json is missing).")
+    tokenizer = load_tokenizer(init_from)
+    samples = load_samples(cfg.data, tokenizer, cfg)
+    eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
+    if not resume:
+        ids, mask, _ = samples[0]
+        common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
+    model = Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    model.gradient_checkpointing = device.type == "cuda"
+    common.shard(model, device)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    start, state = common.load_checkpoint(resume, optimizer) if resume else (0, {"skipped": 0})
+    logger = common.Logger(cfg.out_dir, start)
+    num_params = sum(p.numel() for p in model.parameters())
+    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(samples)} conversations, {world} ranks on {device.type}, "
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}")  # fmt: skip
+
+    clock, since = time.time(), {"tokens": 0, "steps": 0}
+    for step in range(start + 1, cfg.num_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        mine = [samples[i] for i in sample_indices(len(samples), step, cfg)[rank::world]]
+        metrics = train_step(model, optimizer, mine, cfg, device, world) | {"lr": optimizer.param_groups[0]["lr"]}
+        state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
+        if state["skipped"] >= 3:
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
+        if cfg.eval_every and eval_samples and (step % cfg.eval_every == 0 or step == cfg.num_steps):
+            metrics |= evaluate(model, eval_samples, cfg, device, rank, world)
+        since = {"tokens": since["tokens"] + sum(len(ids) for ids, _, _ in mine) * world, "steps": since["steps"] + 1}
+        line = ""
+        if step % max(cfg.num_steps // 50, 1) == 0 or step in (1, cfg.num_steps):
+            seconds, memory = time.time() - clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+            line = (f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
+                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB")  # fmt: skip
+            line += "".join(f" | {k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
+            clock, since = time.time(), {"tokens": 0, "steps": 0}
+        logger.log(step, metrics, line)
+        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, init_from, cfg, state)
+    common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config))
+    common.finish()
