@@ -163,7 +163,10 @@ def normalize(row, where):
         raise BadRow("several answers are right (special judge)")
     if row.get("official_tests_complete") is False or row.get("input_mode") == "file":
         raise BadRow("incomplete tests, or tests through files")
-    tests = normal_tests(row)
+    try:
+        tests = normal_tests(row)
+    except (AttributeError, KeyError, TypeError, RecursionError):
+        raise BadRow("tests of an unknown form")
     name, header = tests["fn_name"], row.get("starter_code")
     if name and not header and name not in problem:
         header = f"def {name}(...):"

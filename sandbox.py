@@ -48,7 +48,8 @@ Result = collections.namedtuple("Result", "status stdout value seconds")  # valu
 # status: ok, timeout, memory, crash, output (too much of it) or infra (not the program's fault)
 OUTPUT_BYTES = 16 << 20  # most that a program may print, return, or write into one file
 WALL_FACTOR, WALL_EXTRA = 4, 2.0  # wall limit of one test = factor * timeout + extra seconds
-SLOTS = 2 * (os.cpu_count() or 1)  # programs running at once; more would only wait for a core
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # programs running at once; more would only wait
 NOBODY = 65534  # user and group id of everything below a caller that is root
 PACKAGES = ("numpy", "numpy.libs")  # third-party packages a program may import, where the caller has them
 OUT_OF_MEMORY = 86  # exit code of a leaf
@@ -67,10 +68,12 @@ def run(source, stdin="", call=None, timeout=6.0, memory_mb=1024):
 
 
 def run_each(source, tests, timeout=6.0, memory_mb=1024):
-    """Yield one Result per test, a stdin string or a (name, [arguments]) call; close the generator to stop early.
+    """Yield one Result per test: all stdin strings, or all (name, [arguments]) calls. Close the generator to stop early.
 
     Thread-safe; blocks while SLOTS other programs run.
     """
+    if NUMBERS is None:
+        raise RuntimeError("the sandbox needs Linux on x86_64 or aarch64")
     leaf, job = None, (source.encode("utf-8", "replace"), timeout, memory_mb)
     with _slots:
         try:
@@ -268,7 +271,7 @@ NUMBERS = {  # system calls by number: what glibc has no function for, then what
                "272 308 250 248 249 321 298 323 425 319 447 29 68 64 304 303 428 429 430 432 442 175 313 246 141 240 112 109"),
     "aarch64": (0xC00000B7, 220, 435, 261, 167, "221 281 117 129 130 131 138 240 424 434 438 198 270 271 272 40 39 41 51 "
                 "97 268 219 217 218 280 241 282 425 279 447 194 186 190 265 264 428 429 430 432 442 105 273 104 140 180 157 154"),
-}.get(os.uname().machine)  # (audit arch, clone, clone3, prlimit64, prctl, refused)
+}.get(sys.platform == "linux" and os.uname().machine)  # (audit arch, clone, clone3, prlimit64, prctl, refused)
 NAMESPACES = NEWUSER | NEWPID | NEWNS | NEWIPC  # of every leaf
 
 def _checked(result):
