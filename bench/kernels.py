@@ -1,0 +1,277 @@
+"""Times every kernel against PyTorch eager, torch.compile and (on a GPU) Liger, interleaved in one run.
+
+    python bench/kernels.py                # prints a table, writes bench/kernels_<device>.json and .png
+    python bench/kernels.py --compile=0 --rounds=10 --only=swiglu
+
+On a GPU the shapes are Qwen3-8B's at 32K packed tokens in bf16, on a CPU the laptop cascade's model in fp32. The floor
+of a kernel is the time its least traffic (or its products) would take at the copy bandwidth (or matmul rate) measured
+in the same run; "of floor" is floor / time. Interleaved: every round times each contestant once and the median is
+reported, so that a slow moment of the machine hits all of them. Small tensors can beat a floor: they stay in the cache.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kernels import adamw, attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu
+
+SHAPES = {  # T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled rows
+    "cuda": dict(T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, lengths=[4096] * 8),
+    "cpu": dict(T=10000, D=96, N=4, K=2, H=24, F=288, V=600, B=256, lengths=[40 + i * 120 // 99 for i in range(100)]),
+}
+
+
+def hf_rms_norm(x, weight, eps=1e-6):
+    """As Hugging Face's Qwen3 writes it."""
+    x_hat = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return weight * x_hat.to(x.dtype)
+
+
+def hf_add_rms_norm(x, residual, weight):
+    """Addition, then the norm."""
+    residual = x + residual
+    return hf_rms_norm(residual, weight), residual
+
+
+def hf_qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids):
+    """Norm, then rotate-half with full-width tables."""
+    cos, sin = (torch.cat((x, x), dim=-1)[position_ids][:, None].to(q.dtype) for x in (cos, sin))
+
+    def rotate(x):
+        x1, x2 = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-x2, x1), dim=-1) * sin
+
+    return rotate(hf_rms_norm(q, q_weight)), rotate(hf_rms_norm(k, k_weight))
+
+
+def padded_sdpa(q, k, v, cu_seqlens, max_seqlen):
+    """All sequences padded to the longest, one SDPA call."""
+    rows = [x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)]
+    q, k, v = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True).transpose(1, 2) for x in rows)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return torch.cat([x[:length] for x, length in zip(out, cu_seqlens.diff().tolist())])
+
+
+def sorted_sampling(logits, uniform, temperature, top_p):
+    """Nucleus sampling by sorting the vocabulary."""
+    probs, order = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0).cumsum(-1)
+    place = torch.searchsorted(probs, uniform[:, None] * probs[:, -1:]).clamp(max=probs.shape[-1] - 1)
+    return order.gather(1, place)[:, 0], torch.log_softmax(logits.float() / temperature, -1).gather(1, place)[:, 0]
+
+
+def cases(device, s):
+    """name -> (inputs, contestants, bytes forward, bytes both, FLOPs forward, FLOPs both); ours comes first."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    T, D, N, K, H, width, V = s["T"], s["D"], s["N"], s["K"], s["H"], s["F"], s["V"]
+    cu_seqlens = torch.tensor([0, *s["lengths"]], device=device).cumsum(0, dtype=torch.int32)
+    packed = sum(s["lengths"])
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
+
+    target = torch.randint(V, (T,), device=device)
+    angle = torch.rand(max(s["lengths"]), H // 2, device=device)
+    rope = angle.cos(), angle.sin(), torch.arange(T, device=device) % len(angle)
+    element, head_flops = torch.empty((), dtype=dtype).element_size(), 2 * T * V * D
+    attention_flops = sum(2 * n * n * N * H for n in s["lengths"])
+    x, norm_weight, head, hidden = randn(T, D), randn(D), randn(V, D, scale=0.05), randn(T, D)
+    qkv = randn(packed, N, H), randn(packed, K, H), randn(packed, K, H)
+    numel = 2**28 if device == "cuda" else 2**20
+    state = [torch.randn(numel, device=device).bfloat16() for _ in range(4)]
+    plain = torch.optim.AdamW([state[0].clone().requires_grad_()], fused=True)
+    plain.param_groups[0]["params"][0].grad = state[1]
+    logits, uniform = torch.randn(s["B"], V, device=device) * 2, torch.rand(s["B"], device=device)
+    ce = lambda h, w: F.cross_entropy((h @ w.T).float(), target, reduction="sum")  # noqa: E731
+    table = {
+        "rms_norm": ((x, norm_weight), dict(ours=rms_norm.rms_norm, eager=hf_rms_norm,
+                     fused=lambda x, w: F.rms_norm(x, (D,), w, 1e-6)), 2 * T * D, 5 * T * D, 0, 0),
+        "add_rms_norm": ((x, randn(T, D), norm_weight), dict(ours=rms_norm.add_rms_norm, eager=hf_add_rms_norm),
+                         4 * T * D, 8 * T * D, 0, 0),
+        "qk_norm_rope": ((randn(T, N, H), randn(T, K, H), randn(H), randn(H), *rope),
+                         dict(ours=qk_norm_rope.qk_norm_rope, eager=hf_qk_norm_rope),
+                         2 * T * (N + K) * H, 5 * T * (N + K) * H, 0, 0),
+        "swiglu": ((randn(T, width), randn(T, width)), dict(ours=swiglu.swiglu, eager=lambda g, u: F.silu(g) * u),
+                   3 * T * width, 8 * T * width, 0, 0),
+        "attention": ((*qkv, cu_seqlens, max(s["lengths"])),
+                      dict(ours=attention.flash_attention_varlen, eager=padded_sdpa), 0, 0,
+                      attention_flops, 3.5 * attention_flops),
+        "linear_logprob": ((hidden, head, target), dict(ours=linear_logprob.linear_logprob,
+                           eager=linear_logprob.linear_logprob_ref), 0, 0, head_flops, 3 * head_flops),
+        "logprob vs cross_entropy": ((hidden, head), dict(ours=lambda h, w: linear_logprob.linear_logprob(
+                           h, w, target)[0], eager=ce), 0, 0, head_flops, 3 * head_flops),
+        "linear_cross_entropy": ((hidden, head), dict(ours=lambda h, w: linear_cross_entropy.linear_cross_entropy(
+                           h, w, target), eager=ce), 0, 0, 3 * head_flops, 3 * head_flops),
+        "sampling": ((logits, uniform, 0.6, 0.95), dict(ours=sampling.sample_tokens, eager=sorted_sampling),
+                     s["B"] * V * 4 / element, 0, 0, 0),
+        "adamw": ((), dict(ours=lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1), eager=plain.step),
+                  numel * 14 / element, 0, 0, 0),
+    }  # fmt: skip
+    if device == "cuda":
+        add_gpu_contestants(table, target, max(s["lengths"]))
+    return {name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()}  # in bytes
+
+
+def add_gpu_contestants(table, target, longest):
+    """FlashAttention-2 of PyTorch and, where it is installed, Liger's Triton kernels."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    table["attention"][1]["fa2"] = lambda q, k, v, cu, n: varlen_attn(
+        q, k, v, cu, cu, n, n, window_size=(-1, 0), enable_gqa=True
+    )
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as LigerLinearCE
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        table["rms_norm"][1]["liger"] = lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
+        table["swiglu"][1]["liger"] = lambda g, u: LigerSiLUMulFunction.apply(g, u)
+        table["linear_cross_entropy"][1]["liger"] = lambda h, w: LigerLinearCE.apply(
+            h, w, target, None, None, -100, 0.0, 0.0, "sum"
+        )[0]
+
+
+def clock(fn, device, flush):
+    """Milliseconds of one call: on a GPU by events with the L2 cache emptied first, on a CPU CPU time of one thread."""
+    if device == "cuda":
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    start = time.process_time()
+    fn()
+    return (time.process_time() - start) * 1e3
+
+
+def full_pass(fn, inputs):
+    """A call that runs forward and backward and keeps no gradients."""
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    douts = {}
+
+    def run():
+        outs = fn(*inputs)
+        outs = [x for x in (outs if isinstance(outs, tuple) else (outs,)) if x.requires_grad]
+        for i, out in enumerate(outs):
+            douts.setdefault(i, torch.ones_like(out))
+        torch.autograd.grad(outs, wanted, [douts[i] for i in range(len(outs))])
+
+    return run if wanted else None
+
+
+def ceilings(device, dtype):
+    """Copy bandwidth in bytes/s and matmul rate in FLOP/s of this machine, best of 20."""
+    numel, n = (2**29, 8192) if device == "cuda" else (2**24, 1024)
+    source, a = torch.ones(numel, device=device, dtype=dtype), torch.randn(n, n, device=device).to(dtype)
+    sink, flush = torch.empty_like(source), torch.empty(2**26, device=device)
+    copy = min(clock(lambda: sink.copy_(source), device, flush) for _ in range(20))
+    product = min(clock(lambda: a @ a, device, flush) for _ in range(20))
+    return 2 * source.nbytes / copy * 1e3, 2 * n**3 / product * 1e3
+
+
+def measure(name, case, device, rounds, use_compile, rates, flush):
+    """One row per contestant and direction."""
+    inputs, contestants, *work = case
+    contestants = dict(contestants)
+    if use_compile and name != "adamw":
+        contestants["compile"] = torch.compile(contestants["eager"], dynamic=False)
+    rows = []
+    for direction, moved, flops in (("forward", work[0], work[2]), ("forward+backward", work[1], work[3])):
+        runs, memory = {}, {}
+        for who, fn in contestants.items():
+            run = (lambda fn=fn: fn(*inputs)) if direction == "forward" else full_pass(fn, inputs)
+            if run is None:
+                return rows
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            run(), run()  # compile and warm up
+            memory[who] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
+            runs[who] = run
+        times = {who: [] for who in runs}
+        for _ in range(rounds):
+            for who, run in runs.items():
+                times[who].append(clock(run, device, flush))
+        medians = {who: statistics.median(values) for who, values in times.items()}
+        floor = moved / rates[0] * 1e3 if moved else flops / rates[1] * 1e3
+        for who, ms in medians.items():
+            rate = moved / ms / 1e9 if moved else flops / ms / 1e9
+            rows.append(dict(kernel=name, direction=direction, who=who, ms=ms, of_floor=floor / ms, peak_gib=memory[who],
+                             rate=rate, unit="TB/s" if moved else "TFLOP/s", ours_speedup=ms / medians["ours"]))  # fmt: skip
+            print(f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
+                  f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours", flush=True)  # fmt: skip
+    return rows
+
+
+def plot(rows, title, path):
+    """Bars: time of each contestant over ours, per kernel and direction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys((row["kernel"], row["direction"]) for row in rows))
+    whos = list(dict.fromkeys(row["who"] for row in rows))
+    figure, axis = plt.subplots(figsize=(10, 0.42 * len(groups) + 1.5))
+    height = 0.8 / len(whos)
+    for i, who in enumerate(whos):
+        found = {(row["kernel"], row["direction"]): row["ours_speedup"] for row in rows if row["who"] == who}
+        places = [g + i * height for g, group in enumerate(groups) if group in found]
+        axis.barh(places, [found[group] for group in groups if group in found], height, label=who)
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    axis.set_yticks([g + 0.4 - height / 2 for g in range(len(groups))], [f"{k}, {d}" for k, d in groups], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("time relative to ours (right of 1: slower than ours)")
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    """Measures, prints, writes the JSON and the plot."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", type=int, default=1)
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--out", default="", help="path without suffix")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        from common import init_distributed
+
+        init_distributed(0)  # the trainer's memory settings
+        torch.set_num_threads(1)  # CPU time of one thread means the same on a busy machine
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
+    rates = ceilings(device, dtype)
+    print(f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})")
+    flush = torch.empty(2**26, device=device) if device == "cuda" else None
+    rows = []
+    for kernel, case in cases(device, SHAPES[device]).items():
+        if args.only in kernel:
+            rows += measure(kernel, case, device, args.rounds, args.compile, rates, flush)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    versions |= {name: importlib.util.find_spec(name) and __import__(name).__version__ for name in ("triton",)}
+    head = dict(device=name, threads=torch.get_num_threads(), versions=versions, shapes=SHAPES[device], command=sys.argv,
+                copy_bytes_per_s=rates[0], matmul_flop_per_s=rates[1], rounds=args.rounds)  # fmt: skip
+    out = pathlib.Path(args.out or ROOT / "bench" / f"kernels_{device}")
+    out.with_suffix(".json").write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    plot(rows, f"{name}, torch {torch.__version__}, {args.rounds} interleaved rounds", out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
