@@ -1,0 +1,83 @@
+"""What several test files share: the repository root on sys.path, the marker `slow`, and a toy world small enough for tests.
+
+`world` is toy.py's own output with two dozen problems a skill; `taught` is that world's base model after a minute's worth of SFT,
+so that its completions earn some rewards and not others. Both are made once a run.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+MAKE_WORLD = """
+import toy
+toy.KEYS = {"chat": (24, 16, 8, 8), "if": (24, 16, 8, 8), "math": (24, 16, 8, 8), "code": (24, 16, 8, 8)}
+toy.main(toy.common.parse_config(toy.Config))
+toy.common.finish()
+"""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs whole stages, seconds each; left out by `bash tests/run.sh fast`")
+
+
+def run_python(*args, ranks=1, check=True, timeout=300, **environment):
+    """A Python script of the repository in a process of its own, under torchrun if ranks > 1; (exit code, stdout, stderr)."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([*launch, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    assert not check or done.returncode == 0, f"{args} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with the data of every stage and the base model: 2 layers, width 48, 0.1M parameters."""
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    run_python("-c", MAKE_WORLD, f"--out={folder}", "--vocab_size=640", "--hidden_size=48", "--num_layers=2", "--num_heads=4")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def taught(world):
+    """Checkpoint folder of the base model after 120 steps of SFT on everything (about 6 s)."""
+    out = world.parent / "taught"
+    run_python("sft.py", f"--init_from={world}/base", f"--data={world}/sft_stage2.jsonl", f"--out_dir={out}", "--samples_per_step=32",
+               "--num_steps=120", "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=130", "--micro_batch_tokens=4096")  # fmt: skip
+    return out / "final"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world):
+    from model import load_tokenizer
+
+    return load_tokenizer(world / "base")
+
+
+@pytest.fixture()
+def tiny():
+    """A random Qwen3 for formulas: 2 layers, 4 query heads on 2 kv heads, vocabulary 61, peaked enough to be worth testing."""
+    return make_tiny()
+
+
+def make_tiny(seed=0, std=0.25, **changes):
+    from model import Qwen3, Qwen3Config
+
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, rope_theta=1e4, max_position_embeddings=256, tie_word_embeddings=True)  # fmt: skip
+    model = Qwen3.from_config(Qwen3Config(**{**shape, **changes}), seed=seed, std=std)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():  # norm weights of 1 would hide a forgotten norm weight
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.uniform_(0.5, 1.5, generator=generator)
+    return model

@@ -1,0 +1,221 @@
+"""Guards: our Qwen3 = transformers' Qwen3 (all five shapes, YaRN, both directions of the folder), packed = padded = alone.
+
+Everything runs in float32 on the CPU with random weights, norm weights included, because norms of 1 hide mistakes. With this file
+and test_engine.py: sampler = trainer = transformers, so a log-prob means the same thing wherever it is computed.
+"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers import Qwen3Config as TheirConfig
+from transformers import Qwen3ForCausalLM
+
+from conftest import make_tiny
+from model import QWEN3_SIZES, Qwen3, Qwen3Config, read_config
+
+PUBLISHED = {"0.6b": 0.596049920e9, "1.7b": 1.720574976e9, "4b": 4.022468096e9, "8b": 8.19073536e9, "14b": 14.7683072e9}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+def scaled_down(size, **changes):
+    """The shape of one of the five sizes with its ratios (query to kv heads, mlp to width, tied or not), 64 times smaller."""
+    full = Qwen3Config(**QWEN3_SIZES[size])
+    shape = dict(
+        vocab_size=211, hidden_size=full.hidden_size // 64, intermediate_size=full.intermediate_size // 64, num_hidden_layers=3,
+        num_attention_heads=full.num_attention_heads, num_key_value_heads=full.num_key_value_heads, head_dim=16,
+        rope_theta=full.rope_theta, max_position_embeddings=128, tie_word_embeddings=full.tie_word_embeddings,
+    )  # fmt: skip
+    return make_tiny(std=0.1, **{**shape, **changes})
+
+
+def theirs(model, folder):
+    """The same weights in transformers, through our saved folder; eager attention is the plain formula."""
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def random_ids(*shape, vocab=211, seed=0):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got, expected, tolerance, what):
+    error = (got - expected).abs().max().item()
+    print(f"{what}: max error {error:.1e}, tolerance {tolerance:.0e}")
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("yarn", [False, True], ids=["plain", "yarn"])
+@pytest.mark.parametrize("size", QWEN3_SIZES)
+def test_logits_equal_those_of_transformers(size, yarn, tmp_path):
+    model = scaled_down(size, rope_scaling=YARN if yarn else {})
+    ids = random_ids(2, 96)  # past the 64 positions that YaRN stretches
+    with torch.no_grad():
+        ours, reference = model(ids), theirs(model, tmp_path)(ids).logits
+    assert ours.std() > 0.3, "logits this flat would be equal whatever the model did"
+    close(ours, reference, 1e-5, f"{size} logits of size {ours.abs().max():.1f}")
+
+
+def test_yarn_changes_the_logits():
+    """The test above would pass if neither side read rope_scaling."""
+    ids = random_ids(1, 96)
+    with torch.no_grad():
+        assert (scaled_down("8b")(ids) - scaled_down("8b", rope_scaling=YARN)(ids)).abs().max() > 1e-2
+
+
+def test_packed_equals_padded_equals_alone(tmp_path):
+    model = scaled_down("8b")
+    reference, lengths = theirs(model, tmp_path), [7, 31, 1, 18, 2]
+    rows = [random_ids(n, seed=n) for n in lengths]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    with torch.no_grad():
+        hidden = model(torch.cat(rows), torch.tensor(starts, dtype=torch.int32), max(lengths))
+        packed = F.linear(hidden, model.head_weight).split(lengths)
+        padded = torch.stack([F.pad(row, (max(lengths) - len(row), 0)) for row in rows])
+        seen = torch.stack([F.pad(torch.ones_like(row), (max(lengths) - len(row), 0)) for row in rows])
+        padded = reference(padded, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0)).logits
+        for i, row in enumerate(rows):
+            alone = model(row[None])[0]
+            close(packed[i], alone, 1e-5, f"packed against alone, {len(row)} tokens")
+            close(padded[i, -len(row) :], alone, 1e-5, f"padded transformers against alone, {len(row)} tokens")
+
+
+def test_row_order_does_not_matter():
+    model, ids, order = scaled_down("0.6b"), random_ids(5, 23), torch.tensor([3, 0, 4, 1, 2])
+    with torch.no_grad():
+        close(model(ids)[order], model(ids[order]), 1e-6, "rows in another order")
+
+
+def test_logprobs_are_those_of_the_logits_and_entry_t_is_about_token_t():
+    model, row, temperature = scaled_down("4b"), random_ids(20), 0.7
+    index = torch.arange(5, 20)
+    with torch.no_grad():
+        logprobs, entropy = model(row, torch.tensor([0, 20], dtype=torch.int32), 20, index, temperature=temperature)
+        nll = model(row, torch.tensor([0, 20], dtype=torch.int32), 20, index, nll=True)
+        table = torch.log_softmax(model(row[None])[0] / temperature, -1)
+        plain = torch.log_softmax(model(row[None])[0], -1)
+    for t in range(20):
+        expected = table[t - 1, row[t]] if t >= 5 else 0.0
+        assert abs(logprobs[t] - expected) < 1e-5, f"token {t}"
+        assert abs(entropy[t] - (-(table[t - 1].exp() * table[t - 1]).sum() if t >= 5 else 0.0)) < 1e-5, f"token {t}"
+    close(nll, -plain[torch.arange(4, 19), row[5:]].sum(), 1e-4, "summed negative log-likelihood")
+
+
+def test_a_saved_folder_opens_in_transformers_and_gives_the_same_greedy_tokens(tmp_path):
+    for size in ("0.6b", "8b"):  # tied and untied
+        model, prompt = scaled_down(size), random_ids(1, 9)
+        reference = theirs(model, tmp_path / size)
+        ids = prompt
+        for _ in range(20):
+            ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
+        generated = reference.generate(prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert generated.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("yarn", [False, True], ids=["plain", "yarn"])
+def test_a_folder_of_transformers_opens_in_ours(tied, yarn, tmp_path):
+    rope = {"rope_theta": 1e6, **({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64} if yarn else {"rope_type": "default"})}
+    torch.manual_seed(0)
+    reference = Qwen3ForCausalLM(TheirConfig(
+        vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2, rope_parameters=rope,
+    )).eval()  # fmt: skip
+    reference.save_pretrained(tmp_path, max_shard_size="50KB")  # several files
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = random_ids(2, 96)
+    with torch.no_grad():
+        close(Qwen3.from_pretrained(tmp_path)(ids), reference(ids).logits, 1e-5, "transformers -> ours")
+
+
+def test_rope_settings_are_read_in_the_spelling_of_transformers_4_too(tmp_path):
+    model = scaled_down("8b", rope_scaling=YARN)
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_theta": 1e6, "rope_scaling": YARN}))
+    assert read_config(tmp_path) == model.config
+
+
+def test_rope_factor_switches_yarn_on(tmp_path):
+    scaled_down("8b").save_pretrained(tmp_path)
+    loaded = Qwen3.from_pretrained(tmp_path, rope_factor=2.0)
+    assert loaded.config.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768}
+    assert loaded.max_positions() == 65536
+    loaded.save_pretrained(tmp_path / "again")
+    assert read_config(tmp_path / "again") == loaded.config
+
+
+def test_save_then_load_is_bitwise_equal(tmp_path):
+    for size in ("1.7b", "14b"):
+        model = scaled_down(size, rope_scaling=YARN)
+        model.save_pretrained(tmp_path / size)
+        loaded = Qwen3.from_pretrained(tmp_path / size)
+        assert loaded.config == model.config
+        for (name, a), (other, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+            assert name == other and torch.equal(a, b), name
+
+
+def broken(tmp_path, change, size="8b"):
+    """A saved folder whose tensors went through change(state)."""
+    scaled_down(size).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    name = "model.layers.1.self_attn.q_norm.weight"
+    with pytest.raises(ValueError, match=f"1 tensors are missing, first {name}"):
+        Qwen3.from_pretrained(broken(tmp_path, lambda state: state.pop(name)))
+
+
+def test_an_unknown_tensor_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown tensor model.layers.0.self_attn.q_proj.bias"):
+        Qwen3.from_pretrained(broken(tmp_path, lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(4)})))
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
+    with pytest.raises(ValueError, match=r"model.norm.weight is \(3,\), expected \(64,\)"):
+        Qwen3.from_pretrained(broken(tmp_path, lambda state: state.update({"model.norm.weight": torch.zeros(3)})))
+
+
+def test_the_copy_of_a_tied_head_is_left_alone(tmp_path):
+    copy = lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+    assert Qwen3.from_pretrained(broken(tmp_path, copy, size="0.6b")).lm_head is None
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen3'"),
+    ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe', expected 'qwen3'"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}, "rope_scaling": None}, "rope_type 'llama3' is not supported"),
+    ({"use_sliding_window": True}, "sliding windows"),
+])  # fmt: skip
+def test_another_architecture_is_refused(change, message, tmp_path):
+    scaled_down("8b").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        Qwen3.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", QWEN3_SIZES)
+def test_parameter_counts_are_the_published_ones(size):
+    with torch.device("meta"):
+        model = Qwen3(Qwen3Config(**QWEN3_SIZES[size]))
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[size]
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for checkpointing in (False, True):
+        model = make_tiny()
+        model.gradient_checkpointing = checkpointing
+        row = random_ids(12, vocab=61)
+        model(row, torch.tensor([0, 12], dtype=torch.int32), 12, torch.arange(1, 12))[0].sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
