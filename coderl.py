@@ -84,10 +84,16 @@ class Config:
 
 FORMAT = "lace the solution code in the following format:\n```python\n# Your solution code here\n```"  # AceReason's
 PLAIN = "{problem}\n\nWrite Python code to solve the problem. Please p" + FORMAT
-HEADER = "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\nP"
+HEADER = (
+    "{problem}\n\nSolve the problem starting with the provided function header.\n\n"
+    "Function header:\n```\n{header}\n```\n\nP" + FORMAT
+)
 INTERACTIVE = re.compile(r"this is an interactive (problem|task)|interactor|flush the output", re.I)
-ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?"
-                        r".{0,60}(accepted|print any|output any|return any|any of them)|(print|output|return) any of them", re.I | re.S)  # fmt: skip
+ANY_ANSWER = re.compile(
+    r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?"
+    r".{0,60}(accepted|print any|output any|return any|any of them)|(print|output|return) any of them",
+    re.I | re.S,
+)
 
 
 def loads(text):
@@ -171,11 +177,12 @@ def normalize(row, where):
     if name and not header and name not in problem:
         header = f"def {name}(...):"
     if "```python" not in problem:
-        problem = HEADER.format(problem=problem, header=header.rstrip()) + FORMAT if header else PLAIN.format(problem=problem)
+        problem = (HEADER if header else PLAIN).format(problem=problem, header=(header or "").rstrip())
     gold = row.get("solution") or row.get("gold_standard_solution") or row.get("solutions") or ""
     gold = (loads(gold) if gold.startswith("[") else gold) if isinstance(gold, str) else gold
     gold = gold if isinstance(gold, str) else next((s for s in gold if isinstance(s, str)), "")
-    return {"messages": [{"role": "user", "content": problem}], "think": True, "tests": tests, "solution": unfence(gold)}
+    messages = [{"role": "user", "content": problem}]
+    return {"messages": messages, "think": True, "tests": tests, "solution": unfence(gold)}
 
 
 def load_rows(cfg, path=None, limit=0):
@@ -236,8 +243,9 @@ def same_value(got, expected):
 def run_tests(code, tests, timeout=6.0, memory_mb=1024, stop=False):
     """One verdict per test: ok, wrong, timeout, memory, crash, output or infra; with stop, up to the first not ok."""
     name, verdicts = tests.get("fn_name"), []
-    calls = ((name, [json.loads(line) for line in text.split("\n") if line]) if name else text for text in tests["inputs"])
-    results = sandbox.run_each(code, calls, timeout, memory_mb)
+    arguments = lambda text: [json.loads(line) for line in text.split("\n") if line]
+    given = ((name, arguments(text)) if name else text for text in tests["inputs"])
+    results = sandbox.run_each(code, given, timeout, memory_mb)
     for result, expected in zip(results, tests["outputs"]):
         verdict = result.status
         if verdict == "ok":
@@ -292,7 +300,7 @@ def judge(rollout, cfg):
 
 
 def make_reward(cfg):
-    """(submit, collect): submit(rollout) starts its tests in the background, collect(rollouts) waits and sets rewards."""
+    """(submit, collect): submit(rollout) starts its tests in the background, collect(rollouts) sets the rewards."""
     sandbox.run("pass")  # starts the zygote, and announces a host without namespaces, before there is a model
     pool = ThreadPoolExecutor(cfg.reward_workers)
     pending = {}  # id -> (rollout, future); holding the rollout keeps its id unique

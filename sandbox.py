@@ -49,7 +49,7 @@ Result = collections.namedtuple("Result", "status stdout value seconds")  # valu
 OUTPUT_BYTES = 16 << 20  # most that a program may print, return, or write into one file
 WALL_FACTOR, WALL_EXTRA = 4, 2.0  # wall limit of one test = factor * timeout + extra seconds
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # programs running at once; more would only wait
+SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # programs running at once in this process
 NOBODY = 65534  # user and group id of everything below a caller that is root
 PACKAGES = ("numpy", "numpy.libs")  # third-party packages a program may import, where the caller has them
 OUT_OF_MEMORY = 86  # exit code of a leaf
@@ -68,7 +68,7 @@ def run(source, stdin="", call=None, timeout=6.0, memory_mb=1024):
 
 
 def run_each(source, tests, timeout=6.0, memory_mb=1024):
-    """Yield one Result per test: all stdin strings, or all (name, [arguments]) calls. Close the generator to stop early.
+    """Yield one Result per test: all stdin strings, or all (name, [arguments]) calls. Close the generator to stop.
 
     Thread-safe; blocks while SLOTS other programs run.
     """
@@ -119,7 +119,8 @@ def _start_leaf(job, test):
         ready, pid = struct.unpack("!cI", _read(ours.recv, 5))
         if ready != b"r":
             raise EOFError("a leaf could not be set up")
-        for part in json.dumps([is_call, memory_mb]).encode(), source, b"" if is_call else test.encode("utf-8", "replace"):
+        stdin = b"" if is_call else test.encode("utf-8", "replace")
+        for part in json.dumps([is_call, memory_mb]).encode(), source, stdin:
             ours.sendall(struct.pack("!I", len(part)) + part)
         ours.settimeout(WALL_FACTOR * timeout + WALL_EXTRA)
     except BaseException:
@@ -266,12 +267,16 @@ def _read(read, size):
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the interpreter lock stays held across clone()
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
-NUMBERS = {  # system calls by number: what glibc has no function for, then what a leaf must not use
-    "x86_64": (0xC000003E, 56, 435, 302, 157, "57 58 59 322 101 62 200 234 129 297 424 434 438 41 310 311 312 165 166 155 161 "
-               "272 308 250 248 249 321 298 323 425 319 447 29 68 64 304 303 428 429 430 432 442 175 313 246 141 240 112 109"),
-    "aarch64": (0xC00000B7, 220, 435, 261, 167, "221 281 117 129 130 131 138 240 424 434 438 198 270 271 272 40 39 41 51 "
-                "97 268 219 217 218 280 241 282 425 279 447 194 186 190 265 264 428 429 430 432 442 105 273 104 140 180 157 154"),
-}.get(sys.platform == "linux" and os.uname().machine)  # (audit arch, clone, clone3, prlimit64, prctl, refused)
+NUMBERS = {  # system calls by number: audit arch, clone, clone3, prlimit64, prctl, then what a leaf must not use
+    "x86_64": (0xC000003E, 56, 435, 302, 157,
+               "29 41 57 58 59 62 64 68 101 109 112 129 141 155 161 165 166 175 200 234 240 246 248 249 250 272 297 "
+               "298 303 304 308 310 311 312 313 319 321 322 323 424 425 428 429 430 432 434 438 442 447"),
+    "aarch64": (0xC00000B7, 220, 435, 261, 167,
+                "39 40 41 51 97 104 105 117 129 130 131 138 140 154 157 180 186 190 194 198 217 218 219 221 240 241 "
+                "264 265 268 270 271 272 273 279 280 281 282 424 425 428 429 430 432 434 438 442 447"),
+}.get(sys.platform == "linux" and os.uname().machine)  # fmt: skip
+# Refused: fork exec kill ptrace socket process_vm_* kcmp mount umount pivot_root chroot unshare setns setsid setpgid
+# keyctl bpf perf userfaultfd io_uring memfd shm msg sem mq, file handles, the new mount calls, modules, setpriority
 NAMESPACES = NEWUSER | NEWPID | NEWNS | NEWIPC  # of every leaf
 
 def _checked(result):
@@ -286,8 +291,8 @@ def _preload():
     program = types.ModuleType("__main__")
     stars = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io " \
             "sys json builtins typing"
-    others = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading time " \
-             "traceback"
+    others = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading " \
+             "time traceback"
     for name in stars.split():
         exec(f"from {name} import *", vars(program))
     exec(f"import {', '.join((stars + ' ' + others).split())}", vars(program))
@@ -364,7 +369,6 @@ def _landlock():
         allowed = 0b1100 if os.path.isdir(path) else 0b110  # read (and write) files, list directories
         _checked(libc_call(445, ruleset, 1, struct.pack("=Qi", allowed, fd), 0))
         os.close(fd)
-    libc.prctl(38, 1, 0, 0, 0)
     _checked(libc_call(446, ruleset, 0))
     os.close(ruleset)
     return ""
@@ -378,6 +382,7 @@ def _zygote_main(control, mode, packages):
         hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most if hard < 0 else min(most, hard), hard))
     try:
+        _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges, for all below
         proc = _isolate(packages) if mode == "full" else None
         missing = "" if mode == "full" else mode + _landlock()
         if os.geteuid() == 0:  # root escapes RLIMIT_NPROC, and the caller is root too
@@ -539,10 +544,8 @@ def _receive():
 
 def _seal():
     """Drop every capability, then refuse system calls for good."""
-    libc.prctl(38, 1, 0, 0, 0)  # no new privileges
     _checked(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))
-    program = ctypes.create_string_buffer(FILTER, len(FILTER))
-    _checked(libc.prctl(22, 2, struct.pack("HxxxxxxQ", len(FILTER) // 8, ctypes.addressof(program)), 0, 0))
+    _checked(libc.prctl(22, 2, PROGRAM, 0, 0))
 
 
 def _seccomp_filter(arch, clone, clone3, prlimit64, prctl, refused):
@@ -553,14 +556,15 @@ def _seccomp_filter(arch, clone, clone3, prlimit64, prctl, refused):
     rows += [(at_least, 0, 1, 0x40000000), (end, 0, 0, eperm)]  # the x32 twins of every call
     rows += [(equal, 0, 1, clone3), (end, 0, 0, enosys)]
     rows += [(equal, 0, 4, clone), (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), (end, 0, 0, allow), (end, 0, 0, eperm)]
-    for call, value, then, otherwise in (prlimit64, 0, allow, eperm), (prctl, 1, eperm, allow):  # this process; death signal
+    for call, value, then, otherwise in (prlimit64, 0, allow, eperm), (prctl, 1, eperm, allow):  # own pid; death signal
         rows += [(equal, 0, 4, call), (load, 0, 0, 16), (equal, 0, 1, value), (end, 0, 0, then), (end, 0, 0, otherwise)]
     refused = sorted(map(int, refused.split()))
     rows += [(equal, len(refused) - i, 0, call) for i, call in enumerate(refused)]  # jump to the last row
     return b"".join(struct.pack("HBBI", *row) for row in rows + [(end, 0, 0, allow), (end, 0, 0, eperm)])
 
 
-FILTER = _seccomp_filter(*NUMBERS) if NUMBERS else b""
+FILTER = ctypes.create_string_buffer(_seccomp_filter(*NUMBERS) if NUMBERS else b"")
+PROGRAM = struct.pack("HxxxxxxQ", len(FILTER) // 8, ctypes.addressof(FILTER))
 atexit.register(close)
 os.register_at_fork(after_in_child=_forget)
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coderl
-import sandbox
 from common import BadRow
 
 STDIN = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"], "fn_name": None, "time_limit": None}
