@@ -206,7 +206,8 @@ def test_an_honest_program_passes_whatever_its_style(mode, style):
 def test_a_bad_program_gets_the_verdict_it_deserves(mode, name):
     source, verdicts = BAD[name]
     before, started = sandbox._zygote[0].pid, time.monotonic()
-    got = coderl.run_tests(source, stdin_tests("1\n", SECRET), 0.3, memory_mb=96)
+    seconds = 3.0 if verdicts == {"memory"} else 0.3  # touching fresh memory can be slow in a virtual machine
+    got = coderl.run_tests(source, stdin_tests("1\n", SECRET), seconds, memory_mb=96)
     took = time.monotonic() - started
     print(f"{name}: {got} in {took:.2f} s")
     assert set(got) <= verdicts and took < 6
