@@ -209,8 +209,8 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
         floor = moved / rates[0] * 1e3 if moved else flops / rates[1] * 1e3
         for who, ms in medians.items():
             rate = moved / ms / 1e9 if moved else flops / ms / 1e9
-            rows.append(dict(kernel=name, direction=direction, who=who, ms=ms, of_floor=floor / ms, peak_gib=memory[who],
-                             rate=rate, unit="TB/s" if moved else "TFLOP/s", ours_speedup=ms / medians["ours"]))  # fmt: skip
+            row = dict(kernel=name, direction=direction, who=who, ms=ms, of_floor=floor / ms, peak_gib=memory[who])
+            rows.append(row | dict(rate=rate, unit="TB/s" if moved else "TFLOP/s", ours_speedup=ms / medians["ours"]))
             print(f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
                   f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours", flush=True)  # fmt: skip
     return rows
@@ -266,8 +266,10 @@ def main():
             rows += measure(kernel, case, device, args.rounds, args.compile, rates, flush)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     versions |= {name: importlib.util.find_spec(name) and __import__(name).__version__ for name in ("triton",)}
-    head = dict(device=name, threads=torch.get_num_threads(), versions=versions, shapes=SHAPES[device], command=sys.argv,
-                copy_bytes_per_s=rates[0], matmul_flop_per_s=rates[1], rounds=args.rounds)  # fmt: skip
+    head = dict(
+        device=name, threads=torch.get_num_threads(), versions=versions, shapes=SHAPES[device], rounds=args.rounds
+    )
+    head |= dict(command=["bench/kernels.py", *sys.argv[1:]], copy_bytes_per_s=rates[0], matmul_flop_per_s=rates[1])
     out = pathlib.Path(args.out or ROOT / "bench" / f"kernels_{device}")
     out.with_suffix(".json").write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
     plot(rows, f"{name}, torch {torch.__version__}, {args.rounds} interleaved rounds", out.with_suffix(".png"))

@@ -22,11 +22,13 @@ else:
 
 
 def use_triton(*tensors):
-    """True when all tensors are on a GPU (or the interpreter is on); a sharded DTensor is refused, not misread."""
+    """True for GPU tensors (or with the interpreter on), False for CPU tensors; a mixture or a DTensor is refused."""
     for tensor in tensors:
         if hasattr(tensor, "placements"):
             raise TypeError("kernels take plain tensors; call them inside the module that FSDP gathers, or .to_local()")
-    return INTERPRET or all(tensor.is_cuda for tensor in tensors)
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"tensors on different devices: {sorted({str(t.device) for t in tensors})}")
+    return INTERPRET or tensors[0].is_cuda
 
 
 def num_programs(device, per_sm=4):

@@ -16,6 +16,11 @@ def swiglu_ref(gate, up):
     return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
+def forward_torch(gate, up):
+    """The CPU path: swiglu_ref without its second temporary."""
+    return F.silu(gate.to(torch.promote_types(gate.dtype, torch.float32))).mul_(up).to(gate.dtype)
+
+
 def backward_torch(dout, gate, up):
     """dup = dout * silu(gate);   dgate = dout * up * silu'(gate), silu'(z) = s + z * s * (1 - s), s = sigmoid(z)."""
     dup = F.silu(gate).mul_(dout)
@@ -71,7 +76,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         if not use_triton(gate, up):
-            return swiglu_ref(gate, up)
+            return forward_torch(gate, up)
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         launch(swiglu_forward, *gate.shape, gate, up, out, gate.stride(0), up.stride(0))
         return out

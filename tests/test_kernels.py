@@ -9,13 +9,16 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from kernels.adamw import AdamW, adamw_bf16_, hash_torch, round_torch
 from kernels.attention import flash_attention_varlen
+from kernels.dispatch import use_triton
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
@@ -198,6 +201,25 @@ def test_a_vocabulary_in_many_tiles_is_as_exact_as_materialised_logits():
         assert all(error < 2 * usual + 1e-6 for error, usual in zip(errors, plain))
 
 
+def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit():
+    for fn, _, inputs in cases().values():
+        wanted = [x for x in inputs if x.requires_grad] if isinstance(inputs[-1], torch.Tensor) else list(inputs[:3])
+        runs = [fn(*inputs), torch.utils.checkpoint.checkpoint(fn, *inputs, use_reentrant=False)]
+        sums = [
+            sum(out.square().sum() for out in outs) if isinstance(outs, tuple) else outs.square().sum() for outs in runs
+        ]
+        plain, checkpointed = (torch.autograd.grad(total, wanted) for total in sums)
+        assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed)), fn.__name__
+
+
+def test_mixed_devices_and_sharded_tensors_are_refused():
+    with pytest.raises(ValueError, match="different devices"):
+        swiglu(torch.ones(2, 3), torch.ones(2, 3, device="meta"))
+    sharded = types.SimpleNamespace(placements=(), device=torch.device("cpu"))
+    with pytest.raises(TypeError, match="plain tensors"):
+        use_triton(torch.ones(2), sharded)
+
+
 def test_no_tokens_at_all_give_zero_gradients():
     weight = torch.randn(7, 3, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -231,11 +253,11 @@ def fused():
     return linear_logprob(hidden, weight, target)[0]
 def resident(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()  # libraries load before the clock starts
+linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()  # libraries load before CPU time is taken
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-before, start = resident("VmRSS"), time.perf_counter()
+before, start = resident("VmRSS"), time.process_time()
 {"materialised": materialised, "fused": fused}[sys.argv[1]]().sum().backward()
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([resident("VmHWM") - before, seconds]))
 """
 
@@ -244,7 +266,7 @@ print(json.dumps([resident("VmHWM") - before, seconds]))
 def test_head_and_loss_take_a_tenth_of_the_memory_of_materialised_logits():
     (plain, plain_seconds), (fused, seconds) = (run_python("-c", MEMORY_PROBE, x) for x in ("materialised", "fused"))
     print(f"4096 tokens x 32768: {plain} -> {fused} KiB, {plain_seconds:.2f} -> {seconds:.2f} s, with entropy as well")
-    assert fused * 10 <= plain and seconds <= 1.5 * plain_seconds  # 1.5: a busy machine
+    assert fused * 10 <= plain and seconds <= 1.2 * plain_seconds
 
 
 def test_sampled_tokens_follow_the_tempered_distribution_and_their_logprob_is_its_log():
