@@ -1,0 +1,219 @@
+"""Guards: sampler = full forward = trainer, token by token, and a completion depends on its prompt and seed alone.
+
+With test_model.py this closes the circle: what was sampled is scored alike by the model that is trained and by transformers. The
+model is a briefly taught toy, so that rows finish at different times, with and without the stop token.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine import Rollout, TorchEngine, make_engine, request_seed, uniforms
+from model import Qwen3, render_chat, stop_ids
+
+PROMPTS = ["Tell me about rain.", "Hi", "Start with 7, then add 2, times 3. What is the result?", "Why do people like old books and bread?"]
+
+
+@pytest.fixture(scope="module")
+def model(taught):
+    return Qwen3.from_pretrained(taught)
+
+
+@pytest.fixture()
+def engine(model, tokenizer):
+    return TorchEngine(model, tokenizer)
+
+
+def ask(tokenizer, samples=1, seed=0, prompts=PROMPTS):
+    """Rollouts of prompts of different lengths, `samples` of each."""
+    rollouts = []
+    for g, text in enumerate(prompts):
+        ids, _ = render_chat(tokenizer, [{"role": "user", "content": text}], think=g % 2 == 0)
+        rollouts += [Rollout(row={}, group=g, prompt_ids=ids, seed=request_seed(seed, g, n)) for n in range(samples)]
+    return rollouts
+
+
+def outputs(rollouts):
+    return [(r.completion_ids, r.finish_reason, r.text) for r in rollouts]
+
+
+@torch.no_grad()
+def trainer_logprobs(model, rollouts, temperature):
+    """Per rollout, the log-probs of its completion as train_step computes them: one packed batch."""
+    rows = [torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts]
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
+    index = torch.cat([torch.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, ends)])
+    cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
+    logprobs, _ = model(torch.cat(rows), cu_seqlens, max(map(len, rows)), index, temperature=temperature)
+    return [logprobs[end - len(r.completion_ids) : end] for r, end in zip(rollouts, ends)]
+
+
+def test_greedy_generate_equals_repeated_forward_for_ragged_prompts(engine, model, tokenizer):
+    rollouts = ask(tokenizer)
+    assert len({len(r.prompt_ids) for r in rollouts}) > 2
+    engine.generate(rollouts, 48, temperature=0)
+    for r in rollouts:
+        ids = list(r.prompt_ids)
+        while len(ids) < len(r.prompt_ids) + 48 and (len(ids) == len(r.prompt_ids) or ids[-1] not in stop_ids(tokenizer)):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert ids[len(r.prompt_ids) :] == r.completion_ids
+    assert len({len(r.completion_ids) for r in rollouts}) > 1, "all ended together: rows leaving the batch was not tested"
+
+
+def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monkeypatch):
+    """Logits, not only their argmax: every decoding step against one forward over the finished sequences."""
+    seen, decode = [], engine._decode
+
+    def record(token_B, position_B, *args):
+        logits_BV = decode(token_B, position_B, *args)
+        seen.append((position_B.tolist(), logits_BV))
+        return logits_BV
+
+    monkeypatch.setattr(engine, "_decode", record)
+    rollouts, worst, compared = ask(tokenizer, samples=2), 0.0, 0
+    engine.generate(rollouts, 24, temperature=1.0)
+    with torch.no_grad():
+        full = [model(torch.tensor([r.prompt_ids + r.completion_ids]))[0] for r in rollouts]
+    for step, (positions, logits_BV) in enumerate(seen):
+        alive = [i for i, r in enumerate(rollouts) if len(r.completion_ids) > step + 1]
+        for i, position, logits_V in zip(alive, positions, logits_BV, strict=True):
+            assert position == len(rollouts[i].prompt_ids) + step
+            worst, compared = max(worst, (full[i][position] - logits_V).abs().max().item()), compared + 1
+    print(f"decode logits against full forward: max error {worst:.1e} over {compared} tokens, tolerance 5e-05")
+    assert worst < 5e-5 and compared > 50
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.9, 20)])
+def test_logprobs_of_the_sampler_are_those_of_the_trainer(engine, model, tokenizer, temperature, top_p, top_k):
+    """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid (recipe gap 6)."""
+    rollouts = ask(tokenizer, samples=4)
+    engine.generate(rollouts, 40, temperature, top_p, top_k)
+    gaps = [
+        (ours - torch.tensor(r.sampler_logprobs)).abs().max().item()
+        for r, ours in zip(rollouts, trainer_logprobs(model, rollouts, temperature), strict=True)
+    ]
+    print(f"sampler against trainer: max gap {max(gaps):.1e}, tolerance 1e-05")
+    assert max(gaps) < 1e-5
+
+
+def test_a_completion_does_not_depend_on_what_it_is_batched_with(engine, tokenizer):
+    together, alone = ask(tokenizer, samples=3), ask(tokenizer, samples=3)
+    engine.generate(together, 40, 1.0)
+    for r in reversed(alone):
+        engine.generate([r], 40, 1.0)
+    assert outputs(together) == outputs(alone)
+    gap = max(abs(x - y) for a, b in zip(together, alone) for x, y in zip(a.sampler_logprobs, b.sampler_logprobs, strict=True))
+    print(f"log-probs together against alone: max gap {gap:.1e}, tolerance 1e-05")
+    assert gap < 1e-5
+
+
+def test_waves_of_max_rows_change_nothing(engine, model, tokenizer):
+    whole, waves = ask(tokenizer, samples=3), ask(tokenizer, samples=3)
+    engine.generate(whole, 40, 1.0)
+    TorchEngine(model, tokenizer, max_rows=5).generate(waves, 40, 1.0)
+    assert outputs(whole) == outputs(waves)
+
+
+def test_the_same_seeds_give_the_same_completions_and_other_seeds_others(engine, tokenizer):
+    first, again, other = ask(tokenizer, 2, seed=0), ask(tokenizer, 2, seed=0), ask(tokenizer, 2, seed=1)
+    for rollouts in (first, again, other):
+        engine.generate(rollouts, 40, 1.0)
+    assert outputs(first) == outputs(again) != outputs(other)
+    assert [r.sampler_logprobs for r in first] == [r.sampler_logprobs for r in again], "not bit for bit"
+    assert len({tuple(r.completion_ids) for r in first}) == len(first), "samples of one prompt should differ"
+
+
+def test_finish_reasons_and_the_stop_token(engine, tokenizer):
+    """A stopped completion ends with its stop token, which is no part of the text; a truncated one has all its tokens."""
+    rollouts = ask(tokenizer, samples=8)
+    engine.generate(rollouts, 24, 1.0)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for r in rollouts:
+        stops = [i for i, token in enumerate(r.completion_ids) if token in stop_ids(tokenizer)]
+        assert len(r.sampler_logprobs) == len(r.completion_ids) <= 24
+        if r.finish_reason == "stop":
+            assert stops == [len(r.completion_ids) - 1]
+        else:
+            assert not stops and len(r.completion_ids) == 24
+        assert r.text == tokenizer.decode(r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False)
+
+
+def test_a_stop_token_at_the_last_allowed_place_is_a_stop(engine, tokenizer):
+    rollouts = ask(tokenizer, samples=4)
+    engine.generate(rollouts, 40, 1.0)
+    shortest = min((r for r in rollouts if r.finish_reason == "stop"), key=lambda r: len(r.completion_ids))
+    again = Rollout(row={}, group=0, prompt_ids=shortest.prompt_ids, seed=shortest.seed)
+    engine.generate([again], len(shortest.completion_ids), 1.0)
+    assert again.finish_reason == "stop" and again.completion_ids == shortest.completion_ids
+
+
+def test_a_finished_completion_is_handed_on_while_others_still_decode(engine, tokenizer):
+    rollouts, events = ask(tokenizer, samples=4), []
+
+    def on_finished(r):
+        events.append((r, [len(other.completion_ids) for other in rollouts if not other.finish_reason]))
+        assert r.text and r.finish_reason, "handed on before it was complete"
+
+    engine.generate(rollouts, 60, 1.0, on_finished=on_finished)
+    assert sorted(id(r) for r, _ in events) == sorted(id(r) for r in rollouts), "each of them once"
+    assert events[0][1] and events[-1][1] == [], "the first was handed on while others decoded"
+    lengths = [len(r.completion_ids) for r, _ in events]
+    assert lengths == sorted(lengths)
+
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 3), (0.5, 0), (0.8, 5)])
+def test_top_k_and_top_p_restrict_what_can_be_drawn(engine, model, tokenizer, top_p, top_k):
+    rollouts = ask(tokenizer, samples=200, prompts=PROMPTS[1:2])
+    engine.generate(rollouts, 1, 4.0, top_p, top_k)
+    with torch.no_grad():
+        p = torch.softmax(model(torch.tensor([rollouts[0].prompt_ids]))[0, -1] / 4.0, -1)
+    order = p.argsort(descending=True)[: top_k or len(p)]
+    kept = p[order] / p[order].sum()
+    allowed = order[: int((kept.cumsum(0) < top_p).sum()) + 1 if top_p < 1 else len(order)].tolist()
+    drawn = {r.completion_ids[0] for r in rollouts}
+    assert drawn <= set(allowed) and len(drawn) > 1
+    for r in rollouts:
+        assert abs(r.sampler_logprobs[0] - p[r.completion_ids[0]].log()) < 1e-5, "renormalised over what is allowed"
+
+
+def test_draws_follow_the_tempered_softmax(engine, model, tokenizer):
+    """2000 first tokens: total variation distance to softmax(logits / T) within what 2000 fair draws give."""
+    for temperature in (1.5, 3.0):
+        rollouts = ask(tokenizer, samples=2000, prompts=PROMPTS[1:2])
+        engine.generate(rollouts, 1, temperature)
+        with torch.no_grad():
+            p = torch.softmax(model(torch.tensor([rollouts[0].prompt_ids]))[0, -1] / temperature, -1)
+        counts = F.one_hot(torch.tensor([r.completion_ids[0] for r in rollouts]), len(p)).sum(0) / 2000
+        fair = torch.stack([
+            torch.multinomial(p, 2000, True, generator=torch.Generator().manual_seed(i)).bincount(minlength=len(p)) / 2000 for i in range(50)
+        ])  # fmt: skip
+        distance, limit = (counts - p).abs().sum().item() / 2, ((fair - p).abs().sum(-1) / 2).max().item() * 1.1
+        print(f"temperature {temperature}: total variation {distance:.3f}, worst of 50 fair samples {limit / 1.1:.3f}")
+        assert distance < limit
+
+
+def test_random_numbers_are_uniform_and_each_seed_has_its_own():
+    u = uniforms([request_seed(0, i) for i in range(200)], 0, 200)
+    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005 and abs(u.std() - 12**-0.5) < 0.005
+    assert (uniforms([5, 9], 3, 4) == uniforms([5, 9], 0, 7)[:, 3:]).all(), "number t of a stream is the same whenever it is asked for"
+    assert math.isclose(abs((u[:-1] * u[1:]).mean()), 0.25, abs_tol=0.005), "neighbouring seeds are correlated"
+    assert len({request_seed(0, step, prompt, sample) for step in range(9) for prompt in range(9) for sample in range(9)}) == 729
+
+
+def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
+    model.gradient_checkpointing = True
+    engine = make_engine("auto", model, tokenizer)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    engine.generate(ask(tokenizer), 4, 1.0)
+    assert model.gradient_checkpointing and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    model.gradient_checkpointing = False
+
+
+def test_an_unknown_engine_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="expected"):
+        make_engine("warp", model, tokenizer)
