@@ -1,4 +1,4 @@
-"""sandbox.py: runs code nobody trusts, fast enough for reinforcement learning. Linux, x86_64 or aarch64.
+"""sandbox.py: runs code nobody trusts, fast enough for reinforcement learning. Linux 5.4 or later, x86_64 or aarch64.
 
     run("print(int(input()) + 1)", stdin="41")              -> Result("ok", "42\n", None, 0.001)
     run("def f(a, b): return a + b", call=("f", [40, 2]))   -> Result("ok", "", 42, 0.001)
@@ -79,14 +79,14 @@ def run_each(source, tests, timeout=6.0, memory_mb=1024):
         try:
             for test in tests:
                 for tries in range(3):
+                    zygote, fresh = _zygote, leaf is None
                     try:
-                        fresh = leaf is None
                         leaf = leaf or _start_leaf(job, test)
                         result = _finish(leaf, test, fresh, timeout)
                         break
                     except (OSError, EOFError):  # nothing a program can cause: see _finish
                         leaf, result = _hang_up(leaf), Result("infra", "", None, 0.0)
-                        _retire()
+                        _retire(zygote)
                         time.sleep(0.1 * tries)
                 if result.status != "ok" or isinstance(test, str):
                     leaf = _hang_up(leaf)
@@ -97,7 +97,7 @@ def run_each(source, tests, timeout=6.0, memory_mb=1024):
 
 def close():
     """End this process's zygote and everything under it; the next run() starts a new one."""
-    _retire()
+    _retire(_zygote)
     for process in _retired:
         process.wait()
     _retired.clear()
@@ -219,28 +219,31 @@ def _start_zygote():
                                    stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         ours.settimeout(60)
-        answer = ours.recv(1000).decode("utf-8", "replace")
+        try:
+            answer = ours.recv(1000).decode("utf-8", "replace")
+        except OSError:
+            process.kill()
+            raise
         if answer.startswith("ready"):
             if answer != "ready" and os.environ.get("RANK", "0") == "0" and _mode != "weak":
                 print(f"sandbox: DEGRADED, no namespaces for untrusted code ({answer[6:]})", file=sys.stderr)
                 _mode = "weak"
             return process, ours
         ours.close()
-        process.wait()
-        if _mode != "full":
+        if _mode != "full" or (process.wait() != -signal.SIGSYS and not answer):  # an accident, no refusal
             raise OSError(f"the zygote did not start: {answer}")
-        _mode = answer or "the zygote died"
+        _mode = answer or "refused by seccomp"
 
 
-def _retire():
-    """Let go of the current zygote: it ends when the programs it still holds have ended."""
+def _retire(zygote):
+    """Let go of a zygote if it is still the current one: it ends when the programs it still holds have ended."""
     global _zygote
     with _lock:
-        if _zygote is not None:
-            _zygote[1].close()
-            _retired.append(_zygote[0])
+        if zygote is not None and zygote is _zygote:
+            _zygote = None
+            zygote[1].close()
+            _retired.append(zygote[0])
         _retired[:] = [process for process in _retired if process.poll() is None]
-        _zygote = None
 
 
 def _forget():
@@ -408,6 +411,8 @@ def _serve(control, proc):
     while jobs or listening:
         events = {fd for fd, _ in poll.poll()}
         for fd in events & jobs.keys():
+            if fd not in jobs:  # closed a moment ago, together with its pidfd
+                continue
             pid, sock, pidfd = jobs.pop(fd)
             poll.unregister(fd)
             if fd == pidfd:  # the leaf ended
@@ -418,7 +423,6 @@ def _serve(control, proc):
                     pass
                 if jobs.pop(sock.fileno(), None):
                     poll.unregister(sock)
-                events.discard(sock.fileno())
                 sock.close()
                 os.close(pidfd)
             else:  # the caller hung up
@@ -490,7 +494,9 @@ def _leaf_main(sock, output, pid, isolated):
     os.lseek(given, 0, os.SEEK_SET)
     os.dup2(given, 0)
     os.close(given)
-    if not is_call:
+    if is_call:
+        os.dup2(2, 1)  # what a function prints is nobody's business
+    else:
         os.close(3)  # who has no socket cannot write to it
     del stdin
     os.chdir("/tmp" if isolated else "/")
