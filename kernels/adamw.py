@@ -111,7 +111,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, grad_scale=None):
         """One update of every parameter that has a gradient; grad_scale as in adamw_bf16_."""
-        for number, (group, p) in enumerate((group, p) for group in self.param_groups for p in group["params"]):
+        for number, (group, p) in enumerate((g, p) for g in self.param_groups for p in g["params"]):
             if p.grad is None:
                 continue
             state = self.state[p]

@@ -4,7 +4,7 @@
 
 Sequences lie one behind another in [T, heads, H]; cu_seqlens holds where each begins and, last, where the last ends.
 Query head n reads key head n // (N / K). A program keeps a block of queries and walks over blocks of keys with a
-running max m and sum l, rescaling when the max rises (FlashAttention). Backward makes p again from the logsumexp:
+running max m and sum, rescaling when the max rises (FlashAttention). Backward makes p again from the logsumexp:
 
     p = exp(scores - lse);  dv = p^T dout;  ds = p * (dout v^T - delta),  delta = sum(dout * out)
     dk = scale * ds^T q;  dq = scale * ds k
@@ -78,7 +78,7 @@ def locate(cu_seqlens_ptr, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
+def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
            MASKED: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Takes the keys start .. stop into the online softmax of a block of queries; scale has log2(e) in it."""
     for first in range(start, stop, BLOCK_K):
@@ -90,11 +90,11 @@ def attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, 
         new_m = tl.maximum(m, tl.max(scores, 1))
         p = tl.exp2(scores - new_m[:, None])
         shrink = tl.exp2(m - new_m)
-        l = l * shrink + tl.sum(p, 1)
+        total = total * shrink + tl.sum(p, 1)
         m = new_m
         v = load_rows(v_ptr, cols, length, v_stride, H, H_BLOCK)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, m, l
+    return acc, m, total
 
 
 @triton.jit
@@ -114,15 +114,15 @@ def attention_forward(
     v_ptr += begin * v_stride + head // (N // K) * H
     acc = tl.zeros([BLOCK_Q, H_BLOCK], tl.float32)
     m = tl.full([BLOCK_Q], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
     # keys before the block of queries need no mask, those beside it do, those behind it are not visited
     diagonal = first_row // BLOCK_K * BLOCK_K
     for masked in tl.static_range(2):  # unrolled when compiled: two loops
         start, stop = (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
-        acc, m, l = attend(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
-                           masked, H, H_BLOCK, BLOCK_K)  # fmt: skip
-    store_rows(out_ptr + (begin * N + head) * H, acc / l[:, None], rows, length, N * H, H, H_BLOCK)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * num_tokens + begin + rows, m + tl.log2(l), mask=rows < length)
+        acc, m, total = attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
+                               masked, H, H_BLOCK, BLOCK_K)  # fmt: skip
+    store_rows(out_ptr + (begin * N + head) * H, acc / total[:, None], rows, length, N * H, H, H_BLOCK)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * num_tokens + begin + rows, m + tl.log2(total), mask=rows < length)
 
 
 @triton.jit

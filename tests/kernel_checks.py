@@ -243,7 +243,7 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("swiglu", "(s + gate * s * (1.0 - s))", "s", swiglu_fp32),
     ("linear_logprob", "u = a * (u + shrink * s) + tl", "u = a * u + tl", linear_logprob_fp32),
     ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
-    ("attention", "l = l * shrink + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", attention_fp32),
+    ("attention", "total = total * shrink + tl", "total = total + tl", attention_fp32),
     ("attention", "- delta[None, :])", ")", attention_fp32),
     ("sampling", "            low = middle", "            high = middle", sampling_fp32),
     ("adamw", "first >> 16, mask", "first & 0xFFFF, mask", adamw_bf16),
