@@ -1,0 +1,526 @@
+"""GRPO on examples small enough to check by hand: start here. What is tested stands below the waterline of mathrl.py.
+
+One step: sample G completions a prompt -> reward -> advantage inside the group -> one packed batch -> one loss with one denominator
+-> one update. The order of the tests is the order of the step; the last part is rlhf.py's stabilisers.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import mathrl
+import rlhf
+from conftest import make_tiny
+from engine import Rollout
+
+CFG = dict(group_size=4, temperature=0.9, micro_batch_tokens=64, overlong_filter=True)
+STOP = 2  # the stop token of these examples
+
+
+def config(**changes):
+    return mathrl.Config(**{**CFG, **changes})
+
+
+def rollout(reward, group=0, status="ok", finish_reason="stop", prompt=(5, 6), completion=(7, STOP)):
+    return Rollout(row={"messages": []}, group=group, prompt_ids=list(prompt), seed=0, completion_ids=list(completion),
+                   sampler_logprobs=[0.0] * len(completion), finish_reason=finish_reason, reward=reward, status=status)  # fmt: skip
+
+
+def advantages(rollouts, **changes):
+    mathrl.compute_advantages(rollouts, config(**changes))
+    return [round(r.advantage, 4) for r in rollouts]
+
+
+# ---- 1. Advantages: (r - mean) / (std + 1e-6) inside the group, std unbiased ----
+def test_advantages_by_hand():
+    # mean 0.25, deviations 0.75 -0.25 -0.25 -0.25, variance (0.5625 + 3 * 0.0625) / 3 = 0.25, std 0.5
+    assert advantages([rollout(r) for r in (1.0, 0.0, 0.0, 0.0)]) == [1.5, -0.5, -0.5, -0.5]
+    # two groups do not see each other; mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 1.6667, std 1.291
+    two = [rollout(r) for r in (1.0, 0.0, 0.0, 0.0)] + [rollout(r, group=1) for r in (1.0, 2.0, 3.0, 4.0)]
+    assert advantages(two) == [1.5, -0.5, -0.5, -0.5, -1.1619, -0.3873, 0.3873, 1.1619]
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, -1.0, 0.1 + 0.2])
+def test_advantages_of_an_all_equal_group_are_zero(reward):
+    """Exactly zero: a standard deviation of 1e-17 from rounding would blow up to an advantage."""
+    rollouts = [rollout(reward) for _ in range(4)]
+    assert advantages(rollouts) == [0.0] * 4
+    assert all(r.trained for r in rollouts), "their tokens stay in the denominator (recipe gap 7)"
+
+
+def test_truncated_rollouts_leave_the_group_statistics_under_the_overlong_filter():
+    group = lambda: [rollout(1.0), rollout(0.0), rollout(0.0, finish_reason="length"), rollout(0.0)]
+    # of (1, 0, 0): mean 1/3, std 0.57735
+    assert advantages(group()) == [1.1547, -0.5773, 0.0, -0.5773]
+    assert advantages(group(), overlong_filter=False) == [1.5, -0.5, -0.5, -0.5]
+    filtered = group()
+    advantages(filtered)
+    assert [r.trained for r in filtered] == [True, True, False, True]
+
+
+def test_infrastructure_failures_leave_the_group_statistics_whatever_the_filter():
+    for overlong_filter in (True, False):
+        group = [rollout(1.0), rollout(0.0), rollout(float("nan"), status="infra"), rollout(0.0)]
+        assert advantages(group, overlong_filter=overlong_filter) == [1.1547, -0.5773, 0.0, -0.5773]
+        assert [r.trained for r in group] == [True, True, False, True]
+
+
+def test_a_group_of_which_one_rollout_is_left_teaches_nothing():
+    group = [rollout(1.0)] + [rollout(0.0, finish_reason="length") for _ in range(3)]
+    assert advantages(group) == [0.0] * 4 and not any(r.trained for r in group)
+
+
+def test_a_missing_reward_is_an_error_not_a_zero():
+    with pytest.raises(AssertionError, match="reward nan"):
+        advantages([rollout(1.0), rollout(0.0), rollout(float("nan"), status="wrong"), rollout(0.0)])
+
+
+def test_torn_groups_are_refused():
+    with pytest.raises(AssertionError, match="torn"):
+        advantages([rollout(1.0), rollout(0.0), rollout(0.0, group=1), rollout(0.0, group=1)])
+
+
+# ---- 2. The packed batch: flat tokens, offsets, and the positions of completion tokens ----
+def test_a_packed_batch_by_hand():
+    a, b = rollout(1, prompt=(5, 6), completion=(7, STOP)), rollout(0, prompt=(8,), completion=(9, 10, 11))
+    a.advantage, b.advantage = 1.5, -0.5
+    a.sampler_logprobs, b.sampler_logprobs = [-1.0, -2.0], [-3.0, -4.0, -5.0]
+    batch = mathrl.pack_rollouts([a, b], "cpu")
+    assert batch["input_ids_T"].tolist() == [5, 6, 7, STOP, 8, 9, 10, 11]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 8] and batch["max_seqlen"] == 4
+    assert batch["loss_index"].tolist() == [2, 3, 5, 6, 7]  # completions, stop token included, prompts left out
+    assert batch["advantages_T"].tolist() == [0, 0, 1.5, 1.5, 0, -0.5, -0.5, -0.5]
+    assert batch["sampler_logprobs_T"].tolist() == [0, 0, -1, -2, 0, -3, -4, -5]
+
+
+def test_micro_batches_hold_every_sequence_with_a_gradient_once_and_stay_in_their_budget():
+    rollouts = [rollout(0, group=n, prompt=range(3, 3 + n % 5 + 1), completion=range(10, 11 + n % 7)) for n in range(40)]
+    for n, r in enumerate(rollouts):
+        r.advantage = (n % 3 - 1.0) * (n + 1)  # every third is 0
+    batches = mathrl.collate(rollouts, config(micro_batch_tokens=30), "cpu")
+    assert len(batches) > 3 and all(len(b["input_ids_T"]) <= 30 for b in batches)
+    seen = sorted(b["advantages_T"][b["loss_index"]].tolist() for b in batches)
+    expected = sorted(r.advantage for r in rollouts if r.advantage for _ in r.completion_ids)
+    assert sorted(x for part in seen for x in part) == expected
+
+
+def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
+    rollouts = [rollout(1, completion=range(50)), rollout(0)]
+    rollouts[0].advantage, rollouts[1].advantage = 1.0, -1.0
+    assert [len(b["input_ids_T"]) for b in mathrl.collate(rollouts, config(micro_batch_tokens=10), "cpu")] == [52, 4]
+
+
+# ---- 3. The loss: -sum over completion tokens of min(ratio A, clip(ratio) A), over the tokens of the whole step ----
+def token_batch(advantage_of_tokens):
+    """One sequence: a prompt token, then one completion token per advantage."""
+    T = 1 + len(advantage_of_tokens)
+    return {"cu_seqlens": torch.tensor([0, T], dtype=torch.int32), "loss_index": torch.arange(1, T),
+            "advantages_T": torch.tensor([0.0, *advantage_of_tokens])}  # fmt: skip
+
+
+def loss_and_grad(ratios, advantage_of_tokens, tokens, stage=mathrl, cfg=None):
+    old_T = torch.tensor([0.0] + [-1.0] * len(ratios))
+    logprobs_T = (old_T + torch.tensor([1.0, *ratios]).log()).requires_grad_()
+    counts = {"tokens": tokens, "sequences": 1}
+    loss = stage.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=old_T, batch=token_batch(advantage_of_tokens), counts=counts, cfg=cfg or config())
+    loss.backward()
+    return loss.item(), logprobs_T.grad.tolist()
+
+
+def test_loss_by_hand_on_three_tokens():
+    # ratios 1.1, 0.9, 1.0 and advantage 2: -(2.2 + 1.8 + 2.0) / 3 = -2; d ratio / d logprob = ratio
+    loss, grad = loss_and_grad([1.1, 0.9, 1.0], [2.0, 2.0, 2.0], tokens=3)
+    assert loss == pytest.approx(-2.0) and grad == pytest.approx([0.0, -2.2 / 3, -1.8 / 3, -2.0 / 3])
+    # the same three tokens in a step of 30: a tenth, though this micro-batch holds only three
+    assert loss_and_grad([1.1, 0.9, 1.0], [2.0, 2.0, 2.0], tokens=30)[0] == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, grad", [
+    (1.5, +1.0, -1.2, 0.0),  # good and already likelier: no further push
+    (0.5, +1.0, -0.5, -0.5),  # good but less likely: pushed back up
+    (1.5, -1.0, 1.5, 1.5),  # bad and likelier: pushed down, however far it is
+    (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: left alone
+])  # fmt: skip
+def test_clip_binds_on_the_right_side_for_both_signs(ratio, advantage, loss, grad):
+    got = loss_and_grad([ratio], [advantage], tokens=1)
+    assert got[0] == pytest.approx(loss) and got[1] == pytest.approx([0.0, grad])
+
+
+def test_on_policy_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():
+    logprobs_T = torch.randn(9).requires_grad_()
+    batch = token_batch([0.7] * 5 + [-1.3] * 3)
+    loss = mathrl.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts={"tokens": 8}, cfg=config())
+    loss.backward()
+    assert loss.item() == (-(batch["advantages_T"][1:].sum()) / 8).item()
+    assert logprobs_T.grad.tolist() == (-batch["advantages_T"] / 8).tolist()
+
+
+def test_only_completion_tokens_get_gradient_and_the_stop_token_is_one_of_them():
+    a, b = rollout(1, completion=(7, 9, STOP)), rollout(0, prompt=(STOP, STOP), completion=(STOP,))  # ids say nothing about masks
+    a.advantage, b.advantage = 1.0, -1.0
+    batch = mathrl.pack_rollouts([a, b], "cpu")
+    logprobs_T = torch.full((8,), -1.0).requires_grad_()
+    mathrl.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts={"tokens": 4}, cfg=config()).backward()
+    # a: p p 7 9 stop    b: p p stop
+    assert logprobs_T.grad.tolist() == [0, 0, -0.25, -0.25, -0.25, 0, 0, 0.25]
+
+
+# ---- 4. The whole update, against a twin that is nothing but the formula ----
+def random_step(seed=0, groups=5, G=4):
+    """Rollouts with random tokens and rewards; some truncated, one infra, one flat group."""
+    draw = torch.Generator().manual_seed(seed)
+    number = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))
+    ids = lambda n: torch.randint(0, 61, (n,), generator=draw).tolist()
+    rollouts = []
+    for g in range(groups):
+        prompt = ids(number(2, 9))
+        for n in range(G):
+            completion = ids(number(1, 12)) + [STOP]
+            rollouts.append(rollout(float(number(0, 2)) if g else 1.0, group=g, prompt=prompt, completion=completion))
+            rollouts[-1].sampler_logprobs = [-1.0] * len(completion)
+    rollouts[6].finish_reason, rollouts[11].finish_reason = "length", "length"
+    rollouts[13].reward, rollouts[13].status = float("nan"), "infra"
+    for g in range(1, groups):
+        rollouts[4 * g].reward, rollouts[4 * g + 1].reward = 1.0, 0.0
+    return rollouts
+
+
+def gradient(rollouts, stage=mathrl, model=None, **changes):
+    """({parameter: gradient}, metrics) of one train_step; the gradient is read off as the optimizer is about to use it."""
+    model = model or make_tiny()
+    cfg = stage.Config(**{**CFG, "grad_clip": 1e9, **changes})
+    stage.compute_advantages(rollouts, cfg)
+    optimizer, grads = torch.optim.SGD(model.parameters(), lr=0.0), {}
+    optimizer.register_step_pre_hook(lambda *_: grads.update({n: p.grad.clone() for n, p in model.named_parameters()}))
+    metrics = stage.train_step(model, optimizer, rollouts, cfg, torch.device("cpu"), world=1)
+    return grads, metrics
+
+
+def distance(a, b):
+    """Largest difference of two gradients over the largest entry."""
+    scale = max(g.abs().max() for g in a.values())
+    return max((a[n] - b[n]).abs().max() for n in a).item() / scale.item()
+
+
+def literal_twin(model, rollouts, cfg):
+    """Paper eq. 1 and 6.3 word for word: padded float64 forward of transformers, Python loops over groups and tokens."""
+    kept = lambda r: r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+    longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+    loss, num_tokens = 0.0, 0
+    for group in sorted({r.group for r in rollouts}):
+        members = [r for r in rollouts if r.group == group and kept(r)]
+        rewards = torch.tensor([r.reward for r in members], dtype=torch.float64)
+        for r, A in zip(members, (rewards - rewards.mean()) / (rewards.std() + 1e-6)):
+            ids = r.prompt_ids + r.completion_ids
+            row = torch.tensor([ids + [0] * (longest - len(ids))])
+            seen = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids))])
+            logits = model(row, attention_mask=seen).logits[0] / cfg.temperature
+            for t in range(len(r.prompt_ids), len(ids)):
+                logprob = torch.log_softmax(logits[t - 1], -1)[ids[t]]
+                ratio = (logprob - logprob.detach()).exp()
+                loss = loss - torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+                num_tokens += 1
+    (loss / num_tokens).backward()
+    return {n: p.grad for n, p in model.named_parameters()}, (loss / num_tokens).item(), num_tokens
+
+
+@pytest.mark.parametrize("overlong_filter", [True, False])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_loss_and_gradient_equal_the_literal_formula(tied, overlong_filter, tmp_path):
+    model, rollouts = make_tiny(tie_word_embeddings=tied), random_step()
+    model.save_pretrained(tmp_path)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager")
+    grads, metrics = gradient(rollouts, model=model, overlong_filter=overlong_filter)
+    expected, loss, num_tokens = literal_twin(twin, rollouts, config(overlong_filter=overlong_filter))
+    error = distance(expected, {n: g.double() for n, g in grads.items()})
+    print(f"gradient against the formula in float64: relative error {error:.1e}, tolerance 1e-05; loss {metrics['loss']:.6f} against {loss:.6f}")
+    assert error < 1e-5 and grads.keys() == expected.keys()
+    assert metrics["num_tokens"] == num_tokens and abs(metrics["loss"] - loss) < 1e-6
+
+
+def test_gradient_does_not_depend_on_micro_batch_tokens():
+    reference, metrics = gradient(random_step(), micro_batch_tokens=10**6)
+    for micro_batch_tokens in (1, 25, 60):
+        grads, again = gradient(random_step(), micro_batch_tokens=micro_batch_tokens)
+        error = distance(reference, grads)
+        print(f"micro-batches of {micro_batch_tokens} tokens: relative difference {error:.1e}, tolerance 1e-05")
+        assert error < 1e-5
+        assert again == pytest.approx(metrics, rel=1e-5), "no metric may depend on it either"
+
+
+def test_gradient_does_not_depend_on_the_order_of_rollouts():
+    def shuffled(order, inner):
+        rollouts = random_step()
+        return [rollouts[4 * g + n] for g in order for n in inner]
+
+    reference, _ = gradient(random_step())
+    for order, inner in (((4, 2, 0, 1, 3), (0, 1, 2, 3)), ((0, 1, 2, 3, 4), (3, 1, 0, 2))):
+        error = distance(reference, gradient(shuffled(order, inner))[0])
+        print(f"groups {order}, inside {inner}: relative difference {error:.1e}, tolerance 1e-05")
+        assert error < 1e-5
+
+
+def test_a_mean_per_micro_batch_would_fail_the_tests_above():
+    """The usual wrong denominator, so that the tolerance above is known to mean something."""
+    original = mathrl.grpo_loss
+    try:
+        mathrl.grpo_loss = lambda **kw: original(**{**kw, "counts": {"tokens": len(kw["batch"]["loss_index"])}})
+        error = distance(gradient(random_step(), micro_batch_tokens=10**6)[0], gradient(random_step(), micro_batch_tokens=25)[0])
+    finally:
+        mathrl.grpo_loss = original
+    print(f"per-micro-batch means: relative difference {error:.1e}")
+    assert error > 1e-2
+
+
+def test_a_step_without_any_signal_changes_nothing():
+    model = make_tiny()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    cfg, rollouts = config(), [rollout(1.0) for _ in range(8)]
+    for r in rollouts[4:]:
+        r.group = 1
+    mathrl.compute_advantages(rollouts, cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+    metrics = mathrl.train_step(model, optimizer, rollouts, cfg, torch.device("cpu"), world=1)
+    assert metrics["grad_norm"] == 0 and metrics["num_tokens"] == 16
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters()) and not optimizer.state
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    model, rollouts = make_tiny(), random_step()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    mathrl.compute_advantages(rollouts, config())
+    rollouts[5].advantage = float("inf")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    metrics = mathrl.train_step(model, optimizer, rollouts, config(), torch.device("cpu"), world=1)
+    assert not math.isfinite(metrics["grad_norm"])
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
+
+
+def test_one_update_makes_good_completions_likelier_and_bad_ones_less_likely():
+    model, rollouts, cfg = make_tiny(), random_step(), config(micro_batch_tokens=10**6, grad_clip=1.0)
+    mathrl.compute_advantages(rollouts, cfg)
+    batch = mathrl.collate(rollouts, cfg, "cpu")[0]
+    packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+    score = lambda: (model(*packed, temperature=cfg.temperature)[0] * batch["advantages_T"]).sum().item()
+    before = score()
+    mathrl.train_step(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, cfg, torch.device("cpu"), world=1)
+    assert score() > before
+
+
+# ---- 5. Which prompts: a walk through permutations, and dynamic sampling ----
+def fresh_state():
+    return {"epoch": 0, "position": 0, "pool": [], "history": {}}
+
+
+def test_every_epoch_is_a_permutation_of_the_rows():
+    rows, state, cfg = [{} for _ in range(12)], fresh_state(), config(prompts_per_step=4)
+    epochs = [sum((mathrl.next_prompts(rows, state, cfg) for _ in range(3)), []) for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
+
+
+def test_next_prompts_goes_on_from_a_state_that_was_saved_as_json():
+    rows, cfg = [{} for _ in range(10)], config(prompts_per_step=4)
+    straight, state = [], fresh_state()
+    for _ in range(9):
+        straight.append(mathrl.next_prompts(rows, state, cfg))
+    resumed, state = [], fresh_state()
+    for step in range(9):
+        resumed.append(mathrl.next_prompts(rows, state, cfg))
+        state = json.loads(json.dumps(state))
+    assert straight == resumed
+
+
+def test_the_epoch_filter_drops_solved_and_hopeless_problems_and_lets_some_return():
+    """Paper 4.5.2, through next_prompts: rows 0-9 always solved, 10-19 never, the others sometimes."""
+    rows, cfg = [{} for _ in range(30)], config(prompts_per_step=10, readmit_easy=0.0, readmit_hard=0.0)
+    state = fresh_state()
+    first = sum((mathrl.next_prompts(rows, state, cfg) for _ in range(3)), [])
+    assert sorted(first) == list(range(30))
+    state["history"] = {str(i): [4 if i < 10 else 0 if i < 20 else 2, 4] for i in range(30)}
+    assert sorted(mathrl.next_prompts(rows, state, cfg)) == list(range(20, 30))
+    state, cfg = fresh_state() | {"history": state["history"], "epoch": 1}, config(prompts_per_step=20, readmit_easy=0.0, readmit_hard=1.0)
+    assert sorted(mathrl.next_prompts(rows, state, cfg)) == list(range(10, 30))
+
+
+def test_what_the_epoch_filter_counts():
+    """Per row, correct and sampled; truncated rollouts under the overlong filter are no evidence of difficulty."""
+    rollouts = [rollout(1.0), rollout(0.0, status="wrong"), rollout(0.0, status="no_answer", finish_reason="length"), rollout(1.0)]
+    for r in rollouts:
+        r.row = {"index": 7, "messages": []}
+    mathrl.compute_advantages(rollouts, config())
+    assert mathrl.count_correct(rollouts) == {"7": [2, 3]}
+
+
+class TableEngine:
+    """No model: the completion of a rollout is its prompt's number, and the table says what it earns."""
+
+    def __init__(self, rewards):
+        self.rewards, self.asked = rewards, []  # {row: rewards of its G samples}
+
+    def generate(self, rollouts, max_new_tokens, temperature, top_p, top_k, on_finished):
+        self.asked.append([r.row["index"] for r in rollouts[::4]])
+        for r in rollouts:
+            r.completion_ids, r.sampler_logprobs, r.finish_reason, r.text = [STOP], [0.0], "stop", ""
+            on_finished(r)
+
+    def collect(self, rollouts):
+        for n, r in enumerate(rollouts):
+            r.reward, r.status = self.rewards(r.row["index"])[n % 4], "ok"
+
+
+def roll(rewards, num_rows=20, indices=(0, 1, 2, 3), rank=0, world=1, **changes):
+    """(rollouts to train on, rollouts of the first round, the engine)."""
+    engine, submitted = TableEngine(rewards), []
+    rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
+    hook = (submitted.append, engine.collect)
+    trained, sampled = mathrl.rollout(engine, rows, list(indices), 1, config(**changes), hook, rank, world)
+    assert len(submitted) == 4 * sum(map(len, engine.asked)), "every finished completion goes to the verifier at once"
+    return trained, sampled, engine
+
+
+FLAT, UNEVEN = [0.0] * 4, [1.0, 0.0, 0.0, 1.0]
+
+
+def test_without_refill_every_group_is_trained_on():
+    trained, sampled, engine = roll(lambda i: UNEVEN if i == 2 else FLAT)
+    assert trained == sampled and len(trained) == 16 and engine.asked == [[0, 1, 2, 3]]
+
+
+def test_refill_keeps_uneven_groups_only_and_asks_for_as_many_as_are_missing():
+    trained, sampled, engine = roll(lambda i: FLAT if i < 2 else UNEVEN, max_refill_rounds=4)
+    assert len(engine.asked[0]) == 4 and [r.row["index"] for r in sampled[::4]] == [0, 1, 2, 3]
+    assert len(trained) == 16 and {r.row["index"] for r in trained} >= {2, 3} and all(r.row["index"] >= 2 for r in trained)
+    assert len(engine.asked[1]) == 2, "two groups were missing"
+    assert len({r.group for r in trained}) == 4, "fresh groups have numbers of their own"
+    assert len({r.seed for r in trained}) == 16
+
+
+def test_refill_is_bounded_by_its_rounds_and_by_the_rows_there_are():
+    uneven_once = lambda i: UNEVEN if i == 0 else FLAT
+    trained, _, engine = roll(uneven_once, max_refill_rounds=3, num_rows=1000)
+    assert len(engine.asked) == 4 and {r.row["index"] for r in trained} == {0}, "one group is left: the step is smaller, not infinite"
+    _, _, engine = roll(uneven_once, max_refill_rounds=99, num_rows=12)
+    assert sum(map(len, engine.asked[1:])) <= 12
+
+
+def test_when_no_group_is_uneven_the_first_round_comes_back_and_teaches_nothing():
+    trained, sampled, _ = roll(lambda i: FLAT, max_refill_rounds=2)
+    assert trained == sampled and not any(r.advantage for r in trained)
+
+
+def test_ranks_share_prompts_out_and_never_refill_with_the_same_ones():
+    engines = [roll(lambda i: FLAT if i < 4 else UNEVEN, num_rows=40, rank=rank, world=2, max_refill_rounds=2)[2] for rank in (0, 1)]
+    assert engines[0].asked[0] == [0, 2] and engines[1].asked[0] == [1, 3]
+    assert not set(sum(engines[0].asked[1:], [])) & set(sum(engines[1].asked[1:], []))
+
+
+def test_summary_by_hand():
+    rollouts = [rollout(1.0, completion=(7, STOP)), rollout(0.0, status="wrong", completion=(7,), finish_reason="length"),
+                rollout(float("nan"), status="infra"), rollout(0.0, status="no_answer")]  # fmt: skip
+    rollouts += [rollout(1.0, group=1) for _ in range(4)]
+    summary = mathrl.summarize(rollouts)
+    assert summary["reward"] == pytest.approx(5 / 7), "of the seven that have a reward"
+    assert summary["flat"] == 0.5 and summary["trunc"] == 1 / 8 and summary["len"] == 15 / 8
+    assert summary["status/infra"] == 1 / 8 and summary["status/ok"] == 5 / 8
+    assert sum(v for k, v in summary.items() if k.startswith("status/")) == 1
+
+
+# ---- 6. rlhf.py: the stabilisers for small reward models (paper 6.3) ----
+def rlhf_config(**changes):
+    return rlhf.Config(**{**CFG, "overlong_filter": False, **changes})
+
+
+def test_without_stabilisers_rlhf_has_the_loss_of_the_other_stages():
+    for ratio, advantage in ((1.5, 1.0), (0.5, 1.0), (1.5, -1.0), (0.5, -1.0)):
+        assert loss_and_grad([ratio, 1.0], [advantage, 0.3], 2, rlhf, rlhf_config()) == loss_and_grad([ratio, 1.0], [advantage, 0.3], 2)
+
+
+def test_sequence_level_weights_by_hand():
+    """Completions of 1 and 3 tokens in one pack: weights 1/1 and 1/3, over 5 sequences of all ranks and micro-batches."""
+    a, b = rollout(1, prompt=(5, 6), completion=(STOP,)), rollout(0, prompt=(8,), completion=(9, 10, STOP))
+    a.advantage, b.advantage = 1.5, -0.5
+    batch, logprobs_T = rlhf.pack_rollouts([a, b], "cpu"), torch.full((7,), -1.0).requires_grad_()
+    counts, cfg = {"tokens": 99, "sequences": 5}, rlhf_config(sequence_level=True)
+    loss = rlhf.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.5 - 0.5) / 5)
+    third = 0.5 / 3 / 5
+    assert logprobs_T.grad.tolist() == pytest.approx([0, 0, -1.5 / 5, 0, third, third, third])
+
+
+def kl_gradient(logits, ref_logits, monkeypatch):
+    """Expected gradient of the k3 term at one position: the sum over the vocabulary of policy(v) * d k3(v) / d logits."""
+    expected, policy = torch.zeros_like(logits), torch.softmax(logits, -1)
+    for v in range(len(logits)):
+        z = logits.clone().requires_grad_()
+        logprobs_T = torch.stack([torch.zeros((), dtype=z.dtype), torch.log_softmax(z, -1)[v]])
+        reference_T = torch.stack([torch.zeros((), dtype=z.dtype), torch.log_softmax(ref_logits, -1)[v]])
+        monkeypatch.setattr(rlhf, "reference_logprobs", lambda batch, cfg: reference_T, raising=False)
+        batch = {k: t.double() if t.is_floating_point() else t for k, t in token_batch([0.0]).items()}
+        counts, cfg = {"tokens": 1, "sequences": 1}, rlhf_config(kl_coef=1.0)
+        rlhf.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg).backward()
+        expected += policy[v] * z.grad
+    return expected
+
+
+def exact_kl_gradients(logits, ref_logits):
+    """Gradients of KL(policy || ref) and KL(ref || policy) with respect to the policy's logits."""
+    grads, log_ref = [], torch.log_softmax(ref_logits, -1)
+    for kl in (lambda p, r: (p.exp() * (p - r)).sum(), lambda p, r: (r.exp() * (r - p)).sum()):
+        z = logits.clone().requires_grad_()
+        kl(torch.log_softmax(z, -1), log_ref).backward()
+        grads.append(z.grad)
+    return grads
+
+
+def test_kl_gradient_matches_an_exact_kl(monkeypatch):
+    """As a loss, k3 has the gradient of KL(ref || policy), exactly; that of KL(policy || ref) to first order where they are close.
+    The k1 estimator would have none at all (its expected gradient is 0)."""
+    draw = torch.Generator().manual_seed(0)
+    ref = torch.randn(7, generator=draw, dtype=torch.float64)
+    push = torch.randn(7, generator=draw, dtype=torch.float64)
+    far, (_, forward) = kl_gradient(ref + push, ref, monkeypatch), exact_kl_gradients(ref + push, ref)
+    error = (far - forward).abs().max() / forward.abs().max()
+    near, (reverse, _) = kl_gradient(ref + 1e-3 * push, ref, monkeypatch), exact_kl_gradients(ref + 1e-3 * push, ref)
+    near_error = (near - reverse).abs().max() / reverse.abs().max()
+    print(f"k3 against KL(ref || policy): {error:.1e}, tolerance 1e-12; near equality against KL(policy || ref): {near_error:.1e}, tolerance 1e-02")
+    assert error < 1e-12 and near_error < 1e-2
+    assert kl_gradient(ref, ref, monkeypatch).abs().max() < 1e-15, "no pull where policy and reference agree"
+
+
+def table_reward(monkeypatch, scores, **changes):
+    """rlhf's collect with a table in place of the reward model; scores[text] None: the endpoint failed."""
+    monkeypatch.setattr(rlhf, "load_reward_model", lambda path, device: lambda messages, answers: [scores[a] for a in answers])
+    return rlhf.make_reward(rlhf_config(rm="table", **changes))[1]
+
+
+def replies(texts, group=0, think=False):
+    rollouts = [rollout(float("nan"), group=group) for _ in texts]
+    for r, text in zip(rollouts, texts, strict=True):
+        r.text, r.row = text, {"messages": [{"role": "user", "content": "Hi"}], "think": think}
+    return rollouts
+
+
+def test_the_reward_is_the_score_of_the_answer_without_its_thinking(monkeypatch):
+    collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": 0.5})
+    rollouts = replies(["<think>\nlong\n</think>good", "<think>\n</think>bad", "<think> never closed"], think=True)
+    collect(rollouts)
+    assert [(r.reward, r.status) for r in rollouts] == [(2.0, "ok"), (-1.0, "ok"), (0.5, "ok")]
+
+
+def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint_nothing(monkeypatch):
+    collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "\u597d": 9.0, "lost": None})
+    rollouts = replies(["good", "bad", "\u597d", "lost"])
+    collect(rollouts)
+    assert [r.status for r in rollouts] == ["ok", "ok", "language", "infra"]
+    assert [r.reward for r in rollouts[:3]] == [2.0, -1.0, -11.0] and math.isnan(rollouts[3].reward)
+
+
+def test_shaped_rewards_are_the_tanh_of_the_group_z_score(monkeypatch):
+    collect = table_reward(monkeypatch, {"a": 0.0, "b": 4.0}, shape_reward=True)
+    rollouts = replies(["a", "b", "a", "b"]) + replies(["a", "a", "a", "a"], group=1)
+    collect(rollouts)  # mean 2, biased std 2
+    assert [round(r.reward, 5) for r in rollouts] == [round(math.tanh(z), 5) for z in (-1, 1, -1, 1, 0, 0, 0, 0)]
