@@ -142,7 +142,7 @@ def _finish(leaf, test, fresh, timeout):
             return Result("timeout", "", None, late)
         if leaf.sock.recv(1) == b"v":
             seconds = _cpu_seconds(leaf) - before
-            size, = struct.unpack("!I", _read(leaf.sock.recv, 4))
+            (size,) = struct.unpack("!I", _read(leaf.sock.recv, 4))
             if size > OUTPUT_BYTES:
                 return Result("output", "", None, seconds)
             return Result("ok", "", json.loads(_read(leaf.sock.recv, size)), seconds)
@@ -215,8 +215,10 @@ def _start_zygote():
     while True:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, *flags, os.path.abspath(__file__), str(theirs.fileno()), _mode, packages]
-        process = subprocess.Popen(command, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
+        null = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=env, cwd="/", pass_fds=[theirs.fileno()], start_new_session=True, **null
+        )  # fmt: skip
         theirs.close()
         ours.settimeout(60)
         try:
@@ -280,7 +282,11 @@ NUMBERS = {  # system calls by number: audit arch, clone, clone3, prlimit64, prc
 }.get(sys.platform == "linux" and os.uname().machine)  # fmt: skip
 # Refused: fork exec kill ptrace socket process_vm_* kcmp mount umount pivot_root chroot unshare setns setsid setpgid
 # keyctl bpf perf userfaultfd io_uring memfd shm msg sem mq, file handles, the new mount calls, modules, setpriority
+STARS = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys"
+STARS += " json builtins typing"  # the names every program starts with: from each of these *, then the modules themselves
+IMPORTS = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading time"
 NAMESPACES = NEWUSER | NEWPID | NEWNS | NEWIPC  # of every leaf
+
 
 def _checked(result):
     """The result of a C call, or OSError."""
@@ -292,13 +298,9 @@ def _checked(result):
 def _preload():
     """Import what solutions use, and make the module they run in: LiveCodeBench's star imports, then module names."""
     program = types.ModuleType("__main__")
-    stars = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io " \
-            "sys json builtins typing"
-    others = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading " \
-             "time traceback"
-    for name in stars.split():
+    for name in STARS.split():
         exec(f"from {name} import *", vars(program))
-    exec(f"import {', '.join((stars + ' ' + others).split())}", vars(program))
+    exec(f"import {', '.join((STARS + ' ' + IMPORTS).split())}", vars(program))
     vars(program).update(exit=sys.exit, quit=sys.exit)
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # normally the work of the site module
     sys.modules.update(sandbox=sys.modules["__main__"], __main__=program, solution=program)

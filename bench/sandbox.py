@@ -35,12 +35,16 @@ def plain_subprocess(source, stdin):
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(source)
         file.flush()
-        return subprocess.run([sys.executable, file.name], input=stdin, capture_output=True, text=True, timeout=10).stdout
+        return subprocess.run(
+            [sys.executable, file.name], input=stdin, capture_output=True, text=True, timeout=10
+        ).stdout
 
 
 def bare_interpreter(source, stdin):
     """The fastest fresh interpreter: isolated, without the site module."""
-    return subprocess.run([sys.executable, "-I", "-S", "-c", source], input=stdin, capture_output=True, text=True, timeout=10).stdout
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", source], input=stdin, capture_output=True, text=True, timeout=10
+    ).stdout
 
 
 def in_sandbox(source, stdin):
@@ -49,7 +53,9 @@ def in_sandbox(source, stdin):
 
 def timed(way, jobs, workers):
     """(wall, CPU of this process and its children) milliseconds per program; the output of each is checked."""
-    usage = lambda: sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    usage = lambda: sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
     if way is in_sandbox:
         sandbox.run("pass")
     cpu, start = usage(), time.perf_counter()
@@ -89,15 +95,30 @@ def main():
         print(f"{workers} in flight   ms per program   CPU ms   of plain subprocess")
         for name, rounds in times.items():
             wall, cpu = (statistics.median(column) for column in zip(*rounds))
-            table[f"{name}, {workers} in flight"] = {"wall_ms": wall, "cpu_ms": cpu, "ratio": wall / plain, "rounds": rounds}
+            table[f"{name}, {workers} in flight"] = {
+                "wall_ms": wall,
+                "cpu_ms": cpu,
+                "ratio": wall / plain,
+                "rounds": rounds,
+            }
             print(f"  {name:18} {wall:10.2f} {cpu:13.2f} {wall / plain:13.2f}")
     calls = calls_per_program(args.programs)
-    print(f"one program with 5 calls: {calls:.2f} ms; mode: {sandbox._mode}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    ratio, speedup = table["sandbox, 1 in flight"]["ratio"], table["bare interpreter, 1 in flight"]["wall_ms"] / table["sandbox, 1 in flight"]["wall_ms"]
-    print(f"full isolation / plain subprocess: {ratio:.2f} (at most 1.5); bare interpreter / sandbox: {speedup:.2f} (at least 2)")
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    print(f"one program with 5 calls: {calls:.2f} ms; mode: {sandbox._mode}; {cores} cores, load {load:.1f}")
+    ratio, speedup = (
+        table["sandbox, 1 in flight"]["ratio"],
+        table["bare interpreter, 1 in flight"]["wall_ms"] / table["sandbox, 1 in flight"]["wall_ms"],
+    )
+    print(f"full isolation / plain subprocess: {ratio:.2f} (at most 1.5)")
+    print(f"bare interpreter / sandbox: {speedup:.2f} (at least 2)")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out, "w") as f:
-        host = {"python": sys.version.split()[0], "kernel": platform.release(), "cores": os.cpu_count(), "mode": sandbox._mode}
+        host = {
+            "python": sys.version.split()[0],
+            "kernel": platform.release(),
+            "cores": os.cpu_count(),
+            "mode": sandbox._mode,
+        }
         json.dump({"host": host, "ways": table, "five_calls_ms": calls}, f, indent=1)
 
 
