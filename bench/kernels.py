@@ -57,10 +57,16 @@ def hf_qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids):
 
 def padded_sdpa(q, k, v, cu_seqlens, max_seqlen):
     """All sequences padded to the longest, one SDPA call."""
-    rows = [x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)]
-    q, k, v = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True).transpose(1, 2) for x in rows)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    return torch.cat([x[:length] for x, length in zip(out, cu_seqlens.diff().tolist())])
+    lengths = cu_seqlens.diff()
+    inside = torch.arange(max_seqlen, device=q.device) < lengths[:, None]
+    slots = inside.flatten().nonzero()[:, 0]
+    padded = [
+        x.new_zeros(len(lengths) * max_seqlen, *x.shape[1:]).index_copy(0, slots, x).unflatten(0, (-1, max_seqlen))
+        for x in (q, k, v)
+    ]
+    q, k, v = (x.transpose(1, 2) for x in padded)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
 
 
 def sorted_sampling(logits, uniform, temperature, top_p):

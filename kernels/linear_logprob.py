@@ -32,8 +32,8 @@ def linear_logprob_ref(hidden, weight, target, temperature=1.0):
     return logprobs.gather(1, target[:, None])[:, 0], -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
-def fold_torch(z, column, scale, state):
-    """Folds a tile of logits into the four running numbers of its tokens, state [4, tokens]; returns exp(z - m).
+def fold_torch(z, column, scale, state, out=None):
+    """Folds a tile of logits into the four running numbers of its tokens, state [4, tokens]; out receives exp(z - m).
 
     m = running max, -1e30 at first;  s = sum(exp(z - m));  u = sum(exp(z - m) * (z - m));  zt = the target's logit
     A new max m' rescales: a = exp(m - m');  u = a * (u + (m - m') * s);  s = a * s. In the end
@@ -46,11 +46,10 @@ def fold_torch(z, column, scale, state):
     zt += torch.where(inside, z.gather(1, torch.where(inside, column, 0)[:, None])[:, 0], 0.0)
     new_m = torch.maximum(m, z.amax(1))
     shrink, z = m - new_m, z.sub_(new_m[:, None])
-    a, e = shrink.exp(), z.exp()
+    a, e = shrink.exp(), torch.exp(z, out=out)
     u.add_(shrink * s).mul_(a).add_(torch.linalg.vecdot(e, z))
     s.mul_(a).add_(e.sum(1))
     m.copy_(new_m)
-    return e
 
 
 def dz_torch(z, p, column, scale, logprob, entropy, lse, dlogprob, dentropy):
@@ -173,10 +172,10 @@ def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
                     z, target, scale, state, num_tokens, z.stride(0), columns.start, z.shape[1], BLOCK=4096, num_warps=8,
                 )  # fmt: skip
             else:
-                row_scale = None if scale is None else scale[block]
-                e = fold_torch(z, target[block] - columns.start, row_scale, state[:, block])
+                out, row_scale = (x if x is None else x[block] for x in (kept, scale))
+                fold_torch(z, target[block] - columns.start, row_scale, state[:, block], out)
                 if keep:
-                    torch.div(e, s[block, None], out=kept[block])
+                    out.mul_(s[block, None].reciprocal())
     log_s = s.log()
     return zt - m - log_s, log_s - u / s, m + log_s, kept
 
