@@ -47,7 +47,7 @@ import types
 Result = collections.namedtuple("Result", "status stdout value seconds")  # value: of a call; seconds: CPU
 # status: ok, timeout, memory, crash, output (too much of it) or infra (not the program's fault)
 OUTPUT_BYTES = 16 << 20  # most that a program may print, return, or write into one file
-WALL_FACTOR, WALL_EXTRA = 4, 2.0  # wall limit of one test = factor * timeout + extra seconds
+WALL_FACTOR, WALL_EXTRA = 4, 10.0  # generous, for it ends only sleepers: wall limit of one test = factor * timeout + extra seconds
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # programs running at once in this process
 NOBODY = 65534  # user and group id of everything below a caller that is root
@@ -283,8 +283,9 @@ NUMBERS = {  # system calls by number: audit arch, clone, clone3, prlimit64, prc
 # Refused: fork exec kill ptrace socket process_vm_* kcmp mount umount pivot_root chroot unshare setns setsid setpgid
 # keyctl bpf perf userfaultfd io_uring memfd shm msg sem mq, file handles, the new mount calls, modules, setpriority
 STARS = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys"
-STARS += " json builtins typing"  # the names every program starts with: from each of these *, then the modules themselves
-IMPORTS = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading time"
+STARS += " json builtins typing"  # names every program starts with: from each of these *, then the modules themselves
+IMPORTS = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading"
+IMPORTS += " time traceback"
 NAMESPACES = NEWUSER | NEWPID | NEWNS | NEWIPC  # of every leaf
 
 

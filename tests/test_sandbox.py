@@ -187,13 +187,13 @@ def leaves():
 def mode(request):
     """The whole table with namespaces (where this host has them) and without."""
     sandbox.close()
-    sandbox._mode, sandbox.WALL_EXTRA = "full" if request.param == "full" else "degraded for the test", 0.5
+    sandbox._mode, sandbox.WALL_EXTRA = "full" if request.param == "full" else "degraded for the test", 1.5
     sandbox.run("pass")
     if request.param == "full" and sandbox._mode != "full":
         pytest.skip("this host refuses namespaces")
     yield request.param
     sandbox.close()
-    sandbox._mode, sandbox.WALL_EXTRA = "full", 2.0
+    sandbox._mode, sandbox.WALL_EXTRA = "full", 10.0
 
 
 @pytest.mark.parametrize("style", HONEST)
