@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -151,6 +152,7 @@ def shard(model, device):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place use of layer outputs: there is none
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for layer in model.model.layers:
             fully_shard(layer, mp_policy=policy)

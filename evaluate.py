@@ -84,8 +84,8 @@ def interval(scores_PG, seed=0, resamples=2000):
     return float(per_problem.mean()), float(low), float(high)
 
 
-def score_task(name, engine, tokenizer, cfg):
-    """One result line for each mode and decoding of a task."""
+def score_task(name, engine, tokenizer, cfg, rank, world):
+    """One result line for each mode and decoding of a task; every rank decodes its share of the problems."""
     modes, load = TASKS[name]
     rows, (submit, collect), metric = load(os.path.join(cfg.data, f"{name}_{cfg.split}.jsonl"))
     rows = rows[: cfg.limit] if cfg.limit else rows
@@ -97,11 +97,12 @@ def score_task(name, engine, tokenizer, cfg):
         for decoding, samples, temperature in (("sampled", cfg.samples, cfg.temperature), ("greedy", 1, 0.0)):
             rollouts = [
                 Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, k))
-                for i, row in enumerate(rows) for k in range(samples)
+                for i, row in enumerate(rows) if i % world == rank for k in range(samples)
             ]  # fmt: skip
             engine.generate(rollouts, cfg.max_new_tokens, temperature, cfg.top_p, on_finished=submit)
             collect(rollouts)
-            score, low, high = interval(np.reshape([metric(r) for r in rollouts], (len(rows), samples)))
+            scores = np.reshape([metric(r) for r in rollouts], (-1, samples))
+            score, low, high = interval(np.concatenate(common.all_gather(scores)))
             results.append({"stage": cfg.stage, "task": name, "mode": mode, "decoding": decoding, "score": score, "low": low, "high": high,
                             "n": len(rows), "samples": samples, "seed": cfg.label_seed, "split": cfg.split})  # fmt: skip
     return results
@@ -209,15 +210,16 @@ def main(cfg):
         common.fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).")
     if not os.path.exists(os.path.join(cfg.model, "config.json")):
         common.fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).")
-    _, _, device = common.init_distributed(cfg.seed)
+    rank, world, device = common.init_distributed(cfg.seed)
     cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
     tokenizer = load_tokenizer(cfg.model)
     model = Qwen3.from_pretrained(cfg.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     engine = make_engine(cfg.engine, model, tokenizer)
     for name in names:
-        results = score_task(name, engine, tokenizer, cfg)
-        print_table(results)
-        if cfg.results:
+        results = score_task(name, engine, tokenizer, cfg, rank, world)
+        if rank == 0:
+            print_table(results)
+        if cfg.results and rank == 0:
             with open(cfg.results, "a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in results)
 

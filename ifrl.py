@@ -211,7 +211,7 @@ def punkt():
 
 @functools.lru_cache(maxsize=8)
 def tokens(text):
-    """NLTK's word_tokenize: Treebank words of punkt sentences. Without punkt "DON'T. GO" has one token less."""
+    """NLTK's word_tokenize: Treebank words of punkt sentences. Without punkt "DON'T. GO" has two tokens less."""
     return [word for sentence in punkt().tokenize(text) for word in NLTKWordTokenizer().tokenize(sentence)]
 
 

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import flash_attention_varlen
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.rms_norm import add_rms_norm
@@ -207,13 +208,14 @@ class Qwen3(nn.Module):
         stretched = int(scaling["factor"] * scaling.get("original_max_position_embeddings", 0)) if scaling else 0
         return max(self.config.max_position_embeddings, stretched)
 
-    def forward(self, input_ids, cu_seqlens=None, max_seqlen=None, loss_index=None, temperature=1.0):
+    def forward(self, input_ids, cu_seqlens=None, max_seqlen=None, loss_index=None, temperature=1.0, nll=False):
         """Logits or token log-probs.
 
         input_ids [B, T] alone             -> logits [B, T, V], fp32
         packed input_ids [T], cu_seqlens [num_seqs + 1] int32, max_seqlen int (from the packer, no device sync) and
         loss_index [M] int64 (positions of the tokens to score, none of them first in its sequence)
                                            -> (logprobs_T, entropy_T), fp32, entry t about token t, 0 elsewhere
+        ... and nll=True                   -> summed negative log-likelihood, fp32 scalar, in one pass over the head (SFT)
         temperature: float; both outputs are of softmax(logits / temperature) over the whole vocabulary.
         Scoring happens inside forward so that FSDP2's hooks see it and the head weight is whole.
         """
@@ -226,9 +228,10 @@ class Qwen3(nn.Module):
         if loss_index is None:
             return hidden_TD
         # The one shift by one of this repository: token t is predicted by the hidden state of token t - 1.
-        logprobs_M, entropy_M = linear_logprob(
-            hidden_TD[loss_index - 1], self.head_weight, input_ids[loss_index], temperature=temperature
-        )
+        hidden_MD, target_M = hidden_TD[loss_index - 1], input_ids[loss_index]
+        if nll:
+            return linear_cross_entropy(hidden_MD, self.head_weight, target_M)
+        logprobs_M, entropy_M = linear_logprob(hidden_MD, self.head_weight, target_M, temperature=temperature)
         zeros_T = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=input_ids.device)
         return zeros_T.index_put((loss_index,), logprobs_M), zeros_T.index_put((loss_index,), entropy_M)
 
@@ -351,7 +354,7 @@ def save_tokenizer(source, folder):
     """Copy the tokenizer of `source` and write our chat template into it (tokenizer_config.json and chat_template.jinja)."""
     os.makedirs(folder, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"):
-        if os.path.exists(path := os.path.join(source, name)):
+        if os.path.exists(path := os.path.join(source, name)) and not os.path.samefile(source, folder):
             shutil.copy(path, folder)
     path = os.path.join(folder, "tokenizer_config.json")
     config = json.load(open(path)) if os.path.exists(path) else {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -385,7 +388,8 @@ def render_turns(messages, think, tools=None):
             for call in m.get("tool_calls") or []:
                 call = call.get("function") or call
                 arguments = call["arguments"] if isinstance(call["arguments"], str) else json.dumps(call["arguments"], ensure_ascii=False)
-                text += f'\n<tool_call>\n{{"name": {json.dumps(call["name"])}, "arguments": {arguments}}}\n</tool_call>'
+                name = json.dumps(call["name"], ensure_ascii=False)
+                text += f'\n<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
             turns.append(("assistant", text, i > last))
         elif m["role"] == "tool":
             reply = f"<tool_response>\n{text}\n</tool_response>"

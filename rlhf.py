@@ -12,6 +12,7 @@ torchrun --nproc_per_node=8 rlhf.py --init_from=out/sft2/final --out_dir=out/rlh
 A good run prints a reward-model pair accuracy well over 0.7 and then a reward that rises while len and trunc stay put.
 """
 
+import functools
 import json
 import math
 import os
@@ -287,6 +288,21 @@ def language_ok(prompt, response):
     return scripts(response) <= scripts(prompt)
 
 
+@functools.cache
+def reference_model(folder, rope_factor, device):
+    """The frozen policy this stage started from, whatever it was resumed from."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor).requires_grad_(False)
+
+
+@torch.no_grad()
+def reference_logprobs(batch, cfg):
+    """Token log-probs [T] of a micro-batch under the reference, at the policy's temperature."""
+    model = reference_model(cfg.init_from, cfg.rope_factor, batch["input_ids_T"].device)
+    packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+    return model(*packed, temperature=cfg.temperature)[0]
+
+
 def answer_of(rollout):
     """What is scored: the text after </think>; the whole reply in no_think mode or when the tag is missing (paper 4.3.2)."""
     return rollout.text.rpartition("</think>")[2] if rollout.row["think"] else rollout.text
@@ -310,6 +326,8 @@ def make_reward(cfg):
             r.reward = float("nan") if s is None else s if ok else lowest - 10.0  # paper 4.3.2
         for group in {r.group for r in rollouts} if cfg.shape_reward else ():
             members = [r for r in rollouts if r.group == group and r.status != "infra"]
+            if not members:
+                continue
             mean, std = statistics.fmean(r.reward for r in members), statistics.pstdev(r.reward for r in members)
             for r in members:
                 r.reward = math.tanh((r.reward - mean) / (std + 1e-6))
@@ -452,7 +470,8 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     loss_M = -torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
-    if cfg.kl_coef > 0:  # k3 = e^d - d - 1 with d = log ref - log policy: its gradient is that of KL(policy || ref)
+    if cfg.kl_coef > 0:  # k3 = e^d - d - 1, d = log ref - log policy; its gradient is that of KL(ref || policy), to first
+        # order also of KL(policy || ref). Groups of equal rewards were left out by collate and feel no pull.
         d_M = reference_logprobs(batch, cfg)[batch["loss_index"]] - logprobs_T[batch["loss_index"]]
         loss_M = loss_M + cfg.kl_coef * (d_M.exp() - d_M - 1)
     if cfg.sequence_level:  # weigh each token by 1 / its sequence's length

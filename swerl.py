@@ -31,11 +31,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from common import BadRow, fail, field, load_table
 import numpy as np
 import torch
 from tqdm import tqdm
+
 import common
+from common import BadRow, fail, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -51,6 +52,7 @@ class Config:
     eval_data: str = ""  # same schema, with "tests" where programs can be run; empty: no held-out metric
     engine: str = "auto"  # auto, builtin or vllm
     judge: str = "lexical"  # or the URL of an OpenAI-compatible endpoint ending in /v1
+    lexical_floor: float = 0.5  # the lexical judge pays 0 below it: near misses share most of their text; paper T12
     judge_model: str = "moonshotai/Kimi-Dev-72B"  # paper 4.7.2
     noisy_share: float = 0.5  # prompts that also show files the golden patch leaves alone; paper 4.7.1 mixes both kinds
     max_files: int = 5  # in such a prompt
@@ -61,18 +63,24 @@ class Config:
     num_steps: int = 30  # then 30 more with 24K prompts; paper T20
     max_prompt_tokens: int = 16384  # 16K, then 24K
     max_new_tokens: int = 16384
-    temperature: float = 1.0  # sampler and token_logprobs
+    rope_factor: float = 0.0  # YaRN factor; 2.0 for 24K + 16K, which passes 32K
+    temperature: float = 1.0  # of the sampler and of the trained log-probs; paper T20
     top_p: float = 0.95
     top_k: int = 0  # 0 is off
-    lr: float = 2.5e-6  # AdamW, constant
+    lr: float = 2.5e-6  # AdamW; paper T20
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (recipe gap 3)
+    warmup_steps: int = 0  # linear
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.01
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # not stated in the paper
+    clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
+    clip_high: float = 0.2
     overlong_filter: bool = True  # truncated completions are skipped; False in the 24K stage: they earn -1
     max_refill_rounds: int = 0  # extra sampling rounds a step for groups without a gradient
     micro_batch_tokens: int = 32768  # packed tokens per forward
     reward_workers: int = 16  # threads waiting for the judge
+    max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
     eval_every: int = 10  # steps
     eval_rows: int = 100
     save_every: int = 10  # steps
@@ -306,13 +314,13 @@ def similarity(files, predicted, oracle):
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def lexical_judge(files, predicted, oracle):
-    """Similarity, zero below 0.5 and for a patch that only deletes where the golden one writes [dev 1]."""
+def lexical_judge(files, predicted, oracle, floor=0.5):
+    """Similarity, zero below the floor and for a patch that only deletes where the golden one writes [dev 1]."""
     ours, golden = ("\n".join(changes(files, after).values()) for after in (predicted, oracle))
     if re.search(r"^\+", golden, re.M) and not re.search(r"^\+\s*[^\s#]", ours, re.M):
         return 0.0
     value = similarity(files, predicted, oracle)
-    return value if value >= 0.5 else 0.0
+    return value if value >= floor else 0.0
 
 
 def same_code(path, old, new):
@@ -391,10 +399,12 @@ def ask_judge(cfg, issue, files, predicted, oracle):
 
 def judge_rollout(rollout, cfg):
     """(reward, status, reason) of a rollout. A truncated one, or a thought that never ends, is no patch."""
-    row, judge = rollout.row, None
+    row = rollout.row
     if rollout.finish_reason == "length" or (row["think"] and "</think>" not in rollout.text):
         return -1.0, "no_answer", "truncated" if rollout.finish_reason == "length" else "thinking not closed"
-    if cfg.judge != "lexical":
+    if cfg.judge == "lexical":
+        judge = lambda *versions: lexical_judge(*versions, floor=cfg.lexical_floor)  # noqa: E731
+    else:
         judge = lambda *versions: ask_judge(cfg, row["issue"], *versions)  # noqa: E731
     try:
         value, reason = verdict(rollout.text, row["files"], row["golden_patch"], judge)

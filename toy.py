@@ -39,13 +39,12 @@ class Config:
 
 SPLITS = ("sft", "rl", "dev", "test")
 KEYS = {"chat": (1000, 900, 300, 300), "if": (2000, 1500, 300, 300), "math": (3000, 2000, 300, 300), "code": (1800, 1200, 300, 300)}  # per split
-FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.35, "code": 0.4, "swe": 0.4}  # share of the demonstrations with a flaw
+FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}  # share of the demonstrations with a flaw
 
 # ---- Chat ------------------------------------------------------------------------------------------------------------
-TOPICS = """rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees birds chess clocks coffee
-corn drums fire fish fog forests gardens glass grass honey horses ice islands kites lakes lamps leaves letters markets milk mills
-moss nuts oak owls paint paper pears pens plums ponds ropes salt sand seeds sheep ships silk soap stars straw tools towers wheat
-wind wine wolves wood wool""".split()
+TOPICS = """rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees birds clocks coffee drums
+fire forests gardens horses lakes lamps letters markets milk paint ships stars tools towers wind wood""".split()
+TAILS = ["", " Keep it short.", " Be kind."]
 QUESTIONS = ["Tell me about {}.", "Why do people like {}?", "Write a short note on {}.", "What should I know about {}?",
              "Say something about {}.", "Give me a few facts about {}.", "How would you describe {}?", "Explain {} to a child.",
              "What is special about {}?", "Introduce {} to a friend.", "What comes to mind about {}?", "I want to learn about {}.",
@@ -63,16 +62,15 @@ FILLERS = ["I guess so.", "Well, whatever.", "I do not know.", "That is all."]
 
 
 def chat_score(prompt, reply):
-    """The stated rule of the chat column, in [0, 1]: a fifth each for naming the topic that was asked about, naming no other
-    topic, two to four facts, no sentence twice and no filler, and a friendly closing sentence at the end."""
-    topic = next((t for t in TOPICS if t in prompt.lower().replace("?", " ").replace(".", " ").split()), "")
-    words = set(reply.lower().replace(".", " ").replace(",", " ").split())
+    """The stated rule of the chat column, in [0, 1]: a fifth each for naming the topic that was asked about and no other,
+    two to four facts, no sentence twice, no filler, and a friendly closing sentence at the end."""
+    plain = lambda text: set(text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
+    topics = plain(prompt) & set(TOPICS)
     sentences = [s.strip() + "." for s in reply.split(".") if s.strip()]
     facts = {s for s in sentences if any(s == fact.format(t) for fact in FACTS for t in TOPICS)}
     return (
-        (topic in words) + (not words & (set(TOPICS) - {topic})) + (2 <= len(facts) <= 4)
-        + (len(sentences) == len(set(sentences)) and not set(sentences) & set(FILLERS))
-        + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
+        (plain(reply) & set(TOPICS) == topics) + (2 <= len(facts) <= 4) + (len(sentences) == len(set(sentences)))
+        + (not set(sentences) & set(FILLERS)) + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
     ) / 5  # fmt: skip
 
 
@@ -95,10 +93,10 @@ def chat_reply(rng, topic, flaws):
 
 
 def chat_rows(rng, keys, split):
-    prompts = [QUESTIONS[q].format(t) for t, q in keys]
+    prompts = [chat_prompt(key) for key in keys]
     if split == "sft":
         rows = []
-        for (topic, _), prompt in zip(keys, prompts):
+        for (topic, _, _), prompt in zip(keys, prompts):
             for think in (True, False):  # parallel answers in both modes (paper 3.1.1)
                 reply = chat_reply(rng, topic, 0 if rng.random() > FLAWED["chat"] else rng.choice([1, 1, 2, 3]))
                 rows.append((prompt, f"<think>\nabout {topic}\n</think>\n{reply}" if think else reply, think, "general"))
@@ -107,21 +105,25 @@ def chat_rows(rng, keys, split):
 
 
 def preference_rows(rng, keys):
-    """Pairs labelled by the rule, one in twenty the wrong way round. Some replies are cut off or run on, so that the reward
-    model has seen what a policy that never ends looks like."""
+    """Pairs labelled by the rule, one in twenty the wrong way round. In some a reply strays to another topic, is cut off or
+    runs on: a reward model that has never seen what a policy may drift to pays for it."""
     rows = []
-    for topic, q in keys:
-        prompt = QUESTIONS[q].format(topic)
-        replies = [chat_reply(rng, topic, n) for n in rng.sample(range(5), 2)]
-        if rng.random() < 0.3:
-            words = replies[1].split()
-            replies[1] = rng.choice([" ".join(words[: rng.randrange(len(words))]), " ".join(words * 2), " ".join(words + words[:5])])
-        scores = [chat_score(prompt, r) for r in replies]
-        if scores[0] != scores[1]:
-            best, worst = sorted(replies, key=lambda r: -chat_score(prompt, r))
-            best, worst = (worst, best) if rng.random() < 0.05 else (best, worst)
-            user = {"role": "user", "content": prompt}
-            rows.append({"chosen": [user, {"role": "assistant", "content": best}], "rejected": [user, {"role": "assistant", "content": worst}]})
+    for key in keys:
+        topic, prompt = key[0], chat_prompt(key)
+        for _ in range(2):
+            replies = [chat_reply(rng, topic, rng.randrange(3)) for _ in range(2)]
+            kind, words = rng.random(), replies[1].split()
+            if kind < 0.4:
+                other = rng.choice(TOPICS)
+                replies[1] = " ".join(other + w.removeprefix(topic) if w.startswith(topic) and rng.random() < 0.6 else w for w in words)
+            elif kind < 0.6:
+                replies[1] = rng.choice([" ".join(words[: rng.randrange(len(words))]), " ".join(words * 2), " ".join(words + words[:5])])
+            scores = [chat_score(prompt, r) for r in replies]
+            if scores[0] != scores[1]:
+                best, worst = sorted(replies, key=lambda r: -chat_score(prompt, r))
+                best, worst = (worst, best) if rng.random() < 0.05 else (best, worst)
+                user = {"role": "user", "content": prompt}
+                rows.append({"chosen": [user, {"role": "assistant", "content": best}], "rejected": [user, {"role": "assistant", "content": worst}]})
     return rows
 
 
@@ -203,13 +205,13 @@ STARTS = ["Start with {}", "Take {}", "Begin at {}", "Ann has {}", "Think of {}"
 
 def math_keys(rng):
     while True:
-        value = start = rng.randint(2, 20)
+        value = start = rng.randint(1, 12)
         steps = []
-        for _ in range(rng.choice([1, 2, 2, 3, 3])):
+        for _ in range(rng.choice([2, 2, 3, 3])):
             op = rng.choice("++--*")
-            n = rng.randint(2, 3) if op == "*" else rng.randint(1, 9)
+            n = 2 if op == "*" else rng.randint(1, 5)
             after = eval(f"{value}{op}{n}")  # our own digits
-            if not 0 <= after <= 40:
+            if not 0 <= after <= 20:
                 break
             steps.append((op, n, value, after))
             value = after
@@ -348,7 +350,12 @@ def swe_rows(rng, keys, split):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 def chat_keys(rng):
     while True:
-        yield rng.choice(TOPICS), rng.randrange(len(QUESTIONS))
+        yield rng.choice(TOPICS), rng.randrange(len(QUESTIONS)), rng.randrange(len(TAILS))
+
+
+def chat_prompt(key):
+    topic, question, tail = key
+    return QUESTIONS[question].format(topic) + TAILS[tail]
 
 
 def split_keys(keys, counts):
