@@ -47,7 +47,7 @@ import types
 Result = collections.namedtuple("Result", "status stdout value seconds")  # value: of a call; seconds: CPU
 # status: ok, timeout, memory, crash, output (too much of it) or infra (not the program's fault)
 OUTPUT_BYTES = 16 << 20  # most that a program may print, return, or write into one file
-WALL_FACTOR, WALL_EXTRA = 4, 10.0  # generous, for it ends only sleepers: wall limit of one test = factor * timeout + extra seconds
+WALL_FACTOR, WALL_EXTRA = 4, 10.0  # wall limit of one test = factor * timeout + extra seconds: only sleepers meet it
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # programs running at once in this process
 NOBODY = 65534  # user and group id of everything below a caller that is root
