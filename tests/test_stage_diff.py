@@ -1,0 +1,111 @@
+"""Guards: what the paper keeps from stage to stage is the same text in all five RL scripts; what differs is listed here, by name.
+
+Read the table as the paper's summary: what each stage has instead of Math RL's (`changed`), and what it needs besides (`own`). A fix
+below the waterline is made in all five scripts in one commit, or this fails.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WATERLINE = "# ~~~~~~~~~~~~~~~ waterline"
+
+# Every stage has its own of these: knobs, data, reward, what is logged, what is measured.
+EVERY_STAGE = {"Config", "load_rows", "select_rows", "make_reward", "monitor", "self_test", "metric"}
+
+# What only Math RL has: the answer in a box, and symbolic equality in processes that can be killed.
+MATH_VERIFIER = {"boxed", "last_box", "strip", "literal", "refused", "equal", "killable", "same_answer", "verifiers"}
+
+EXPECTED = {
+    # Reward: a Bradley-Terry model, trained here first, or somebody's endpoint. Loss: stabilisers for small reward models (6.3).
+    "rlhf.py": {
+        "changed": {"grpo_loss"},
+        "absent": {"normalize", "verdict", "reward", "judge"},
+        "own": {"RewardModel", "train_reward_model", "average_gradients", "load_pairs", "score_ids", "score_batch", "load_reward_model",
+                "load_classifier", "ask_endpoint", "answer_of"},
+    },
+    # Reward: all constraints of the prompt hold, and for thinking models the reward model's preference on top (4.4).
+    "ifrl.py": {
+        "changed": {"reward"},
+        "absent": {"normalize", "verdict", "judge", "language_ok"},
+        "own": {"check", "check_loose", "verify", "add_preference", "read_constraints", "clean_kwargs", "unusable"}
+        | {"hits", "compare", "letters", "first", "last", "extremes", "tokens", "same", "punkt", "split_sentences", "composition", "count_pieces",
+           "count_highlights", "is_json", "is_language", "no_consecutive_initials", "nth_paragraph_first_word", "repeat_phrase"},
+    },
+    # Reward: all unit tests pass, in the sandbox (4.6).
+    "coderl.py": {
+        "changed": {"normalize", "verdict", "reward", "judge"},
+        "absent": set(),
+        "own": {"statement", "find_tests", "normal_tests", "loads", "unfence", "extract_code", "table_program", "run_tests", "same_output", "same_value"},
+    },
+    # Reward: edits against the golden patch, nothing is run; -1 for edits that do not apply (4.7).
+    "swerl.py": {
+        "changed": {"verdict", "reward"},
+        "absent": {"normalize", "judge", "language_ok"},
+        "own": {"NoPatch", "read_files", "choose_files", "parse_edits", "find_lines", "replace_lines", "apply_edits", "apply_patch", "edited", "changes",
+                "unified", "same_code", "as_response", "judge_rollout", "lexical_judge", "ask_judge", "similarity", "ratio"},
+    },
+}  # fmt: skip
+BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set()}  # what differs below the waterline
+
+
+def top_level(text):
+    """{name: its lines, decorators and comments included} of every top-level function, class and assignment."""
+    lines, named = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno] + [d.lineno for d in node.decorator_list])
+            named[node.name] = lines[first - 1 : node.end_lineno]
+    return named
+
+
+def functions(script):
+    return top_level((ROOT / script).read_text())
+
+
+def below(script):
+    """The lines under the waterline."""
+    above, _, rest = (ROOT / script).read_text().partition(WATERLINE)
+    assert rest, f"{script} has no waterline"
+    return rest.splitlines()
+
+
+@pytest.mark.parametrize("script", EXPECTED)
+def test_below_the_waterline_a_stage_is_mathrl_line_for_line(script):
+    """Names that differ are taken out of both; everything else, comments and blank lines between functions included, is equal."""
+    ours, canon = "\n".join(below(script)), "\n".join(below("mathrl.py"))
+    a, b = top_level("#" + ours), top_level("#" + canon)
+    assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == BELOW[script]
+    for name in BELOW[script]:
+        ours, canon = ours.replace("\n".join(a[name]), name), canon.replace("\n".join(b[name]), name)
+    assert ours.splitlines() == canon.splitlines()
+
+
+@pytest.mark.parametrize("script", EXPECTED)
+def test_a_change_below_the_waterline_says_why(script):
+    text = top_level("#" + "\n".join(below(script)))
+    assert all(any("# CHANGED: " in line and "paper" in line for line in text[name]) for name in BELOW[script])
+
+
+@pytest.mark.parametrize("script", EXPECTED)
+def test_a_stage_differs_from_mathrl_only_where_the_table_says(script):
+    """Equality, not inclusion: the table cannot go stale."""
+    ours, canon, expected = functions(script), functions("mathrl.py"), EXPECTED[script]
+    assert {n for n in ours.keys() & canon.keys() if ours[n] != canon[n]} == EVERY_STAGE | expected["changed"]
+    assert canon.keys() - ours.keys() == MATH_VERIFIER | expected["absent"]
+    assert ours.keys() - canon.keys() == expected["own"]
+
+
+def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
+    """IF-RL's thinking mode scores with RLHF's reward model, SWE evaluation runs Code RL's tests; both inside a function."""
+    stages, shared = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl"}, {}
+    for stage in stages:
+        tree = ast.parse((ROOT / f"{stage}.py").read_text())
+        for node in ast.walk(tree):
+            names = {a.name for a in node.names} if isinstance(node, ast.Import) else {getattr(node, "module", "")} if isinstance(node, ast.ImportFrom) else set()
+            if names & stages:
+                assert node not in tree.body, f"{stage}.py imports {names} at its top"
+                shared[stage] = names & stages
+    assert shared == {"ifrl": {"rlhf"}, "swerl": {"coderl"}}
