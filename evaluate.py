@@ -38,6 +38,7 @@ class Config:
     seed: int = 0
     label_seed: int = 0  # seed of the training run, written into the results
     matrix: str = ""  # run folder: print its matrix, write matrix.png and one plot a stage
+    same_compute: str = ""  # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run
 
 
 # ---- 1. Tasks --------------------------------------------------------------------------------------------------------
@@ -147,9 +148,29 @@ def draw_matrix(folder):
         verdict = "beyond the intervals' overlap" if b["low"] > a["high"] else "within the intervals"
         print(f"{after:8s}{OWN[after]:>5s} {mode:9s}{100 * a['score']:6.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}] -> "
               f"{100 * b['score']:5.1f} [{100 * b['low']:.1f}, {100 * b['high']:.1f}]  {verdict}")  # fmt: skip
+    if any(key[0].endswith("_control") for key in cells):
+        print_controls(cells, stages)
     plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns)
     for s in stages[1:]:
         plot_curves(os.path.join(folder, s, "metrics.jsonl"), os.path.join(folder, f"curves_{s}.png"), s)
+
+
+def print_controls(cells, stages):
+    """The honest control: the seconds of each RL stage spent on more SFT over the same demonstrations instead."""
+    print("\nown skill, sampled: before the stage, after it, and after the same seconds of more SFT from the same checkpoint")
+    for before, after in zip(stages, stages[1:]):
+        mode = "no_think" if after == "ifrl" else "think"
+        found = [cells.get((s, OWN[after], mode, "sampled")) for s in (before, after, f"{after}_control")]
+        if all(found):
+            texts = [f"{100 * r['score']:5.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in found]
+            print(f"{after:8s}{OWN[after]:>5s} {mode:9s} before {texts[0]}   RL {texts[1]}   more SFT {texts[2]}")
+
+
+def steps_of_same_compute(rl_folder, sft_folder):
+    """SFT steps that take as long as the RL run's sampling, verifying and training (evaluations left out of both)."""
+    read = lambda folder: [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
+    seconds = sum(r["time/gen"] + r["time/train"] for r in read(rl_folder))
+    return round(seconds / float(np.median([r["time/train"] for r in read(sft_folder)])))
 
 
 def plot_matrix(path, cells, stages, columns):
@@ -205,6 +226,8 @@ def plot_curves(metrics_path, path, stage):
 def main(cfg):
     if cfg.matrix:
         return draw_matrix(cfg.matrix)
+    if cfg.same_compute:
+        return print(steps_of_same_compute(*cfg.same_compute.split(",")))
     names = list(TASKS) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:
         common.fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).")

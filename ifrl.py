@@ -730,14 +730,14 @@ def main(cfg):
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        indices = next_prompts(rows, state, cfg)
-        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg), step, cfg, reward_hook, rank, world)
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
         metrics = summarize(sampled) | train_step(model, optimizer, trained, cfg, device, world)
         engine.sync(model)
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
         for counts in common.all_gather(count_correct(sampled)):
             state["history"] |= counts
 
@@ -748,8 +748,6 @@ def main(cfg):
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        done = time.time()
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": done - generated}
         logger.log(step, metrics, console_line(step, metrics, cfg, device))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]

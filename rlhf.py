@@ -7,6 +7,8 @@ unified run are answered in think mode, half in no_think (paper 4.3.2). Deviatio
   2. Small reward models are unstable (paper 6.3): --kl_coef=1e-3 --sequence_level=true --shape_reward=true are the paper's
      stabilisers, off by default as in its main runs.
   3. Mixed language is a test on Unicode scripts; "the lowest score in the batch" is over all ranks' unpenalised rollouts.
+  4. A think-mode reply that never closes its thought earns the lowest score of the batch. The paper scores the whole text
+     and finds that low; a small reward model likes a reply without any thinking just as well, and the mode is lost.
 
 torchrun --nproc_per_node=8 rlhf.py --init_from=out/sft2/final --out_dir=out/rlhf
 A good run prints a reward-model pair accuracy well over 0.7 and then a reward that rises while len and trunc stay put.
@@ -21,6 +23,7 @@ import statistics
 import time
 import unicodedata
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -227,11 +230,12 @@ def average_gradients(model, world):
         torch.distributed.all_reduce(p.grad)
 
 
-def load_reward_model(path, device):
+def load_reward_model(path, device, workers=8):
     """score(messages_list, answers) -> list of floats (None where an endpoint failed). path: a folder written by this
     script, any Hugging Face sequence classifier with one label, or the URL of a vLLM-style /score endpoint."""
     if path.startswith(("http://", "https://")):
-        return lambda messages_list, answers: [ask_endpoint(path, m, a) for m, a in zip(messages_list, answers, strict=True)]
+        pool = ThreadPoolExecutor(workers)
+        return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
     architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
     if architecture != "Qwen3ForSequenceClassification":
         return load_classifier(path, device)
@@ -314,16 +318,18 @@ def make_reward(cfg):
     path = cfg.rm or os.path.join(cfg.out_dir, "rm")
     if not cfg.rm and not os.path.exists(path):
         train_reward_model(cfg, path)
-    score = load_reward_model(path, rank_device)
+    score = load_reward_model(path, rank_device, cfg.reward_workers)
 
     def collect(rollouts):
         scores = score([r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
-        spoken = [language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) for r in rollouts]
-        lowest = min([s for s, ok in zip(scores, spoken, strict=True) if ok and s is not None], default=0.0)
-        lowest = -common.all_reduce({"lowest": -lowest}, "max")["lowest"]
-        for r, s, ok in zip(rollouts, scores, spoken, strict=True):
-            r.status = "infra" if s is None else "ok" if ok else "language"
-            r.reward = float("nan") if s is None else s if ok else lowest - 10.0  # paper 4.3.2
+        for r, s in zip(rollouts, scores, strict=True):
+            r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
+            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"
+        lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
+        lowest = min(-common.all_reduce({"lowest": -lowest}, "max")["lowest"], 1e6)
+        floors = {"infra": math.nan, "no_answer": lowest, "language": lowest - 10.0}  # [dev 4], paper 4.3.2
+        for r, s in zip(rollouts, scores, strict=True):
+            r.reward = floors.get(r.status, s)
         for group in {r.group for r in rollouts} if cfg.shape_reward else ():
             members = [r for r in rollouts if r.group == group and r.status != "infra"]
             if not members:
@@ -570,14 +576,14 @@ def main(cfg):
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        indices = next_prompts(rows, state, cfg)
-        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg), step, cfg, reward_hook, rank, world)
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
         metrics = summarize(sampled) | train_step(model, optimizer, trained, cfg, device, world)
         engine.sync(model)
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
         for counts in common.all_gather(count_correct(sampled)):
             state["history"] |= counts
 
@@ -588,8 +594,6 @@ def main(cfg):
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        done = time.time()
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": done - generated}
         logger.log(step, metrics, console_line(step, metrics, cfg, device))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 PRESET=${1:-toy}
 SEED=${SEED:-0}
-OUT=${OUT:-out/$PRESET}
+OUT=${OUT:-out/${PRESET/control/toy}}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then GPUS=$(nvidia-smi -L | grep -c GPU); else GPUS=0; fi
 CORES=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)  # nproc would report OMP_NUM_THREADS
@@ -55,7 +55,7 @@ toy() {
     stage sft2 sft "$OUT/sft1/final" --data="$d/sft_stage2.jsonl" --lr=5e-3 --num_steps=300 --schedule_steps=300 $sft
     score sft2 sft
     stage rlhf rlhf "$OUT/sft2/final" --data="$d/chat_rl.jsonl" --eval_data="$d/chat_dev.jsonl" --rm_data="$d/preference.jsonl" \
-        --rm_eval_data="$d/preference_dev.jsonl" --rm_lr=1e-3 --rm_samples_per_step=64 --rm_epochs=2 --lr=4e-4 --num_steps=60 $rl
+        --rm_eval_data="$d/preference_dev.jsonl" --rm_lr=2e-3 --rm_samples_per_step=32 --rm_epochs=2 --lr=4e-4 --num_steps=50 $rl
     score rlhf rlhf
     stage ifrl ifrl "$OUT/rlhf/final" --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=5e-4 --num_steps=100 $rl --max_refill_rounds=1
     score ifrl ifrl
@@ -68,8 +68,21 @@ toy() {
     run .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
+control() {  # beside each RL stage: as many seconds of SFT on the same demonstrations, from the same checkpoint
+    local before=sft2 name steps
+    for name in rlhf ifrl mathrl coderl swerl; do
+        steps=$(.venv/bin/python evaluate.py --same_compute="$OUT/$name,$OUT/sft2")
+        stage ${name}_control sft "$OUT/$before/final" --data="$OUT/data/sft_stage2.jsonl" --lr=2e-3 --num_steps="$steps" \
+            --schedule_steps="$steps" --samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=10 --eval_every=0
+        score ${name}_control ${name}_control
+        before=$name
+    done
+    .venv/bin/python evaluate.py --matrix="$OUT"
+}
+
 case $PRESET in
     setup) setup ;;
     toy) setup; toy ;;
-    *) echo "usage: bash run_cascade.sh [toy|setup]" >&2; exit 2 ;;
+    control) setup; control ;;
+    *) echo "usage: bash run_cascade.sh [toy|control|setup]" >&2; exit 2 ;;
 esac

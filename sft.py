@@ -194,8 +194,10 @@ def main(cfg):
     for step in range(start + 1, cfg.num_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
+        began = time.time()
         mine = [samples[i] for i in sample_indices(len(samples), step, cfg)[rank::world]]
-        metrics = train_step(model, optimizer, mine, cfg, device, world) | {"lr": optimizer.param_groups[0]["lr"]}
+        metrics = train_step(model, optimizer, mine, cfg, device, world)
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
         state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
         if state["skipped"] >= 3:
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")

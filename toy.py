@@ -110,7 +110,7 @@ def preference_rows(rng, keys):
     rows = []
     for key in keys:
         topic, prompt = key[0], chat_prompt(key)
-        for _ in range(2):
+        for _ in range(3):
             replies = [chat_reply(rng, topic, rng.randrange(3)) for _ in range(2)]
             kind, words = rng.random(), replies[1].split()
             if kind < 0.4:
