@@ -155,3 +155,9 @@ def test_special_tokens_inside_content_stay_text(token, tokenizer):
 def test_a_question_without_an_answer_trains_nothing(tokenizer):
     _, mask = render_chat(tokenizer, [user("Hi"), assistant("Hi."), user("Bye")], True)
     assert not any(mask)
+def test_names_of_functions_outside_ascii_are_written_alike(tokenizer, their_tokenizer):
+    messages = [user("Rain?"), assistant("", ("m\u00e9t\u00e9o", {"ville": "N\u00eemes"}))]
+    ours = tokenizer.decode(render_chat(tokenizer, messages, True, None, False)[0], skip_special_tokens=False)
+    assert ours == their_tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=True)
+
+

@@ -493,7 +493,7 @@ def test_kl_gradient_matches_an_exact_kl(monkeypatch):
 
 def table_reward(monkeypatch, scores, **changes):
     """rlhf's collect with a table in place of the reward model; scores[text] None: the endpoint failed."""
-    monkeypatch.setattr(rlhf, "load_reward_model", lambda path, device: lambda messages, answers: [scores[a] for a in answers])
+    monkeypatch.setattr(rlhf, "load_reward_model", lambda path, device, workers: lambda messages, answers: [scores[a] for a in answers])
     return rlhf.make_reward(rlhf_config(rm="table", **changes))[1]
 
 
@@ -505,10 +505,11 @@ def replies(texts, group=0, think=False):
 
 
 def test_the_reward_is_the_score_of_the_answer_without_its_thinking(monkeypatch):
-    collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": 0.5})
+    """Thinking that is never closed has not answered: it earns the lowest score of the batch, whatever it says."""
+    collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": 9.0})
     rollouts = replies(["<think>\nlong\n</think>good", "<think>\n</think>bad", "<think> never closed"], think=True)
     collect(rollouts)
-    assert [(r.reward, r.status) for r in rollouts] == [(2.0, "ok"), (-1.0, "ok"), (0.5, "ok")]
+    assert [(r.reward, r.status) for r in rollouts] == [(2.0, "ok"), (-1.0, "ok"), (-1.0, "no_answer")]
 
 
 def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint_nothing(monkeypatch):
@@ -524,3 +525,33 @@ def test_shaped_rewards_are_the_tanh_of_the_group_z_score(monkeypatch):
     rollouts = replies(["a", "b", "a", "b"]) + replies(["a", "a", "a", "a"], group=1)
     collect(rollouts)  # mean 2, biased std 2
     assert [round(r.reward, 5) for r in rollouts] == [round(math.tanh(z), 5) for z in (-1, 1, -1, 1, 0, 0, 0, 0)]
+
+
+def test_a_group_whose_scores_all_failed_is_shaped_to_nothing(monkeypatch):
+    collect = table_reward(monkeypatch, {"a": 0.0, "b": 4.0, "lost": None}, shape_reward=True)
+    rollouts = replies(["a", "b", "a", "b"]) + replies(["lost"] * 4, group=1)
+    collect(rollouts)
+    assert [r.status for r in rollouts[4:]] == ["infra"] * 4
+
+
+def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
+    """At the start it changes nothing; later the update has the k3 gradient against the frozen start on top."""
+    start = make_tiny()
+    start.save_pretrained(tmp_path)
+    with_kl, without = (dict(stage=rlhf, init_from=str(tmp_path), kl_coef=kl, overlong_filter=False) for kl in (0.5, 0.0))
+    assert distance(gradient(random_step(), **with_kl)[0], gradient(random_step(), **without)[0]) < 1e-5
+    moved = lambda: make_tiny(seed=3)
+    extra = {n: a - b for (n, a), b in zip(gradient(random_step(), model=moved(), **with_kl)[0].items(),
+                                           gradient(random_step(), model=moved(), **without)[0].values(), strict=True)}  # fmt: skip
+    rollouts, cfg, model = random_step(), rlhf_config(micro_batch_tokens=10**6), moved()
+    rlhf.compute_advantages(rollouts, cfg)
+    num_tokens = sum(len(r.completion_ids) for r in rollouts if r.trained)
+    batch = rlhf.collate(rollouts, cfg, "cpu")[0]
+    packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+    with torch.no_grad():
+        reference_T = start(*packed, temperature=cfg.temperature)[0]
+    d_T = reference_T - model(*packed, temperature=cfg.temperature)[0]
+    (0.5 * (d_T.exp() - d_T - 1)[batch["loss_index"]].sum() / num_tokens).backward()
+    error = distance({n: p.grad for n, p in model.named_parameters()}, extra)
+    print(f"pull of the KL term: relative error {error:.1e}, tolerance 1e-04")
+    assert error < 1e-4
