@@ -20,9 +20,9 @@ import torch.distributed as dist
 from model import save_tokenizer
 
 
-def fail(message):
-    """One sentence and exit code 2; used for everything that is wrong before training starts."""
-    print(f"{os.path.basename(sys.argv[0])}: {message} Nothing was trained.", file=sys.stderr, flush=True)
+def fail(message, note="Nothing was trained."):
+    """One sentence and exit code 2, for everything that is the user's to mend."""
+    print(f"{os.path.basename(sys.argv[0])}: {message} {note}", file=sys.stderr, flush=True)
     os._exit(2) if dist.is_initialized() else sys.exit(2)
 
 
@@ -30,10 +30,17 @@ def fail(message):
 def parse_config(Config):
     """Every dataclass field is a flag: --lr=1e-6 or --lr 1e-6. Types come from the annotations; unknown flags are errors."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}.")
     for f in dataclasses.fields(Config):
-        kind = (lambda s: {"true": True, "false": False}[s.lower()]) if f.type is bool else f.type
+        kind = boolean if f.type is bool else f.type
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=f.type.__name__)
     return Config(**vars(parser.parse_args()))
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 # ---- Data files ------------------------------------------------------------------------------------------------------
@@ -49,23 +56,27 @@ def read_rows(path, limit=0):
     elif path.endswith((".jsonl", ".json")) and os.path.exists(path):
         rows = []
         with open(path, encoding="utf-8") as f:
-            lines = enumerate(json.load(f), 1) if path.endswith(".json") else enumerate(f, 1)
-            for i, line in lines:
+            lines = f if path.endswith(".jsonl") else [f.read()]
+            for i, line in enumerate(lines, 1):
                 try:
-                    row = json.loads(line) if isinstance(line, str) else line
+                    parsed = json.loads(line) if line.strip() else []
                 except json.JSONDecodeError as e:
                     fail(f"data {path} row {i}: not valid JSON ({e.msg} at column {e.colno}).")
-                rows.append((f"{path} row {i}", row))
+                if path.endswith(".json"):  # one list of rows
+                    rows += [(f"{path} row {n}", row) for n, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1)]
+                elif line.strip():
+                    rows.append((f"{path} row {i}", parsed))
                 if limit and len(rows) >= limit:
                     break
-    elif os.path.exists(path) or path.count("/") == 1:
+    elif os.path.exists(path) or (path.count("/") == 1 and not path.endswith((".jsonl", ".json", ".parquet"))):
         import datasets  # slow to import, so only where it is used
 
         name, _, config = path.partition(":")
-        if os.path.exists(path):
-            table = datasets.load_dataset("parquet", data_files=path, split="train")
-        else:
-            table = datasets.load_dataset(name, config or None, split="train")
+        try:
+            source = ("parquet", None) if os.path.exists(path) else (name, config or None)
+            table = datasets.load_dataset(*source, data_files=path if os.path.exists(path) else None, split="train")
+        except Exception as e:  # whatever is wrong with a file or a hub, in the library's words
+            fail(f"data {path}: {type(e).__name__}: {str(e).splitlines()[0]}.")
         rows = [(f"{path} row {i + 1}", row) for i, row in enumerate(table.select(range(min(limit or len(table), len(table)))))]
     else:
         fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
@@ -92,6 +103,8 @@ def load_table(path, normalize, limit=0):
             rows.append(normalize(raw, where))
         except BadRow as reason:
             dropped.setdefault(str(reason), []).append(where)
+        except Exception as e:  # a row of a shape nobody thought of
+            fail(f"data {where}: {type(e).__name__}: {e}.")
     for reason, wheres in sorted(dropped.items(), key=lambda item: -len(item[1])):
         print0(f"data {path}: dropped {len(wheres)} of {len(rows) + sum(map(len, dropped.values()))} rows, {reason} (first: {wheres[0]})")
     if not rows:
@@ -116,7 +129,8 @@ def init_distributed(seed):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)))
     if world > 1 or device.type == "cuda":
         timeout = datetime.timedelta(minutes=30)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
     torch.manual_seed(seed)
     return rank, world, device
 
@@ -153,7 +167,7 @@ def shard(model, device):
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place use of layer outputs: there is none
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE stays fp32
         for layer in model.model.layers:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
@@ -179,6 +193,9 @@ def lock(out_dir):
             fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             fail(f"{out_dir}: another run is writing here.")
+        for name in os.listdir(out_dir):
+            if name.startswith("step_") and name.endswith(".tmp"):
+                shutil.rmtree(os.path.join(out_dir, name))  # a save that was cut off
 
 
 def checksum(path):
@@ -190,18 +207,24 @@ def checksum(path):
     return [os.path.getsize(path), digest.hexdigest()]
 
 
-def save_checkpoint(out_dir, step, model, optimizer, tokenizer_dir, cfg, state, keep=2):
+def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
     """out_dir/step_000200: a Hugging Face folder plus each rank's optimizer and run.json (flags, state, versions, checksums).
     Written under a temporary name and renamed, so that a folder with this name is always whole."""
     rank, final = int(os.environ.get("RANK", 0)), os.path.join(out_dir, f"step_{step:06d}")
     folder = final + ".tmp"
-    whole = {n: p.full_tensor().cpu() if hasattr(p, "full_tensor") else p.detach().cpu() for n, p in model.named_parameters()}
+    if hasattr(model, "reshard"):
+        model.reshard()  # a forward without backward leaves the root gathered, in compute precision
+    whole = {}
+    for name, p in model.named_parameters():
+        p = p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        if rank == 0:
+            whole[name] = p.cpu()
     os.makedirs(folder, exist_ok=True)
     torch.save(optimizer.state_dict(), os.path.join(folder, f"optim_rank{rank}.pt"))
     all_gather(None)  # every rank has written
     if rank == 0:
         model.save_pretrained(folder, whole)
-        save_tokenizer(tokenizer_dir, folder)
+        save_tokenizer(cfg.init_from, folder)  # not the checkpoint resumed from: that one is pruned some day
         run = {"step": step, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_hash(), "torch": torch.__version__,
                "world": int(os.environ.get("WORLD_SIZE", 1)), "state": state}  # fmt: skip
         run["files"] = {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != "run.json"}
@@ -209,12 +232,22 @@ def save_checkpoint(out_dir, step, model, optimizer, tokenizer_dir, cfg, state, 
             json.dump(run, f)
             f.flush()
             os.fsync(f.fileno())
+        sync_folder(folder)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(folder, final)
+        sync_folder(out_dir)
+        if os.path.lexists(link := os.path.join(out_dir, "final")):
+            os.remove(link)  # the stage went on: it is not done, and pruning may take what the link names
         for old in step_folders(out_dir)[:-keep]:
             shutil.rmtree(os.path.join(out_dir, old))
     all_gather(None)
     return final
+
+
+def sync_folder(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def step_folders(out_dir):
@@ -222,8 +255,9 @@ def step_folders(out_dir):
 
 
 def latest_checkpoint(out_dir):
-    """The newest whole checkpoint of out_dir, or ""; a damaged one is skipped with a line saying so."""
-    for name in reversed(step_folders(out_dir)):
+    """The newest whole checkpoint of out_dir, or ""; a damaged one is skipped with a line saying so. Rank 0 looks for all."""
+    found = ""
+    for name in reversed(step_folders(out_dir)) if int(os.environ.get("RANK", 0)) == 0 else ():
         folder = os.path.join(out_dir, name)
         try:
             files = json.load(open(os.path.join(folder, "run.json")))["files"]
@@ -231,18 +265,24 @@ def latest_checkpoint(out_dir):
         except (OSError, ValueError, KeyError) as e:
             damaged = [str(e)]
         if not damaged:
-            return folder
+            found = folder
+            break
         print0(f"{folder} is damaged ({damaged[0]}), trying the one before")
-    return ""
+    return all_gather(found)[0]
 
 
-def load_checkpoint(folder, optimizer):
+def load_checkpoint(folder, optimizer, cfg):
     """Restore the optimizer of this rank and return (step, state); the weights are loaded by Qwen3.from_pretrained(folder)."""
     run = json.load(open(os.path.join(folder, "run.json")))
     if run["world"] != int(os.environ.get("WORLD_SIZE", 1)):
         fail(f"{folder} was written by {run['world']} ranks and can only be resumed by as many.")
     rank = int(os.environ.get("RANK", 0))
     optimizer.load_state_dict(torch.load(os.path.join(folder, f"optim_rank{rank}.pt"), weights_only=True))
+    now = dataclasses.asdict(cfg)
+    for name in [k for k, v in run["config"].items() if now.get(k, v) != v]:
+        print0(f"{folder}: --{name} was {run['config'][name]}, now {now[name]}")
+    for group in optimizer.param_groups:  # flags win over the file
+        group |= {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
     return run["step"], run["state"]
 
 
@@ -269,8 +309,9 @@ class Logger:
         self.path, self.start = os.path.join(out_dir, "metrics.jsonl"), time.time()
         if int(os.environ.get("RANK", 0)) == 0:
             old = [line for line in open(self.path) if line.endswith("\n")] if os.path.exists(self.path) else []
-            with open(self.path, "w") as f:
+            with open(self.path + ".tmp", "w") as f:
                 f.writelines(line for line in old if json.loads(line)["step"] <= step)
+            os.replace(self.path + ".tmp", self.path)
 
     def log(self, step, metrics, line=""):
         if int(os.environ.get("RANK", 0)) == 0:

@@ -7,7 +7,6 @@ Sampling is a function of each rollout's own seed: a completion does not depend 
     B rows still decoding   P distinct prompts   S cache slots   N query heads   K kv heads   H head width   V vocabulary
 """
 
-import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +31,7 @@ class Rollout:
     finish_reason: str = ""  # "stop" or "length"
     text: str = ""  # decoded completion, thinking included, stop token left out
     reward: float = float("nan")
+    score: float = float("nan")  # rlhf: the reward model's own number, before shaping
     status: str = ""  # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)
     advantage: float = 0.0
     trained: bool = True  # False: left out of the loss, its denominator and the group statistics
@@ -53,8 +53,8 @@ def uniforms(seeds, start, count):
 
 
 class TorchEngine:
-    """The built-in sampler. On one rank it decodes with the trained module itself; beside sharded weights it keeps a whole
-    replica that sync() refreshes."""
+    """The built-in sampler. In a single CPU process it decodes with the trained module itself; beside sharded weights (several
+    ranks, any GPU) it keeps a whole replica that sync() refreshes."""
 
     def __init__(self, model, tokenizer, max_rows=256):
         self.tokenizer, self.max_rows = tokenizer, max_rows
@@ -62,7 +62,10 @@ class TorchEngine:
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.model = model
         if self.sharded:
-            self.model = type(model)(copy.deepcopy(model.config)).requires_grad_(False)
+            device = next(model.parameters()).device
+            with torch.device("meta"):
+                replica = type(model)(model.config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+            self.model = replica.to_empty(device=device).requires_grad_(False)
             self.sync(model)
 
     @torch.no_grad()
@@ -74,7 +77,7 @@ class TorchEngine:
         for (name, p), (copy_name, target) in zip(model.named_parameters(), self.model.named_parameters(), strict=True):
             assert name == copy_name, f"{name} is not {copy_name}"
             whole = p.full_tensor()
-            target.data = whole.to(dtype=target.dtype, device=whole.device)
+            target.copy_(whole)  # in place: addresses stay, no second copy
             moved += whole.numel() * whole.element_size()
         return moved
 
@@ -94,9 +97,9 @@ class TorchEngine:
         lengths_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
         width = int(lengths_B.max())  # prompts are right-aligned, so that every row writes the same slot
         logits_BV, cache = self._prefill(rollouts, width, max_new_tokens, device)
-        bias_B11S = torch.zeros(len(rollouts), 1, 1, width + max_new_tokens, dtype=cache[0][0].dtype)
-        bias_B11S.masked_fill_(torch.arange(width + max_new_tokens) < (width - lengths_B)[:, None, None, None], float("-inf"))
-        bias_B11S, position_B = bias_B11S.to(device), lengths_B.to(device)
+        bias_B1S = torch.zeros(len(rollouts), 1, width + max_new_tokens)
+        bias_B1S.masked_fill_(torch.arange(width + max_new_tokens) < (width - lengths_B)[:, None, None], float("-inf"))
+        bias_B1S, position_B = bias_B1S.to(device), lengths_B.to(device)
         alive = list(range(len(rollouts)))  # batch row -> rollout
         uniform_BS = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens)).float()
         for step in range(max_new_tokens):
@@ -114,10 +117,10 @@ class TorchEngine:
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=device)
                 alive = [alive[b] for b in keep]
-                token_B, position_B, bias_B11S = token_B[index], position_B[index], bias_B11S[index]
+                token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
                 slots = width + step  # only the slots in use are copied
                 cache = [tuple(self._shrink(t, index, slots) for t in layer) for layer in cache]
-            logits_BV = self._decode(token_B, position_B, cache, bias_B11S, width + step)
+            logits_BV = self._decode(token_B, position_B, cache, bias_B1S, width + step)
             position_B = position_B + 1
 
     @staticmethod
@@ -163,17 +166,19 @@ class TorchEngine:
         logits_PV = F.linear(hidden_TD[cu_seqlens[1:].long() - 1], self.model.head_weight).float()
         return logits_PV[prompt_B], cache
 
-    def _decode(self, token_B, position_B, cache, bias_B11S, slot):
+    def _decode(self, token_B, position_B, cache, bias_B1S, slot):
         """One token a row: write its key and value at `slot`, attend to slots 0..slot, return logits [B, V]."""
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
             k_BKSH, v_BKSH = cache[layer]
             k_BKSH[:, :, slot], v_BKSH[:, :, slot] = k_BKH, v_BKH
             B, K, H = k_BKH.shape
-            # The N / K query heads that share a kv head stand in the query-length axis: grouped attention without copies.
-            out = F.scaled_dot_product_attention(
-                q_BNH.view(B, K, -1, H), k_BKSH[:, :, : slot + 1], v_BKSH[:, :, : slot + 1], attn_mask=bias_B11S[..., : slot + 1]
-            )
+            # The N / K query heads that share a kv head are the rows of one small product with its keys: grouped attention
+            # without copies, and on CPUs three times faster than the fused attention, which is made for long queries.
+            keys, values = (t_BKSH.view(B * K, -1, H)[:, : slot + 1] for t_BKSH in (k_BKSH, v_BKSH))
+            scores = torch.bmm(q_BNH.reshape(B * K, -1, H) * H**-0.5, keys.transpose(1, 2)).view(B, -1, slot + 1)
+            weights = (scores.float() + bias_B1S[..., : slot + 1]).softmax(-1).to(values.dtype)
+            out = torch.bmm(weights.view(B * K, -1, slot + 1), values)
             return out.reshape(B, -1, H)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)

@@ -144,7 +144,9 @@ def draw_matrix(folder):
     print("\nown skill, sampled, before -> after the stage that teaches it:")
     for before, after in zip(stages, stages[1:]):
         mode = "no_think" if after == "ifrl" else "think"
-        a, b = (cells[s, OWN[after], mode, "sampled"] for s in (before, after))
+        a, b = (cells.get((s, OWN[after], mode, "sampled")) for s in (before, after))
+        if not (a and b):
+            continue
         verdict = "beyond the intervals' overlap" if b["low"] > a["high"] else "within the intervals"
         print(f"{after:8s}{OWN[after]:>5s} {mode:9s}{100 * a['score']:6.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}] -> "
               f"{100 * b['score']:5.1f} [{100 * b['low']:.1f}, {100 * b['high']:.1f}]  {verdict}")  # fmt: skip
@@ -152,7 +154,8 @@ def draw_matrix(folder):
         print_controls(cells, stages)
     plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns)
     for s in stages[1:]:
-        plot_curves(os.path.join(folder, s, "metrics.jsonl"), os.path.join(folder, f"curves_{s}.png"), s)
+        if os.path.exists(metrics := os.path.join(folder, s, "metrics.jsonl")):
+            plot_curves(metrics, os.path.join(folder, f"curves_{s}.png"), s)
 
 
 def print_controls(cells, stages):

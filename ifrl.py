@@ -31,6 +31,7 @@ import re
 import signal
 import statistics
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -565,7 +566,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
-                         seed=request_seed(cfg.seed, step, refill, i, sample))
+                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
                  for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
         with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
@@ -576,11 +577,11 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         uneven = [group for group in groups if any(r.advantage for r in group)]
         trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
         sampled = sampled or fresh
-        missing = wanted - len(trained) // cfg.group_size
-        if missing <= 0 or not spare:
-            break
+        missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
+        if refill == cfg.max_refill_rounds or not common.all_reduce({"n": missing}, "max")["n"]:
+            break  # all ranks stop in the same round: a reward hook may hold collectives
         mine, spare = spare[:missing], spare[missing:]
-    return trained or sampled, sampled
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
 
 
 def compute_advantages(rollouts, cfg):
@@ -653,7 +654,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
-        (loss * world).backward()  # sharded gradients are averaged over ranks, and the denominator is global already
+        (loss * world * (i < most - idle)).backward()  # FSDP2 averages over ranks, the denominator is global; idle batches weigh 0
         if i < most - idle:
             sums["loss"] += loss.item()
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
@@ -703,6 +704,8 @@ STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
 def main(cfg):
     common.lock(cfg.out_dir)
     rank, world, device = common.init_distributed(cfg.seed)
+    if cfg.prompts_per_step % world:
+        common.fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
     reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
@@ -710,23 +713,27 @@ def main(cfg):
 
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
-    if not os.path.exists(os.path.join(init_from, "config.json")):
-        common.fail(f"--init_from={init_from}: no checkpoint there (config.json is missing).")
-    tokenizer = load_tokenizer(init_from)
+    try:
+        tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    except Exception as e:  # whatever is wrong with the folder, in the library's words
+        common.fail(f"--init_from={init_from}: {e}.")
+    if cfg.max_prompt_tokens + cfg.max_new_tokens > model.max_positions():
+        common.fail(f"max_prompt_tokens + max_new_tokens is over the {model.max_positions()} positions of {init_from}: pass --rope_factor=2.")
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    model = Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     model.gradient_checkpointing = device.type == "cuda"
     common.shard(model, device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    start, state = common.load_checkpoint(resume, optimizer) if resume else (0, state)
+    data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
+    if set(common.all_gather(data)) != {state.setdefault("data", data)}:
+        common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = common.Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
                   f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
-    assert cfg.prompts_per_step % world == 0, f"prompts_per_step {cfg.prompts_per_step} is not a multiple of {world} ranks"
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
@@ -742,10 +749,10 @@ def main(cfg):
             state["history"] |= counts
 
         if metrics["status/infra"] > cfg.max_infra:
-            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).")
+            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).", note="The last checkpoint is whole.")
         state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
         if state["skipped"] >= 3:
-            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, metrics, cfg, device))
@@ -753,7 +760,7 @@ def main(cfg):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
         if step % cfg.save_every == 0 or step == cfg.num_steps:
-            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, init_from, cfg, state)
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 
 

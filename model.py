@@ -236,6 +236,8 @@ class Qwen3(nn.Module):
         return zeros_T.index_put((loss_index,), logprobs_M), zeros_T.index_put((loss_index,), entropy_M)
 
     def packed_hidden(self, input_ids_T, cu_seqlens, max_seqlen):
+        longest = self.max_positions()
+        assert max_seqlen <= longest, f"a sequence of {max_seqlen} tokens, {longest} positions; rope_factor=2 doubles them"
         start_T = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=input_ids_T.shape[0])
         position_ids_T = torch.arange(input_ids_T.shape[0], device=input_ids_T.device) - start_T
         attend = lambda layer, q, k, v: flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen)

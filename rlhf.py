@@ -21,6 +21,7 @@ import os
 import resource
 import statistics
 import time
+import zlib
 import unicodedata
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -185,12 +186,15 @@ def score_batch(model, sequences, budget, device):
     return torch.stack([scores[i] for i in range(len(sequences))])
 
 
+def rm_device():
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def train_reward_model(cfg, folder):
     """Bradley-Terry: the mean over pairs of -log sigmoid(s_chosen - s_rejected), one epoch (paper 4.2.2). Every rank trains
     on its share and averages gradients; rank 0 writes the folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    init_from = cfg.rm_init_from or cfg.init_from
+    device, init_from = rm_device(), cfg.rm_init_from or cfg.init_from
     tokenizer = load_tokenizer(init_from)
     pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
     held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
@@ -207,7 +211,7 @@ def train_reward_model(cfg, folder):
             mine = [pairs[i] for i in taken[first : first + world * 64 : world]]
             scores = score_batch(model, [ids for pair in mine for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
             (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() / len(taken)).backward()
-        average_gradients(model, world)
+        sum_gradients(model, world)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -223,25 +227,32 @@ def train_reward_model(cfg, folder):
     common.all_gather(None)
 
 
-def average_gradients(model, world):
-    """Sum the gradients of all ranks (their losses already carry the global denominator)."""
+def sum_gradients(model, world):
+    """Sum the gradients of all ranks: their losses already carry the global denominator."""
     for p in model.parameters() if world > 1 else []:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         torch.distributed.all_reduce(p.grad)
 
 
+@functools.cache
 def load_reward_model(path, device, workers=8):
     """score(messages_list, answers) -> list of floats (None where an endpoint failed). path: a folder written by this
     script, any Hugging Face sequence classifier with one label, or the URL of a vLLM-style /score endpoint."""
     if path.startswith(("http://", "https://")):
         pool = ThreadPoolExecutor(workers)
         return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
+    if not os.path.exists(os.path.join(path, "config.json")):
+        common.fail(f"--rm={path}: no reward model there (config.json is missing).")
     architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
     if architecture != "Qwen3ForSequenceClassification":
         return load_classifier(path, device)
-    tokenizer, state = load_tokenizer(path), load_file(os.path.join(path, "model.safetensors"), device=str(device))
-    model = RewardModel(Qwen3(read_config(path))).to(device).requires_grad_(False)
-    model.load_state_dict(state, strict=True)
+    tokenizer, body = load_tokenizer(path), torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
+    files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+    state = {k: v for name in files for k, v in load_file(os.path.join(path, name), device=str(device)).items()}
+    state = {k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
 
     def score(messages_list, answers):
         sequences = [score_ids(tokenizer, m, a) for m, a in zip(messages_list, answers, strict=True)]
@@ -314,11 +325,10 @@ def answer_of(rollout):
 
 def make_reward(cfg):
     """(submit, collect). Scores are computed in one batch when all completions are there; submit has nothing to start."""
-    rank_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     path = cfg.rm or os.path.join(cfg.out_dir, "rm")
     if not cfg.rm and not os.path.exists(path):
         train_reward_model(cfg, path)
-    score = load_reward_model(path, rank_device, cfg.reward_workers)
+    score = load_reward_model(path, rm_device(), cfg.reward_workers)
 
     def collect(rollouts):
         scores = score([r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
@@ -326,13 +336,14 @@ def make_reward(cfg):
             r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
             r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"
         lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
-        lowest = min(-common.all_reduce({"lowest": -lowest}, "max")["lowest"], 1e6)
+        lowest = -common.all_reduce({"lowest": -lowest}, "max")["lowest"]
+        lowest = lowest if math.isfinite(lowest) else 0.0
         floors = {"infra": math.nan, "no_answer": lowest, "language": lowest - 10.0}  # [dev 4], paper 4.3.2
         for r, s in zip(rollouts, scores, strict=True):
-            r.reward = floors.get(r.status, s)
+            r.reward = r.score = floors.get(r.status, s)
         for group in {r.group for r in rollouts} if cfg.shape_reward else ():
             members = [r for r in rollouts if r.group == group and r.status != "infra"]
-            if not members:
+            if len(members) < 2:
                 continue
             mean, std = statistics.fmean(r.reward for r in members), statistics.pstdev(r.reward for r in members)
             for r in members:
@@ -349,7 +360,7 @@ def monitor(rollouts):
 
 def self_test(rows, cfg):
     """Before training: the reward model answers with finite numbers, and not with one number for everything."""
-    score = load_reward_model(cfg.rm or os.path.join(cfg.out_dir, "rm"), torch.device("cpu"))
+    score = load_reward_model(cfg.rm or os.path.join(cfg.out_dir, "rm"), rm_device(), cfg.reward_workers)
     sample = rows[: min(8, len(rows))]
     scores = [s for reply in ("", "Yes.", "a a a a") for s in score([r["messages"] for r in sample], [reply] * len(sample))]
     if any(s is None or not math.isfinite(s) for s in scores) or len(set(scores)) < 2:
@@ -359,7 +370,7 @@ def self_test(rows, cfg):
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------
 def metric(rollout):
     """The raw reward-model score of a held-out rollout (unbounded; compare only within one reward model)."""
-    return rollout.reward if math.isfinite(rollout.reward) else 0.0
+    return rollout.score if math.isfinite(rollout.score) else 0.0
 
 
 # ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
@@ -402,7 +413,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
-                         seed=request_seed(cfg.seed, step, refill, i, sample))
+                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
                  for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
         with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
@@ -413,11 +424,11 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         uneven = [group for group in groups if any(r.advantage for r in group)]
         trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
         sampled = sampled or fresh
-        missing = wanted - len(trained) // cfg.group_size
-        if missing <= 0 or not spare:
-            break
+        missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
+        if refill == cfg.max_refill_rounds or not common.all_reduce({"n": missing}, "max")["n"]:
+            break  # all ranks stop in the same round: a reward hook may hold collectives
         mine, spare = spare[:missing], spare[missing:]
-    return trained or sampled, sampled
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
 
 
 def compute_advantages(rollouts, cfg):
@@ -499,7 +510,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
-        (loss * world).backward()  # sharded gradients are averaged over ranks, and the denominator is global already
+        (loss * world * (i < most - idle)).backward()  # FSDP2 averages over ranks, the denominator is global; idle batches weigh 0
         if i < most - idle:
             sums["loss"] += loss.item()
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
@@ -549,6 +560,8 @@ STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
 def main(cfg):
     common.lock(cfg.out_dir)
     rank, world, device = common.init_distributed(cfg.seed)
+    if cfg.prompts_per_step % world:
+        common.fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
     reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
@@ -556,23 +569,27 @@ def main(cfg):
 
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
-    if not os.path.exists(os.path.join(init_from, "config.json")):
-        common.fail(f"--init_from={init_from}: no checkpoint there (config.json is missing).")
-    tokenizer = load_tokenizer(init_from)
+    try:
+        tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    except Exception as e:  # whatever is wrong with the folder, in the library's words
+        common.fail(f"--init_from={init_from}: {e}.")
+    if cfg.max_prompt_tokens + cfg.max_new_tokens > model.max_positions():
+        common.fail(f"max_prompt_tokens + max_new_tokens is over the {model.max_positions()} positions of {init_from}: pass --rope_factor=2.")
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    model = Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     model.gradient_checkpointing = device.type == "cuda"
     common.shard(model, device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    start, state = common.load_checkpoint(resume, optimizer) if resume else (0, state)
+    data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
+    if set(common.all_gather(data)) != {state.setdefault("data", data)}:
+        common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = common.Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
                   f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
-    assert cfg.prompts_per_step % world == 0, f"prompts_per_step {cfg.prompts_per_step} is not a multiple of {world} ranks"
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
@@ -588,10 +605,10 @@ def main(cfg):
             state["history"] |= counts
 
         if metrics["status/infra"] > cfg.max_infra:
-            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).")
+            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).", note="The last checkpoint is whole.")
         state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
         if state["skipped"] >= 3:
-            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, metrics, cfg, device))
@@ -599,7 +616,7 @@ def main(cfg):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
         if step % cfg.save_every == 0 or step == cfg.num_steps:
-            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, init_from, cfg, state)
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 
 

@@ -11,6 +11,7 @@ torchrun --nproc_per_node=8 sft.py --init_from=Qwen/Qwen3-8B-Base --data=nvidia/
 A good run prints a loss that falls fast for 100 steps and then slowly, the same for every category of the eval line.
 """
 
+import functools
 import json
 import math
 import os
@@ -61,6 +62,8 @@ def normalize(row, where):
         raise common.BadRow("the last assistant turn is empty")
     if not any(m.get("role") == "user" for m in messages):
         raise common.BadRow("no user turn")
+    if any(m.get("role") not in ("system", "user", "assistant", "tool") for m in messages):
+        raise common.BadRow("a turn of an unknown role")
     think = row.get("thinking")
     think = "<think>" in (messages[-1].get("content") or "") if think is None else think
     tools = row.get("tools")
@@ -92,10 +95,13 @@ def sample_indices(num_samples, step, cfg):
     first, indices = (step - 1) * cfg.samples_per_step, []
     for i in range(first, first + cfg.samples_per_step):
         epoch, position = divmod(i, num_samples)
-        if not indices or position == 0:
-            order = np.random.default_rng([cfg.seed, epoch]).permutation(num_samples)
-        indices.append(int(order[position]))
+        indices.append(int(permutation(cfg.seed, epoch, num_samples)[position]))
     return indices
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def pack(samples, budget, device):
@@ -171,20 +177,22 @@ def main(cfg):
     rank, world, device = common.init_distributed(cfg.seed)
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
-    if not os.path.exists(os.path.join(init_from, "config.json")):
-        common.fail(f"--init_from={init_from}: no checkpoint there (config.json is missing).")
-    tokenizer = load_tokenizer(init_from)
+    try:
+        tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    except Exception as e:  # whatever is wrong with the folder, in the library's words
+        common.fail(f"--init_from={init_from}: {e}.")
+    if cfg.max_seq_len > model.max_positions() or cfg.samples_per_step < world:
+        common.fail(f"max_seq_len has to fit the {model.max_positions()} positions of the model, samples_per_step the {world} ranks.")
     samples = load_samples(cfg.data, tokenizer, cfg)
     eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
     if not resume:
         ids, mask, _ = samples[0]
         common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
-    model = Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     model.gradient_checkpointing = device.type == "cuda"
     common.shard(model, device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
-    start, state = common.load_checkpoint(resume, optimizer) if resume else (0, {"skipped": 0})
+    start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, {"skipped": 0})
     logger = common.Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(samples)} conversations, {world} ranks on {device.type}, "
@@ -200,7 +208,7 @@ def main(cfg):
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
         state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
         if state["skipped"] >= 3:
-            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).")
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_samples and (step % cfg.eval_every == 0 or step == cfg.num_steps):
             metrics |= evaluate(model, eval_samples, cfg, device, rank, world)
         since = {"tokens": since["tokens"] + sum(len(ids) for ids, _, _ in mine) * world, "steps": since["steps"] + 1}
@@ -214,7 +222,7 @@ def main(cfg):
             clock, since = time.time(), {"tokens": 0, "steps": 0}
         logger.log(step, metrics, line)
         if step % cfg.save_every == 0 or step == cfg.num_steps:
-            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, init_from, cfg, state)
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 
 

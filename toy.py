@@ -1,6 +1,6 @@
 """The laptop's world: a tiny base model, its tokenizer, and data for every stage in the schemas of the real sets.
 
-The stages cannot tell it from real data: the same fields (rewards.md-style hub schemas), the same verifiers, the same prompt
+The stages cannot tell it from real data: the same fields, the same verifiers, the same prompt
 builders. Five skills, each with a key that decides the split (SFT, RL, dev for tuning, test for reporting never share a key):
 
     chat   question about a topic          key: topic x question     graded by a stated rule (chat_score)
@@ -441,7 +441,7 @@ def main(cfg):
     write_jsonl(os.path.join(cfg.out, "preference.jsonl"), preferences)
     write_jsonl(os.path.join(cfg.out, "preference_dev.jsonl"), held_out)
     general = [row for skill in ("chat", "if", "math", "code") for row in sft[skill]]
-    everything = general + sft["swe"]
+    everything = general + 2 * sft["swe"]  # upsampled in stage 2, as in the paper (3.3.2: three times)
     for name, rows in (("sft_stage1", general), ("sft_stage2", everything)):
         rng.shuffle(rows)
         write_jsonl(os.path.join(cfg.out, f"{name}.jsonl"), rows)
