@@ -2,11 +2,12 @@
 # The Nemotron-Cascade recipe (arXiv 2512.13607), stage after stage. Finished stages are skipped, an interrupted one resumes.
 #
 #   bash run_cascade.sh                  toy: tiny model, real verifiers, 2 CPU cores, about 10 minutes after set-up
-#   bash run_cascade.sh 8b               8b | 8b-thinking | 14b-thinking | 0.6b: the paper's lines (appendix tables T14-T20)
+#   BASE=folder bash run_cascade.sh 8b   8b | 8b-thinking | 14b-thinking: the paper's runs (tables T14-T20); 0.6b: the 8b lines
 #   bash run_cascade.sh control          toy, afterwards: the compute of each RL stage spent on more SFT instead
 #   bash run_cascade.sh setup            only install into .venv
 #
-# Environment: NPROC ranks a node, OUT folder, SEED, BASE and RM for real sizes (model folders), DRY_RUN=1 prints the commands,
+# Environment: NPROC ranks a node, OUT folder, SEED, BASE and RM (folders of the base and of a ready reward model, for the
+# real sizes), DRY_RUN=1 prints the commands, PIP_EXTRA_INDEX_URL the index of PyTorch's CPU wheels where pip needs one,
 # LAUNCH replaces the launcher, e.g. LAUNCH="torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500".
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -33,7 +34,7 @@ setup() {  # .venv with the pinned packages; without an NVIDIA GPU vLLM and the 
 run() { if [ "${DRY_RUN:-}" = 1 ]; then echo "$@"; else "$@"; fi; }
 LAUNCH=${LAUNCH:-.venv/bin/torchrun --nproc_per_node=$NPROC --rdzv-backend=c10d --rdzv-endpoint=localhost:0}
 
-stage() {  # stage NAME SCRIPT PREVIOUS [flags]: train unless done; on the toy every finished stage is evaluated at once
+stage() {  # stage NAME SCRIPT PREVIOUS [flags]: train unless done
     local name=$1 script=$2 previous=$3; shift 3
     if [ -e "$OUT/$name/final" ]; then echo "== $name: done"; else
         echo "== $name: $previous -> $OUT/$name"
@@ -81,9 +82,42 @@ control() {  # beside each RL stage: as many seconds of SFT on the same demonstr
     .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
+real() {  # the paper's runs; where its text and its appendix tables disagree the tables win (T14-T20). Sizes differ in these lines:
+    local base=${BASE:?set BASE to a Qwen3 base model folder} hub=nvidia/Nemotron-Cascade n=nvidia/Nemotron-RL-coding-competitive_coding
+    local sft1=20000 sft2="--num_steps=32000 --lr=2e-5" share=0.5 rlhf=800 if1="--num_steps=2300" if2="--num_steps=800" code="" swe2=""
+    [ "$PRESET" = 8b-thinking ] && if1="--num_steps=550 --think=true" && if2="--num_steps=300 --think=true --max_new_tokens=16384 --overlong_filter=true"
+    [ "$PRESET" = 14b-thinking ] && sft1=22000 && sft2="--num_steps=41000 --lr=5e-5" && rlhf=900 && if1="--num_steps=800 --think=true" \
+        && if2="--num_steps=120 --think=true --max_new_tokens=16384 --overlong_filter=true"
+    [[ $PRESET = *-thinking ]] && share=1.0 && if1="$if1 --rm=${RM:-$OUT/rlhf/rm}" && if2="$if2 --rm=${RM:-$OUT/rlhf/rm}"
+    stage sft1 sft "$base" --data=$hub-SFT-Stage-1 --num_steps=$sft1 --lr=5e-5 --max_seq_len=16384
+    stage sft2 sft "$OUT/sft1/final" --data=$hub-SFT-Stage-2 $sft2 --max_seq_len=32768 --micro_batch_tokens=32768
+    stage rlhf rlhf "$OUT/sft2/final" --data=$hub-RL-RLHF --num_steps=$rlhf --think_share=$share ${RM:+--rm=$RM}
+    stage ifrl1 ifrl "$OUT/rlhf/final" --data=$hub-RL-Instruction-Following --taxonomy=ifeval $if1
+    stage ifrl2 ifrl "$OUT/ifrl1/final" --data=nvidia/Nemotron-RL-instruction_following --taxonomy=iftrain $if2
+    if [ "$PRESET" = 14b-thinking ]; then
+        stage mathrl1 mathrl "$OUT/ifrl2/final" --max_new_tokens=28672 --num_steps=120 --temperature=1.2 --lr=2.5e-6
+        stage mathrl3 mathrl "$OUT/mathrl1/final" --max_new_tokens=40960 --num_steps=100 --temperature=1.1 --lr=2.5e-6 --overlong_filter=false --rope_factor=2
+        stage coderl coderl "$OUT/mathrl3/final" --data=$n --max_new_tokens=57344 --num_steps=64 --temperature=1.0 --rope_factor=2
+        stage swerl swerl "$OUT/coderl/final" --max_prompt_tokens=32768 --num_steps=120 --overlong_filter=true --rope_factor=2
+        return
+    fi
+    stage mathrl1 mathrl "$OUT/ifrl2/final" --max_new_tokens=24576 --num_steps=190 --temperature=1.0
+    stage mathrl2 mathrl "$OUT/mathrl1/final" --max_new_tokens=32768 --num_steps=240 --temperature=1.0 --overlong_filter=false --rope_factor=2
+    stage mathrl3 mathrl "$OUT/mathrl2/final" --max_new_tokens=40960 --num_steps=70 --temperature=0.8 --overlong_filter=false --rope_factor=2
+    if [ "$PRESET" = 8b-thinking ]; then
+        stage coderl coderl "$OUT/mathrl3/final" --data=$n --max_new_tokens=45056 --num_steps=64 --temperature=1.2 --rope_factor=2
+    else  # 44K at temperature 1.0, then 48K at 0.8, 90 steps in all; the paper does not say where it switched
+        stage coderl1 coderl "$OUT/mathrl3/final" --data=$n --max_new_tokens=45056 --num_steps=60 --temperature=1.0 --rope_factor=2
+        stage coderl coderl "$OUT/coderl1/final" --data=$n --max_new_tokens=49152 --num_steps=30 --temperature=0.8 --rope_factor=2
+    fi
+    stage swerl1 swerl "$OUT/coderl/final" --max_prompt_tokens=16384 --num_steps=30 --overlong_filter=true --rope_factor=2
+    stage swerl swerl "$OUT/swerl1/final" --max_prompt_tokens=24576 --num_steps=30 --overlong_filter=false --rope_factor=2
+}
+
 case $PRESET in
     setup) setup ;;
     toy) setup; toy ;;
     control) setup; control ;;
-    *) echo "usage: bash run_cascade.sh [toy|control|setup]" >&2; exit 2 ;;
+    0.6b|8b|8b-thinking|14b-thinking) setup; real ;;
+    *) echo "usage: bash run_cascade.sh [toy|control|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2; exit 2 ;;
 esac

@@ -1,0 +1,117 @@
+"""The presets of run_cascade.sh against the paper's appendix tables (T14-T20).
+DRY_RUN=1 prints one command a sub-stage; every flag has to be one the script's own parser takes,
+and the values that make the recipe have to be the table's."""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import common
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+K = 1024
+
+
+def commands(preset):
+    """[(script, Config)] of a preset, parsed by the scripts' own parser."""
+    env = {**os.environ, "DRY_RUN": "1", "BASE": "models/base", "OUT": "out/x", "NPROC": "8"}
+    printed = subprocess.run(["bash", "run_cascade.sh", preset], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    found = []
+    for line in printed.stdout.splitlines():
+        words = shlex.split(line)
+        script = next((w for w in words if w.endswith(".py")), None)
+        if script and not line.startswith("=="):
+            argv, sys.argv = sys.argv, words[words.index(script) :]
+            try:
+                found.append((script.removesuffix(".py"), common.parse_config(importlib.import_module(script.removesuffix(".py")).Config)))
+            finally:
+                sys.argv = argv
+    return found
+
+
+def row(script, **values):
+    return script, values
+
+
+def sft(steps1, steps2, lr2):
+    return [
+        row("sft", max_seq_len=16 * K, num_steps=steps1, lr=5e-5, samples_per_step=256, schedule_steps=100000, weight_decay=1e-4),
+        row("sft", max_seq_len=32 * K, num_steps=steps2, lr=lr2, samples_per_step=256, schedule_steps=100000),
+    ]
+
+
+def rlhf(steps, share):
+    return [row("rlhf", num_steps=steps, think_share=share, prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, lr=2e-6,
+                max_new_tokens=12 * K, overlong_filter=False, rm_samples_per_step=256, rm_lr=2e-6, rm_epochs=1, kl_coef=0.0)]  # fmt: skip
+
+
+def ifrl(steps1, steps2, think):
+    same = dict(prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, lr=2e-6, think=think)
+    return [
+        row("ifrl", taxonomy="ifeval", num_steps=steps1, max_new_tokens=8 * K, overlong_filter=False, **same),
+        row("ifrl", taxonomy="iftrain", num_steps=steps2, max_new_tokens=(16 if think else 8) * K, overlong_filter=think, **same),
+    ]
+
+
+def math(length, steps, temperature, overlong, lr=2e-6, rope=0.0):
+    return row("mathrl", max_new_tokens=length * K, num_steps=steps, temperature=temperature, overlong_filter=overlong, lr=lr, rope_factor=rope,
+               prompts_per_step=128, group_size=8, top_p=0.95, readmit_hard=0.1, readmit_easy=0.01)  # fmt: skip
+
+
+def code(length, steps, temperature):
+    return row("coderl", max_new_tokens=length * K, num_steps=steps, temperature=temperature, overlong_filter=False, lr=4e-6,
+               prompts_per_step=128, group_size=8, top_p=0.95, rope_factor=2.0)  # fmt: skip
+
+
+def swe(prompt, steps, overlong):
+    return row("swerl", max_prompt_tokens=prompt * K, max_new_tokens=16 * K, num_steps=steps, overlong_filter=overlong, lr=2.5e-6,
+               prompts_per_step=128, group_size=16, temperature=1.0, top_p=0.95, rope_factor=2.0)  # fmt: skip
+
+
+MATH_8B = [math(24, 190, 1.0, True), math(32, 240, 1.0, False, rope=2.0), math(40, 70, 0.8, False, rope=2.0)]
+SWE_8B = [swe(16, 30, True), swe(24, 30, False)]
+UNIFIED = sft(20000, 32000, 2e-5) + rlhf(800, 0.5) + ifrl(2300, 800, False) + MATH_8B + [code(44, 60, 1.0), code(48, 30, 0.8)] + SWE_8B
+TABLE = {
+    "8b": UNIFIED,
+    "0.6b": UNIFIED,
+    "8b-thinking": sft(20000, 32000, 2e-5) + rlhf(800, 1.0) + ifrl(550, 300, True) + MATH_8B + [code(44, 64, 1.2)] + SWE_8B,
+    "14b-thinking": sft(22000, 41000, 5e-5) + rlhf(900, 1.0) + ifrl(800, 120, True)
+    + [math(28, 120, 1.2, True, lr=2.5e-6), math(40, 100, 1.1, False, lr=2.5e-6, rope=2.0), code(56, 64, 1.0), swe(32, 120, True)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_a_preset_is_the_papers_table(preset):
+    found = commands(preset)
+    assert [script for script, _ in found] == [script for script, _ in TABLE[preset]]
+    for (script, cfg), (_, expected) in zip(found, TABLE[preset], strict=True):
+        given = {name: dataclasses.asdict(cfg)[name] for name in expected}
+        assert given == expected, f"{preset} {script}"
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_each_sub_stage_starts_from_the_one_before(preset):
+    previous = "models/base"
+    for _, cfg in commands(preset):
+        assert cfg.init_from == previous
+        previous = f"{cfg.out_dir}/final"
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_prompt_and_response_fit_the_positions_of_qwen3(preset):
+    for script, cfg in commands(preset):
+        length = cfg.max_seq_len if script == "sft" else cfg.max_prompt_tokens + cfg.max_new_tokens
+        room = int(32 * K * cfg.rope_factor) if cfg.rope_factor else 40 * K  # max_position_embeddings of Qwen3
+        assert length <= room, f"{script}: {length} tokens, {room} positions"
+        assert cfg.rope_factor or length <= 32 * K or script in ("rlhf", "ifrl", "mathrl"), f"{script}: YaRN past 32K"
+
+
+def test_an_unknown_preset_prints_the_usage_and_exits_with_2():
+    done = subprocess.run(["bash", "run_cascade.sh", "70b"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: bash run_cascade.sh" in done.stderr
