@@ -56,18 +56,18 @@ class Config:
     max_new_tokens: int = 45056  # 44K, the last steps 48K; 14B: 56K; paper T19
     rope_factor: float = 2.0  # YaRN: prompt + completion pass 32K
     temperature: float = 1.0  # of the sampler and of the trained log-probs; paper T19, 0.8 with 48K
-    top_p: float = 0.95  # sampler only (recipe gap 6); paper T19
+    top_p: float = 0.95  # sampler only (gap G4); paper T19
     top_k: int = 0  # sampler only; 0: off
     overlong_filter: bool = False  # truncated completions earn 0; paper 4.6.2
     max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
     test_seconds: float = 6.0  # CPU time of one test, a problem's own limit if that is longer; LiveCodeBench's default
     memory_mb: int = 1024  # of one test
     lr: float = 4e-6  # AdamW; paper T19
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (recipe gap 3)
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
     warmup_steps: int = 0  # linear
     beta1: float = 0.9  # paper T19
     beta2: float = 0.95  # paper T19
-    weight_decay: float = 0.01  # not stated in the paper (recipe gap 4)
+    weight_decay: float = 0.01  # not stated in the paper (gap G3)
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
@@ -420,8 +420,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
 
 def compute_advantages(rollouts, cfg):
-    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (recipe gap 2). Infra failures, and truncated
-    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (recipe gap 7)."""
+    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (gap G1). Infra failures, and truncated
+    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (gap G5)."""
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"

@@ -85,7 +85,7 @@ class TorchEngine:
     def generate(self, rollouts, max_new_tokens, temperature, top_p=1.0, top_k=0, on_finished=None):
         """Fill completion_ids, sampler_logprobs, finish_reason and text of every rollout, in place; on_finished(rollout) is
         called the moment one ends. temperature 0 is greedy. top_p and top_k restrict what can be drawn; the log-probs are of
-        the whole distribution (what the trainer computes too; recipe gap 6)."""
+        the whole distribution (what the trainer computes too; gap G4)."""
         was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
         for first in range(0, len(rollouts), self.max_rows):

@@ -69,16 +69,16 @@ class Config:
     max_new_tokens: int = 8192  # 8K in both unified stages; thinking s2 16K
     rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K
     temperature: float = 0.6  # of the sampler and of the trained log-probs; paper T16
-    top_p: float = 0.95  # sampler only (recipe gap 6); paper T16
+    top_p: float = 0.95  # sampler only (gap G4); paper T16
     top_k: int = 20  # sampler only; paper 4.4.2
     overlong_filter: bool = False  # True only in s2 of the thinking model; paper T16
     max_refill_rounds: int = 4  # dynamic sampling: rounds of fresh prompts for groups of equal rewards
     lr: float = 2e-6  # AdamW; paper T16
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (recipe gap 3)
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
     warmup_steps: int = 0  # linear
     beta1: float = 0.9
     beta2: float = 0.95
-    weight_decay: float = 0.01  # not stated in the paper (recipe gap 4)
+    weight_decay: float = 0.01  # not stated in the paper (gap G3)
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
@@ -585,8 +585,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
 
 def compute_advantages(rollouts, cfg):
-    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (recipe gap 2). Infra failures, and truncated
-    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (recipe gap 7)."""
+    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (gap G1). Infra failures, and truncated
+    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (gap G5)."""
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"

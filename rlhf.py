@@ -53,8 +53,8 @@ class Config:
     rm_eval_data: str = ""  # same schemas, for the pair accuracy
     rm_samples_per_step: int = 256  # pairs per update; paper 4.2.2
     rm_epochs: int = 1  # paper 4.2.2: longer was worse
-    rm_lr: float = 2e-6  # AdamW, 3% warm-up, then linear to 0 (recipe gap 11); paper 4.2.2
-    rm_max_len: int = 8192  # tokens of question and answer; longer pairs are dropped (recipe gap 11)
+    rm_lr: float = 2e-6  # AdamW, 3% warm-up, then linear to 0 (gap G6); paper 4.2.2
+    rm_max_len: int = 8192  # tokens of question and answer; longer pairs are dropped (gap G6)
     kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3
     sequence_level: bool = False  # mean over sequences of their token means; paper 6.3
     shape_reward: bool = False  # tanh of the group z-score; paper 6.3
@@ -66,16 +66,16 @@ class Config:
     max_new_tokens: int = 12288  # paper T15
     rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K
     temperature: float = 0.6  # of the sampler and of the trained log-probs; paper T15
-    top_p: float = 0.95  # sampler only (recipe gap 6); paper T15
+    top_p: float = 0.95  # sampler only (gap G4); paper T15
     top_k: int = 0  # sampler only; 0: off
     overlong_filter: bool = False  # truncated completions are scored as they are, which teaches brevity; paper 4.3.2
     max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
     lr: float = 2e-6  # AdamW; paper T15
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (recipe gap 3)
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
     warmup_steps: int = 0  # linear
     beta1: float = 0.9  # paper T15
     beta2: float = 0.95  # paper T15
-    weight_decay: float = 0.01  # not stated in the paper (recipe gap 4)
+    weight_decay: float = 0.01  # not stated in the paper (gap G3)
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
@@ -104,14 +104,14 @@ def load_rows(cfg, path=None, limit=0):
         return {"messages": [{"role": m["role"], "content": m["content"]} for m in chat[: last + 1]]}
 
     rows = common.load_table(path or cfg.data, normalize, limit)
-    for i, row in enumerate(rows):  # all G completions of a prompt share its mode (recipe gap 30)
+    for i, row in enumerate(rows):  # all G completions of a prompt share its mode (gap G8)
         row["think"] = math.floor((i + 1) * cfg.think_share) > math.floor(i * cfg.think_share)
     return rows
 
 
 def load_pairs(path, tokenizer, cfg):
     """[(chosen ids, rejected ids)] of preference rows: {chosen, rejected} chats, or HelpSteer's {context, response1,
-    response2, overall_preference} where negative prefers response1 and 0 is dropped (recipe gap 12)."""
+    response2, overall_preference} where negative prefers response1 and 0 is dropped (gap G7)."""
 
     def normalize(row, where):
         if "overall_preference" in row:
@@ -432,8 +432,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
 
 def compute_advantages(rollouts, cfg):
-    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (recipe gap 2). Infra failures, and truncated
-    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (recipe gap 7)."""
+    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (gap G1). Infra failures, and truncated
+    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (gap G5)."""
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"

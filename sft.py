@@ -1,7 +1,7 @@
 """SFT: stage 1 of the cascade (paper 3 and 4.1). Next-token prediction on the assistant's tokens of packed conversations.
 
 Two invocations (run_cascade.sh): 16K tokens, then 32K with tool calling and SWE added. Deviations and gaps filled:
-  1. "Batch 256" counts conversations, not packed rows (recipe section 4.1: the released row counts only fit that). They are
+  1. "Batch 256" counts conversations, not packed rows (the released row counts only fit that). They are
      packed for speed, and attention never crosses from one to the next, so packing changes nothing but the time.
   2. Loss on the last assistant turn only (earlier ones are history, their thinking removed), mean over the tokens of the
      whole step; 1% warm-up (neither is stated).

@@ -69,7 +69,7 @@ class Config:
     top_p: float = 0.95
     top_k: int = 0  # 0 is off
     lr: float = 2.5e-6  # AdamW; paper T20
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (recipe gap 3)
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
     warmup_steps: int = 0  # linear
     beta1: float = 0.9
     beta2: float = 0.95
@@ -543,8 +543,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
 
 def compute_advantages(rollouts, cfg):
-    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (recipe gap 2). Infra failures, and truncated
-    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (recipe gap 7)."""
+    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (gap G1). Infra failures, and truncated
+    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (gap G5)."""
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"

@@ -39,7 +39,8 @@ class Config:
 
 SPLITS = ("sft", "rl", "dev", "test")
 KEYS = {"chat": (1000, 900, 300, 300), "if": (2000, 1500, 300, 300), "math": (3000, 2000, 300, 300), "code": (1800, 1200, 300, 300)}  # per split
-FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}  # share of the demonstrations with a flaw
+FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}  # share of the demonstrations drawn to have a flaw
+# (in swe 0.31 have one: where a bug has no second wrong repair, the right one is written)
 
 # ---- Chat ------------------------------------------------------------------------------------------------------------
 TOPICS = """rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees birds clocks coffee drums

@@ -555,3 +555,10 @@ def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
     error = distance({n: p.grad for n, p in model.named_parameters()}, extra)
     print(f"pull of the KL term: relative error {error:.1e}, tolerance 1e-04")
     assert error < 1e-4
+
+
+def test_a_batch_without_one_sound_reply_has_small_finite_rewards(monkeypatch):
+    collect = table_reward(monkeypatch, {"a": 0.0, "\u597d": 1.0})
+    rollouts = replies(["a", "\u597d"], think=True)
+    collect(rollouts)
+    assert [(r.reward, r.status) for r in rollouts] == [(0.0, "no_answer"), (-10.0, "language")]
