@@ -88,7 +88,7 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
 
 @pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.9, 20)])
 def test_logprobs_of_the_sampler_are_those_of_the_trainer(engine, model, tokenizer, temperature, top_p, top_k):
-    """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid (recipe gap 6)."""
+    """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid (gap G4)."""
     rollouts = ask(tokenizer, samples=4)
     engine.generate(rollouts, 40, temperature, top_p, top_k)
     gaps = [

@@ -48,7 +48,7 @@ def test_advantages_of_an_all_equal_group_are_zero(reward):
     """Exactly zero: a standard deviation of 1e-17 from rounding would blow up to an advantage."""
     rollouts = [rollout(reward) for _ in range(4)]
     assert advantages(rollouts) == [0.0] * 4
-    assert all(r.trained for r in rollouts), "their tokens stay in the denominator (recipe gap 7)"
+    assert all(r.trained for r in rollouts), "their tokens stay in the denominator (gap G5)"
 
 
 def test_truncated_rollouts_leave_the_group_statistics_under_the_overlong_filter():
