@@ -191,7 +191,7 @@ def plot_matrix(path, cells, stages, columns):
             if r:
                 colour = "white" if values[y, x] < 60 else "black"
                 half = 50 * (r["high"] - r["low"])
-                axis.text(x, y, f"{values[y, x]:.1f}\n±{half:.1f}", ha="center", va="center", color=colour, fontsize=9,
+                axis.text(x, y, f"{values[y, x]:.1f}\n\u00b1{half:.1f}", ha="center", va="center", color=colour, fontsize=9,
                           fontweight="bold" if OWN.get(s) == task else "normal")  # fmt: skip
             if OWN.get(s) == task:
                 axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))

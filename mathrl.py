@@ -354,7 +354,6 @@ def monitor(rollouts):
     boxes = [len(BOX.findall(r.text.rpartition("</think>")[2])) if "</think>" in r.text else 0 for r in rollouts]
     shares = {"box": [n > 0 for n in boxes], "two_boxes": [n > 1 for n in boxes]}
     shares["box_wrong"] = [n > 0 and r.status == "wrong" for n, r in zip(boxes, rollouts)]
-    shares |= {status: [r.status == status for r in rollouts] for status in ("language", "timeout")}
     return {name: sum(flags) / max(len(flags), 1) for name, flags in shares.items()}
 
 
