@@ -228,10 +228,13 @@ def train_reward_model(cfg, folder):
 
 
 def sum_gradients(model, world):
-    """Sum the gradients of all ranks: their losses already carry the global denominator."""
-    for p in model.parameters() if world > 1 else []:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.distributed.all_reduce(p.grad)
+    """Sum the gradients of all ranks in one collective: their losses already carry the global denominator."""
+    if world > 1:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        for p, part, g in zip(model.parameters(), flat.split([g.numel() for g in grads]), grads, strict=True):
+            p.grad = part.view_as(g)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 250,
-    "common.py": 300,  # (220) checksums, locks and typed data errors are a quarter of it
+    "common.py": 330,  # (220) checksums, locks and one-sentence errors for data and flags are a third of it
     "sft.py": 320,
     "mathrl.py": 650,  # (450) a verifier that a policy cannot farm and that survives hostile LaTeX is 250 lines
     "rlhf.py": 650,  # (480) trains the reward model too
@@ -27,7 +27,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "sandbox.py": 600,
     "evaluate.py": 300,
     "toy.py": 500,
-    "run_cascade.sh": 100,
+    "run_cascade.sh": 125,  # (100) the paper's three model variants are 35 lines
     "kernels/__init__.py": 20,
     **{f"kernels/{name}.py": 250 for name in ("adamw", "attention", "dispatch", "linear_cross_entropy", "linear_logprob", "qk_norm_rope",
                                               "rms_norm", "sampling", "swiglu")},
