@@ -1,4 +1,4 @@
-"""What several test files share: the repository root on sys.path, the marker `slow`, and a toy world small enough for tests.
+"""What several test files share: the repository root on sys.path, the markers `slow` and `exhaustive`, and a toy world small enough for tests.
 
 `world` is toy.py's own output with two dozen problems a skill; `taught` is that world's base model after a minute's worth of SFT,
 so that its completions earn some rewards and not others. Both are made once a run.
@@ -26,6 +26,7 @@ toy.common.finish()
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs whole stages, seconds each; left out by `bash tests/run.sh fast`")
+    config.addinivalue_line("markers", "exhaustive: minutes each (20,000 random inputs, 2,000 programs); only in `bash tests/run.sh all`")
 
 
 def run_python(*args, ranks=1, check=True, timeout=300, **environment):

@@ -220,7 +220,7 @@ def test_comparisons_never_fail_and_are_reflexive(a, b, x, y):
     comparisons_hold(a, b, x, y)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(max_examples=20_000, deadline=2000)
 @given(lines, lines, junk, junk)
 def test_comparisons_hold_on_twenty_thousand_pairs(a, b, x, y):

@@ -540,7 +540,7 @@ def test_random_replies_never_raise(text):
     every_check_returns_a_bool_at_once(text)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @hypothesis.settings(max_examples=20_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(TEXTS)
 def test_twenty_thousand_random_replies_never_raise(text):

@@ -281,7 +281,7 @@ def test_no_boxed_text_raises_or_stalls(answer):
     never_fails(mathrl.boxed(answer), r"\frac{\pi}{4}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(max_examples=20000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(RESPONSE_TEXTS, st.sampled_from(["34", r"\frac{\pi}{4}", "x^2+1", "(1,2)", r"\text{Yes}"]))
 def test_twenty_thousand_responses_neither_raise_nor_stall(response, gold):

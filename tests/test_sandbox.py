@@ -368,7 +368,7 @@ def test_the_degraded_mode_is_announced_once(capfd):
     assert capfd.readouterr().err.count("DEGRADED") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_thousand_programs_under_load_lose_no_verdict():
     loop, bomb, good = "while True: pass", BAD["fork bomb"][0], "print(int(input()) * 2)"
     jobs = [(loop, "timeout") if i % 20 == 0 else (bomb, "timeout") if i % 100 == 1 else (good, "ok") for i in range(2000)]

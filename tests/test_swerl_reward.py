@@ -377,7 +377,7 @@ def test_no_mutation_of_the_golden_answer_raises_or_stalls(at, text):
     never_fails(EXACT[:at] + text + EXACT[at + 1 :])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(max_examples=20000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ANSWERS)
 def test_twenty_thousand_texts_neither_raise_nor_stall(response):
