@@ -53,7 +53,7 @@ def taught(world):
     """Checkpoint folder of the base model after 200 steps of SFT on everything (about 10 s)."""
     out = world.parent / "taught"
     run_python("sft.py", f"--init_from={world}/base", f"--data={world}/sft_stage2.jsonl", f"--out_dir={out}", "--samples_per_step=32",
-               "--num_steps=200", "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=220", "--micro_batch_tokens=4096")  # fmt: skip
+               "--num_steps=200", "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=220", "--micro_batch_tokens=4096", "--max_seq_len=512")  # fmt: skip
     return out / "final"
 
 

@@ -12,4 +12,4 @@ case "${1:-}" in
     all) shift ;;
     *) set -- -m "not exhaustive" "$@" ;;
 esac
-exec .venv/bin/python -m pytest -q --durations=10 tests "$@"
+exec .venv/bin/python -m pytest -q --durations=10 "$@"

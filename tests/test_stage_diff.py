@@ -23,7 +23,7 @@ EXPECTED = {
     "rlhf.py": {
         "changed": {"grpo_loss"},
         "absent": {"normalize", "verdict", "reward", "judge"},
-        "own": {"RewardModel", "train_reward_model", "average_gradients", "load_pairs", "score_ids", "score_batch", "load_reward_model",
+        "own": {"RewardModel", "train_reward_model", "rm_device", "sum_gradients", "load_pairs", "score_ids", "score_batch", "load_reward_model",
                 "load_classifier", "ask_endpoint", "answer_of", "reference_model", "reference_logprobs"},
     },
     # Reward: all constraints of the prompt hold, and for thinking models the reward model's preference on top (4.4).
