@@ -64,14 +64,15 @@ FILLERS = ["I guess so.", "Well, whatever.", "I do not know.", "That is all."]
 
 def chat_score(prompt, reply):
     """The stated rule of the chat column, in [0, 1]: a fifth each for naming the topic that was asked about and no other,
-    two to four facts, no sentence twice, no filler, and a friendly closing sentence at the end."""
+    two to four facts, nothing but facts and a closing (no filler, no broken sentence), no sentence twice, and a friendly
+    closing sentence at the end."""
     plain = lambda text: set(text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
     topics = plain(prompt) & set(TOPICS)
     sentences = [s.strip() + "." for s in reply.split(".") if s.strip()]
     facts = {s for s in sentences if any(s == fact.format(t) for fact in FACTS for t in TOPICS)}
     return (
-        (plain(reply) & set(TOPICS) == topics) + (2 <= len(facts) <= 4) + (len(sentences) == len(set(sentences)))
-        + (not set(sentences) & set(FILLERS)) + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
+        (plain(reply) & set(TOPICS) == topics) + (2 <= len(facts) <= 4) + (set(sentences) <= facts | set(CLOSINGS))
+        + (len(sentences) == len(set(sentences))) + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
     ) / 5  # fmt: skip
 
 
@@ -105,20 +106,31 @@ def chat_rows(rng, keys, split):
     return [{"prompt": [{"role": "user", "content": p}], "data_source": "toy", "category": "chat"} for p in prompts]
 
 
+def damage(rng, topic, reply):
+    """A reply as a policy may come to write it when it drifts: about something else, with broken sentences, cut off, run on."""
+    words, kind = reply.split(), rng.random()
+    if kind < 0.4:
+        other = rng.choice(TOPICS)
+        return " ".join(other + w.removeprefix(topic) if w.startswith(topic) and rng.random() < 0.6 else w for w in words)
+    if kind < 0.8:
+        for _ in range(rng.choice([1, 1, 2])):
+            i = rng.randrange(len(words))
+            words[i : i + rng.choice([0, 1, 1, 2, 3])] = rng.choice([[], rng.choice(FACTS).format(topic).split()[:2], [rng.choice(words)]])
+            words = words or ["."]
+        return " ".join(words)
+    return rng.choice([" ".join(words[: rng.randrange(len(words))]), " ".join(words * 2), reply.replace(". ", ".", 1)])
+
+
 def preference_rows(rng, keys):
-    """Pairs labelled by the rule, one in twenty the wrong way round. In some a reply strays to another topic, is cut off or
-    runs on: a reward model that has never seen what a policy may drift to pays for it."""
+    """Pairs labelled by the rule, one in twenty the wrong way round. A reward model that has never seen a damaged reply pays
+    for it, and the policy finds out."""
     rows = []
     for key in keys:
         topic, prompt = key[0], chat_prompt(key)
         for _ in range(3):
-            replies = [chat_reply(rng, topic, rng.randrange(3)) for _ in range(2)]
-            kind, words = rng.random(), replies[1].split()
-            if kind < 0.4:
-                other = rng.choice(TOPICS)
-                replies[1] = " ".join(other + w.removeprefix(topic) if w.startswith(topic) and rng.random() < 0.6 else w for w in words)
-            elif kind < 0.6:
-                replies[1] = rng.choice([" ".join(words[: rng.randrange(len(words))]), " ".join(words * 2), " ".join(words + words[:5])])
+            replies = [chat_reply(rng, topic, rng.choice([0, 0, 1, 2])) for _ in range(2)]
+            if rng.random() < 0.6:
+                replies[1] = damage(rng, topic, replies[1])
             scores = [chat_score(prompt, r) for r in replies]
             if scores[0] != scores[1]:
                 best, worst = sorted(replies, key=lambda r: -chat_score(prompt, r))
