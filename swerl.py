@@ -435,11 +435,11 @@ REASONS = ("exact", "judged", "unchanged", "no block", "text not found", "text f
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: shares of all rollouts by reason, and the mean P(YES) of the judged ones."""
+    """This stage's numbers for the log: shares of all rollouts by reason, and the judged ones' P(YES), summed, per rollout."""
     counts = Counter(r.reason if r.reason in REASONS else "other" for r in rollouts)
     judged = [r.reward for r in rollouts if r.reason == "judged"]
     shares = {name.replace(" ", "_"): counts[name] / max(len(rollouts), 1) for name in (*REASONS, "other")}
-    return {**shares, "p_yes": sum(judged) / max(len(judged), 1)}
+    return {**shares, "p_yes": sum(judged) / max(len(rollouts), 1)}
 
 
 def as_response(files, after):
