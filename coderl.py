@@ -18,7 +18,6 @@ import time
 import zlib
 import statistics
 import resource
-import os
 import ast
 import decimal
 import json

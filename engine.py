@@ -93,7 +93,7 @@ class TorchEngine:
         self.model.gradient_checkpointing = was_checkpointing
 
     def _generate_wave(self, rollouts, max_new_tokens, sampling, on_finished):
-        config, device = self.model.config, self.model.model.embed_tokens.weight.device
+        device = self.model.model.embed_tokens.weight.device
         lengths_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
         width = int(lengths_B.max())  # prompts are right-aligned, so that every row writes the same slot
         logits_BV, cache = self._prefill(rollouts, width, max_new_tokens, device)

@@ -17,7 +17,6 @@ In a good run reward rises while len stays; under_20_words rising means that sho
 """
 
 import resource
-import os
 import ast
 import atexit
 import ctypes

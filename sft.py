@@ -14,7 +14,6 @@ A good run prints a loss that falls fast for 100 steps and then slowly, the same
 import functools
 import json
 import math
-import os
 import resource
 import time
 from dataclasses import dataclass

@@ -15,7 +15,6 @@ torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/
 
 import statistics
 import resource
-import os
 import difflib
 import functools
 import io
