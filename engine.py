@@ -56,8 +56,8 @@ class TorchEngine:
     """The built-in sampler. In a single CPU process it decodes with the trained module itself; beside sharded weights (several
     ranks, any GPU) it keeps a whole replica that sync() refreshes."""
 
-    def __init__(self, model, tokenizer, max_rows=256):
-        self.tokenizer, self.max_rows = tokenizer, max_rows
+    def __init__(self, model, tokenizer, max_rows=0):
+        self.tokenizer, self.max_rows = tokenizer, max_rows  # rows decoded together; 0: as many as the cache has room for
         self.stops = torch.tensor(stop_ids(tokenizer))
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.model = model
@@ -88,9 +88,17 @@ class TorchEngine:
         the whole distribution (what the trainer computes too; gap G4)."""
         was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-        for first in range(0, len(rollouts), self.max_rows):
-            self._generate_wave(rollouts[first : first + self.max_rows], max_new_tokens, sampling, on_finished)
+        wave = self.max_rows or self._rows_that_fit(max(len(r.prompt_ids) for r in rollouts) + max_new_tokens) if rollouts else 1
+        for first in range(0, len(rollouts), wave):
+            self._generate_wave(rollouts[first : first + wave], max_new_tokens, sampling, on_finished)
         self.model.gradient_checkpointing = was_checkpointing
+
+    def _rows_that_fit(self, length):
+        """How many KV caches of `length` tokens fit into half of the free GPU memory, or 1 GiB without a GPU; at most 1024."""
+        config, weight = self.model.config, self.model.model.embed_tokens.weight
+        row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * weight.element_size()
+        room = torch.cuda.mem_get_info(weight.device)[0] // 2 if weight.is_cuda else 1 << 30
+        return max(min(room // row, 1024), 1)
 
     def _generate_wave(self, rollouts, max_new_tokens, sampling, on_finished):
         device = self.model.model.embed_tokens.weight.device
