@@ -47,7 +47,7 @@ class Config:
     out_dir: str = "out/coderl"
     data: str = "nvidia/Nemotron-RL-coding-competitive_coding"  # hub id, folder, parquet, .json or .jsonl
     eval_data: str = ""  # same schemas; "": no held-out metric
-    engine: str = "auto"  # rollouts: auto or torch
+    engine: str = "auto"  # rollouts: auto, torch or vllm
     prompts_per_step: int = 128  # over all ranks; paper T19
     group_size: int = 8  # completions per prompt (G); paper T19
     num_steps: int = 90  # paper T19; 64 for the thinking models

@@ -29,7 +29,7 @@ class Config:
     split: str = "test"  # test is for reporting, dev for tuning
     stage: str = ""  # row label; "": the model's folder name
     results: str = ""  # JSONL file that one line a cell is appended to
-    engine: str = "auto"  # auto or torch
+    engine: str = "auto"  # auto, torch or vllm
     samples: int = 4  # completions per problem of the sampled score
     temperature: float = 1.0
     top_p: float = 1.0

@@ -56,7 +56,7 @@ class Config:
     out_dir: str = "out/ifrl"
     data: str = "nvidia/Nemotron-Cascade-RL-Instruction-Following"  # hub id, folder, parquet, .json or .jsonl
     eval_data: str = ""  # same schemas, e.g. google/IFEval; "": no held-out metric
-    engine: str = "auto"  # rollouts: auto or torch
+    engine: str = "auto"  # rollouts: auto, torch or vllm
     think: bool = False  # False: unified model, rules only; True: thinking model, rules and reward model
     rm: str = "out/rm/final"  # reward model, read only with --think=True
     taxonomy: str = "all"  # ifeval: prompts with the 25 ids only (s1); iftrain: with any of the 29 others (s2); all

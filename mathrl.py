@@ -48,7 +48,7 @@ class Config:
     out_dir: str = "out/mathrl"
     data: str = "nvidia/Nemotron-Cascade-RL-Math"  # hub id, folder, parquet, .json or .jsonl
     eval_data: str = ""  # same schemas; "": no held-out metric
-    engine: str = "auto"  # rollouts: auto or torch
+    engine: str = "auto"  # rollouts: auto, torch or vllm
     prompts_per_step: int = 128  # over all ranks; paper T17
     group_size: int = 8  # completions per prompt (G); paper T17
     num_steps: int = 190  # first of 190 + 240 + 70 steps; paper T17

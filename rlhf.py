@@ -58,7 +58,7 @@ class Config:
     kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3
     sequence_level: bool = False  # mean over sequences of their token means; paper 6.3
     shape_reward: bool = False  # tanh of the group z-score; paper 6.3
-    engine: str = "auto"  # rollouts: auto or torch
+    engine: str = "auto"  # rollouts: auto, torch or vllm
     prompts_per_step: int = 256  # over all ranks; paper T15 (128 in the text)
     group_size: int = 8  # completions per prompt (G); paper T15
     num_steps: int = 800  # paper T15

@@ -50,7 +50,7 @@ class Config:
     out_dir: str = "out/swerl"
     data: str = "nvidia/Nemotron-Cascade-RL-SWE"  # hub id, folder, parquet, json or jsonl
     eval_data: str = ""  # same schema, with "tests" where programs can be run; empty: no held-out metric
-    engine: str = "auto"  # auto, builtin or vllm
+    engine: str = "auto"  # rollouts: auto, torch or vllm
     judge: str = "lexical"  # or the URL of an OpenAI-compatible endpoint ending in /v1
     lexical_floor: float = 0.5  # the lexical judge pays 0 below it: near misses share most of their text; paper T12
     judge_model: str = "moonshotai/Kimi-Dev-72B"  # paper 4.7.2

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
-    "engine.py": 250,
+    "engine.py": 330,  # two engines behind one call
     "common.py": 330,  # (220) checksums, locks and one-sentence errors for data and flags are a third of it
     "sft.py": 320,
     "mathrl.py": 650,  # (450) a verifier that a policy cannot farm and that survives hostile LaTeX is 250 lines
