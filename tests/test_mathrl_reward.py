@@ -199,7 +199,7 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
         submit(rollout)
     collect(rollouts)
     assert [(r.reward, r.status) for r in rollouts] == list(texts.values()) * 4
-    assert mathrl.monitor(rollouts) == {"box": 0.75, "two_boxes": 0.0, "box_wrong": 0.25, "language": 0.25, "timeout": 0.0}
+    assert mathrl.monitor(rollouts) == {"box": 0.75, "two_boxes": 0.0, "box_wrong": 0.25}
     cut = SimpleNamespace(row=row, text=next(iter(texts)), finish_reason="length", reward=None, status="")
     free = SimpleNamespace(row={**row, "think": False}, text=r"\boxed{\frac{\pi}{4}}", finish_reason="stop", reward=None, status="")
     collect([cut, free])

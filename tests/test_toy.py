@@ -160,7 +160,7 @@ GOOD = "Many people enjoy rain. Good rain can last for years. I hope this helps.
 @pytest.mark.parametrize("reply, fifths", [
     (GOOD, 5),
     (GOOD.replace("rain", "bread"), 4),  # another topic than the one asked about
-    (GOOD + " Bread.", 3),  # a topic too many, and no closing at the end
+    (GOOD + " Bread.", 2),  # a topic too many, a broken sentence, and no closing at the end
     ("Many people enjoy rain. I hope this helps.", 4),  # one fact
     (GOOD.replace("I hope", "Good rain can last for years. I hope"), 4),  # a sentence twice
     (GOOD.replace("I hope", "I guess so. I hope"), 4),  # filler
