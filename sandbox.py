@@ -332,7 +332,8 @@ def _isolate(packages):
     shown = {path: path for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/dev/null", "/dev/urandom", stdlib)}
     shown |= {f"{packages}/{name}": f"/packages/{name}" for name in PACKAGES} if packages else {}
     shown = {path: shown[path] for path in shown if os.path.exists(path)}
-    opened = {path: os.open(path, os.O_PATH) for path in shown if not os.path.islink(path)}  # /tmp is about to vanish
+    opened = {path: os.open(path, os.O_PATH) for path in shown if not os.path.islink(path)}  # /tmp is about to vanish,
+    folders = set(filter(os.path.isdir, shown))  # and with it whatever of this project lives there
     _mount("none", "/", None, 0x44000)  # private, recursive: nothing of this reaches the host
     _mount("tmpfs", root, b"tmpfs", 6, b"size=1m,mode=755")
     for path, place in shown.items():
@@ -343,7 +344,7 @@ def _isolate(packages):
         if path not in opened:
             os.symlink(os.readlink(path), target)
             continue
-        os.mkdir(target) if os.path.isdir(path) else os.close(os.open(target, os.O_CREAT))
+        os.mkdir(target) if path in folders else os.close(os.open(target, os.O_CREAT))
         _mount(f"/proc/self/fd/{opened[path]}", target, None, 0x1000)  # bind
         locked = os.statvfs(target).f_flag & 0xC0E  # nosuid, nodev, noexec, noatime, nodiratime may not be dropped
         _mount("none", target, None, 0x1021 | locked)  # bind, remount, read-only
