@@ -1,0 +1,276 @@
+"""Guards: whole stages as processes: two ranks = one, a killed and resumed run = a straight one bit for bit, and each feeds the next.
+
+The world is toy.py's with two dozen problems a skill, the model has 0.1M parameters; verifiers, sandbox, checkpoints and ranks (gloo,
+FSDP2) are the real ones. RL is given the problems that SFT has seen, so that some rewards differ and there is a gradient at all.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+from conftest import ROOT, make_tiny, run_python
+
+STEPS = 6
+LOOP = dict(num_steps=STEPS, save_every=2, eval_every=3, micro_batch_tokens=512, lr=1e-4)
+RL = dict(prompts_per_step=4, group_size=4, max_prompt_tokens=256, max_new_tokens=48, rope_factor=0, temperature=1.0, top_p=1, top_k=0,
+          reward_workers=2, eval_rows=4, sample_every=3)  # fmt: skip
+DATA = {
+    "sft": dict(data="sft_stage2", eval_data="sft_stage1", samples_per_step=16, max_seq_len=512, warmup_steps=2),
+    "rlhf": dict(data="chat_rl", eval_data="chat_dev", rm_data="preference", rm_eval_data="preference_dev", rm_samples_per_step=8, rm_lr=1e-3),
+    "ifrl": dict(data="if_rl", eval_data="if_dev", prompts_per_step=12, max_refill_rounds=0),  # each rank has spare prompts of its own
+    "mathrl": dict(data="math_sft", eval_data="math_dev"),
+    "coderl": dict(data="code_sft", eval_data="code_dev"),
+    "swerl": dict(data="swe_sft", eval_data="swe_dev", min_prompt_tokens=0),
+}
+
+
+def command(stage, world, out, init_from, **changes):
+    """Arguments of one run of a stage in the small world."""
+    flags = {**LOOP, **(RL if stage != "sft" else {}), **DATA[stage], **changes}
+    flags |= {name: world / f"{value}.jsonl" for name, value in flags.items() if name.endswith("data")}
+    return [f"{stage}.py", f"--init_from={init_from}", f"--out_dir={out}", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+@pytest.fixture(scope="module")
+def reward_model(world, taught, tmp_path_factory):
+    """A reward model to share, so that policies can be compared apart from it."""
+    out = tmp_path_factory.mktemp("rm")
+    run_python(*command("rlhf", world, out, taught, num_steps=1))
+    return out / "rm"
+
+
+@pytest.fixture(scope="module")
+def straight(world, taught, tmp_path_factory, request):
+    """{stage: folder} of one-process runs without interruption, each made when it is first asked for."""
+    made = {}
+
+    def run(stage):
+        if stage not in made:
+            made[stage] = tmp_path_factory.mktemp(f"straight_{stage}")
+            run_python(*command(stage, world, made[stage], taught, **extra(stage, request)))
+        return made[stage]
+
+    return run
+
+
+def extra(stage, request):
+    return {"rm": request.getfixturevalue("reward_model")} if stage == "rlhf" else {}
+
+
+def metrics(out):
+    """metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def weights(out):
+    return load_file(out / "final" / "model.safetensors")
+
+
+def distance(a, b):
+    return max((a[n] - b[n]).abs().max().item() for n in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", DATA)
+def test_two_ranks_equal_one_process(stage, world, taught, straight, tmp_path, request):
+    one = straight(stage)
+    run_python(*command(stage, world, tmp_path, taught, **extra(stage, request)), ranks=2)
+    moved, error = distance(weights(one), load_file(taught / "model.safetensors")), distance(weights(one), weights(tmp_path))
+    print(f"{stage}: {STEPS} steps moved weights by up to {moved:.1e}; two ranks differ from one by {error:.1e}, tolerance 1e-05")
+    assert moved > 1e-4 and error < 1e-5
+    for a, b in zip(metrics(one), metrics(tmp_path), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert any(row["grad_norm"] > 0 for row in metrics(one)), "no gradient: equal for no reason"
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_reward_model(world, taught, reward_model, tmp_path):
+    run_python(*command("rlhf", world, tmp_path, taught, num_steps=1), ranks=2)
+    error = distance(load_file(reward_model / "model.safetensors"), load_file(tmp_path / "rm" / "model.safetensors"))
+    print(f"reward model on two ranks: difference {error:.1e}, tolerance 1e-05")
+    assert error < 1e-5
+
+
+@pytest.mark.slow
+def test_ranks_refill_uneven_groups_in_step(world, taught, tmp_path):
+    """A rank that has its groups goes on taking part in the others' rounds: nobody waits for ever."""
+    run_python(*command("ifrl", world, tmp_path, taught, num_steps=2, max_refill_rounds=3), ranks=2)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+
+
+def run_and_kill(args, out, at_step, ranks=1):
+    """Start a run and kill it, and all its ranks, the moment metrics.jsonl has a line of that step."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    process = subprocess.Popen([sys.executable, *launch, *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    deadline = time.time() + 200
+    while time.time() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and f'"step": {at_step},' in (out / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, "ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    while (out / ".lock").exists() and not lock_is_free(out):  # ranks and verifiers take a moment to go
+        time.sleep(0.05)
+
+
+def lock_is_free(out):
+    with open(out / ".lock") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", DATA)
+def test_a_killed_and_resumed_run_equals_a_straight_one_bit_for_bit(stage, world, taught, straight, tmp_path, request):
+    args = command(stage, world, tmp_path, taught, **extra(stage, request))
+    run_and_kill(args, tmp_path, at_step=3)
+    before = common.step_folders(tmp_path)
+    assert before and not (tmp_path / "final").exists()
+    _, stdout, _ = run_python(*args)
+    start = int(before[-1].removeprefix("step_"))
+    assert f"steps {start + 1}..{STEPS}" in stdout and 0 < start < STEPS, stdout[-500:]
+    one = straight(stage)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "final" / name).read_bytes() == (one / "final" / name).read_bytes(), name
+    assert metrics(tmp_path) == metrics(one)
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
+    straight_args, args = (command("mathrl", world, tmp_path / name, taught) for name in ("straight", "killed"))
+    run_python(*straight_args, ranks=2)
+    (tmp_path / "killed").mkdir()
+    run_and_kill(args, tmp_path / "killed", at_step=3, ranks=2)
+    run_python(*args, ranks=2)
+    assert distance(weights(tmp_path / "straight"), weights(tmp_path / "killed")) == 0.0
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_every_stage_takes_two_steps_from_the_checkpoint_of_the_one_before(world, tmp_path):
+    """The cascade in miniature, from random weights; also a finished stage that is started again leaves everything as it is."""
+    previous = world / "base"
+    for stage in DATA:
+        out = tmp_path / stage
+        args = command(stage, world, out, previous, num_steps=2, save_every=1)
+        run_python(*args)
+        assert [row["step"] for row in metrics(out)] == [1, 2] and (out / "final" / "config.json").exists()
+        assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "run.json"} <= {p.name for p in (out / "final").iterdir()}
+        previous = out / "final"
+    before = (tmp_path / "swerl" / "final" / "model.safetensors").read_bytes(), metrics(tmp_path / "swerl")
+    run_python(*args)
+    assert before == ((tmp_path / "swerl" / "final" / "model.safetensors").read_bytes(), metrics(tmp_path / "swerl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes, message", [
+    ({"init_from": "nowhere"}, "--init_from=nowhere: "),
+    ({"data": "no_such_file"}, "no_such_file.jsonl: no such file"),
+    ({"max_prompt_tokens": 3}, "every prompt is longer than max_prompt_tokens=3"),
+])  # fmt: skip
+def test_what_is_wrong_before_training_is_one_sentence_and_exit_code_2(changes, message, world, tmp_path):
+    args = command("mathrl", world, tmp_path, **{"init_from": world / "base", **changes})
+    code, _, stderr = run_python(*args, check=False)
+    assert code == 2 and message in stderr and stderr.rstrip().endswith("Nothing was trained.") and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_folder_refuses(world, tmp_path):
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, stderr = run_python(*command("sft", world, tmp_path, world / "base"), check=False)
+    assert code == 2 and "another run is writing here" in stderr and os.listdir(tmp_path) == [".lock"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--lrr=3", "--group=3", "--num_steps=many"])
+def test_flags_that_do_not_exist_are_errors(flag):
+    code, _, stderr = run_python("mathrl.py", flag, check=False)
+    assert code == 2 and flag[2:].split("=")[0] in stderr
+
+
+# ---- Checkpoints, without a stage ----
+@pytest.fixture()
+def checkpoints(world, tmp_path, capsys):
+    """A run folder with checkpoints of steps 1, 2 and 3 of which the last two were kept."""
+    model = make_tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    from sft import Config
+
+    for step in (1, 2, 3):
+        model(torch.tensor([[1, 2, 3]])).sum().backward()
+        optimizer.step()
+        common.save_checkpoint(str(tmp_path), step, model, optimizer, world / "base", Config(), {"cursor": step})
+    return tmp_path
+
+
+def test_the_newest_two_checkpoints_are_kept(checkpoints):
+    assert common.step_folders(checkpoints) == ["step_000002", "step_000003"]
+    assert common.latest_checkpoint(checkpoints).endswith("step_000003")
+
+
+@pytest.mark.parametrize("file, damage", [
+    ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))),
+    ("optim_rank0.pt", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    ("tokenizer.json", lambda path: path.unlink()),
+    ("run.json", lambda path: path.write_text("{")),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_skipped_with_one_line(file, damage, checkpoints, capsys):
+    damage(checkpoints / "step_000003" / file)
+    assert common.latest_checkpoint(checkpoints).endswith("step_000002")
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1 and "step_000003 is damaged" in out[0]
+
+
+def test_half_a_checkpoint_does_not_count(checkpoints):
+    """What a run that was killed while saving leaves behind."""
+    shutil.copytree(checkpoints / "step_000003", checkpoints / "step_000004.tmp")
+    assert common.latest_checkpoint(checkpoints).endswith("step_000003")
+    shutil.rmtree(checkpoints / "step_000003")
+    shutil.rmtree(checkpoints / "step_000002")
+    assert common.latest_checkpoint(checkpoints) == "" == common.latest_checkpoint(checkpoints / "no_such_run")
+
+
+def test_a_checkpoint_brings_back_optimizer_and_cursor(checkpoints):
+    from model import Qwen3
+
+    model = Qwen3.from_pretrained(checkpoints / "step_000003")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    assert common.load_checkpoint(checkpoints / "step_000003", optimizer) == (3, {"cursor": 3})
+    assert {int(s["step"]) for s in optimizer.state.values()} == {3} and len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_another_number_of_ranks_is_refused(checkpoints, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        common.load_checkpoint(checkpoints / "step_000003", None)
+    assert "written by 1 ranks" in capsys.readouterr().err
+
+
+def test_the_log_is_cut_back_to_the_step_resumed_from(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
+    logger = common.Logger(str(tmp_path), 2)
+    logger.log(3, {"a": 33})
+    assert [row["a"] for row in metrics(tmp_path)] == [1, 2, 33]
+
+
+def test_final_always_names_the_last_checkpoint(checkpoints):
+    for name in ("step_000002", "step_000003"):
+        common.mark_final(str(checkpoints), str(checkpoints / name))
+        assert os.readlink(checkpoints / "final") == name
