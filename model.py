@@ -339,6 +339,8 @@ CHAT_TEMPLATE = CHAT_TEMPLATE.replace("__SYSTEM__", SYSTEM).replace("__TOOLS_HEA
 
 def load_tokenizer(folder) -> Tokenizer:
     """The folder's fast tokenizer. Special tokens written inside a text stay text: content cannot close a turn."""
+    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+        raise ValueError("no checkpoint there (tokenizer.json is missing)")
     tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):

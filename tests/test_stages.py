@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import common
 from conftest import ROOT, make_tiny, run_python
+from sft import Config
 
 STEPS = 6
 LOOP = dict(num_steps=STEPS, save_every=2, eval_every=3, micro_batch_tokens=512, lr=1e-4)
@@ -211,12 +212,11 @@ def checkpoints(world, tmp_path, capsys):
     """A run folder with checkpoints of steps 1, 2 and 3 of which the last two were kept."""
     model = make_tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    from sft import Config
-
+    cfg = Config(init_from=str(world / "base"))
     for step in (1, 2, 3):
         model(torch.tensor([[1, 2, 3]])).sum().backward()
         optimizer.step()
-        common.save_checkpoint(str(tmp_path), step, model, optimizer, world / "base", Config(), {"cursor": step})
+        common.save_checkpoint(str(tmp_path), step, model, optimizer, cfg, {"cursor": step})
     return tmp_path
 
 
@@ -252,14 +252,14 @@ def test_a_checkpoint_brings_back_optimizer_and_cursor(checkpoints):
 
     model = Qwen3.from_pretrained(checkpoints / "step_000003")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    assert common.load_checkpoint(checkpoints / "step_000003", optimizer) == (3, {"cursor": 3})
+    assert common.load_checkpoint(checkpoints / "step_000003", optimizer, Config()) == (3, {"cursor": 3})
     assert {int(s["step"]) for s in optimizer.state.values()} == {3} and len(optimizer.state) == len(list(model.parameters()))
 
 
 def test_another_number_of_ranks_is_refused(checkpoints, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        common.load_checkpoint(checkpoints / "step_000003", None)
+        common.load_checkpoint(checkpoints / "step_000003", None, Config())
     assert "written by 1 ranks" in capsys.readouterr().err
 
 
