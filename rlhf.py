@@ -356,9 +356,10 @@ def make_reward(cfg):
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: shares of all rollouts."""
-    unclosed = [r.row["think"] and "</think>" not in r.text for r in rollouts]
-    return {"unclosed_think": sum(unclosed) / max(len(rollouts), 1)}
+    """This stage's numbers for the log: share of unclosed thoughts, mean raw score (the reward may be a shaped one)."""
+    n = max(len(rollouts), 1)
+    unclosed = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    return {"unclosed_think": unclosed / n, "rm_score": sum(r.score for r in rollouts if math.isfinite(r.score)) / n}
 
 
 def self_test(rows, cfg):

@@ -57,7 +57,7 @@ toy() {
     stage sft2 sft "$OUT/sft1/final" --data="$d/sft_stage2.jsonl" --lr=5e-3 --num_steps=300 --schedule_steps=300 $sft
     score sft2 sft
     stage rlhf rlhf "$OUT/sft2/final" --data="$d/chat_rl.jsonl" --eval_data="$d/chat_dev.jsonl" --rm_data="$d/preference.jsonl" \
-        --rm_eval_data="$d/preference_dev.jsonl" --rm_lr=2e-3 --rm_samples_per_step=32 --rm_epochs=2 --lr=4e-4 --num_steps=40 $rl
+        --rm_eval_data="$d/preference_dev.jsonl" --rm_lr=2e-3 --rm_samples_per_step=32 --rm_epochs=2 --lr=3e-4 --num_steps=40 --kl_coef=0.1 --shape_reward=true $rl
     score rlhf rlhf
     stage ifrl ifrl "$OUT/rlhf/final" --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=6e-4 --num_steps=90 $rl --max_refill_rounds=1
     score ifrl ifrl
