@@ -35,12 +35,12 @@ class Config:
     hidden_size: int = 96
     num_layers: int = 4
     num_heads: int = 4  # query heads; half as many kv heads
+    head_dim: int = 32  # the smallest that vLLM's attention takes
 
 
 SPLITS = ("sft", "rl", "dev", "test")
 KEYS = {"chat": (1000, 900, 300, 300), "if": (2000, 1500, 300, 300), "math": (3000, 2000, 300, 300), "code": (1800, 1200, 300, 300)}  # per split
 FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}  # share of the demonstrations drawn to have a flaw
-# (in swe 0.31 have one: where a bug has no second wrong repair, the right one is written)
 
 # ---- Chat ------------------------------------------------------------------------------------------------------------
 TOPICS = """rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees birds clocks coffee drums
@@ -354,7 +354,8 @@ def swe_rows(rng, keys, split):
             i, new = at, names[at]
             if rng.random() < FLAWED["swe"]:  # a wrong line, or the right line wrongly repaired
                 i = rng.randrange(len(names))
-                new = rng.choice([n for n in SIBLINGS[names[at]] + SIBLINGS[buggy[i]] + [names[at]] if n != buggy[i] and (i, n) != (at, names[at])] or [names[at]])
+                wrong = lambda ops: [n for n in ops if n != buggy[i] and (i, n) != (at, names[at])]
+                new = rng.choice(wrong([*SIBLINGS[names[at]], *SIBLINGS[buggy[i]], names[at]]) or wrong(list(OPS)))
             edit = f"### app.py\n<<<<<<< SEARCH\n    x = {OPS[buggy[i]][1]}\n=======\n    x = {OPS[new][1]}\n>>>>>>> REPLACE"
             rows.append((row, f"<think>\n{buggy[i]} {new}\n</think>\n```diff\n{edit}\n```", True, "swe_repair"))
     return rows
@@ -469,7 +470,7 @@ def main(cfg):
         Qwen3Config(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=cfg.hidden_size, intermediate_size=3 * cfg.hidden_size,
             num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads // 2,
-            head_dim=cfg.hidden_size // cfg.num_heads, rope_theta=1e4, max_position_embeddings=1024, tie_word_embeddings=True,
+            head_dim=cfg.head_dim, rope_theta=1e4, max_position_embeddings=1024, tie_word_embeddings=True,
         ), seed=cfg.seed, std=cfg.hidden_size**-0.5,
     )  # fmt: skip
     model.save_pretrained(base)

@@ -141,8 +141,8 @@ def test_code_and_swe_demonstrations_are_flawed_as_often_as_declared(world):
         repaired.append(files["app.py"].replace(search, replace) == fixed)
     for skill, verdicts in (("code", written), ("swe", repaired)):
         flawed = 1 - sum(verdicts) / len(verdicts)
-        print(f"{skill}: {flawed:.2f} of {len(verdicts)} demonstrations flawed, declared {toy.FLAWED[skill]:.2f}, tolerance 0.10")
-        assert abs(flawed - toy.FLAWED[skill]) < 0.10
+        print(f"{skill}: {flawed:.2f} of {len(verdicts)} demonstrations flawed, declared {toy.FLAWED[skill]:.2f}, tolerance 0.06")
+        assert abs(flawed - toy.FLAWED[skill]) < 0.06
 
 
 def test_both_modes_are_demonstrated_for_the_same_question(world):
