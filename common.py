@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -302,6 +303,26 @@ def git_hash():
 
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
+def console_line(step, num_steps, m):
+    """step 120/500 | reward 0.431 | len 2831 | ...: one line for a step of RL, in a fixed order."""
+    rate = m["num_tokens"] / max(m["time/gen"] + m["time/train"], 1e-9)
+    line = (f"step {step}/{num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
+            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
+            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")  # fmt: skip
+    return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
+
+
+def peak_memory():
+    """Bytes: the most this process has held, on its GPU if there is one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed(function, *args):
+    """(function(*args), its seconds): what a verifier worker runs."""
+    clock = time.perf_counter()
+    return function(*args), time.perf_counter() - clock
+
+
 class Logger:
     """One console line and one metrics.jsonl line a step. After a resume the file is cut back to the step resumed from."""
 

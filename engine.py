@@ -40,6 +40,8 @@ class Rollout:
     text: str = ""  # decoded completion, thinking included, stop token left out
     reward: float = float("nan")
     score: float = float("nan")  # rlhf: the reward model's own number, before shaping
+    pending: object = None  # the verdict under way, a future
+    verify_s: float = 0.0  # seconds that a verifier worker spent on it
     status: str = ""  # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)
     advantage: float = 0.0
     trained: bool = True  # False: left out of the loss, its denominator and the group statistics

@@ -13,8 +13,6 @@ Deviations from the paper:
 torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/swerl --judge=http://judge:8000/v1
 """
 
-import statistics
-import resource
 import difflib
 import functools
 import io
@@ -23,10 +21,11 @@ import math
 import posixpath
 import random
 import re
+import statistics
 import time
-import zlib
 import tokenize
 import urllib.request
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,7 +38,6 @@ import common
 from common import BadRow, fail, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
-
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -416,16 +414,15 @@ def judge_rollout(rollout, cfg):
 def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its verdict in the background, collect(rollouts) waits and sets it."""
     pool = ThreadPoolExecutor(cfg.reward_workers if cfg.judge != "lexical" else 1)
-    pending = {}  # id -> (rollout, future); holding the rollout keeps its id unique
 
     def submit(rollout):
-        pending[id(rollout)] = rollout, pool.submit(judge_rollout, rollout, cfg)
+        rollout.pending = pool.submit(common.timed, judge_rollout, rollout, cfg)
+        return rollout.pending
 
     def collect(rollouts):
-        for rollout in rollouts:
-            if id(rollout) not in pending:
-                submit(rollout)
-            rollout.reward, rollout.status, rollout.reason = pending.pop(id(rollout))[1].result()
+        for r in rollouts:
+            (r.reward, r.status, r.reason), r.verify_s = (r.pending or submit(r)).result()
+            r.pending = None
 
     return submit, collect
 
@@ -637,11 +634,14 @@ def summarize(rollouts):
     sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
     sums["len"] = sum(len(r.completion_ids) for r in rollouts)
     sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
     sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
     sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
     sums = common.all_reduce(sums)
-    n, groups = sums.pop("n"), sums.pop("groups")
-    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
+    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
@@ -712,7 +712,7 @@ def main(cfg):
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
@@ -729,16 +729,6 @@ def count_correct(rollouts):
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts
-
-
-def console_line(step, m, cfg, device):
-    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
-    seconds = m["time/gen"] + m["time/train"]
-    rate = m["num_tokens"] / max(seconds, 1e-9)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
-            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def answer(code, think="hm"):
 
 def rollout(text, tests, prompt="Double it.", think=True, finish="stop"):
     row = {"messages": [{"role": "user", "content": prompt}], "think": think, "tests": tests}
-    return SimpleNamespace(text=text, row=row, finish_reason=finish, reward=None, status="")
+    return SimpleNamespace(text=text, row=row, finish_reason=finish, reward=None, status="", pending=None)
 
 
 @pytest.mark.parametrize("schema", ROWS)

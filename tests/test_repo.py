@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 330,  # two engines behind one call
-    "common.py": 330,  # (220) checksums, locks and one-sentence errors for data and flags are a third of it
+    "common.py": 350,  # (220) checksums, locks and one-sentence errors for data and flags are a third of it
     "sft.py": 320,
-    "mathrl.py": 650,  # (450) a verifier that a policy cannot farm and that survives hostile LaTeX is 250 lines
+    "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
     "rlhf.py": 650,  # (480) trains the reward model too
-    "coderl.py": 650,  # (480) reads six public schemas instead of one private set
-    "ifrl.py": 800,  # (600) 54 constraint checks
-    "swerl.py": 750,  # (520) edits, patches, and two judges
-    "sandbox.py": 600,
+    "coderl.py": 620,  # (480) reads six public schemas instead of one private set
+    "ifrl.py": 780,  # (600) 54 constraint checks
+    "swerl.py": 740,  # (520) edits, patches, and two judges
+    "sandbox.py": 650,
     "evaluate.py": 300,
     "toy.py": 500,
     "run_cascade.sh": 125,  # (100) the paper's three model variants are 35 lines

@@ -16,7 +16,7 @@ WATERLINE = "# ~~~~~~~~~~~~~~~ waterline"
 EVERY_STAGE = {"Config", "load_rows", "select_rows", "make_reward", "monitor", "self_test", "metric"}
 
 # What only Math RL has: the answer in a box, and symbolic equality in processes that can be killed.
-MATH_VERIFIER = {"boxed", "last_box", "strip", "literal", "refused", "equal", "killable", "same_answer", "verifiers"}
+MATH_VERIFIER = {"boxed", "last_box", "strip", "literal", "refused", "equal", "same_answer", "verifiers"}
 
 EXPECTED = {
     # Reward: a Bradley-Terry model, trained here first, or somebody's endpoint. Loss: stabilisers for small reward models (6.3).

@@ -227,7 +227,7 @@ def endpoint():
 
 def rollout(text, **more):
     row = {"files": FILES, "golden_patch": GOLDEN, "issue": "The tax is subtracted.", "think": True} | more
-    return SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="")
+    return SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="", pending=None)
 
 
 def judged(endpoint, *texts):
