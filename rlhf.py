@@ -362,7 +362,8 @@ def monitor(rollouts):
         groups.setdefault(r.group, []).append(r.score)
     finite = [[s for s in scores if math.isfinite(s)] for scores in groups.values()]
     stds = [statistics.pstdev(scores) for scores in finite if scores]
-    return {"rm_score": sum(map(sum, finite)) / max(len(rollouts), 1), "rm_group_std": sum(stds) / max(len(stds), 1)}
+    scores = [s for scores in finite for s in scores] or [0.0]
+    return {"rm_score": sum(scores) / max(len(rollouts), 1), "rm_std": statistics.pstdev(scores), "rm_group_std": sum(stds) / max(len(stds), 1)}
 
 
 def self_test(rows, cfg):

@@ -431,6 +431,15 @@ def test_summary_by_hand():
     assert sum(v for k, v in summary.items() if k.startswith("status/")) == 1
 
 
+def test_rlhf_logs_the_reward_model_s_mean_and_spreads():
+    """Groups with scores (1, 3) and (5, 5, nan): an endpoint that failed has no score."""
+    rollouts = [rollout(0.0, group=g) for g in (0, 0, 1, 1, 1)]
+    for r, score in zip(rollouts, (1.0, 3.0, 5.0, 5.0, float("nan")), strict=True):
+        r.score = score
+    logged = rlhf.monitor(rollouts)
+    assert logged == pytest.approx({"rm_score": 14 / 5, "rm_std": 2.75**0.5, "rm_group_std": 0.5})
+
+
 # ---- 6. rlhf.py: the stabilisers for small reward models (paper 6.3) ----
 def rlhf_config(**changes):
     return rlhf.Config(**{**CFG, "overlong_filter": False, **changes})
