@@ -39,6 +39,7 @@ class Rollout:
     finish_reason: str = ""  # "stop" or "length"
     text: str = ""  # decoded completion, thinking included, stop token left out
     reward: float = float("nan")
+    teacher_logprobs: list = field(default_factory=list)  # mopd: of the completion, under its domain's teacher
     score: float = float("nan")  # rlhf: the reward model's own number, before shaping
     pending: object = None  # the verdict under way, a future
     verify_s: float = 0.0  # seconds that a verifier worker spent on it
