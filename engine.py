@@ -224,7 +224,8 @@ class VLLMEngine:
 
             if model.config.head_dim not in (widths := CPUAttentionBackend.get_supported_head_sizes()):
                 common.fail(f"--engine=vllm: vLLM on CPUs has no attention for head_dim={model.config.head_dim} (it has {widths}).")
-            place = dict(enforce_eager=True, max_model_len=-1)  # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows
+            # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows. A prompt cut in two would rewind its generator, which CPU ones cannot.
+            place = dict(enforce_eager=True, max_model_len=-1, enable_chunked_prefill=False)
         with tempfile.TemporaryDirectory() as folder:  # vLLM reads the architecture from a file; weights never touch the disk
             with open(os.path.join(folder, "config.json"), "w") as f:
                 json.dump(hf_config(model.config), f)
