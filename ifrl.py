@@ -41,7 +41,7 @@ from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTo
 from tqdm import tqdm
 
 import common
-from common import BadRow, fail, field, load_table, print0
+from common import BadRow, chat, fail, field, load_table, print0
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -156,14 +156,15 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         ids, kwargs, prompt = read_constraints(row, where)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [{"role": m["role"], "content": m["content"] or ""} for m in messages]
+        messages = [{"role": m["role"], "content": m["content"]} for m in chat(prompt)]
         if messages and messages[-1]["role"] == "assistant":  # a reply is not ours to imitate
             messages.pop()
         if not messages or not messages[-1]["content"].strip():
             raise BadRow("no prompt")
-        if not ids or len(ids) != len(kwargs):
+        if not isinstance(ids, list) or not isinstance(kwargs, list) or not ids or len(ids) != len(kwargs):
             raise BadRow("no constraints, or not one kwargs for each")
+        if not all(isinstance(i, str) for i in ids) or not all(isinstance(k, (dict, type(None))) for k in kwargs):
+            raise BadRow("a constraint id that is no text, or kwargs that are no object")
         kwargs = [clean_kwargs(k) for k in kwargs]
         for reason in filter(None, map(unusable, ids, kwargs)):
             raise BadRow(reason)
