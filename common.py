@@ -449,6 +449,20 @@ def timed(function, *args):
     return function(*args), time.perf_counter() - clock
 
 
+def load_history(folder, data):
+    """{"history", "epoch"} of the run that wrote this checkpoint if it was on the same rows (checksum `data`), else {}: the epoch
+    filter of paper 4.5.2 goes on over the length stages of Math RL."""
+    path = os.path.join(folder, "run.json")
+    try:
+        state = json.load(open(path))["state"] if os.path.exists(path) else {}
+    except (ValueError, KeyError) as e:
+        fail(f"--init_from={folder}: run.json cannot be read ({e}).")
+    if state.get("data") != data or not state.get("history"):
+        return {}
+    print0(f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them")
+    return {"history": state["history"], "epoch": state["epoch"]}
+
+
 class Logger:
     """One console line and one metrics.jsonl line a step. After a resume the file is cut back to the step resumed from."""
 
