@@ -26,7 +26,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from model import save_tokenizer
+from model import memory_plan, read_config, save_tokenizer
 
 
 def fail(message, note="Nothing was trained."):
@@ -308,6 +308,36 @@ def finish():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def free_memory(device, world):
+    """Bytes that a rank may still take: of its GPU, or its share of what the machine or its container has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    with open("/proc/meminfo") as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def check_memory(folder, cfg, world, device):
+    """Prints the memory plan of a run that starts from `folder`, in a line or two, and ends a run that cannot fit."""
+    if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
+        return  # loading says what is wrong with the folder
+    nll = hasattr(cfg, "max_seq_len")
+    longest = cfg.max_seq_len if nll else cfg.max_prompt_tokens + cfg.max_new_tokens
+    tokens = max(cfg.micro_batch_tokens, longest)
+    plan = memory_plan(read_config(folder), world, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
+    free, GB = free_memory(device, world), 1e9
+    for moment in list(plan)[1:]:
+        parts = ", ".join(f"{part} {n / GB:.1f}" for part, n in plan[moment].items())
+        print0(f"{moment}: {sum(plan[moment].values()) / GB:.1f} of {free / GB:.1f} GB a rank ({parts})")
+    for moment, parts in plan.items():
+        if sum(parts.values()) > free:
+            most = max(parts, key=parts.get)
+            fail(f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
+                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer --micro_batch_tokens (now {tokens} at a time).")  # fmt: skip
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

@@ -161,10 +161,9 @@ def load_rows(cfg, path=None, limit=0):
             messages.pop()
         if not messages or not messages[-1]["content"].strip():
             raise BadRow("no prompt")
-        if not isinstance(ids, list) or not isinstance(kwargs, list) or not ids or len(ids) != len(kwargs):
-            raise BadRow("no constraints, or not one kwargs for each")
-        if not all(isinstance(i, str) for i in ids) or not all(isinstance(k, (dict, type(None))) for k in kwargs):
-            raise BadRow("a constraint id that is no text, or kwargs that are no object")
+        list_of = lambda values, kinds: isinstance(values, list) and all(isinstance(v, kinds) for v in values)  # noqa: E731
+        if not list_of(ids, str) or not list_of(kwargs, (dict, type(None))) or not ids or len(ids) != len(kwargs):
+            raise BadRow("no constraints, or not one kwargs object for each")
         kwargs = [clean_kwargs(k) for k in kwargs]
         for reason in filter(None, map(unusable, ids, kwargs)):
             raise BadRow(reason)
@@ -714,6 +713,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 330,  # two engines behind one call
-    "common.py": 500,  # (220) checksums, locks, one-sentence errors are a quarter of it; streams of sets too large for memory another
+    "common.py": 520,  # (220) one-sentence errors, locks and checksums are 120 lines, streams 90, decontamination 50, the memory check 40
     "sft.py": 320,
     "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
     "rlhf.py": 650,  # (480) trains the reward model too
