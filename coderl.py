@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import common
 import sandbox
-from common import BadRow, fail, field, load_table, print0
+from common import BadRow, chat, fail, field, load_table, print0
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -131,6 +131,8 @@ def normal_tests(row):
             raise BadRow("tests of several functions, or none")
         tests = {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], "fn_name": names.pop()}
     inputs, outputs, name = tests.get("inputs") or [], tests.get("outputs") or [], tests.get("fn_name") or None
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or None in inputs + outputs:
+        raise BadRow("tests of an unknown form")
     if not inputs or len(inputs) != len(outputs):
         raise BadRow("no tests, or more inputs than outputs")
     if name:
@@ -143,25 +145,32 @@ def normal_tests(row):
     else:
         text = lambda x: "\n".join(map(str, x)) if isinstance(x, list) else str(x)
         inputs, outputs = [text(x) for x in inputs], [text(x) for x in outputs]
-    return {"inputs": inputs, "outputs": outputs, "fn_name": name, "time_limit": row.get("time_limit")}
+    seconds = re.match(r"\d+(\.\d+)?", str(row.get("time_limit") or ""))  # a number, or TACO's "2.0 seconds"
+    return {"inputs": inputs, "outputs": outputs, "fn_name": name, "time_limit": float(seconds[0]) if seconds else None}
 
 
 def statement(row, where):
     """The problem text of a row; open-r1/codeforces keeps it in parts."""
-    if row.get("description"):
+    if row.get("description") and isinstance(row["description"], str):
         parts = [("", row["description"]), ("Input\n", row.get("input_format")), ("Output\n", row.get("output_format")),
                  ("Note\n", row.get("note"))]  # fmt: skip
-        parts += [("Example\n", f"Input:\n{e['input']}\nOutput:\n{e['output']}") for e in row.get("examples") or []]
-        return "\n\n".join(title + text for title, text in parts if text)
-    text = row.get("problem") or row.get("question") or row.get("prompt")
-    text = text or (row.get("responses_create_params") or {}).get("input")
-    text = text[-1]["content"] if isinstance(text, list) else text
-    return text if isinstance(text, str) and text.strip() else field(row, where, "problem")
+        examples = row.get("examples") if isinstance(row.get("examples"), list) else []
+        parts += [("Example\n", f"Input:\n{e.get('input')}\nOutput:\n{e.get('output')}") for e in examples if isinstance(e, dict)]
+        return "\n\n".join(f"{title}{text}" for title, text in parts if text)
+    nested = row.get("responses_create_params")
+    nested = {"input": nested.get("input")} if isinstance(nested, dict) else {}
+    named = {k: v for k, v in {**row, **nested}.items() if k in ("problem", "question", "prompt", "input", "description")}
+    name = next((k for k in ("problem", "question", "prompt", "input") if named.get(k)), "problem")
+    if not named:
+        field(row, where, "problem")  # stops the run and names the fields that are there
+    return ([{"content": ""}] + chat(named.get(name) or "", name))[-1]["content"]
 
 
 def normalize(row, where):
     """One row of any known code set -> {"messages", "think", "tests", "solution"}; BadRow drops it with a reason."""
     problem = statement(row, where).strip()
+    if not problem:
+        raise BadRow("no problem statement")
     if row.get("input_mode") == "interactive" or INTERACTIVE.search(problem):
         raise BadRow("interactive")
     if row.get("generated_checker") or ANY_ANSWER.search(problem):
@@ -549,6 +558,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -561,6 +571,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")

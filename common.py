@@ -1,13 +1,21 @@
-"""Plumbing: flags, data files, ranks, checkpoints, logs. Nothing here takes a tensor with a batch axis."""
+"""Plumbing: flags, data files, ranks, checkpoints, logs. Nothing here takes a tensor with a batch axis.
+
+As a script it takes out of a training set what a held-out set asks too (any 9 words in a row, as in the paper's curation):
+    python common.py --data=nvidia/Nemotron-Cascade-RL-Math --eval_data=HuggingFaceH4/MATH-500,math-ai/aime25 --out=out/math_clean.jsonl
+"""
 
 import argparse
+import collections
+import contextlib
 import ctypes
 import dataclasses
 import datetime
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -18,7 +26,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from model import save_tokenizer
+from model import memory_plan, read_config, save_tokenizer
 
 
 def fail(message, note="Nothing was trained."):
@@ -49,39 +57,92 @@ class BadRow(ValueError):
     """Raised by a stage's normalize(row, where): the row is dropped and counted under this reason."""
 
 
-def read_rows(path, limit=0):
-    """[(where, row)] of a .json/.jsonl/.parquet file, a folder of them, or a hub id ("owner/name" or "owner/name:config")."""
+FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
+
+
+def data_files(path):
+    """Files or URLs of a data set: a file, a folder of them, or a hub id ("owner/name" or "owner/name:config"); commas join several."""
+    if "," in path:
+        return [file for part in path.split(",") for file in data_files(part)]
     if os.path.isdir(path):
-        files = sorted(f for f in os.listdir(path) if f.endswith((".jsonl", ".json", ".parquet")))
-        rows = [item for f in files for item in read_rows(os.path.join(path, f), limit)]
-    elif path.endswith((".jsonl", ".json")) and os.path.exists(path):
-        rows = []
-        with open(path, encoding="utf-8") as f:
-            lines = f if path.endswith(".jsonl") else [f.read()]
-            for i, line in enumerate(lines, 1):
-                try:
-                    parsed = json.loads(line) if line.strip() else []
-                except json.JSONDecodeError as e:
-                    fail(f"data {path} row {i}: not valid JSON ({e.msg} at column {e.colno}).")
-                if path.endswith(".json"):  # one list of rows
-                    rows += [(f"{path} row {n}", row) for n, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1)]
-                elif line.strip():
-                    rows.append((f"{path} row {i}", parsed))
-                if limit and len(rows) >= limit:
-                    break
-    elif os.path.exists(path) or (path.count("/") == 1 and not path.endswith((".jsonl", ".json", ".parquet"))):
+        files = sorted(os.path.join(top, f) for top, _, names in os.walk(path) for f in names if f.endswith(FORMATS))
+    elif os.path.exists(path) or "://" in path:
+        files = [path] if path.endswith(FORMATS) else fail(f"data {path}: expected a file that ends in {', '.join(FORMATS)}.")
+    elif path.count("/") == 1 and not path.endswith(FORMATS):
         import datasets  # slow to import, so only where it is used
 
         name, _, config = path.partition(":")
         try:
-            source = ("parquet", None) if os.path.exists(path) else (name, config or None)
-            table = datasets.load_dataset(*source, data_files=path if os.path.exists(path) else None, split="train")
-        except Exception as e:  # whatever is wrong with a file or a hub, in the library's words
-            fail(f"data {path}: {type(e).__name__}: {str(e).splitlines()[0]}.")
-        rows = [(f"{path} row {i + 1}", row) for i, row in enumerate(table.select(range(min(limit or len(table), len(table)))))]
+            names = datasets.get_dataset_config_names(name)
+            names = [config] if config else ["default"] if "default" in names else names
+            splits = [datasets.load_dataset_builder(name, n).config.data_files or {} for n in names]
+        except Exception as e:  # whatever is wrong with a name or a hub, in the library's words
+            fail(f"data {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}.")
+        held_out = lambda split: "train" in splits[0] and split != "train" or split.startswith(("val", "test", "dev"))
+        files = [str(f) for files in splits for split in files if not held_out(split) for f in files[split] if str(f).endswith(FORMATS)]
     else:
         fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
-    return rows[:limit] if limit else rows
+    return files or fail(f"data {path}: no file that ends in {', '.join(FORMATS)}.")
+
+
+def read_file(file, cursor=(0, 0, 0.0)):
+    """(where, row, cursor behind it) from a cursor on, holding only what is being read: nothing is downloaded or unpacked ahead.
+    A cursor is [rows, bytes, share of the file that is read]."""
+    import fsspec
+
+    (num_rows, offset, _), system = cursor, fsspec.core.url_to_fs(file)
+    size = max(system[0].size(system[1]) or 1, 1)
+    try:
+        with system[0].open(system[1], "rb", compression="gzip" if file.endswith(".gz") else None) as f:
+            if file.endswith(".parquet"):
+                import pyarrow.parquet
+
+                table = pyarrow.parquet.ParquetFile(f)
+                total, first = table.metadata.num_rows, 0
+                for group in range(table.num_row_groups):
+                    here = range(first, first := first + table.metadata.row_group(group).num_rows)
+                    if num_rows in here:
+                        batches = table.iter_batches(64, row_groups=[group])
+                        for row in itertools.islice((r for batch in batches for r in batch.to_pylist()), num_rows - here.start, None):
+                            num_rows += 1
+                            yield f"{file} row {num_rows}", row, [num_rows, 0, num_rows / total]
+                return
+            f.seek(offset)
+            if file.endswith(".json"):  # a list of rows or one row; else lines, whatever the name says
+                with contextlib.suppress(ValueError):
+                    parsed = json.load(f)
+                    rows = parsed if isinstance(parsed, list) else [parsed]
+                    yield from ((f"{file} row {n}", row, [n, 0, n / len(rows)]) for n, row in enumerate(rows, 1) if n > num_rows)
+                    return
+                f.seek(offset)
+            for line in iter(f.readline, b""):
+                num_rows, offset = num_rows + 1, offset + len(line)
+                if line.strip():  # packed bytes are fewer than read ones, so that share only says how far the file is not done
+                    share = 1 - size / (size + offset) if file.endswith(".gz") else offset / size
+                    yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
+    except (ValueError, RecursionError, OSError) as e:  # pyarrow's errors are ValueErrors or OSErrors
+        text = f"not valid JSON ({e.msg} at column {e.colno})" if isinstance(e, json.JSONDecodeError) else f"{type(e).__name__}: {e}"
+        fail(f"data {file} row {num_rows}: {text.splitlines()[0]}.")
+
+
+def read_rows(path, limit=0):
+    """[(where, row)] of a data set, file after file."""
+    rows = ((where, row) for file in data_files(path) for where, row, _ in read_file(file))
+    return list(itertools.islice(rows, limit or None))
+
+
+def stream_rows(cursors, limit=0):
+    """(where, row), always from the file of which the smallest share is read, so that every stretch has the mix of the whole.
+    cursors {file: cursor} move along: reading on from a copy of them gives the same rows as not having stopped."""
+    readers = {file: read_file(file, cursor) for file, cursor in cursors.items() if cursor[2] < 1}
+    ahead = {file: next(reader, None) for file, reader in readers.items()}  # one row, to know when a file is done
+    cursors |= {file: [*cursors[file][:2], 1.0] for file, row in ahead.items() if row is None}
+    while (open_files := [f for f in readers if cursors[f][2] < 1]) and not 0 < limit <= sum(c[0] for c in cursors.values()):
+        file = min(open_files, key=lambda f: cursors[f][2])
+        where, row, cursor = ahead[file]
+        ahead[file] = next(readers[file], None)
+        cursors[file] = cursor if ahead[file] else [*cursor[:2], 1.0]
+        yield where, row
 
 
 def field(row, where, name, kind=str):
@@ -94,23 +155,88 @@ def field(row, where, name, kind=str):
     return row[name]
 
 
-def load_table(path, normalize, limit=0):
-    """Normal rows of a data set: normalize(row, where) returns one or raises BadRow(reason). Prints what was dropped and why."""
-    rows, dropped = [], {}
-    for where, raw in read_rows(path, limit):
+def chat(turns, name="prompt"):
+    """Chat messages [{"role", "content", ...}]: a string is a user's turn, a list of parts is joined, None is empty text."""
+    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+    if not isinstance(turns, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns):
+        raise BadRow(f'field "{name}" is no list of chat messages with a role each')
+    text = lambda parts: "\n".join(p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str))
+    turns = [m | {"content": text(m["content"]) if isinstance(m.get("content"), list) else m.get("content") or ""} for m in turns]
+    if not all(isinstance(m["content"], str) for m in turns):
+        raise BadRow(f'field "{name}" has a message whose content is not text')
+    return turns
+
+
+def normal_rows(items, normalize, path):
+    """normalize(row, where) of each (where, row), which returns a normal row or raises BadRow(reason). Prints what was dropped and why."""
+    total, dropped = 0, {}
+    for where, raw in items:
         if not isinstance(raw, dict):
             fail(f"data {where}: a row is {type(raw).__name__}, expected an object.")
+        total += 1
         try:
-            rows.append(normalize(raw, where))
+            yield normalize(raw, where)
         except BadRow as reason:
             dropped.setdefault(str(reason), []).append(where)
         except Exception as e:  # a row of a shape nobody thought of
             fail(f"data {where}: {type(e).__name__}: {e}.")
     for reason, wheres in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        print0(f"data {path}: dropped {len(wheres)} of {len(rows) + sum(map(len, dropped.values()))} rows, {reason} (first: {wheres[0]})")
-    if not rows:
+        print0(f"data {path}: dropped {len(wheres)} of {total} rows, {reason} (first: {wheres[0]})")
+    if total == sum(map(len, dropped.values())):
         fail(f"data {path}: no usable row ({'; '.join(f'{len(w)} x {r}' for r, w in dropped.items()) or 'the file is empty'}).")
-    return rows
+
+
+def load_table(path, normalize, limit=0):
+    """Normal rows of a data set, all at once."""
+    return list(normal_rows(read_rows(path, limit), normalize, path))
+
+
+# ---- Decontamination -------------------------------------------------------------------------------------------------
+ASKED = ("problem", "question", "prompt", "messages", "conversation", "input", "description", "problem_statement", "original_prompt")
+
+
+def ngrams(row, n):
+    """{n words in a row, lower-case, without punctuation} of what a row asks, answers left out; a shorter text is one gram by itself."""
+    nested = row.get("responses_create_params")
+    texts = [v for k, v in {**row, **(nested if isinstance(nested, dict) else {})}.items() if k in ASKED]
+    turns = [m for v in texts if isinstance(v, list) for m in v if isinstance(m, dict) and m.get("role") == "user"]
+    grams = set()
+    for text in [v for v in texts if isinstance(v, str)] + [m["content"] for m in turns if isinstance(m.get("content"), str)]:
+        words = re.findall(r"\w+", text.lower())
+        grams |= {" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))} if words else set()
+    return grams
+
+
+def decontaminate(rows, held_out, n=9, template=10):
+    """Yields (where, row, gram): gram is "" or n words that the row shares with a held-out row. Grams of more than `template` held-out
+    rows are the wording around the problems, and no match."""
+    counts = collections.Counter(gram for _, row in held_out for gram in ngrams(row, n))
+    known = {gram for gram, rows_with_it in counts.items() if rows_with_it <= template}
+    for where, row in rows:
+        yield where, row, min(ngrams(row, n) & known, default="")
+
+
+@dataclasses.dataclass
+class Decontamination:
+    data: str = ""  # training set, of any size: it is streamed
+    eval_data: str = ""  # held-out sets, joined by commas
+    out: str = ""  # .jsonl of the rows that are left
+    n: int = 9  # words in a row; paper 3.2 and 4.5.1
+
+
+def write_decontaminated(cfg):
+    """Writes the rows of cfg.data that share no n-gram with cfg.eval_data, and prints how many did, with the first of them."""
+    held_out, shared, total = read_rows(cfg.eval_data), [], 0
+    rows = ((where, row) for file in data_files(cfg.data) for where, row, _ in read_file(file))
+    with open(cfg.out + ".tmp", "w") as f:
+        for total, (where, row, gram) in enumerate(decontaminate(rows, held_out, cfg.n), 1):
+            if gram:
+                shared.append((where, gram))
+            else:
+                f.write(json.dumps(row) + "\n")
+    os.rename(cfg.out + ".tmp", cfg.out)
+    first = f' (first: {shared[0][0]}, "{shared[0][1]}")' if shared else ""
+    print0(f"data {cfg.data}: removed {len(shared)} of {total} rows that share {cfg.n} words in a row with one of {len(held_out)} held-out rows{first}")
 
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
@@ -182,6 +308,36 @@ def finish():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def free_memory(device, world):
+    """Bytes that a rank may still take: of its GPU, or its share of what the machine or its container has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    with open("/proc/meminfo") as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def check_memory(folder, cfg, world, device):
+    """Prints the memory plan of a run that starts from `folder`, in a line or two, and ends a run that cannot fit."""
+    if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
+        return  # loading says what is wrong with the folder
+    nll = hasattr(cfg, "max_seq_len")
+    longest = cfg.max_seq_len if nll else cfg.max_prompt_tokens + cfg.max_new_tokens
+    tokens = max(cfg.micro_batch_tokens, longest)
+    plan = memory_plan(read_config(folder), world, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
+    free, GB = free_memory(device, world), 1e9
+    for moment in list(plan)[1:]:
+        parts = ", ".join(f"{part} {n / GB:.1f}" for part, n in plan[moment].items())
+        print0(f"{moment}: {sum(plan[moment].values()) / GB:.1f} of {free / GB:.1f} GB a rank ({parts})")
+    for moment, parts in plan.items():
+        if sum(parts.values()) > free:
+            most = max(parts, key=parts.get)
+            fail(f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
+                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer --micro_batch_tokens (now {tokens} at a time).")  # fmt: skip
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -323,6 +479,20 @@ def timed(function, *args):
     return function(*args), time.perf_counter() - clock
 
 
+def load_history(folder, data):
+    """{"history", "epoch"} of the run that wrote this checkpoint if it was on the same rows (checksum `data`), else {}: the epoch
+    filter of paper 4.5.2 goes on over the length stages of Math RL."""
+    path = os.path.join(folder, "run.json")
+    try:
+        state = json.load(open(path))["state"] if os.path.exists(path) else {}
+    except (ValueError, KeyError) as e:
+        fail(f"--init_from={folder}: run.json cannot be read ({e}).")
+    if state.get("data") != data or not state.get("history"):
+        return {}
+    print0(f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them")
+    return {"history": state["history"], "epoch": state["epoch"]}
+
+
 class Logger:
     """One console line and one metrics.jsonl line a step. After a resume the file is cut back to the step resumed from."""
 
@@ -340,3 +510,7 @@ class Logger:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
         if line:
             print0(line)
+
+
+if __name__ == "__main__":
+    write_decontaminated(parse_config(Decontamination))

@@ -41,7 +41,7 @@ from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTo
 from tqdm import tqdm
 
 import common
-from common import BadRow, fail, field, load_table, print0
+from common import BadRow, chat, fail, field, load_table, print0
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -156,14 +156,14 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         ids, kwargs, prompt = read_constraints(row, where)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [{"role": m["role"], "content": m["content"] or ""} for m in messages]
+        messages = [{"role": m["role"], "content": m["content"]} for m in chat(prompt)]
         if messages and messages[-1]["role"] == "assistant":  # a reply is not ours to imitate
             messages.pop()
         if not messages or not messages[-1]["content"].strip():
             raise BadRow("no prompt")
-        if not ids or len(ids) != len(kwargs):
-            raise BadRow("no constraints, or not one kwargs for each")
+        list_of = lambda values, kinds: isinstance(values, list) and all(isinstance(v, kinds) for v in values)  # noqa: E731
+        if not list_of(ids, str) or not list_of(kwargs, (dict, type(None))) or not ids or len(ids) != len(kwargs):
+            raise BadRow("no constraints, or not one kwargs object for each")
         kwargs = [clean_kwargs(k) for k in kwargs]
         for reason in filter(None, map(unusable, ids, kwargs)):
             raise BadRow(reason)
@@ -713,6 +713,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -725,6 +726,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")

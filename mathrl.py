@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import common
 import sandbox
-from common import BadRow, fail, field, load_table, print0
+from common import BadRow, chat, fail, field, load_table, print0
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -85,17 +85,23 @@ DAPO = re.compile(r"Solve the following math problem step by step\..*?\n\n(.*)\n
 
 def normalize(row, where):
     """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops it with a reason."""
-    problem = row.get("problem") or row.get("question") or field(row, where, "prompt", (str, list))
-    if isinstance(problem, list):  # DAPO-Math-17k: a chat turn that asks for "Answer:" instead of a box
-        problem = DAPO.sub(r"\1", problem[-1]["content"].strip())
-    named = {**row, "ground_truth": (row.get("reward_model") or {}).get("ground_truth")}
+    name = next((k for k in ("problem", "question", "prompt") if row.get(k) is not None), "problem")
+    problem = chat(field(row, where, name, (str, list)), name) or [{"content": ""}]
+    problem = DAPO.sub(r"\1", problem[-1]["content"].strip())  # DAPO-Math-17k asks for "Answer:" instead of a box
+    nested = row.get("reward_model")
+    named = {**row, "ground_truth": nested.get("ground_truth") if isinstance(nested, dict) else None}
     names = [k for k in ("answer", "expected_answer", "ground_truth", "solution") if named.get(k) is not None]
-    gold = str(named[names[0]] if names else field(row, where, "answer"))
+    if not names and not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
+        field(row, where, "answer")  # stops the run and names the fields that are there
+    gold = named[names[0]] if names else ""
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+        raise BadRow(f'field "{names[0]}" is neither text nor a number')
+    gold = str(gold)
     if "\\boxed" in gold:  # a written solution instead of a bare answer
         gold = last_box(gold) or ""
-    if not problem.strip() or not gold.strip():
+    if not problem or not gold.strip():
         raise BadRow("empty problem or answer")
-    return {"messages": [{"role": "user", "content": INSTRUCTION + problem.strip()}], "think": True, "answer": gold}
+    return {"messages": [{"role": "user", "content": INSTRUCTION + problem}], "think": True, "answer": gold}
 
 
 def load_rows(cfg, path=None, limit=0):
@@ -506,6 +512,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -518,6 +525,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")

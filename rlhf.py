@@ -90,15 +90,16 @@ class Config:
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 def load_rows(cfg, path=None, limit=0):
-    """Prompts of cfg.data (or path): a `prompt` or `messages`/`conversation` chat list, or text; modes alternate."""
+    """Prompts of cfg.data (or path): a `prompt` or `messages` chat list, or text; of a logged conversation (WildChat, LMSYS,
+    Arena) the first user turn, because what follows answers another model. Modes alternate."""
 
     def normalize(row, where):
-        chat = row.get("prompt") or row.get("messages") or row.get("conversation")
-        if chat is None:
-            common.field(row, where, "prompt", (str, list))  # stops the run and names the fields that are there
-        chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
-        last = max((i for i, m in enumerate(chat) if m.get("role") == "user"), default=-1)
-        if last < 0 or not str(chat[last].get("content") or "").strip():
+        logged = ("conversation", "conversation_a")
+        name = next((k for k in ("prompt", "messages", *logged) if row.get(k) is not None), "prompt")
+        chat = common.chat(common.field(row, where, name, (str, list)), name)
+        users = [i for i, m in enumerate(chat) if m["role"] == "user"]
+        last = users[0 if name in logged else -1] if users else -1
+        if last < 0 or not chat[last]["content"].strip():
             raise common.BadRow("no user turn")
         return {"messages": [{"role": m["role"], "content": m["content"]} for m in chat[: last + 1]]}
 
@@ -114,18 +115,16 @@ def load_pairs(path, tokenizer, cfg):
 
     def normalize(row, where):
         if "overall_preference" in row:
-            context = row.get("context") or row.get("prompt")
-            context = [{"role": "user", "content": context}] if isinstance(context, str) else context
+            context = common.chat(row.get("context") or row.get("prompt") or [], "context")
             replies = [common.field(row, where, "response1"), common.field(row, where, "response2")]
-            if row["overall_preference"] == 0:
+            if row["overall_preference"] not in (-3, -2, -1, 1, 2, 3):
                 raise common.BadRow("no preference")
             best, worst = replies if row["overall_preference"] < 0 else replies[::-1]
         else:
-            chosen, rejected = (common.field(row, where, name, (str, list)) for name in ("chosen", "rejected"))
-            context = row.get("prompt") or (chosen[:-1] if isinstance(chosen, list) else [])
-            context = [{"role": "user", "content": context}] if isinstance(context, str) else context
-            best, worst = (reply if isinstance(reply, str) else reply[-1]["content"] for reply in (chosen, rejected))
-        if best == worst or not context:
+            chosen, rejected = (common.chat(common.field(row, where, name, (str, list)), name) for name in ("chosen", "rejected"))
+            context = common.chat(row["prompt"]) if row.get("prompt") else chosen[:-1]
+            best, worst = (([{"content": ""}] + reply)[-1]["content"] for reply in (chosen, rejected))
+        if best == worst or not context or not best or not worst:
             raise common.BadRow("equal answers or no question")
         return {"pair": [score_ids(tokenizer, context, best), score_ids(tokenizer, context, worst)]}
 
@@ -581,6 +580,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -593,6 +593,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")

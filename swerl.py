@@ -18,10 +18,12 @@ import functools
 import io
 import json
 import math
+import os
 import posixpath
 import random
 import re
 import statistics
+import subprocess
 import time
 import tokenize
 import urllib.request
@@ -47,6 +49,7 @@ class Config:
     init_from: str = "out/coderl/final"  # checkpoint of the previous stage, or a Hugging Face folder
     out_dir: str = "out/swerl"
     data: str = "nvidia/Nemotron-Cascade-RL-SWE"  # hub id, folder, parquet, json or jsonl
+    repos: str = ""  # folder of git clones named owner__name: file contents for SWE-Gym, SWE-rebench and SWE-smith rows
     eval_data: str = ""  # same schema, with "tests" where programs can be run; empty: no held-out metric
     engine: str = "auto"  # rollouts: auto, torch or vllm
     judge: str = "lexical"  # or the URL of an OpenAI-compatible endpoint ending in /v1
@@ -121,6 +124,37 @@ def read_files(contents):
     return {posixpath.normpath(path): text for path, text in contents.items() if isinstance(text, str)}
 
 
+def as_patch(before, after):
+    """Unified diff of {path: text} against another, in the form that apply_patch reads."""
+    head = lambda path: f"--- {'a/' + path if path in before else '/dev/null'}\n+++ b/{path}\n"
+    return "".join(head(path) + diff + "\n" for path, diff in changes(before, after).items())
+
+
+def source_files(row, where, cfg, draw):
+    """(files before the repair, golden patch): in the row, in R2E-Gym's parsed commit, or from a clone in cfg.repos."""
+    if "golden_patch" in row or "relevant_file_contents" in row:
+        patch, contents = field(row, where, "golden_patch"), field(row, where, "relevant_file_contents", (str, list, dict))
+        return read_files(contents), patch
+    if row.get("parsed_commit_content"):
+        diffs = {d["header"]["file"]["path"]: d for d in json.loads(row["parsed_commit_content"])["file_diffs"]}
+        diffs = {path: d for path, d in diffs.items() if not TESTS.search(path)}
+        before, after = ({path: d[key] or "" for path, d in diffs.items()} for key in ("old_file_content", "new_file_content"))
+        return before, as_patch(before, after)
+    patch, name = field(row, where, "patch"), field(row, where, "repo").replace("/", "__")
+    clone, commit = os.path.join(cfg.repos, name), row.get("base_commit") or "HEAD"
+    if not cfg.repos or not os.path.isdir(clone) or not re.fullmatch(r"[\w.-]*\w", name) or not re.fullmatch("HEAD|[0-9a-f]{7,40}", commit):
+        raise BadRow("no file contents, and no clone owner__name of its repository in --repos")
+    git = lambda *args: subprocess.run(["git", "-C", clone, *args], capture_output=True, text=True, errors="replace").stdout
+    touched = re.findall(r"^--- a/(\S+)", patch, re.M)
+    near = git("ls-tree", "--name-only", commit, "--", *sorted({posixpath.dirname(path) + "/" for path in touched} - {"/"})).split("\n")
+    near = sorted(path for path in set(near) - set(touched) if path.endswith(".py"))
+    files = {path: git("show", f"{commit}:{path}") for path in touched + draw.sample(near, min(len(near), cfg.max_files))}
+    if row.get("base_commit"):
+        return files, patch
+    broken = apply_patch(patch, files)  # SWE-smith's patch puts the fault into sound code: the repair is the way back
+    return broken, as_patch(broken, files)
+
+
 def choose_files(files, golden, cfg, draw):
     """Golden files and, in a noisy_share of rows, others one by one while they fit; random order (paper 4.7.1)."""
     room = cfg.max_prompt_tokens * cfg.chars_per_token - sum(len(files[path]) for path in golden)
@@ -141,18 +175,19 @@ def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path): messages, think, issue, files, golden_patch and, where given, tests."""
 
     def normalize(row, where):
-        patch = field(row, where, "golden_patch")
-        issue = row.get("original_prompt") or row.get("problem_statement") or field(row, where, "prompt", (str, list))
-        issue = issue if isinstance(issue, str) else issue[-1]["content"]
+        name = next((k for k in ("original_prompt", "problem_statement", "prompt") if row.get(k)), "prompt")
+        issue = ([{"content": ""}] + common.chat(field(row, where, name, (str, list)), name))[-1]["content"]
         issue = next((a or b for a, b in ISSUE.findall(issue)), issue).strip()
+        if not issue:
+            raise BadRow("no issue text")
+        draw = random.Random(f"{cfg.seed} {row.get('instance_id')} {row.get('golden_patch')}")
         try:
-            files = read_files(field(row, where, "relevant_file_contents", (str, list, dict)))
+            files, patch = source_files(row, where, cfg, draw)
             touched = changes(files, apply_patch(patch, files))
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadRow(error.args[0] if isinstance(error, NoPatch) else "file contents or patch cannot be read")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadRow(error.args[0] if isinstance(error, (NoPatch, BadRow)) else "file contents or patch cannot be read")
         if not touched:
             raise BadRow("golden patch changes nothing")
-        draw = random.Random(f"{cfg.seed} {row.get('instance_id')} {patch}")
         shown = choose_files(files, [name for name in touched if name in files], cfg, draw)
         text = "\n\n".join(f"### {name}\n```\n{shown[name]}\n```" for name in shown)
         text = PROMPT.format(issue=issue, files=text)
@@ -674,6 +709,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -686,6 +722,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
