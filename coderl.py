@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import common
 import sandbox
-from common import BadRow, chat, fail, field, load_table, print0
+from common import fail, print0
+from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
+from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
 
@@ -96,14 +97,14 @@ def load_rows(cfg, path=None, limit=0):
     def normalize(row, where):
         logged = ("conversation", "conversation_a")
         name = next((k for k in ("prompt", "messages", *logged) if row.get(k) is not None), "prompt")
-        chat = common.chat(common.field(row, where, name, (str, list)), name)
-        users = [i for i, m in enumerate(chat) if m["role"] == "user"]
+        turns = chat(field(row, where, name, (str, list)), name)
+        users = [i for i, m in enumerate(turns) if m["role"] == "user"]
         last = users[0 if name in logged else -1] if users else -1
-        if last < 0 or not chat[last]["content"].strip():
-            raise common.BadRow("no user turn")
-        return {"messages": [{"role": m["role"], "content": m["content"]} for m in chat[: last + 1]]}
+        if last < 0 or not turns[last]["content"].strip():
+            raise BadRow("no user turn")
+        return {"messages": [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]}
 
-    rows = common.load_table(path or cfg.data, normalize, limit)
+    rows = load_table(path or cfg.data, normalize, limit)
     for i, row in enumerate(rows):  # all G completions of a prompt share its mode (gap G8)
         row["think"] = math.floor((i + 1) * cfg.think_share) > math.floor(i * cfg.think_share)
     return rows
@@ -115,20 +116,20 @@ def load_pairs(path, tokenizer, cfg):
 
     def normalize(row, where):
         if "overall_preference" in row:
-            context = common.chat(row.get("context") or row.get("prompt") or [], "context")
-            replies = [common.field(row, where, "response1"), common.field(row, where, "response2")]
+            context = chat(row.get("context") or row.get("prompt") or [], "context")
+            replies = [field(row, where, "response1"), field(row, where, "response2")]
             if row["overall_preference"] not in (-3, -2, -1, 1, 2, 3):
-                raise common.BadRow("no preference")
+                raise BadRow("no preference")
             best, worst = replies if row["overall_preference"] < 0 else replies[::-1]
         else:
-            chosen, rejected = (common.chat(common.field(row, where, name, (str, list)), name) for name in ("chosen", "rejected"))
-            context = common.chat(row["prompt"]) if row.get("prompt") else chosen[:-1]
+            chosen, rejected = (chat(field(row, where, name, (str, list)), name) for name in ("chosen", "rejected"))
+            context = chat(row["prompt"]) if row.get("prompt") else chosen[:-1]
             best, worst = (([{"content": ""}] + reply)[-1]["content"] for reply in (chosen, rejected))
         if best == worst or not context or not best or not worst:
-            raise common.BadRow("equal answers or no question")
+            raise BadRow("equal answers or no question")
         return {"pair": [score_ids(tokenizer, context, best), score_ids(tokenizer, context, worst)]}
 
-    rows = common.load_table(path, normalize)
+    rows = load_table(path, normalize)
     kept = [row["pair"] for row in rows if max(map(len, row["pair"])) <= cfg.rm_max_len]
     if len(kept) < len(rows):
         common.print0(f"data {path}: dropped {len(rows) - len(kept)} of {len(rows)} pairs, over {cfg.rm_max_len} tokens")

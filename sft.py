@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import common
+from data import BadRow, chat, data_files, normal_rows, read_rows, stream_rows
 from model import Qwen3, load_tokenizer, render_chat, show_tokens
 
 
@@ -58,30 +59,30 @@ def normalize(row, where):
     """{"messages", "tools", "think", "category"} of a Nemotron SFT row; rows that cannot be trained on are BadRow. Nothing in a
     single row stops the run: the five-millionth is read days after the first."""
     if "output" in row and "messages" not in row:  # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
-        question, system = common.chat(row.get("input"), "input"), row.get("system_prompt") or ""
+        question, system = chat(row.get("input"), "input"), row.get("system_prompt") or ""
         system = [] if not system or re.fullmatch("detailed thinking (on|off)", system) else [{"role": "system", "content": system}]
         row = row | {"messages": system + question + [{"role": "assistant", "content": row["output"]}], "thinking": row.get("reasoning") == "on"}
     if "messages" not in row:
-        raise common.BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
-    messages = common.chat(row["messages"], "messages")
+        raise BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
+    messages = chat(row["messages"], "messages")
     if not messages or messages[-1]["role"] != "assistant":
-        raise common.BadRow("the last turn is not the assistant's")
+        raise BadRow("the last turn is not the assistant's")
     if not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
-        raise common.BadRow("the last assistant turn is empty")
+        raise BadRow("the last assistant turn is empty")
     if not any(m["role"] == "user" and m["content"].strip() for m in messages):
-        raise common.BadRow("no user turn")
+        raise BadRow("no user turn")
     if any(m["role"] not in ("system", "user", "assistant", "tool") for m in messages):
-        raise common.BadRow("a turn of an unknown role")
+        raise BadRow("a turn of an unknown role")
     tools = from_json(row.get("tools"), "tools")
     for m in messages:
         m["tool_calls"] = from_json(m.get("tool_calls"), "tool_calls")
         calls = [call.get("function") or call for call in m["tool_calls"]]
         if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
-            raise common.BadRow("a tool call without name and arguments")
+            raise BadRow("a tool call without name and arguments")
     think = row.get("thinking")
     think = "<think>" in messages[-1]["content"] if think is None else think
     if not isinstance(think, bool):
-        raise common.BadRow('field "thinking" is neither true nor false')
+        raise BadRow('field "thinking" is neither true nor false')
     return {"messages": messages, "tools": tools, "think": think, "category": str(row.get("category") or "all")}
 
 
@@ -90,9 +91,9 @@ def from_json(value, name):
     try:
         value = json.loads(value) if isinstance(value, str) and value else value or []
     except ValueError:
-        raise common.BadRow(f'field "{name}" is not valid JSON')
+        raise BadRow(f'field "{name}" is not valid JSON')
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise common.BadRow(f'field "{name}" is no list of objects')
+        raise BadRow(f'field "{name}" is no list of objects')
     return value
 
 
@@ -101,9 +102,9 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     the next block_rows rows, and the cursors move behind them. Ranks tokenize a share each. seen {category: [conversations,
     tokens]} counts on."""
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
-    block = itertools.islice(common.stream_rows(cursors, cfg.limit), cfg.block_rows) if cursors else common.read_rows(path)
+    block = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows) if cursors else read_rows(path)
     mine = []
-    rows = tqdm(common.normal_rows(block, normalize, path), desc="tokenize", leave=False, disable=None)
+    rows = tqdm(normal_rows(block, normalize, path), desc="tokenize", leave=False, disable=None)
     for i, row in enumerate(rows):
         if i % world == rank:
             ids, mask = render_chat(tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False)
@@ -126,7 +127,7 @@ def batches(tokenizer, state, cfg):
     """Endless steps of samples_per_step conversations, the same on every rank. Memory holds one block of block_rows rows, in
     which all files are mixed; blocks are shuffled by (seed, epoch, block). `state` is the cursor: its "files" say where the
     block begins, its "position" what of it is used, so that a resumed run reads on where it was, bit for bit."""
-    fresh = {file: [0, 0, 0.0] for file in common.data_files(cfg.data)}
+    fresh = {file: [0, 0, 0.0] for file in data_files(cfg.data)}
     chosen, samples, behind, seen, loaded = [], [], {}, {}, None
     if state["files"] and state["files"].keys() != fresh.keys():
         common.fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")

@@ -37,7 +37,8 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import BadRow, fail, field, load_table
+from common import fail
+from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -176,7 +177,7 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         name = next((k for k in ("original_prompt", "problem_statement", "prompt") if row.get(k)), "prompt")
-        issue = ([{"content": ""}] + common.chat(field(row, where, name, (str, list)), name))[-1]["content"]
+        issue = ([{"content": ""}] + chat(field(row, where, name, (str, list)), name))[-1]["content"]
         issue = next((a or b for a, b in ISSUE.findall(issue)), issue).strip()
         if not issue:
             raise BadRow("no issue text")

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 import coderl
-import common
+import data
 import ifrl
 import mathrl
 import rlhf
@@ -181,7 +181,7 @@ def load(clones, monkeypatch):
 
     def load(stage, path):
         if stage == "sft":
-            return common.load_table(path, sft.normalize)
+            return data.load_table(path, sft.normalize)
         if stage == "rm":
             return rlhf.load_pairs(path, None, rlhf.Config())
         if stage == "swerl":
@@ -363,12 +363,12 @@ def test_reading_on_from_any_cursor_gives_the_rows_that_follow(ending, tmp_path)
     path = write(tmp_path / f"rows.{ending}", rows, ("", ""))
     if ending == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
-    read = list(common.read_file(path))
+    read = list(data.read_file(path))
     assert [row for _, row, _ in read] == rows and [where for where, _, _ in read] == [f"{path} row {i}" for i in range(1, 51)]
     shares = [cursor[2] for _, _, cursor in read]
     assert shares == sorted(shares) and 0 < shares[0] and (shares[-1] == 1 or ending == "jsonl.gz" and shares[-1] < 1)
     for _, row, cursor in read:
-        assert [r for _, r, _ in common.read_file(path, json.loads(json.dumps(cursor)))] == rows[row["n"] + 1 :]
+        assert [r for _, r, _ in data.read_file(path, json.loads(json.dumps(cursor)))] == rows[row["n"] + 1 :]
 
 
 def test_a_stream_over_files_equals_itself_after_any_stop(tmp_path):
@@ -377,17 +377,17 @@ def test_a_stream_over_files_equals_itself_after_any_stop(tmp_path):
             write(tmp_path / name, [{"file": name, "n": i} for i in range(n)], ("", ""))
         else:
             (tmp_path / name).write_text("\n")
-    files = common.data_files(str(tmp_path))
+    files = data.data_files(str(tmp_path))
     assert len(files) == 5
     start = lambda: {file: [0, 0, 0.0] for file in files}
-    whole = [row for _, row in common.stream_rows(start())]
+    whole = [row for _, row in data.stream_rows(start())]
     assert len(whole) == 47 and [r for r in whole if r["file"] == "a.jsonl"] == [{"file": "a.jsonl", "n": i} for i in range(23)]
     for stop in range(48):
         cursors = start()
-        stream = common.stream_rows(cursors)
+        stream = data.stream_rows(cursors)
         head = [next(stream)[1] for _ in range(stop)]
         saved = json.loads(json.dumps(cursors))
-        assert head + [row for _, row in common.stream_rows(saved)] == whole
+        assert head + [row for _, row in data.stream_rows(saved)] == whole
     assert all(cursor[2] == 1 for cursor in saved.values())
 
 
@@ -399,7 +399,7 @@ def test_reading_holds_a_chunk_and_not_the_file(tmp_path):
         if ending == "parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
         tracemalloc.start()
-        assert sum(1 for _ in common.read_file(path)) == 4000
+        assert sum(1 for _ in data.read_file(path)) == 4000
         peaks[ending] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     print(f"peak bytes while 8 MB are read: {peaks}")
@@ -418,12 +418,12 @@ def test_a_hub_id_becomes_the_files_of_its_training_split(monkeypatch):
     }
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: list(hub[name]))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, n: types.SimpleNamespace(config=types.SimpleNamespace(data_files=hub[name][n])))
-    assert common.data_files("a/one") == ["hf://x/train.parquet"] and common.data_files("a/one:extra") == ["hf://x/extra.parquet"]
-    assert common.data_files("a/many") == ["hf://x/math.jsonl", "hf://x/code.jsonl"] and common.data_files("a/many:code") == ["hf://x/code.jsonl"]
-    assert common.data_files("a/splits,a/one") == ["hf://x/chat.jsonl", "hf://x/code.jsonl", "hf://x/train.parquet"]
+    assert data.data_files("a/one") == ["hf://x/train.parquet"] and data.data_files("a/one:extra") == ["hf://x/extra.parquet"]
+    assert data.data_files("a/many") == ["hf://x/math.jsonl", "hf://x/code.jsonl"] and data.data_files("a/many:code") == ["hf://x/code.jsonl"]
+    assert data.data_files("a/splits,a/one") == ["hf://x/chat.jsonl", "hf://x/code.jsonl", "hf://x/train.parquet"]
     for name in ("a/none", "a/gone"):
         with pytest.raises(SystemExit):
-            common.data_files(name)
+            data.data_files(name)
 
 
 def test_a_file_behind_a_url_is_read_like_a_local_one(tmp_path):
@@ -431,7 +431,7 @@ def test_a_file_behind_a_url_is_read_like_a_local_one(tmp_path):
 
     rows = [{"n": i} for i in range(5)]
     fsspec.filesystem("memory").pipe("/set/rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    assert [row for _, row in common.read_rows("memory://set/rows.jsonl")] == rows
+    assert [row for _, row in data.read_rows("memory://set/rows.jsonl")] == rows
 
 
 # ---- Decontamination -------------------------------------------------------------------------------------------------
@@ -455,23 +455,23 @@ HELD_OUT = [("e 1", {"problem": f"Tell: {NINE}, exactly?"}), ("e 2", {"prompt": 
 ])  # fmt: skip
 def test_nine_words_in_a_row_are_an_overlap_and_eight_are_not(row, gram):
     """Paper 3.2.2 and 4.5.1: 9-gram decontamination."""
-    assert [found for _, _, found in common.decontaminate([("row 1", row)], HELD_OUT)] == [gram]
+    assert [found for _, _, found in data.decontaminate([("row 1", row)], HELD_OUT)] == [gram]
 
 
 def test_the_wording_around_held_out_problems_is_no_overlap():
     template = "Solve the following problem step by step and put the final answer in a box: "
     held_out = [("e", {"problem": template + f"what is {i} times {i} minus the square of {i} and then plus one?"}) for i in range(11)]
     rows = [("a", {"problem": template + "how old is the king"}), ("b", {"problem": "What is 3 times 3 minus the square of 3 and so on?"})]
-    assert [bool(gram) for _, _, gram in common.decontaminate(rows, held_out)] == [False, True]
-    assert [bool(gram) for _, _, gram in common.decontaminate(rows, held_out[:10])] == [True, True]
+    assert [bool(gram) for _, _, gram in data.decontaminate(rows, held_out)] == [False, True]
+    assert [bool(gram) for _, _, gram in data.decontaminate(rows, held_out[:10])] == [True, True]
 
 
 def test_the_command_writes_what_is_left_and_prints_the_count(tmp_path):
     train = [{"problem": "One plus one?", "answer": "2"}, {"problem": f"Well, {NINE}?", "answer": "3"}, {"problem": "Two?", "answer": "4"}]
     paths = [write(tmp_path / f"{name}.jsonl", rows, ("", "")) for name, rows in (("train", train), ("eval", [row for _, row in HELD_OUT]))]
     out = tmp_path / "clean.jsonl"
-    _, printed, _ = run_python("common.py", f"--data={paths[0]}", f"--eval_data={paths[1]}", f"--out={out}")
+    _, printed, _ = run_python("data.py", f"--data={paths[0]}", f"--eval_data={paths[1]}", f"--out={out}")
     assert f'removed 1 of 3 rows that share 9 words in a row with one of 2 held-out rows (first: {paths[0]} row 2, "{NINE}")' in printed
     assert [json.loads(line) for line in out.read_text().splitlines()] == [train[0], train[2]]
-    code, _, err = run_python("common.py", f"--data={paths[0]}", "--eval_data=nowhere.jsonl", f"--out={out}", check=False)
+    code, _, err = run_python("data.py", f"--data={paths[0]}", "--eval_data=nowhere.jsonl", f"--out={out}", check=False)
     assert code == 2 and err.count("\n") == 1 and "nowhere.jsonl: no such file" in err

@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
-    "engine.py": 330,  # two engines behind one call
-    "common.py": 520,  # (220) one-sentence errors, locks and checksums are 120 lines, streams 90, decontamination 50, the memory check 40
+    "engine.py": 335,  # two engines behind one call
+    "common.py": 330,  # (220) locks, checksums and one-sentence errors are 110 lines, the memory check 30
+    "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
     "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
     "rlhf.py": 650,  # (480) trains the reward model too
-    "coderl.py": 630,  # (480) reads six public schemas instead of one private set
+    "coderl.py": 640,  # (480) reads six public schemas instead of one private set
     "ifrl.py": 780,  # (600) 54 constraint checks
     "swerl.py": 780,  # (520) edits, patches, two judges, and sets whose files lie in git clones
     "mopd.py": 400,

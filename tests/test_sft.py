@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import common
+import data
 import sft
 from conftest import make_tiny
 
@@ -108,7 +108,7 @@ def test_a_step_without_trained_tokens_is_an_error():
 
 def test_rows_become_ids_and_a_mask_on_the_last_answer(world, tokenizer):
     samples = sft.load_samples(str(world / "sft_stage2.jsonl"), tokenizer, config(max_seq_len=512))
-    rows = [sft.normalize(row, where) for where, row in common.read_rows(str(world / "sft_stage2.jsonl"))]
+    rows = [sft.normalize(row, where) for where, row in data.read_rows(str(world / "sft_stage2.jsonl"))]
     assert len(samples) == len(rows)
     for (ids, mask, category), row in zip(samples, rows, strict=True):
         answer = tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
@@ -130,7 +130,7 @@ def test_long_conversations_are_dropped_not_cut(world, tokenizer, capsys):
     ([{"role": "assistant", "content": "Hi"}], "no user turn"),
 ])  # fmt: skip
 def test_rows_that_cannot_be_trained_on_are_refused_with_a_reason(messages, reason):
-    with pytest.raises(common.BadRow, match=reason):
+    with pytest.raises(data.BadRow, match=reason):
         sft.normalize({"messages": messages}, "row 1")
 
 
