@@ -23,7 +23,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
     "rlhf.py": 650,  # (480) trains the reward model too
     "coderl.py": 640,  # (480) reads six public schemas instead of one private set
-    "ifrl.py": 780,  # (600) 54 constraint checks
+    "ifrl.py": 790,  # (600) 54 constraint checks
     "swerl.py": 780,  # (520) edits, patches, two judges, and sets whose files lie in git clones
     "mopd.py": 400,
     "sandbox.py": 650,
