@@ -55,8 +55,7 @@ class Config:
     beta2: float = 0.95
     weight_decay: float = 0.01
     grad_clip: float = 1.0
-    weight_low: float = 0.5  # tokens whose pi_train / pi_sampler is outside [low, high] leave the loss; Cascade 2 eq. 3
-    weight_high: float = 2.0
+    importance_limit: float = 2.0  # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; Cascade 2 eq. 3
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     max_infra: float = 0.02  # of the common loop; nothing can fail here
     eval_every: int = 10  # steps; 0: never
@@ -245,13 +244,19 @@ def pack_rollouts(rollouts, device):
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """Cascade 2 eq. 4: the sum over this micro-batch's completion tokens of -w a log pi, over the completion tokens of all ranks
-    and micro-batches. a = log pi_teacher - log pi_train, w = pi_train / pi_sampler inside [weight_low, weight_high], else 0;
-    neither has a gradient.  # CHANGED: distillation instead of a policy gradient on rewards (Cascade 2 paper 4.4)"""
-    logprobs_M, old_logprobs_M = logprobs_T[batch["loss_index"]], old_logprobs_T[batch["loss_index"]]
-    advantages_M = batch["teacher_logprobs_T"][batch["loss_index"]] - old_logprobs_M
-    weights_M = (old_logprobs_M - batch["sampler_logprobs_T"][batch["loss_index"]]).exp()
-    weights_M = weights_M * ((weights_M >= cfg.weight_low) & (weights_M <= cfg.weight_high))
-    return -(weights_M * advantages_M * logprobs_M).sum() / counts["tokens"]
+    and micro-batches. a = log pi_teacher - log pi_train, w = pi_train / pi_sampler; neither has a gradient.
+    # CHANGED: distillation instead of a policy gradient on rewards (Cascade 2 paper 4.4)"""
+    advantages_M = (batch["teacher_logprobs_T"] - old_logprobs_T)[batch["loss_index"]]
+    return -(importance(old_logprobs_T, batch, cfg) * advantages_M * logprobs_T[batch["loss_index"]]).sum() / counts["tokens"]
+
+
+def importance(old_logprobs_T, batch, cfg):
+    """Weights of the completion tokens, without gradient: pi_train / pi_sampler corrects for a sampler that computes otherwise
+    (vLLM in bf16); a token whose ratio leaves [1 / limit, limit] is dropped."""
+    if not cfg.importance_limit:
+        return 1.0
+    ratio_M = (old_logprobs_T - batch["sampler_logprobs_T"])[batch["loss_index"]].exp()
+    return ratio_M * ((ratio_M >= 1 / cfg.importance_limit) & (ratio_M <= cfg.importance_limit))
 
 
 def train_step(model, optimizer, rollouts, cfg, device, world):

@@ -79,6 +79,7 @@ class Config:
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
+    importance_limit: float = 0.0  # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all weigh 1
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     reward_workers: int = 8  # parallel requests to a scoring endpoint
     max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
@@ -494,7 +495,7 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    loss_M = -torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
+    loss_M = -importance(old_logprobs_T, batch, cfg) * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
     if cfg.kl_coef > 0:  # k3 = e^d - d - 1, d = log ref - log policy; its gradient is that of KL(ref || policy), to first
         # order also of KL(policy || ref). Groups of equal rewards were left out by collate and feel no pull.
         d_M = reference_logprobs(batch, cfg)[batch["loss_index"]] - logprobs_T[batch["loss_index"]]
@@ -503,6 +504,15 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
         sequence_M = torch.searchsorted(batch["cu_seqlens"].long(), batch["loss_index"], right=True)
         return (loss_M / sequence_M.bincount()[sequence_M]).sum() / counts["sequences"]
     return loss_M.sum() / counts["tokens"]
+
+
+def importance(old_logprobs_T, batch, cfg):
+    """Weights of the completion tokens, without gradient: pi_train / pi_sampler corrects for a sampler that computes otherwise
+    (vLLM in bf16); a token whose ratio leaves [1 / limit, limit] is dropped."""
+    if not cfg.importance_limit:
+        return 1.0
+    ratio_M = (old_logprobs_T - batch["sampler_logprobs_T"])[batch["loss_index"]].exp()
+    return ratio_M * ((ratio_M >= 1 / cfg.importance_limit) & (ratio_M <= cfg.importance_limit))
 
 
 def train_step(model, optimizer, rollouts, cfg, device, world):

@@ -440,6 +440,19 @@ def test_rlhf_logs_the_reward_model_s_mean_and_spreads():
     assert logged == pytest.approx({"rm_score": 14 / 5, "rm_std": 2.75**0.5, "rm_group_std": 0.5})
 
 
+def test_importance_weights_by_hand():
+    """Sampler log-probs -1, -1.2, -2 against -1 in the trainer: weights 1, e^0.2 and 0, because e^1 is over the limit of 2."""
+    for stage in (mathrl, rlhf):
+        old_T = torch.tensor([0.0, -1.0, -1.0, -1.0])
+        batch = token_batch([2.0, -1.0, 1.0]) | {"sampler_logprobs_T": torch.tensor([0.0, -1.0, -1.2, -2.0])}
+        cfg = stage.Config(**{**CFG, "importance_limit": 2.0})
+        logprobs_T = old_T.clone().requires_grad_()
+        loss = stage.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=old_T, batch=batch, counts={"tokens": 3, "sequences": 1}, cfg=cfg)
+        loss.backward()
+        assert loss.item() == pytest.approx(-(2.0 - math.exp(0.2)) / 3)
+        assert logprobs_T.grad.tolist() == pytest.approx([0.0, -2 / 3, math.exp(0.2) / 3, 0.0])
+
+
 # ---- 6. rlhf.py: the stabilisers for small reward models (paper 6.3) ----
 def rlhf_config(**changes):
     return rlhf.Config(**{**CFG, "overlong_filter": False, **changes})
