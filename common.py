@@ -137,8 +137,8 @@ def check_memory(folder, cfg, world, device):
     plan = memory_plan(read_config(folder), world, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
     free, GB = free_memory(device, world), 1e9
     for moment in list(plan)[1:]:
-        parts = ", ".join(f"{part} {n / GB:.1f}" for part, n in plan[moment].items())
-        print0(f"{moment}: {sum(plan[moment].values()) / GB:.1f} of {free / GB:.1f} GB a rank ({parts})")
+        parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
+        print0(f"{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
     for moment, parts in plan.items():
         if sum(parts.values()) > free:
             most = max(parts, key=parts.get)

@@ -137,14 +137,14 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(t
             error = capsys.readouterr().err
             assert stop.value.code == 2 and error.count("\n") == 1 and moment in error and "Nothing was trained." in error
     printed = capsys.readouterr().out
-    assert "update: " in printed and "rollouts: " in printed and "of 200.0 GB a rank" in printed
+    assert "update: " in printed and "rollouts: " in printed and "of 200 GB a rank" in printed
 
 
 def test_the_plan_is_printed_at_start_up_of_a_stage(world, tmp_path):
     _, printed, _ = run_python("sft.py", f"--init_from={world}/base", f"--data={world}/sft_stage1.jsonl", f"--out_dir={tmp_path}", "--num_steps=1",
                                "--samples_per_step=4", "--max_seq_len=512", "--micro_batch_tokens=512", "--eval_every=0")  # fmt: skip
     line = next(line for line in printed.splitlines() if line.startswith("update: "))
-    assert "GB a rank (weights 0.0" in line and "free" not in line
+    assert "GB a rank (weights 0.00" in line and "free" not in line
 
 
 @pytest.mark.parametrize("preset, size", [("8b", "8b"), ("14b-thinking", "14b")])
