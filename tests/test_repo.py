@@ -36,7 +36,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
                                               "rms_norm", "sampling", "swiglu")},
 }  # fmt: skip
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-SCRIPTS = (*STAGES, "mopd", "evaluate", "toy")
+SCRIPTS = (*STAGES, "mopd", "evaluate", "report", "toy")
 
 
 def tracked(*suffixes):
