@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import common
+from benchmarks import BENCHMARKS
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -38,6 +39,10 @@ class Config:
     split: str = "test"  # toy only: test is for reporting, dev for tuning
     stage: str = ""  # row label; "": the model's folder name
     results: str = ""  # JSONL file that one line a cell is appended to; finished samples are kept in samples/ beside it
+    judge: str = ""  # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY)
+    judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
+    verifier_python: str = ""  # bfcl, swebench: python of the environment that has their package
+    repos: str = ""  # swebench: folder of git clones named owner__name
     engine: str = "auto"  # auto, torch or vllm
     modes: str = ""  # think, no_think or think,no_think; "": the task's own
     samples: int = 0  # completions per problem of the sampled score; 0: the task's protocol, as in the next four
@@ -57,14 +62,14 @@ class Config:
 
 # ---- 1. Tasks --------------------------------------------------------------------------------------------------------
 def task(load, modes=("think",), hub="", samples=4, max_new_tokens=96, temperature=1.0, top_p=1.0, rope_factor=0.0, greedy=True):
-    """One row of TASKS: load(path, cfg) -> rows, (submit, collect), metric; where the rows come from; the protocol."""
+    """One row of TASKS: load(path, outside) -> rows, (submit, collect), metric; where the rows come from; the protocol."""
     return dict(locals())
 
 
 def stage_task(name, modes, **overrides):
     """A toy skill, graded by the stage that teaches it."""
 
-    def load(path, cfg):
+    def load(path, outside):
         stage = __import__(name)
         cfg = stage.Config(data=path, reward_workers=2, **overrides)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
@@ -72,7 +77,7 @@ def stage_task(name, modes, **overrides):
     return task(load, modes)
 
 
-def load_chat(path, cfg):
+def load_chat(path, outside):
     """The chat column is graded by the rule stated in toy.py, which neither the policy nor its reward model has seen."""
     import rlhf
     import toy
@@ -94,6 +99,7 @@ TASKS = {
     "swe": stage_task("swerl", ("think",), min_prompt_tokens=0),
 }
 TOY = tuple(TASKS)
+TASKS |= {name: task(**row) for name, row in BENCHMARKS.items()}
 
 
 # ---- 2. Scores -------------------------------------------------------------------------------------------------------
@@ -124,10 +130,8 @@ def protocol(name, cfg):
 def weights_of(folder):
     """What tells the weights of two checkpoints apart: the checksums of run.json, else sizes and times of the files."""
     names = sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", "config.json")))
-    if os.path.exists(run := os.path.join(folder, "run.json")):
-        files = json.load(open(run))["files"]
-        return [[name, files[name]] for name in names if name in files]
-    return [[name, os.path.getsize(path := os.path.join(folder, name)), os.stat(path).st_mtime_ns] for name in names]
+    files = json.load(open(run))["files"] if os.path.exists(run := os.path.join(folder, "run.json")) else {}
+    return [[n, files[n]] if n in files else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns] for n in names]
 
 
 def recall(rollouts, path):
@@ -149,11 +153,9 @@ def recall(rollouts, path):
 
 def as_line(r):
     """One JSON line of a completion; the verdict is there once it has been given."""
-    line = {"key": r.key, "problem": r.group, "sample": r.sample, "prompt": r.row["messages"][-1]["content"], "text": r.text,
-            "finish_reason": r.finish_reason, "tokens": r.num_tokens}  # fmt: skip
-    if r.metric is not None:
-        line |= {"score": r.metric, "weight": r.weight, "reward": r.reward, "status": r.status}
-    return json.dumps(line) + "\n"
+    verdict = {"score": r.metric, "weight": r.weight, "reward": r.reward, "status": r.status} if r.metric is not None else {}
+    return json.dumps({"key": r.key, "problem": r.group, "sample": r.sample, "prompt": r.row["messages"][-1]["content"], "text": r.text,
+                       "finish_reason": r.finish_reason, "tokens": r.num_tokens, **verdict}) + "\n"  # fmt: skip
 
 
 def complete(engine, rollouts, how, hook, metric, path, rank):
@@ -191,7 +193,9 @@ def complete(engine, rollouts, how, hook, metric, path, rank):
 def score_task(name, engine, tokenizer, cfg, rank, world):
     """One result line for each mode and decoding of a task; every rank decodes its share of the problems."""
     how, modes = protocol(name, cfg), cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
-    rows, hook, metric = TASKS[name]["load"](source(name, cfg), cfg)
+    samples = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
+    outside = dict(data=cfg.data, samples=samples, judge=cfg.judge, judge_model=cfg.judge_model, verifier_python=cfg.verifier_python, repos=cfg.repos)
+    rows, hook, metric = TASKS[name]["load"](source(name, cfg), outside)
     rows = rows[: cfg.limit] if cfg.limit else rows
     results = []
     for mode in modes:
@@ -205,7 +209,7 @@ def score_task(name, engine, tokenizer, cfg, rank, world):
             for n, r in enumerate(rollouts):
                 r.sample, r.metric = n % k, None
                 r.key = hashlib.blake2b(f"{same} {r.prompt_ids} {r.seed}".encode(), digest_size=12).hexdigest()
-            path = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage, f"{name}_{mode}_{decoding}")
+            path = samples and os.path.join(samples, f"{name}_{mode}_{decoding}")
             complete(engine, rollouts, {**how, "temperature": temperature}, hook, metric, path, rank)
             mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
             _, _, scores, weights, tokens = zip(*sorted(x for part in common.all_gather(mine) for x in part))
@@ -271,8 +275,7 @@ def broken_gates(cells, stages):
             due = [p for p in book["owed"] if STAGES.index(p) < STAGES.index(base_of(stage)) or p == base_of(stage) and stage != p + "1"]
             book["spent"] -= sum(book["owed"].pop(p) for p in due)  # a stage of several parts pays by its second
             best = book["best"]
-            band = 100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"])
-            loss = 100 * (best["score"] - now["score"])
+            loss, band = 100 * (best["score"] - now["score"]), 100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"])
             if too_much := loss - band > book["spent"] + 1e-9:
                 text = f"{name} ({mode}) is at {100 * now['score']:.1f} after {stage}, {loss:.1f} below {best['stage']} ({100 * best['score']:.1f}); "
                 text += f"noise explains {band:.1f} and {book['spent']:.1f} may be lost"
@@ -307,8 +310,7 @@ def keep_best(folder):
 
 def columns_of(cells, stages):
     """[(task, mode)] that some stage was measured on, in the order of TASKS."""
-    present = {key[1:3] for key in cells if key[0] in stages}
-    order = list(TASKS)
+    present, order = {key[1:3] for key in cells if key[0] in stages}, list(TASKS)
     return sorted(present, key=lambda c: (order.index(c[0]) if c[0] in TASKS else len(order), c[0], c[1] != "think"))
 
 
@@ -338,9 +340,7 @@ def draw_matrix(folder):
               f"{100 * b['score']:5.1f} [{100 * b['low']:.1f}, {100 * b['high']:.1f}]  {verdict}")  # fmt: skip
     if any(key[0].endswith("_control") for key in cells):
         print_controls(cells, taught)
-    import report
-
-    report.plot_run(folder, cells, stages, columns)
+    __import__("report").plot_run(folder, cells, stages, columns)  # which imports this file
 
 
 def print_controls(cells, taught):
@@ -412,7 +412,7 @@ def main(cfg):
         return draw_matrix(cfg.matrix)
     if cfg.gates:
         broken = check_gates(cfg.gates, cfg.stage)
-        return common.fail(broken, note="The checkpoints are whole.") if broken else print(f"{cfg.gates}: every gate holds.")
+        return common.fail(broken, note="") if broken else print(f"{cfg.gates}: every gate holds.")
     if cfg.keep_best:
         return keep_best(cfg.keep_best)
     if cfg.same_compute:
