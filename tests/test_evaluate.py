@@ -250,3 +250,36 @@ def test_the_best_checkpoint_is_never_pruned(tmp_path):
     assert common.best_checkpoint(str(tmp_path)) == ""
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "eval": e}) + "\n" for s, e in ((1, 0.2), (2, 0.9), (4, 0.5), (9, 1.0))))
     assert common.best_checkpoint(str(tmp_path)) == "step_000002"  # step 9 was not saved
+
+
+# ---- Chat ------------------------------------------------------------------------------------------------------------
+def test_chat_streams_switches_modes_and_remembers_the_conversation(world, monkeypatch, capsys):
+    """The engine is handed what training renders: the mode flag of this turn, the earlier reply without its thought."""
+    from model import Qwen3, load_tokenizer
+
+    tokenizer, asked, partial = load_tokenizer(world / "base"), [], []
+
+    def generate(rollouts, max_new_tokens, temperature, top_p):
+        import time
+
+        (r,) = rollouts
+        asked.append((tokenizer.decode(r.prompt_ids, skip_special_tokens=False), max_new_tokens, temperature, top_p))
+        text = f"<think>\nhm\n</think>\nReply {len(asked)}." if "/think<|im_end|>\n<|im_start|>assistant" in asked[-1][0].replace(" ", "") else "Plain \u00e9."
+        for token in tokenizer.encode(text).ids:
+            r.completion_ids.append(token)
+            time.sleep(0.06)
+            partial.append(capsys.readouterr().out)
+        r.finish_reason, r.text = "stop", text
+
+    typed = iter(["Hello", "/no_think", "More", "Once /think", "/new", "Again"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
+    model = Qwen3.from_pretrained(world / "base")
+    evaluate.chat(model, type("Engine", (), {"generate": staticmethod(generate)}), tokenizer, evaluate.Config(max_new_tokens=50))
+    prompts = [prompt for prompt, *_ in asked]
+    assert prompts[0].endswith("Hello /think<|im_end|>\n<|im_start|>assistant\n")
+    assert "Hello /no_think" in prompts[1] and "Reply 1." in prompts[1] and "hm" not in prompts[1] and "More /no_think<|im_end|>" in prompts[1]
+    assert "Once /think<|im_end|>" in prompts[2] and "Plain \u00e9." in prompts[2]
+    assert "Hello" not in prompts[3] and "Again /no_think" in prompts[3]  # forgotten; the flag of one turn did not stay
+    assert {how for _, *how in map(tuple, asked) for how in [tuple(how)]} == {(50, 0.6, 0.95)}
+    shown = "".join(partial) + capsys.readouterr().out
+    assert shown.count("Reply 1.") == 1 and shown.count("Plain \u00e9.") == 2 and sum(map(bool, partial)) > 8  # piece by piece, nothing twice
