@@ -34,8 +34,8 @@ def parse_config(Config):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}.")
     for f in dataclasses.fields(Config):
-        kind = boolean if f.type is bool else f.type
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=f.type.__name__)
+        alone = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)  # --flag is --flag=true
+        parser.add_argument(f"--{f.name}", default=f.default, metavar=f.type.__name__, **alone)
     return Config(**vars(parser.parse_args()))
 
 
@@ -201,7 +201,7 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
         sync_folder(out_dir)
         if os.path.lexists(link := os.path.join(out_dir, "final")):
             os.remove(link)  # the stage went on: it is not done, and pruning may take what the link names
-        for old in step_folders(out_dir)[:-keep]:
+        for old in set(step_folders(out_dir)[:-keep]) - {best_checkpoint(out_dir)}:
             shutil.rmtree(os.path.join(out_dir, old))
     all_gather(None)
     return final
@@ -215,6 +215,13 @@ def sync_folder(path):
 
 def step_folders(out_dir):
     return sorted(f for f in os.listdir(out_dir) if f.startswith("step_") and not f.endswith(".tmp")) if os.path.isdir(out_dir) else []
+
+
+def best_checkpoint(out_dir):
+    """Name of the checkpoint with the best held-out score in metrics.jsonl: KEEP_BEST=1 may want it, so it is not pruned."""
+    logged = open(path) if os.path.exists(path := os.path.join(out_dir, "metrics.jsonl")) else ()
+    scores = {f"step_{m['step']:06d}": m["eval"] for m in map(json.loads, logged) if "eval" in m}
+    return max(scores.keys() & set(step_folders(out_dir)), key=lambda name: (scores[name], name), default="")
 
 
 def latest_checkpoint(out_dir):

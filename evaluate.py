@@ -1,22 +1,32 @@
-"""Measures a checkpoint: every skill's held-out metric, sampled and greedy, with 95% intervals; draws the stage-by-skill matrix.
+"""Measures a checkpoint: toy skills and public benchmarks with 95% intervals, the stage-by-skill matrix, the gates between stages.
 
     python evaluate.py --model=out/toy/mathrl/final --tasks=all-toy          one table
+    python evaluate.py --model=... --tasks=aime24,math500 --results=...      the paper's protocol (appendix B), hub id or local file
     python evaluate.py --matrix=out/toy                                      the table and plots of a whole run
+    python evaluate.py --gates=out/toy                                       exit code 2 where a stage lost more than it may
+    python evaluate.py --model=out/toy/swerl/final --chat                    talk to it; /think and /no_think switch the mode
 
 A task runs through its stage's own data loader, prompt builder and verifier, and through the sampler the stage trains with.
-Sampled scores are means over `samples` completions at `temperature`, the protocol of the paper (avg@k, appendix B); the interval
-resamples problems, not completions, because completions of one problem are not independent.
+Sampled scores are means over k completions a problem, the protocol of the paper (avg@k); the interval resamples problems, not
+completions, because completions of one problem are not independent. Each finished completion is a JSON line beside the results
+(samples/<stage>/<task>_<mode>_<decoding>.rank0.jsonl): an interrupted evaluation repeats none of them.
 """
 
+import glob
+import hashlib
 import json
+import math
 import os
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import common
+from benchmarks import BENCHMARKS
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -25,35 +35,49 @@ from model import Qwen3, load_tokenizer, render_chat
 class Config:
     model: str = ""  # checkpoint folder
     tasks: str = "all-toy"  # comma-separated names of TASKS
-    data: str = "out/toy/data"  # folder with <task>_<split>.jsonl
-    split: str = "test"  # test is for reporting, dev for tuning
+    data: str = "out/toy/data"  # folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json, .parquet; else the hub is asked
+    split: str = "test"  # toy only: test is for reporting, dev for tuning
     stage: str = ""  # row label; "": the model's folder name
-    results: str = ""  # JSONL file that one line a cell is appended to
+    results: str = ""  # JSONL file that one line a cell is appended to; finished samples are kept in samples/ beside it
+    judge: str = ""  # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY)
+    judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
+    verifier_python: str = ""  # bfcl, swebench: python of the environment that has their package
+    repos: str = ""  # swebench: folder of git clones named owner__name
     engine: str = "auto"  # auto, torch or vllm
-    samples: int = 4  # completions per problem of the sampled score
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 96
+    modes: str = ""  # think, no_think or think,no_think; "": the task's own
+    samples: int = 0  # completions per problem of the sampled score; 0: the task's protocol, as in the next four
+    temperature: float = -1.0  # -1: the task's protocol
+    top_p: float = 0.0
+    max_new_tokens: int = 0
+    rope_factor: float = 0.0  # YaRN
     limit: int = 0  # problems per task; 0: all
     seed: int = 0
     label_seed: int = 0  # seed of the training run, written into the results
     matrix: str = ""  # run folder: print its matrix, write matrix.png and one plot a stage
+    gates: str = ""  # run folder: check the gates of its results.jsonl, of one stage with --stage
+    keep_best: str = ""  # stage folder: make the best of its checkpoints in candidates.jsonl its final one
     same_compute: str = ""  # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run
+    chat: bool = False  # talk to the model in the terminal
 
 
 # ---- 1. Tasks --------------------------------------------------------------------------------------------------------
-def stage_task(name, modes, **overrides):
-    """(modes, load) of a task that is graded by the stage that teaches it."""
+def task(load, modes=("think",), hub="", samples=4, max_new_tokens=96, temperature=1.0, top_p=1.0, rope_factor=0.0, greedy=True):
+    """One row of TASKS: load(path, outside) -> rows, (submit, collect), metric; where the rows come from; the protocol."""
+    return dict(locals())
 
-    def load(path):
+
+def stage_task(name, modes, **overrides):
+    """A toy skill, graded by the stage that teaches it."""
+
+    def load(path, outside):
         stage = __import__(name)
         cfg = stage.Config(data=path, reward_workers=2, **overrides)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
 
-    return modes, load
+    return task(load, modes)
 
 
-def load_chat(path):
+def load_chat(path, outside):
     """The chat column is graded by the rule stated in toy.py, which neither the policy nor its reward model has seen."""
     import rlhf
     import toy
@@ -67,45 +91,131 @@ def load_chat(path):
     return rlhf.load_rows(rlhf.Config(data=path)), (lambda rollout: None, collect), lambda r: r.reward
 
 
-TASKS = {  # name -> (modes, load(path) -> rows, (submit, collect), metric)
-    "chat": (("think", "no_think"), load_chat),
+TASKS = {
+    "chat": task(load_chat, ("think", "no_think")),
     "if": stage_task("ifrl", ("think", "no_think")),
     "math": stage_task("mathrl", ("think",)),
     "code": stage_task("coderl", ("think",)),
     "swe": stage_task("swerl", ("think",), min_prompt_tokens=0),
 }
+TOY = tuple(TASKS)
+TASKS |= {name: task(**row) for name, row in BENCHMARKS.items()}
 
 
 # ---- 2. Scores -------------------------------------------------------------------------------------------------------
-def interval(scores_PG, seed=0, resamples=2000):
-    """(mean, low, high): 95% bootstrap over problems of the mean of their mean scores."""
-    per_problem = np.asarray(scores_PG, dtype=np.float64).mean(axis=1)
-    draws = np.random.default_rng(seed).integers(0, len(per_problem), (resamples, len(per_problem)))
-    low, high = np.percentile(per_problem[draws].mean(axis=1), [2.5, 97.5])
-    return float(per_problem.mean()), float(low), float(high)
+def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
+    """(mean, low, high): 95% bootstrap over problems of the (weighted) mean of their scores."""
+    scores_PG = np.asarray(scores_PG, dtype=np.float64)
+    weights_PG = np.ones_like(scores_PG) if weights_PG is None else np.asarray(weights_PG, dtype=np.float64)
+    sums_P, weights_P = (scores_PG * weights_PG).sum(axis=1), weights_PG.sum(axis=1)
+    draws = np.random.default_rng(seed).integers(0, len(sums_P), (resamples, len(sums_P)))
+    low, high = np.percentile(sums_P[draws].sum(axis=1) / weights_P[draws].sum(axis=1), [2.5, 97.5])
+    return float(sums_P.sum() / weights_P.sum()), float(low), float(high)
+
+
+def source(name, cfg):
+    """Where the rows of a task are: a file or folder of --data named after it, or its hub id."""
+    names = (f"{name}_{cfg.split}.jsonl", f"{name}.jsonl", f"{name}.json", f"{name}.parquet", name)
+    found = [path for path in (os.path.join(cfg.data, n) for n in names) if os.path.exists(path)]
+    return found[0] if found else TASKS[name]["hub"] or os.path.join(cfg.data, names[0])
+
+
+def protocol(name, cfg):
+    """The sampling settings of a task: the flags that were given, else its own (paper, appendix B)."""
+    given = dict(samples=cfg.samples, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens, rope_factor=cfg.rope_factor)
+    given = {k: v or TASKS[name][k] for k, v in given.items()}
+    return given | {"temperature": TASKS[name]["temperature"] if cfg.temperature < 0 else cfg.temperature}
+
+
+def weights_of(folder):
+    """What tells the weights of two checkpoints apart: the checksums of run.json, else sizes and times of the files."""
+    names = sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", "config.json")))
+    files = json.load(open(run))["files"] if os.path.exists(run := os.path.join(folder, "run.json")) else {}
+    return [[n, files[n]] if n in files else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns] for n in names]
+
+
+def recall(rollouts, path):
+    """Fill the rollouts whose completion an earlier run has finished; a line that was cut off counts for nothing."""
+    found = {}
+    for file in sorted(glob.glob(glob.escape(path) + ".rank*.jsonl")):
+        for line in open(file):
+            try:
+                kept = json.loads(line)
+            except ValueError:
+                continue
+            if "score" in kept or kept["key"] not in found:
+                found[kept["key"]] = kept
+    for r in rollouts:
+        if kept := found.get(r.key):
+            r.text, r.finish_reason, r.num_tokens = kept["text"], kept["finish_reason"], kept["tokens"]
+            r.metric, r.weight, r.reward, r.status = (kept.get(k) for k in ("score", "weight", "reward", "status"))
+
+
+def as_line(r):
+    """One JSON line of a completion; the verdict is there once it has been given."""
+    verdict = {"score": r.metric, "weight": r.weight, "reward": r.reward, "status": r.status} if r.metric is not None else {}
+    return json.dumps({"key": r.key, "problem": r.group, "sample": r.sample, "prompt": r.row["messages"][-1]["content"], "text": r.text,
+                       "finish_reason": r.finish_reason, "tokens": r.num_tokens, **verdict}) + "\n"  # fmt: skip
+
+
+def complete(engine, rollouts, how, hook, metric, path, rank):
+    """Sample and grade what no earlier run has; each completion is on the disk the moment it ends, its verdict when all have."""
+    submit, collect = hook
+    if path:
+        recall(rollouts, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = path and f"{path}.rank{rank}.jsonl"
+    out = open(file, "a") if file else None
+    if out and out.tell() and not open(file).read().endswith("\n"):
+        out.write("\n")
+
+    def finished(r):
+        r.num_tokens = len(r.completion_ids)
+        if out:
+            out.write(as_line(r))
+            out.flush()
+        submit(r)
+
+    engine.generate([r for r in rollouts if not r.finish_reason], how["max_new_tokens"], how["temperature"], how["top_p"], on_finished=finished)
+    ungraded = [r for r in rollouts if r.metric is None]
+    collect(ungraded)
+    for r in ungraded:
+        r.metric, r.weight = (None if r.status == "infra" else float(metric(r))), float(getattr(r, "votes", 1.0))
+    if file:
+        out.close()
+        with open(file + ".tmp", "w") as f:
+            f.writelines(map(as_line, rollouts))
+        os.replace(file + ".tmp", file)
+    if missing := sum(r.metric is None for r in rollouts):
+        common.fail(f"{missing} of {len(rollouts)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
 
 
 def score_task(name, engine, tokenizer, cfg, rank, world):
     """One result line for each mode and decoding of a task; every rank decodes its share of the problems."""
-    modes, load = TASKS[name]
-    rows, (submit, collect), metric = load(os.path.join(cfg.data, f"{name}_{cfg.split}.jsonl"))
+    how, modes = protocol(name, cfg), cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
+    samples = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
+    outside = dict(data=cfg.data, samples=samples, judge=cfg.judge, judge_model=cfg.judge_model, verifier_python=cfg.verifier_python, repos=cfg.repos)
+    rows, hook, metric = TASKS[name]["load"](source(name, cfg), outside)
     rows = rows[: cfg.limit] if cfg.limit else rows
     results = []
     for mode in modes:
         for row in rows:
             row["think"] = mode == "think"
-            row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
-        for decoding, samples, temperature in (("sampled", cfg.samples, cfg.temperature), ("greedy", 1, 0.0)):
-            rollouts = [
-                Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, k))
-                for i, row in enumerate(rows) if i % world == rank for k in range(samples)
-            ]  # fmt: skip
-            engine.generate(rollouts, cfg.max_new_tokens, temperature, cfg.top_p, on_finished=submit)
-            collect(rollouts)
-            scores = np.reshape([metric(r) for r in rollouts], (-1, samples))
-            score, low, high = interval(np.concatenate(common.all_gather(scores)))
+            row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"], row.get("tools"))[0]
+        for decoding, k, temperature in (("sampled", how["samples"], how["temperature"]), ("greedy", 1, 0.0))[: 1 + TASKS[name]["greedy"]]:
+            rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j))
+                        for i, row in enumerate(rows) if i % world == rank for j in range(k)]  # fmt: skip
+            same = json.dumps([weights_of(cfg.model), how, temperature, type(engine).__name__])
+            for n, r in enumerate(rollouts):
+                r.sample, r.metric = n % k, None
+                r.key = hashlib.blake2b(f"{same} {r.prompt_ids} {r.seed}".encode(), digest_size=12).hexdigest()
+            path = samples and os.path.join(samples, f"{name}_{mode}_{decoding}")
+            complete(engine, rollouts, {**how, "temperature": temperature}, hook, metric, path, rank)
+            mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
+            _, _, scores, weights, tokens = zip(*sorted(x for part in common.all_gather(mine) for x in part))
+            score, low, high = interval(np.reshape(scores, (-1, k)), np.reshape(weights, (-1, k)))
             results.append({"stage": cfg.stage, "task": name, "mode": mode, "decoding": decoding, "score": score, "low": low, "high": high,
-                            "n": len(rows), "samples": samples, "seed": cfg.label_seed, "split": cfg.split})  # fmt: skip
+                            "n": len(rows), "samples": k, "seed": cfg.label_seed, "split": cfg.split, "tokens": sum(tokens) / len(tokens)})  # fmt: skip
     return results
 
 
@@ -115,22 +225,99 @@ def print_table(results):
               f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']} x {r['samples']}", flush=True)  # fmt: skip
 
 
-# ---- 3. The matrix ---------------------------------------------------------------------------------------------------
+# ---- 3. The matrix and the gates -------------------------------------------------------------------------------------
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "mopd")
 OWN = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swerl": "swe"}
+
+# Points a stage may cost a task, beyond the noise band of the two scores. A pair is a sacrifice: the points, and the stage
+# that has to bring them back. What stages may cost adds up; the noise does not.
+GATES = {
+    "*": {"*": 1.0, **dict.fromkeys(TOY, 3.0)},  # any stage, any task; the toy skills share half a million parameters
+    "rlhf": {"ifeval": (25.0, "ifrl"), "ifbench": (5.0, "ifrl"), "if": (10.0, "ifrl")},  # paper T4: IFEval 70.8 -> 50.1, T5: 90.4
+    "ifrl": {"mmlu_pro": 3.0, "chat": 10.0},  # paper T5: MMLU-Pro 77.8 -> 74.5; toy: chat's rule and the constraints disagree
+}
+
+
+def base_of(stage):
+    """mathrl2 -> mathrl: sub-stages share the gates of their stage."""
+    return stage.rstrip("0123456789")
+
+
+def read_results(folder, flag):
+    """({(stage, task, mode, decoding): result line}, stages in their order) of a run folder."""
+    path, cells = os.path.join(folder, "results.jsonl"), {}
+    if not os.path.exists(path):
+        common.fail(f"--{flag}={folder}: no results.jsonl there.", note="Nothing was read.")
+    for line in open(path):
+        r = json.loads(line)
+        cells[r["stage"], r["task"], r["mode"], r["decoding"]] = r  # a re-run replaces
+    known = {s for s, *_ in cells if base_of(s) in STAGES}
+    return cells, sorted(known, key=lambda s: (STAGES.index(base_of(s)), s))
+
+
+def broken_gates(cells, stages):
+    """[(stage, sentence)] for every stage that lost more than it may. Each score is held against the best one before it; a
+    loss that was reported is not reported again at later stages."""
+    broken, books = [], {}
+    for stage in stages:
+        for (s, name, mode, decoding), now in cells.items():
+            if s != stage or decoding != "sampled":
+                continue
+            book = books.setdefault((name, mode), {"best": now, "spent": 0.0, "owed": {}})
+            if book["best"] is now:
+                continue
+            costs = GATES["*"] | GATES.get(base_of(stage), {})
+            cost = costs.get(name, costs["*"])
+            points, payer = cost if isinstance(cost, tuple) else (cost, "")
+            book["spent"] += points
+            if payer:
+                book["owed"][payer] = book["owed"].get(payer, 0.0) + points
+            due = [p for p in book["owed"] if STAGES.index(p) < STAGES.index(base_of(stage)) or p == base_of(stage) and stage != p + "1"]
+            book["spent"] -= sum(book["owed"].pop(p) for p in due)  # a stage of several parts pays by its second
+            best = book["best"]
+            loss, band = 100 * (best["score"] - now["score"]), 100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"])
+            if too_much := loss - band > book["spent"] + 1e-9:
+                text = f"{name} ({mode}) is at {100 * now['score']:.1f} after {stage}, {loss:.1f} below {best['stage']} ({100 * best['score']:.1f}); "
+                text += f"noise explains {band:.1f} and {book['spent']:.1f} may be lost"
+                broken.append((stage, text + (f": {due[0]} had to bring it back." if due else ".")))
+            if loss <= 0 or too_much:
+                books[name, mode] = {"best": now, "spent": 0.0, "owed": {}}
+    return broken
+
+
+def check_gates(folder, stage=""):
+    """One sentence and a next step for broken gates (of one stage, if named), else ""."""
+    broken = [(s, text) for s, text in broken_gates(*read_results(folder, "gates")) if stage in ("", s)]
+    if not broken:
+        return ""
+    s, more = broken[0][0], f" ({len(broken) - 1} more gates broke.)" if len(broken) > 1 else ""
+    return (f"gate: {broken[0][1]}{more} Train {s} again with a lower lr or fewer steps (remove {folder}/{s} first), declare the loss in "
+            f"GATES of evaluate.py, or go on from the best checkpoint of {s} with KEEP_BEST=1.")  # fmt: skip
+
+
+def keep_best(folder):
+    """folder/final becomes the checkpoint with the highest mean held-out dev score over all tasks (candidates.jsonl)."""
+    means = {}
+    for line in open(os.path.join(folder, "candidates.jsonl")):
+        r = json.loads(line)
+        if r["decoding"] == "sampled":
+            means.setdefault(r["stage"], {})[r["task"], r["mode"]] = r["score"]
+    means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
+    best = max(sorted(means), key=means.get)
+    common.mark_final(folder, os.path.join(folder, best))
+    print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} (" + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items())) + ")")
+
+
+def columns_of(cells, stages):
+    """[(task, mode)] that some stage was measured on, in the order of TASKS."""
+    present, order = {key[1:3] for key in cells if key[0] in stages}, list(TASKS)
+    return sorted(present, key=lambda c: (order.index(c[0]) if c[0] in TASKS else len(order), c[0], c[1] != "think"))
 
 
 def draw_matrix(folder):
     """Print the stage-by-skill tables of folder/results.jsonl and write matrix.png and curves_<stage>.png beside it."""
-    path = os.path.join(folder, "results.jsonl")
-    if not os.path.exists(path):
-        common.fail(f"--matrix={folder}: no results.jsonl there.")
-    cells = {}
-    for line in open(path):
-        r = json.loads(line)
-        cells[r["stage"], r["task"], r["mode"], r["decoding"]] = r  # a re-run replaces
-    columns = [(task, mode) for task, (modes, _) in TASKS.items() for mode in modes]
-    stages = [s for s in STAGES if any(key[0] == s for key in cells)]
+    cells, stages = read_results(folder, "matrix")
+    columns = columns_of(cells, stages)
     for decoding in ("sampled", "greedy"):
         print(f"\n{decoding}, held-out test split, percent [95% interval]; * a stage's own skill")
         print(f"{'':8s}" + "".join(f"{task + ' ' + mode:>22s}" for task, mode in columns))
@@ -145,7 +332,7 @@ def draw_matrix(folder):
     print("\nown skill, sampled, before -> after the stage that teaches it:")
     for before, after in zip(taught, taught[1:]):
         mode = "no_think" if after == "ifrl" else "think"
-        a, b = (cells.get((s, OWN[after], mode, "sampled")) for s in (before, after))
+        a, b = (cells.get((s, OWN.get(after), mode, "sampled")) for s in (before, after))
         if not (a and b):
             continue
         verdict = "beyond the intervals' overlap" if b["low"] > a["high"] else "within the intervals"
@@ -153,10 +340,7 @@ def draw_matrix(folder):
               f"{100 * b['score']:5.1f} [{100 * b['low']:.1f}, {100 * b['high']:.1f}]  {verdict}")  # fmt: skip
     if any(key[0].endswith("_control") for key in cells):
         print_controls(cells, taught)
-    plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns)
-    for s in stages[1:]:
-        if os.path.exists(metrics := os.path.join(folder, s, "metrics.jsonl")):
-            plot_curves(metrics, os.path.join(folder, f"curves_{s}.png"), s)
+    __import__("report").plot_run(folder, cells, stages, columns)  # which imports this file
 
 
 def print_controls(cells, taught):
@@ -164,7 +348,7 @@ def print_controls(cells, taught):
     print("\nown skill, sampled: before the stage, after it, and after the same seconds of more SFT from the same checkpoint")
     for before, after in zip(taught, taught[1:]):
         mode = "no_think" if after == "ifrl" else "think"
-        found = [cells.get((s, OWN[after], mode, "sampled")) for s in (before, after, f"{after}_control")]
+        found = [cells.get((s, OWN.get(after), mode, "sampled")) for s in (before, after, f"{after}_control")]
         if all(found):
             texts = [f"{100 * r['score']:5.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in found]
             print(f"{after:8s}{OWN[after]:>5s} {mode:9s} before {texts[0]}   RL {texts[1]}   more SFT {texts[2]}")
@@ -177,79 +361,87 @@ def steps_of_same_compute(rl_folder, sft_folder):
     return round(seconds / float(np.median([r["time/train"] for r in read(sft_folder)])))
 
 
-def plot_matrix(path, cells, stages, columns):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    values = np.array([[100 * cells[s, t, m, "sampled"]["score"] if (s, t, m, "sampled") in cells else np.nan for t, m in columns] for s in stages])
-    figure, axis = plt.subplots(figsize=(1.35 * len(columns) + 1.5, 0.7 * len(stages) + 1.6))
-    axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    for y, s in enumerate(stages):
-        for x, (task, mode) in enumerate(columns):
-            r = cells.get((s, task, mode, "sampled"))
-            if r:
-                colour = "white" if values[y, x] < 60 else "black"
-                half = 50 * (r["high"] - r["low"])
-                axis.text(x, y, f"{values[y, x]:.1f}\n\u00b1{half:.1f}", ha="center", va="center", color=colour, fontsize=9,
-                          fontweight="bold" if OWN.get(s) == task else "normal")  # fmt: skip
-            if OWN.get(s) == task:
-                axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
-    axis.set_xticks(range(len(columns)), [f"{t}\n{m}" for t, m in columns])
-    axis.set_yticks(range(len(stages)), stages)
-    axis.set_title("held-out score after each stage, % (sampled, 95% interval; red: what the stage teaches)", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_curves(metrics_path, path, stage):
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in open(metrics_path)]
-    rows = [r | {"reward": r.get("reward/rm_score", r["reward"])} for r in rows]  # rlhf: the raw score, whatever the shaping
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
-    for axis, (key, title) in zip(axes, (("reward", "reward"), ("len", "completion tokens"), ("trunc", "share truncated"), ("entropy", "entropy, nats/token"))):
-        steps, values = [r["step"] for r in rows], [r[key] for r in rows]
-        window = max(len(values) // 20, 1)
-        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
-        axis.plot(steps, [np.mean(values[max(0, i - window) : i + 1]) for i in range(len(values))], color="tab:blue", label="training")
-        if key == "reward" and any("eval" in r for r in rows):
-            held_out = [(r["step"], r["eval"]) for r in rows if "eval" in r]
-            axis.plot(*zip(*held_out), "o-", color="tab:red", markersize=3, label="held-out (dev)")
-            axis.legend(fontsize=8)
-        axis.set_title(f"{stage}: {title}", fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+# ---- 4. Chat ---------------------------------------------------------------------------------------------------------
+def chat(model, engine, tokenizer, cfg):
+    """Talk in the terminal. The reply appears while it is sampled; the mode is a flag of each user turn, as in training."""
+    print("/think and /no_think switch the mode (at the end of a message: for that turn), /new forgets, ctrl-d leaves.")
+    messages, think = [], True
+    while True:
+        try:
+            text = input(f"\n{'think' if think else 'no_think'}> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if text in ("/think", "/no_think"):
+            think = text == "/think"
+        elif text == "/new":
+            messages = []
+        elif text:
+            messages.append({"role": "user", "content": text})
+            prompt_ids = render_chat(tokenizer, messages, think)[0]
+            room = min(cfg.max_new_tokens or 8192, model.max_positions() - len(prompt_ids))
+            if room < 1:
+                print(f"The conversation fills all {model.max_positions()} positions of this model: /new starts another.")
+                messages.pop()
+                continue
+            r = Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(cfg.seed, 2, time.time_ns()))
+            how = (0.6 if cfg.temperature < 0 else cfg.temperature, cfg.top_p or 0.95)  # what the paper evaluates with
+            sampling = threading.Thread(target=engine.generate, args=([r], room, *how), daemon=True)
+            sampling.start()
+            shown = 0
+            while shown < len(r.text) or sampling.is_alive():
+                sampling.join(0.03)
+                now = r.text or tokenizer.decode(list(r.completion_ids)).rstrip("\ufffd")  # half a character waits for its other half
+                print(now[shown:], end="", flush=True)
+                shown = len(now)
+            print("" if r.finish_reason == "stop" else " [cut off]")
+            messages.append({"role": "assistant", "content": r.text})
 
 
-# ---- 4. main ---------------------------------------------------------------------------------------------------------
+# ---- 5. main ---------------------------------------------------------------------------------------------------------
+def load(cfg, device, rope_factor):
+    """(model, engine) of --model; YaRN where the task's protocol wants it."""
+    try:
+        model = Qwen3.from_pretrained(cfg.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, rope_factor=rope_factor)
+    except Exception as e:  # whatever is wrong with the folder, in the library's words
+        common.fail(f"--model={cfg.model}: {e}.", note="Nothing was measured.")
+    return model, make_engine("torch" if cfg.chat else cfg.engine, model, load_tokenizer(cfg.model))
+
+
 def main(cfg):
     if cfg.matrix:
         return draw_matrix(cfg.matrix)
+    if cfg.gates:
+        broken = check_gates(cfg.gates, cfg.stage)
+        return common.fail(broken, note="") if broken else print(f"{cfg.gates}: every gate holds.")
+    if cfg.keep_best:
+        return keep_best(cfg.keep_best)
     if cfg.same_compute:
         return print(steps_of_same_compute(*cfg.same_compute.split(",")))
-    names = list(TASKS) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
+    names = list(TOY) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:
-        common.fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).")
+        common.fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).", note="Nothing was measured.")
     if not os.path.exists(os.path.join(cfg.model, "config.json")):
-        common.fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).")
+        common.fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).", note="Nothing was measured.")
     rank, world, device = common.init_distributed(cfg.seed)
     cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
-    tokenizer = load_tokenizer(cfg.model)
-    model = Qwen3.from_pretrained(cfg.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    engine = make_engine(cfg.engine, model, tokenizer)
+    tokenizer, loaded = load_tokenizer(cfg.model), None
+    if cfg.chat:
+        return chat(*load(cfg, device, cfg.rope_factor), tokenizer, cfg)
     for name in names:
+        how = protocol(name, cfg)
+        if loaded != how["rope_factor"]:
+            (model, engine), loaded = load(cfg, device, how["rope_factor"]), how["rope_factor"]
+        if how["max_new_tokens"] >= model.max_positions():
+            common.fail(f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.", note="")
         results = score_task(name, engine, tokenizer, cfg, rank, world)
         if rank == 0:
             print_table(results)
         if cfg.results and rank == 0:
             with open(cfg.results, "a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in results)
+    if os.path.basename(cfg.results) == "results.jsonl" and rank == 0:  # of a run folder: run_cascade.sh stops if broken_gate has text
+        with open(os.path.join(os.path.dirname(cfg.results), "broken_gate"), "w") as f:
+            f.write(check_gates(os.path.dirname(cfg.results), cfg.stage))
 
 
 if __name__ == "__main__":

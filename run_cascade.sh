@@ -8,8 +8,10 @@
 #   bash run_cascade.sh setup            only install into .venv
 #
 # Environment: NPROC ranks a node, OUT folder, SEED, BASE and RM (folders of the base and of a ready reward model, for the
-# real sizes), DRY_RUN=1 prints the commands, PIP_EXTRA_INDEX_URL the index of PyTorch's CPU wheels where pip needs one,
-# LAUNCH replaces the launcher, e.g. LAUNCH="torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500".
+# real sizes), TASKS measured after each stage (e.g. ifeval,math500; files in EVAL_DATA; toy: all), KEEP_BEST=1: a broken gate
+# takes the stage's best checkpoint and goes on, DRY_RUN=1 prints the commands, PIP_EXTRA_INDEX_URL the index of PyTorch's CPU
+# wheels where pip needs one, LAUNCH replaces the launcher,
+# e.g. LAUNCH="torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500".
 set -euo pipefail
 cd "$(dirname "$0")"
 PRESET=${1:-toy}
@@ -41,55 +43,54 @@ stage() {  # stage NAME SCRIPT PREVIOUS [flags]: train unless done
         echo "== $name: $previous -> $OUT/$name"
         run $LAUNCH "$script.py" --init_from="$previous" --out_dir="$OUT/$name" --seed="$SEED" "$@"
     fi
+    [ -z "${TASKS:-}" ] || [ "$name" = sft1 ] || score "$name" "${name/sft2/sft}"
 }
-score() {  # score NAME LABEL: held-out skills of a finished toy stage, once
+score() {  # score NAME LABEL: held-out tasks of a finished stage, once; a broken gate stops here, or takes its best checkpoint
     [ -e "$OUT/$1/scored" ] && return
-    run $LAUNCH evaluate.py --model="$OUT/$1/final" --stage="$2" --data="$OUT/data" --results="$OUT/results.jsonl" --label_seed="$SEED" --limit=260
+    local e="$LAUNCH evaluate.py --tasks=$TASKS --data=${EVAL_DATA:-$OUT/data} --label_seed=$SEED --limit=${LIMIT:-0}"
+    run $e --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
+    if [ -s "$OUT/broken_gate" ]; then
+        cat "$OUT/broken_gate" >&2; [ "${KEEP_BEST:-}" = 1 ] || exit 2
+        for c in "$OUT/$1"/step_*; do $e --model="$c" --results="$OUT/$1/candidates.jsonl" --split=dev; done
+        .venv/bin/python evaluate.py --keep_best="$OUT/$1"
+        $e --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
+    fi
     run touch "$OUT/$1/scored"
 }
 
 toy() {
     [ -e "$OUT/data/done" ] || { run .venv/bin/python toy.py --out="$OUT/data" --seed="$SEED"; run touch "$OUT/data/done"; }
-    local d=$OUT/data
+    local d=$OUT/data TASKS=all-toy LIMIT=260
     local sft="--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --eval_every=0 --save_every=100"
     local rl="--prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0 --max_prompt_tokens=256 --max_new_tokens=80
-        --micro_batch_tokens=8192 --reward_workers=2 --final_lr=0.1 --eval_every=25 --eval_rows=150 --save_every=20 --sample_every=20"
+        --micro_batch_tokens=8192 --reward_workers=2 --final_lr=0.1 --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20"
     stage sft1 sft "$d/base" --data="$d/sft_stage1.jsonl" --lr=6e-3 --num_steps=140 --schedule_steps=400 $sft
     stage sft2 sft "$OUT/sft1/final" --data="$d/sft_stage2.jsonl" --lr=5e-3 --num_steps=300 --schedule_steps=300 $sft
-    score sft2 sft
     stage rlhf rlhf "$OUT/sft2/final" --data="$d/chat_rl.jsonl" --eval_data="$d/chat_dev.jsonl" --rm_data="$d/preference.jsonl" \
         --rm_eval_data="$d/preference_dev.jsonl" --rm_lr=2e-3 --rm_samples_per_step=32 --rm_epochs=2 --lr=3e-4 --num_steps=40 --kl_coef=0.1 --shape_reward=true $rl
-    score rlhf rlhf
     stage ifrl ifrl "$OUT/rlhf/final" --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=6e-4 --num_steps=90 $rl --max_refill_rounds=1
-    score ifrl ifrl
     stage mathrl mathrl "$OUT/ifrl/final" --data="$d/math_rl.jsonl" --eval_data="$d/math_dev.jsonl" --lr=6e-4 --num_steps=50 $rl
-    score mathrl mathrl
     stage coderl coderl "$OUT/mathrl/final" --data="$d/code_rl.jsonl" --eval_data="$d/code_dev.jsonl" --lr=5e-4 --num_steps=60 $rl
-    score coderl coderl
     stage swerl swerl "$OUT/coderl/final" --data="$d/swe_rl.jsonl" --eval_data="$d/swe_dev.jsonl" --min_prompt_tokens=0 --lexical_floor=0.98 --lr=3e-4 --num_steps=90 $rl
-    score swerl swerl
-    run .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
 control() {  # beside each RL stage: as many seconds of SFT on the same demonstrations, from the same checkpoint
-    local before=sft2 name steps
+    local before=sft2 name steps TASKS=all-toy LIMIT=260
     for name in rlhf ifrl mathrl coderl swerl; do
         steps=$(.venv/bin/python evaluate.py --same_compute="$OUT/$name,$OUT/sft2")
         stage ${name}_control sft "$OUT/$before/final" --data="$OUT/data/sft_stage2.jsonl" --lr=2e-3 --num_steps="$steps" \
             --schedule_steps="$steps" --samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=10 --eval_every=0
-        score ${name}_control ${name}_control
         before=$name
     done
     .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
 mopd() {  # teachers are the cascade's own checkpoints, each for the skill that it taught
-    local d=$OUT/data t=""
+    local d=$OUT/data t="" TASKS=all-toy LIMIT=260
     t=rlhf:$d/chat_SPLIT.jsonl:$OUT/rlhf/final,ifrl:$d/if_SPLIT.jsonl:$OUT/ifrl/final,mathrl:$d/math_SPLIT.jsonl:$OUT/mathrl/final
     t+=,coderl:$d/code_SPLIT.jsonl:$OUT/coderl/final,swerl:$d/swe_SPLIT.jsonl:$OUT/swerl/final
     stage mopd mopd "$OUT/swerl/final" --data="${t//SPLIT/rl}" --eval_data="${t//SPLIT/dev}" --lr=3e-4 --num_steps=40 --prompts_per_step=64 \
         --warmup_steps=3 --final_lr=0.1 --max_prompt_tokens=256 --max_new_tokens=80 --micro_batch_tokens=8192 --save_every=20
-    score mopd mopd
     run .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
@@ -127,8 +128,8 @@ real() {  # the paper's runs; where its text and its appendix tables disagree th
 
 case $PRESET in
     setup) setup ;;
-    toy) setup; toy ;;
+    toy) setup; toy; run .venv/bin/python report.py --run="$OUT" ;;
     control|mopd) setup; $PRESET ;;
-    0.6b|8b|8b-thinking|14b-thinking) setup; real ;;
+    0.6b|8b|8b-thinking|14b-thinking) setup; real; [ -z "${TASKS:-}" ] || run .venv/bin/python report.py --run="$OUT" ;;
     *) echo "usage: bash run_cascade.sh [toy|control|mopd|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2; exit 2 ;;
 esac

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 335,  # two engines behind one call
-    "common.py": 330,  # (220) locks, checksums and one-sentence errors are 110 lines, the memory check 30
+    "common.py": 335,  # (220) locks, checksums and one-sentence errors are 110 lines, the memory check 30
     "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
     "mathrl.py": 595,  # (450) a verifier that a policy cannot farm is 180 lines
@@ -27,7 +27,10 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "swerl.py": 790,  # (520) edits, patches, two judges, and sets whose files lie in git clones
     "mopd.py": 405,
     "sandbox.py": 650,
-    "evaluate.py": 300,
+    "evaluate.py": 450,  # (300) resumable samples, the gates between stages, and a terminal chat
+    "benchmarks.py": 400,  # fourteen public benchmarks, 25 lines each with their schemas and traps
+    "scaling.py": 170,  # majority vote and contest loop of the paper; measures nothing that evaluate.py does
+    "report.py": 250,  # the page a run ends with
     "toy.py": 500,
     "run_cascade.sh": 135,  # (100) the paper's three model variants are 35 lines, control and mopd 25
     "kernels/__init__.py": 20,
@@ -35,7 +38,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
                                               "rms_norm", "sampling", "swiglu")},
 }  # fmt: skip
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-SCRIPTS = (*STAGES, "mopd", "evaluate", "toy")
+SCRIPTS = (*STAGES, "mopd", "evaluate", "report", "scaling", "toy")
 
 
 def tracked(*suffixes):

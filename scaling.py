@@ -1,0 +1,157 @@
+"""Test-time scaling of the paper: majority vote over patches (7.4) and the submit-and-learn loop for contest problems (5.1).
+
+    python scaling.py --model=out/toy/swerl/final --vote=out/toy/data/swe_test.jsonl --samples=16
+    python scaling.py --model=... --ioi=problems.jsonl --rounds=50 --samples=20 --max_new_tokens=131072
+
+A row of --ioi: {"name", "statement", "samples": tests, "subtasks": [{"name", "points", "statement", "tests", "partial"}]}, tests
+as {"inputs", "outputs"}. Deviations from the paper: 1. A patch is voted on after a syntax check; regression and reproduction
+tests need the containers of SWE-bench's harness. 2. Tail confidence is the mean log-prob of the drawn tokens, not of the top 20.
+"""
+
+import ast
+import json
+import os
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import coderl
+import common
+import swerl
+from engine import Rollout, make_engine, request_seed
+from model import Qwen3, load_tokenizer, render_chat
+
+
+@dataclass
+class Config:
+    model: str = ""  # checkpoint folder
+    vote: str = ""  # rows of swerl.py: sample patches, take the majority's
+    ioi: str = ""  # contest problems, see above
+    samples: int = 20  # completions of a problem, or candidates of a subtask in a round; paper: 32, 20
+    rounds: int = 50  # submissions a problem; IOI's limit
+    max_new_tokens: int = 32768  # paper: 128K for IOI
+    temperature: float = 0.6
+    top_p: float = 0.95
+    rope_factor: float = 0.0  # YaRN
+    engine: str = "auto"
+    limit: int = 0  # problems; 0: all
+    seed: int = 0
+
+
+# ---- 1. Majority vote ------------------------------------------------------------------------------------------------
+def normal_patch(files, after):
+    """What a patch does, whatever its comments and layout: {path: syntax tree}; None if a file does not parse, or nothing changed."""
+    try:
+        changed = {f: text for f, text in after.items() if files.get(f) != text}
+        return tuple((f, ast.dump(ast.parse(t)) if f.endswith(".py") else t) for f, t in sorted(changed.items())) or None
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+
+
+def vote(texts, files):
+    """Index of the response whose patch most responses agree on; of equals, the shortest patch; None if no patch applies."""
+    afters = [swerl.apply_edits(text, files) for text in texts]
+    keys = [after and normal_patch(files, after) for after in afters]
+    counts = Counter(key for key in keys if key)
+    size = lambda i: sum(len(diff) for diff in swerl.changes(files, afters[i]).values())
+    return min((i for i, key in enumerate(keys) if key), key=lambda i: (-counts[keys[i]], size(i), i), default=None)
+
+
+def run_vote(cfg, sample):
+    rows = swerl.load_rows(swerl.Config(data=cfg.vote, min_prompt_tokens=0))
+    rows, sums = rows[: cfg.limit] if cfg.limit else rows, np.zeros(3)
+    for n, row in enumerate(rows, 1):
+        rollouts = sample([row["messages"]] * cfg.samples, n, row)
+        right, chosen = [swerl.metric(r) for r in rollouts], vote([r.text for r in rollouts], row["files"])
+        sums += [np.mean(right), 0.0 if chosen is None else right[chosen], max(right)]
+        if n % 10 == 0 or n == len(rows):
+            mean, voted, best = 100 * sums / n
+            print(f"{n:4d} problems | one sample {mean:.1f} | majority of {cfg.samples} {voted:.1f} | any of {cfg.samples} {best:.1f}", flush=True)
+    return sums / len(rows)
+
+
+# ---- 2. Submit and learn ---------------------------------------------------------------------------------------------
+TAIL = 2048  # tokens at the end whose confidence ranks candidates
+KEPT_FAILURES, KEPT_BEST = 5, 3  # submissions shown again; paper 5.1
+
+
+def confidence(rollout):
+    """Mean log-prob of the last tokens: how sure the model was when it wrote its program."""
+    return float(np.mean(rollout.sampler_logprobs[-TAIL:])) if len(rollout.sampler_logprobs) else -float("inf")
+
+
+def attempt_prompt(problem, subtask, memory, solved):
+    """The problem, this subtask, what was submitted for it with verdicts, and the programs that solved other subtasks."""
+    parts = [f"Write Python code to solve the problem. Please p{coderl.FORMAT}", problem["statement"], f"Solve this subtask: {subtask.get('statement') or subtask['name']}"]
+    failed = sorted(memory, key=lambda m: -m[1])[:KEPT_BEST] if subtask.get("partial") else memory[-KEPT_FAILURES:]
+    parts += [f"An earlier submission earned {100 * share:.0f}% ({verdict}):\n```python\n{code}```" for code, share, verdict in failed]
+    parts += [f"This solved subtask {name}, which may help:\n```python\n{code}```" for name, code in solved.items()]
+    return "\n\n".join(parts)
+
+
+def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
+    """(points, submissions): a round samples candidates for every open subtask, drops those without code or failing the samples,
+    submits the most confident one, and remembers its verdicts."""
+    share, memory, solved, submissions = {s["name"]: 0.0 for s in problem["subtasks"]}, {s["name"]: [] for s in problem["subtasks"]}, {}, 0
+    pool = ThreadPoolExecutor(8)
+    for turn in range(cfg.rounds):
+        for subtask in [s for s in problem["subtasks"] if s["name"] not in solved]:
+            name = subtask["name"]
+            messages = [{"role": "user", "content": attempt_prompt(problem, subtask, memory[name], solved)}]
+            rollouts = sample([messages] * cfg.samples, (number, turn, problem["subtasks"].index(subtask)), {"messages": messages, "think": True})
+            codes = [coderl.extract_code(r.text.rpartition("</think>")[2]) if "</think>" in r.text else None for r in rollouts]
+            known = {code for code, _, _ in memory[name]}
+            passes = lambda code: bool(code) and code not in known and set(submit(code, problem["samples"], stop=True)) == {"ok"}
+            fit = [i for i, ok in enumerate(pool.map(passes, codes)) if ok]
+            if not fit or submissions >= cfg.rounds:
+                continue
+            code = codes[max(fit, key=lambda i: confidence(rollouts[i]))]
+            submissions += 1
+            for other in problem["subtasks"]:  # one submission is judged on every subtask, as at the contest
+                verdicts = submit(code, other["tests"])
+                got = verdicts.count("ok") / len(verdicts)
+                share[other["name"]] = max(share[other["name"]], got if other.get("partial") or got == 1 else 0.0)
+                if got == 1:
+                    solved.setdefault(other["name"], code)
+                elif other is subtask:
+                    memory[name].append((code, got, ", ".join(f"{n} {v}" for v, n in Counter(verdicts).items())))
+        points = sum(s["points"] * share[s["name"]] for s in problem["subtasks"])
+        print(f"{problem['name']} round {turn + 1}/{cfg.rounds} | {submissions} submissions | {points:g} points | solved: {', '.join(solved) or '-'}", flush=True)
+        if len(solved) == len(problem["subtasks"]) or submissions >= cfg.rounds:
+            break
+    return points, submissions
+
+
+# ---- 3. main ---------------------------------------------------------------------------------------------------------
+def main(cfg):
+    if not (cfg.vote or cfg.ioi) or not os.path.exists(os.path.join(cfg.model, "config.json")):
+        common.fail("--model=folder and one of --vote=file, --ioi=file are needed.", note="Nothing was sampled.")
+    _, _, device = common.init_distributed(cfg.seed)
+    tokenizer, dtype = load_tokenizer(cfg.model), torch.bfloat16 if device.type == "cuda" else torch.float32
+    engine = make_engine(cfg.engine, Qwen3.from_pretrained(cfg.model, device=device, dtype=dtype, rope_factor=cfg.rope_factor), tokenizer)
+
+    def sample(conversations, key, row):
+        key = key if isinstance(key, tuple) else (key,)
+        rollouts = [Rollout(row=row, group=0, prompt_ids=render_chat(tokenizer, messages, True)[0], seed=request_seed(cfg.seed, 3, *key, k))
+                    for k, messages in enumerate(conversations)]  # fmt: skip
+        engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+        return rollouts
+
+    if cfg.vote:
+        return run_vote(cfg, sample)
+    problems = common.read_rows(cfg.ioi, cfg.limit)
+    for where, problem in problems:
+        for name, kind in (("statement", str), ("samples", dict), ("subtasks", list)):
+            common.field(problem, where, name, kind)
+    total = [solve(problem, sample, cfg, number=n) for n, (_, problem) in enumerate(problems)]
+    print(f"{len(total)} problems, {sum(points for points, _ in total):g} points with {sum(n for _, n in total)} submissions")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    main(common.parse_config(Config))
+    common.finish()

@@ -1,0 +1,373 @@
+"""Guards: each benchmark's rows in its published schema become the right question, and answers score as counted by hand, traps
+of the schema and of the verifier included. A judge is a local server; a package's verifier is the package's own where installed.
+"""
+
+import base64
+import http.server
+import importlib.util
+import json
+import pickle
+import subprocess
+import sys
+import threading
+import types
+import zlib
+
+import pytest
+
+import benchmarks
+import common
+import evaluate
+from engine import Rollout
+
+
+def load(name, rows, tmp_path, **outside):
+    """(rows, graded) of a benchmark whose file holds these rows; graded(row, text) -> (score, status) through its own hook."""
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    cfg = evaluate.Config(data=str(tmp_path))
+    everything = dict(data=str(tmp_path), samples=str(tmp_path / "samples"), judge="", judge_model="m", verifier_python="", repos=str(tmp_path)) | outside
+    loaded, (submit, collect), metric = evaluate.TASKS[name]["load"](evaluate.source(name, cfg), everything)
+
+    def graded(row, text, think=True):
+        r = Rollout(row=row | {"think": think}, group=0, prompt_ids=[], seed=0, text=text, finish_reason="stop")
+        submit(r)
+        collect([r])
+        return metric(r), r.status
+
+    return loaded, graded
+
+
+@pytest.mark.parametrize("name, k, tokens, rope, modes", [
+    ("mmlu", 1, 65536, 2.0, ("think",)), ("mmlu_pro", 1, 65536, 2.0, ("think",)), ("gpqa", 8, 65536, 2.0, ("think",)), ("aime24", 64, 65536, 2.0, ("think",)),
+    ("aime25", 64, 65536, 2.0, ("think",)), ("lcb_v5", 8, 65536, 2.0, ("think",)), ("lcb_v6", 8, 65536, 2.0, ("think",)),
+    ("ifeval", 8, 32768, 0.0, ("no_think",)), ("ifbench", 8, 32768, 0.0, ("think",)), ("arenahard", 1, 32768, 0.0, ("think",)),
+    ("swebench", 4, 32768, 2.0, ("think",)),
+])  # fmt: skip
+def test_the_protocol_is_the_papers(name, k, tokens, rope, modes):
+    """Appendix B: avg@k, token budget, YaRN factor, temperature 0.6, top-p 0.95; a flag wins."""
+    how = evaluate.protocol(name, evaluate.Config())
+    assert how == {"samples": k, "max_new_tokens": tokens, "rope_factor": rope, "top_p": 0.95, "temperature": 0.6} and evaluate.TASKS[name]["modes"] == modes
+    assert evaluate.protocol(name, evaluate.Config(samples=2, temperature=0.0))["samples"] == 2
+    assert evaluate.protocol(name, evaluate.Config(temperature=0.0))["temperature"] == 0.0
+    assert evaluate.protocol("math", evaluate.Config()) == {"samples": 4, "max_new_tokens": 96, "rope_factor": 0.0, "top_p": 1.0, "temperature": 1.0}
+
+
+def test_a_local_file_comes_before_the_hub(tmp_path):
+    cfg = evaluate.Config(data=str(tmp_path))
+    assert evaluate.source("mmlu", cfg) == "cais/mmlu:all@test"
+    for name in ("mmlu.parquet", "mmlu.json", "mmlu.jsonl"):
+        (tmp_path / name).write_text("[]")
+        assert evaluate.source("mmlu", cfg) == str(tmp_path / name)
+    assert evaluate.source("math", cfg) == str(tmp_path / "math_test.jsonl")
+
+
+def test_hub_ids_name_config_and_split(monkeypatch):
+    seen = []
+
+    class Table(list):
+        def select(self, indices):
+            return [self[i] for i in indices]
+
+    def load_dataset(name, config, data_files, split):
+        seen.append((name, config, data_files, split))
+        return Table()
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for path in ("a/b", "a/b:c", "a/b:c@test", "a/b@test", "hf://datasets/a/b/x*.jsonl"):
+        common.read_rows(path)
+    assert seen == [("a/b", None, None, "train"), ("a/b", "c", None, "train"), ("a/b", "c", None, "test"), ("a/b", None, None, "test"),
+                    ("json", None, "hf://datasets/a/b/x*.jsonl", "train")]  # fmt: skip
+
+
+# ---- Multiple choice -------------------------------------------------------------------------------------------------
+MMLU = {"question": "What is 2 + 2?", "subject": "elementary_mathematics", "choices": ["3", "4", "5", "6"], "answer": 1}
+PRO = {"question_id": 70, "question": "Which is prime?", "options": ["4", "6", "8", "9", "10", "12", "14", "15", "16", "17"], "answer": "J",
+       "answer_index": 9, "cot_content": "", "category": "math", "src": "x"}  # fmt: skip
+GPQA = {"Question": "Which gas?", "Correct Answer": "argon\n", "Incorrect Answer 1": "neon", "Incorrect Answer 2": "xenon", "Incorrect Answer 3": "radon"}
+
+
+@pytest.mark.parametrize("answer, score", [
+    (r"\boxed{B}", 1), (r"\boxed{(B)}", 1), (r"\boxed{\text{B}}", 1), (r"\boxed{\textbf{B}) 4}", 1), (r"so \boxed{A}, no: \boxed{B}", 1),
+    ("The answer is (B).", 1), ("**Answer: B**", 1), ("The answer is A. Wait, the answer is B", 1), (r"The answer is B. \boxed{A}", 0),
+    (r"\boxed{A}", 0), (r"\boxed{A, B}", 0), (r"\boxed{4}", 0), ("B", 0), (r"\boxed{}", 0), ("", 0), (r"\boxed{Because}", 0),
+])  # fmt: skip
+def test_multiple_choice_by_hand(answer, score, tmp_path):
+    (row,), graded = load("mmlu", [MMLU], tmp_path)
+    assert graded(row, "</think>" + answer)[0] == score
+    assert graded(row, "thinking, \\boxed{B}")[0] == 0  # never closed its thought
+    assert graded(row, answer, think=False)[0] == score
+
+
+def test_schemas_of_the_three_sets(tmp_path):
+    (row,), _ = load("mmlu", [MMLU], tmp_path)
+    assert row["messages"][0]["content"].endswith("What is 2 + 2?\n\n(A) 3\n(B) 4\n(C) 5\n(D) 6") and row["answer"] == "B"
+    (row,), graded = load("mmlu_pro", [PRO], tmp_path)
+    assert "(J) 17" in row["messages"][0]["content"] and graded(row, r"</think>\boxed{J}")[0] == 1  # ten options
+    (row,), graded = load("gpqa", [GPQA], tmp_path)
+    assert f"({row['answer']}) argon" in row["messages"][0]["content"] and row == load("gpqa", [GPQA], tmp_path)[0][0]  # the same shuffle each time
+    rows, _ = load("gpqa", [GPQA | {"Question": f"Gas {i}?"} for i in range(40)], tmp_path)
+    counts = [sum(r["answer"] == letter for r in rows) for letter in "ABCD"]
+    print(f"right option at A..D: {counts} of 40")
+    assert min(counts) > 2
+
+
+# ---- Math ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, row, cases", [
+    ("aime24", {"id": 60, "problem": "Find m+n.", "solution": "... \\boxed{033}", "answer": "033", "url": "", "year": "2024"},  # leading zeros
+     [("033", 1), ("33", 1), ("33.0", 1), ("3 3", 0), ("34", 0), ("33, 34", 0)]),
+    ("aime25", {"problem": "Find n.", "answer": "70", "id": "0"}, [("70", 1), ("070", 1), ("\\frac{140}{2}", 1), ("7!", 0)]),
+    ("aime25", {"question": "Find n.", "answer": 70}, [("70", 1), ("71", 0)]),  # the copy in two halves has other names
+    ("math500", {"problem": "Convert (0,3).", "solution": "", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2, "unique_id": "x"},
+     [("(3, \\pi/2)", 1), ("\\left(3,\\tfrac{\\pi}{2}\\right)", 1), ("(\\pi/2, 3)", 0)]),
+    ("math500", {"problem": "Simplify.", "solution": "", "answer": "p - q"}, [("p-q", 1), ("-q+p", 1), ("q-p", 0)]),
+])  # fmt: skip
+def test_math_by_hand(name, row, cases, tmp_path):
+    (row,), graded = load(name, [row], tmp_path)
+    for answer, score in cases:
+        assert graded(row, f"<think>x</think>It is \\boxed{{{answer}}}.") == (score, "ok" if score else "wrong"), answer
+    assert graded(row, "<think>\u597d</think>\\boxed{" + cases[0][0] + "}")[0] == 1  # another script in the thought costs nothing here
+    assert graded(row, "<think> \\boxed{" + cases[0][0] + "}") == (0, "no_answer")
+
+
+# ---- LiveCodeBench ---------------------------------------------------------------------------------------------------
+def packed(tests):
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
+
+
+def lcb(tests, hidden, date="2024-10-05T00:00:00", name="", header=""):
+    return {"question_title": "t", "question_content": "Add them.", "platform": "atcoder", "question_id": "abc", "contest_id": "c", "contest_date": date,
+            "starter_code": header, "difficulty": "easy", "public_test_cases": json.dumps(tests), "private_test_cases": packed(hidden),
+            "metadata": json.dumps({"func_name": name} if name else {})}  # fmt: skip
+
+
+STDIN = lcb([{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}], [{"input": "4 5\n", "output": "9\n", "testtype": "stdin"}])
+CALLS = lcb([{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}], [{"input": "[5]\n0", "output": "5", "testtype": "functional"}],
+            name="total", header="class Solution:\n    def total(self, xs: List[int], y: int) -> int:\n        ")  # fmt: skip
+
+
+def test_livecodebench_by_hand(tmp_path):
+    rows, graded = load("lcb_v6", [STDIN, CALLS], tmp_path)
+    fence = lambda code: f"</think>\n```python\n{code}\n```"
+    assert "def total(self" in rows[1]["messages"][0]["content"] and rows[1]["tests"]["fn_name"] == "total" and len(rows[0]["tests"]["inputs"]) == 2
+    assert graded(rows[0], fence("print(sum(map(int, input().split())))")) == (1, "ok")
+    assert graded(rows[0], fence("print(3)"))[0] == 0  # passes the public test only
+    assert graded(rows[1], fence("class Solution:\n    def total(self, xs, y):\n        return sum(xs) + y"))[0] == 1
+    assert graded(rows[1], fence("class Solution:\n    def total(self, xs, y):\n        return sum(xs) - y"))[0] == 0
+    assert graded(rows[0], "</think>print(sum(map(int, input().split())))")[0] == 0  # no block
+
+
+def test_livecodebench_windows_and_packing(tmp_path):
+    dates = ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
+    rows = [lcb([], [{"input": "1", "output": d, "testtype": "stdin"}], date=d + "T00:00:00") for d in dates]
+    windows = {name: [r["tests"]["outputs"][0] for r in load(name, rows, tmp_path)[0]] for name in ("lcb_v5", "lcb_v6")}
+    assert windows == {"lcb_v5": list(dates[1:3]), "lcb_v6": list(dates[1:5])}
+    assert benchmarks.unpacked('[{"input": "1"}]') == [{"input": "1"}]
+
+
+def test_a_hostile_pickle_is_read_and_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    text = base64.b64encode(zlib.compress(pickle.dumps(Bomb()))).decode()
+    with pytest.raises(ValueError):
+        benchmarks.unpacked(text)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- IFEval and IFBench ----------------------------------------------------------------------------------------------
+def test_ifeval_by_hand(tmp_path):
+    """The hub's rows carry every possible argument, None-filled."""
+    nones = {"num_words": None, "relation": None, "keywords": None, "num_bullets": None}
+    row = {"key": 1000, "prompt": "Write about rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+           "kwargs": [nones, nones | {"relation": "at least", "num_words": 3}]}  # fmt: skip
+    (row,), graded = load("ifeval", [row], tmp_path)
+    assert graded(row, "Rain falls down.", think=False)[0] == 1 and graded(row, "Rain, it falls down.", think=False)[0] == 0
+    assert graded(row, "Rain falls.", think=False)[0] == 0  # prompt level: one of two constraints is not enough
+    assert graded(row, "<think>a, b</think>Rain falls down.")[0] == 1 and graded(row, "", think=False)[0] == 0
+
+
+def test_ifbench_asks_the_package_and_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    row = {"key": "1", "prompt": "Greet.", "instruction_id_list": ["count:word"], "kwargs": [{"N": 2.0, "word": None}]}
+    monkeypatch.setitem(sys.modules, "instructions_registry", None)
+    with pytest.raises(SystemExit):
+        load("ifbench", [row], tmp_path)
+    assert "git clone https://github.com/allenai/IFBench" in capsys.readouterr().err
+
+    class Check:  # the interface of the package's classes: (id), build_description(**kwargs), get_instruction_args(), check_following(text)
+        def __init__(self, name):
+            assert name == "count:word"
+
+        def build_description(self, **kwargs):
+            assert kwargs == {"N": 2}  # no None, whole numbers whole
+            self.n = kwargs["N"]
+
+        def get_instruction_args(self):
+            return {"N": self.n}
+
+        def check_following(self, text):
+            return len(text.split()) == self.n
+
+    monkeypatch.setitem(sys.modules, "instructions_registry", types.SimpleNamespace(INSTRUCTION_DICT={"count:word": Check}))
+    (row,), graded = load("ifbench", [row], tmp_path)
+    for answer, score in (("hello you", 1), ("hello", 0), ("Sure thing:\nhello you", 1), ("hello you\nBye now friend", 1), ("*hello* you", 1), ("a b c", 0)):
+        assert graded(row, "</think>" + answer)[0] == score, answer
+
+
+# ---- Arena-Hard ------------------------------------------------------------------------------------------------------
+@pytest.fixture()
+def judge():
+    """A chat server that prefers, by far, the answer that says "good"; "broken" gets no verdict."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+            a, b = (text.partition(f"<answer {x}>")[2].partition(f"</answer {x}>")[0] for x in "AB")
+            said = "[[A=B]]" if ("good" in a) == ("good" in b) else "[[A>>B]]" if "good" in a else "[[B>>A]]"
+            said = "[[A>B]] at first. [[A=B]]" if "mild" in a + b else "no idea" if "broken" in a + b else said
+            reply = json.dumps({"choices": [{"message": {"content": "I think " + said}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_arenahard_by_hand(tmp_path, judge, capsys):
+    rows = [{"question_id": "q1", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Write a poem."}]}]
+    with pytest.raises(SystemExit):
+        load("arenahard", rows, tmp_path)
+    assert "--judge=URL" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        load("arenahard", rows, tmp_path, judge=judge)
+    assert "no baseline answer" in capsys.readouterr().err
+    answer = {"question_id": "q1", "model_id": "gpt-4-0314", "choices": [{"index": 0, "turns": [{"content": "a plain one", "token_len": 3}]}]}
+    (tmp_path / "arenahard_baseline.jsonl").write_text(json.dumps(answer) + "\n")
+    (row,), graded = load("arenahard", rows, tmp_path, judge=judge)
+    assert graded(row, "</think>a good one")[0] == 1.0 and graded(row, "</think>another")[0] == 0.5
+    assert graded(row | {"baseline": "a good one"}, "</think>another")[0] == 0.0
+    assert graded(row, "</think>mild")[0] == 0.5  # the last verdict counts
+    assert graded(row, "</think>broken")[1] == "infra"  # to be judged again, never a score
+    r = Rollout(row=row | {"think": True}, group=0, prompt_ids=[], seed=0, text="</think>a good one")
+    hook = evaluate.TASKS["arenahard"]["load"](str(tmp_path / "arenahard.jsonl"), dict(data=str(tmp_path), judge=judge, judge_model=""))[1]
+    hook[1]([r])
+    assert r.votes == 6.0  # two games, each much better
+
+
+# ---- BFCL ------------------------------------------------------------------------------------------------------------
+AREA = {"name": "area", "description": "d", "parameters": {"type": "dict", "properties": {"base": {"type": "integer"}, "height": {"type": "float"}}, "required": ["base"]}}
+
+
+def call(name, **arguments):
+    return f'<tool_call>\n{json.dumps({"name": name, "arguments": arguments})}\n</tool_call>'
+
+
+def test_bfcl_reads_calls_and_schemas():
+    assert benchmarks.read_calls("hello") == [] and benchmarks.read_calls("<tool_call>oops</tool_call>") is None
+    assert benchmarks.read_calls(call("a", x=1) + "\n" + call("b")) == [{"a": {"x": 1}}, {"b": {}}]
+    assert benchmarks.json_schema(AREA)["parameters"]["type"] == "object" and AREA["parameters"]["type"] == "dict"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_bfcl_by_hand(tmp_path, installed):
+    """With the package's own checker where it is installed, else with one that knows this one answer, through the same pipe."""
+    if installed and not importlib.util.find_spec("bfcl_eval"):
+        pytest.skip("bfcl-eval is not installed in this environment")
+    (tmp_path / "fake").write_text(f'#!/bin/sh\nexec {sys.executable} -c "import json, sys\nfor line in sys.stdin:\n'
+                                   f'    row = json.loads(line); print(json.dumps(row[\'calls\'] == [dict(area=dict(base=10, height=5.0))]), flush=True)"\n')  # fmt: skip
+    (tmp_path / "fake").chmod(0o755)
+    python = sys.executable if installed else str(tmp_path / "fake")
+    folder = tmp_path / "d"
+    folder.mkdir()
+    rows, hook, metric = bfcl_task(folder, python)
+    assert [r["category"] for r in rows] == ["irrelevance", "live_relevance", "simple"]  # multi-turn is left out
+    score = lambda row, text: graded_by(hook, metric, row, "</think>" + text)
+    assert score(rows[2], call("area", base=10, height=5.0)) == 1 and score(rows[2], call("area", base=11, height=5.0)) == 0
+    assert score(rows[2], "It is 25.") == 0 and score(rows[2], "<tool_call>area(10, 5)</tool_call>") == 0
+    assert score(rows[0], "Bach was a composer.") == 1 and score(rows[0], call("area", base=1)) == 0
+    assert score(rows[1], call("area", base=1)) == 1 and score(rows[1], "no") == 0
+
+
+def bfcl_task(tmp_path, python):
+    folder = tmp_path / "bfcl"
+    (folder / "possible_answer").mkdir(parents=True)
+    question = lambda i, text: {"id": i, "question": [[{"role": "user", "content": text}]], "function": [AREA]}
+    write = lambda name, *rows: (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write("BFCL_v3_simple.json", question("simple_0", "area of 10 by 5?"))
+    write("possible_answer/BFCL_v3_simple.json", {"id": "simple_0", "ground_truth": [{"area": {"base": [10], "height": [5.0, ""]}}]})
+    write("BFCL_v3_irrelevance.json", question("irrelevance_0", "who was Bach?"))
+    write("BFCL_v3_live_relevance.json", question("live_relevance_0", "an area, please"))
+    write("BFCL_v3_multi_turn_base.json", {"id": "multi_turn_0"})
+    cfg = evaluate.Config(data=str(tmp_path))
+    return evaluate.TASKS["bfcl"]["load"](evaluate.source("bfcl", cfg), dict(verifier_python=python))
+
+
+def graded_by(hook, metric, row, text):
+    r = Rollout(row=row | {"think": True}, group=0, prompt_ids=[], seed=0, text=text, finish_reason="stop")
+    hook[1]([r])
+    return metric(r)
+
+
+# ---- SWE-bench -------------------------------------------------------------------------------------------------------
+@pytest.fixture()
+def swebench(tmp_path):
+    """A repository of two files at a commit, one row of SWE-bench about it, and three localisation samples."""
+    repo = tmp_path / "me__calc"
+    (repo / "tests").mkdir(parents=True)
+    (repo / "calc.py").write_text("def add(a, b):\n    return a - b\n")
+    (repo / "other.py").write_text("X = 1\n")
+    (repo / "tests" / "test_calc.py").write_text("")
+    git = lambda *a: subprocess.run(["git", "-C", str(repo), "-c", "user.name=a", "-c", "user.email=a@b", *a], check=True, capture_output=True, text=True).stdout.strip()
+    git("init", "-q"), git("add", "-A"), git("commit", "-qm", "x")
+    commit = git("rev-parse", "HEAD")
+    (repo / "calc.py").write_text("# a later commit, which nobody may see\n")
+    git("commit", "-qam", "fix")
+    patch = "diff --git a/calc.py b/calc.py\n--- a/calc.py\n+++ b/calc.py\n@@ -1,2 +1,2 @@\n def add(a, b):\n-    return a - b\n+    return a + b\n"
+    row = {"instance_id": "me__calc-1", "repo": "me/calc", "base_commit": commit, "problem_statement": "add subtracts", "hints_text": "", "patch": patch,
+           "test_patch": "", "FAIL_TO_PASS": '["t"]', "PASS_TO_PASS": "[]", "version": "1", "created_at": ""}  # fmt: skip
+    (tmp_path / "samples").mkdir()
+    said = ("calc.py", "- `calc.py`\n2. other.py", "other.py\nnope.py\ncalc.py")
+    lines = [json.dumps({"problem": 0, "sample": k, "text": "<think>hm tests.py</think>" + t}) for k, t in enumerate(said)]
+    (tmp_path / "samples" / "swebench_files_think_sampled.rank0.jsonl").write_text("\n".join(lines) + "\n")
+    return row
+
+
+def test_swebench_localisation_by_hand(tmp_path, swebench):
+    (row,), graded = load("swebench_files", [swebench], tmp_path)
+    assert row["messages"][0]["content"].count("calc.py") == 1 and "other.py" in row["messages"][0]["content"]  # tests are not offered
+    assert graded(row, "</think>calc.py")[0] == 1 and graded(row, "</think>1. `other.py`\n2. `calc.py`")[0] == 1 and graded(row, "</think>other.py")[0] == 0
+
+
+def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_harness(tmp_path, swebench, capsys):
+    edit = "### calc.py\n<<<<<<< SEARCH\n    return a - b\n=======\n    return a {} b\n>>>>>>> REPLACE"
+    harness = (
+        "import json, sys\nflags = sys.argv\np = flags[flags.index('-p') + 1]\nrows = [json.loads(line) for line in open(p)]\n"
+        "good = [r['instance_id'] for r in rows if '+    return a + b' in r['model_patch']]\n"
+        "json.dump({'resolved_ids': good}, open(rows[0]['model_name_or_path'] + '.cascade.json', 'w'))\n"
+    )
+    (tmp_path / "harness.py").write_text(harness)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path}/harness.py "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (row,), graded = load("swebench", [swebench], tmp_path, verifier_python=str(tmp_path / "python"))
+    assert list(row["files"]) == ["calc.py", "other.py"] and "return a - b" in row["files"]["calc.py"] and "later commit" not in row["messages"][0]["content"]
+    _, (_, collect), metric = evaluate.TASKS["swebench"]["load"](str(tmp_path / "swebench.jsonl"), dict(
+        samples=str(tmp_path / "samples"), repos=str(tmp_path), verifier_python=str(tmp_path / "python")))  # fmt: skip
+    rollouts = [Rollout(row=row, group=0, prompt_ids=[], seed=0, text="</think>" + t) for t in (edit.format("+"), edit.format("*"), "no idea")]
+    for k, r in enumerate(rollouts):
+        r.sample = k
+    collect(rollouts)
+    assert [metric(r) for r in rollouts] == [1.0, 0.0, 0.0]
+    patch = json.loads((tmp_path / "samples" / "swebench" / "sample0.jsonl").read_text())["model_patch"]
+    (tmp_path / "p.diff").write_text(patch)
+    subprocess.run(["git", "-C", str(tmp_path / "me__calc"), "checkout", "-q", swebench["base_commit"]], check=True)
+    subprocess.run(["git", "-C", str(tmp_path / "me__calc"), "apply", "--check", str(tmp_path / "p.diff")], check=True)
+    (tmp_path / "samples" / "swebench" / "sample0.cascade.json").unlink()
+    with pytest.raises(SystemExit):
+        benchmarks.grade_patches(rollouts[:1], str(tmp_path / "swebench.jsonl"), dict(samples=str(tmp_path / "samples"), verifier_python=sys.executable))
+    assert "pip install swebench" in capsys.readouterr().err
