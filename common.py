@@ -8,6 +8,7 @@ import datetime
 import fcntl
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -19,7 +20,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from model import memory_plan, read_config, save_tokenizer
+from model import Qwen3, load_tokenizer, memory_plan, read_config, save_tokenizer
 
 
 def fail(message, note="Nothing was trained."):
@@ -127,12 +128,15 @@ def free_memory(device, world):
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
+def longest_sequence(cfg):
+    return cfg.max_seq_len if hasattr(cfg, "max_seq_len") else cfg.max_prompt_tokens + cfg.max_new_tokens
+
+
 def check_memory(folder, cfg, world, device):
     """Prints the memory plan of a run that starts from `folder`, in a line or two, and ends a run that cannot fit."""
     if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
         return  # loading says what is wrong with the folder
-    nll = hasattr(cfg, "max_seq_len")
-    longest = cfg.max_seq_len if nll else cfg.max_prompt_tokens + cfg.max_new_tokens
+    nll, longest = hasattr(cfg, "max_seq_len"), longest_sequence(cfg)
     tokens = max(cfg.micro_batch_tokens, longest)
     plan = memory_plan(read_config(folder), world, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
     free, GB = free_memory(device, world), 1e9
@@ -144,6 +148,32 @@ def check_memory(folder, cfg, world, device):
             most = max(parts, key=parts.get)
             fail(f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
                  f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer --micro_batch_tokens (now {tokens} at a time).")  # fmt: skip
+
+
+def load_policy(cfg, world, device):
+    """(tokenizer, model sharded over the ranks, checkpoint that the run resumes from or ""). Says first what the run will take."""
+    resume = latest_checkpoint(cfg.out_dir)
+    folder = resume or cfg.init_from
+    try:
+        check_memory(folder, cfg, world, device)
+        tokenizer, model = load_tokenizer(folder), Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor)
+    except Exception as e:  # whatever is wrong with the folder, in the library's words
+        fail(f"--init_from={folder}: {e}.")
+    if longest_sequence(cfg) > model.max_positions():
+        flags = "--max_seq_len" if hasattr(cfg, "max_seq_len") else "--max_prompt_tokens + --max_new_tokens"
+        fail(f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor=2.")
+    model.gradient_checkpointing = device.type == "cuda"
+    return tokenizer, shard(model, device), resume
+
+
+def check_step(step, metrics, state, cfg):
+    """Ends a run whose rewards or gradients are broken. A gradient that is not finite was not applied (train_step); three in a row end it."""
+    whole = "The last checkpoint is whole."
+    if metrics.get("status/infra", 0) > getattr(cfg, "max_infra", 1):
+        fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).", note=whole)
+    state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
+    if state["skipped"] >= 3:
+        fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note=whole)
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

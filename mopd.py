@@ -332,18 +332,8 @@ def main(cfg):
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
     self_test(rows, cfg)
 
-    resume = common.latest_checkpoint(cfg.out_dir)
-    init_from = resume or cfg.init_from
-    try:
-        common.check_memory(init_from, cfg, world, device)
-        tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
-    except Exception as e:  # whatever is wrong with the folder, in the library's words
-        common.fail(f"--init_from={init_from}: {e}.")
-    if cfg.max_prompt_tokens + cfg.max_new_tokens > model.max_positions():
-        common.fail(f"max_prompt_tokens + max_new_tokens is over the {model.max_positions()} positions of {init_from}: pass --rope_factor=2.")
+    tokenizer, model, resume = common.load_policy(cfg, world, device)
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    model.gradient_checkpointing = device.type == "cuda"
-    common.shard(model, device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
@@ -355,7 +345,7 @@ def main(cfg):
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = common.Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+    common.print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
                   f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
 
     for step in range(start + 1, cfg.num_steps + 1):
@@ -370,12 +360,7 @@ def main(cfg):
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
         for counts in common.all_gather(count_correct(sampled)):
             state["history"] |= counts
-
-        if metrics["status/infra"] > cfg.max_infra:
-            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).", note="The last checkpoint is whole.")
-        state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
-        if state["skipped"] >= 3:
-            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
+        common.check_step(step, metrics, state, cfg)
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import re
-import resource
 import time
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 import common
 from data import BadRow, chat, data_files, normal_rows, read_rows, stream_rows
-from model import Qwen3, load_tokenizer, render_chat, show_tokens
+from model import render_chat, show_tokens
 
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -221,18 +220,10 @@ def evaluate(model, samples, cfg, device, rank, world):
 def main(cfg):
     common.lock(cfg.out_dir)
     rank, world, device = common.init_distributed(cfg.seed)
-    resume = common.latest_checkpoint(cfg.out_dir)
-    init_from = resume or cfg.init_from
-    try:
-        common.check_memory(init_from, cfg, world, device)
-        tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
-    except Exception as e:  # whatever is wrong with the folder, in the library's words
-        common.fail(f"--init_from={init_from}: {e}.")
-    if cfg.max_seq_len > model.max_positions() or cfg.samples_per_step < world:
-        common.fail(f"max_seq_len has to fit the {model.max_positions()} positions of the model, samples_per_step the {world} ranks.")
+    if cfg.samples_per_step < world:
+        common.fail(f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks.")
+    tokenizer, model, resume = common.load_policy(cfg, world, device)
     eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
-    model.gradient_checkpointing = device.type == "cuda"
-    common.shard(model, device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"skipped": 0, "epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
@@ -241,7 +232,7 @@ def main(cfg):
     steps = batches(tokenizer, state, cfg)
     logger = common.Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
+    common.print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
                   f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}")  # fmt: skip
 
     clock, since = time.time(), {"tokens": 0, "steps": 0}
@@ -255,18 +246,15 @@ def main(cfg):
             common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
         metrics = train_step(model, optimizer, mine, cfg, device, world)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
-        state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
-        if state["skipped"] >= 3:
-            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
+        common.check_step(step, metrics, state, cfg)
         if cfg.eval_every and eval_samples and (step % cfg.eval_every == 0 or step == cfg.num_steps):
             metrics |= evaluate(model, eval_samples, cfg, device, rank, world)
         since = {"tokens": since["tokens"] + sum(len(ids) for ids, _, _ in mine) * world, "steps": since["steps"] + 1}
         line = ""
         if step % max(cfg.num_steps // 50, 1) == 0 or step in (1, cfg.num_steps):
-            seconds, memory = time.time() - clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+            seconds = time.time() - clock
             line = (f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
-                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB")  # fmt: skip
+                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {common.peak_memory() / 2**30:.1f} GB")  # fmt: skip
             line += "".join(f" | {k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
             clock, since = time.time(), {"tokens": 0, "steps": 0}
         logger.log(step, metrics, line)

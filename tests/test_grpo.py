@@ -437,7 +437,7 @@ def test_rlhf_logs_the_reward_model_s_mean_and_spreads():
     for r, score in zip(rollouts, (1.0, 3.0, 5.0, 5.0, float("nan")), strict=True):
         r.score = score
     logged = rlhf.monitor(rollouts)
-    assert logged == pytest.approx({"rm_score": 14 / 5, "rm_std": 2.75**0.5, "rm_group_std": 0.5})
+    assert logged == pytest.approx({"rm_score": 14 / 5, "rm_score_squared": 60 / 5, "rm_group_std": 0.5})
 
 
 def test_importance_weights_by_hand():

@@ -12,7 +12,7 @@ import types
 import pytest
 
 import coderl
-import common
+import data
 import ifrl
 import mathrl
 import rlhf
@@ -177,7 +177,7 @@ def test_4_7_1_prompts_show_golden_and_noisy_files_up_to_a_length_by_the_seed(li
     assert {len(s) for s in shown} == {most} and all("f0.py" in s for s in shown)
     assert [list(s) for s in shown] == [list(swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed))) for seed in range(40)]
     assert len({tuple(s) for s in shown}) > 3 or most == 1, "which files, and in which order, is the seed's choice"
-    with pytest.raises(common.BadRow, match="alone exceed"):
+    with pytest.raises(data.BadRow, match="alone exceed"):
         swerl.choose_files(files, list(files), swerl.Config(max_prompt_tokens=10, chars_per_token=3.0), random.Random(0))
 
 

@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 335,  # two engines behind one call
-    "common.py": 335,  # (220) locks, checksums and one-sentence errors are 110 lines, the memory check 30
+    "common.py": 360,  # (220) locks, checksums and one-sentence errors are 110 lines, what a run will take and how it starts 60
     "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
-    "mathrl.py": 595,  # (450) a verifier that a policy cannot farm is 180 lines
-    "rlhf.py": 660,  # (480) trains the reward model too
-    "coderl.py": 645,  # (480) reads six public schemas instead of one private set
-    "ifrl.py": 800,  # (600) 54 constraint checks
-    "swerl.py": 790,  # (520) edits, patches, two judges, and sets whose files lie in git clones
-    "mopd.py": 405,
+    "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
+    "rlhf.py": 645,  # (480) trains the reward model too
+    "coderl.py": 625,  # (480) reads six public schemas instead of one private set
+    "ifrl.py": 785,  # (600) 54 constraint checks
+    "swerl.py": 775,  # (520) edits, patches, two judges, and sets whose files lie in git clones
+    "mopd.py": 390,
     "sandbox.py": 650,
     "evaluate.py": 450,  # (300) resumable samples, the gates between stages, and a terminal chat
     "benchmarks.py": 400,  # fourteen public benchmarks, 25 lines each with their schemas and traps
@@ -74,11 +74,12 @@ def test_every_function_fits_on_a_screen():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_config_field_is_read_in_its_script_and_explained(script):
-    """A flag that is parsed and never used is a lie (or a bug)."""
+    """A flag that is parsed and never used is a lie (or a bug). common.py reads some for all (rope_factor, in load_policy)."""
     text = (ROOT / f"{script}.py").read_text()
     body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config").body
     fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
     assert len(fields) > 4
+    text += (ROOT / "common.py").read_text()
     assert [name for name in fields if not re.search(rf"\bcfg\.{name}\b", text)] == []
     assert all(isinstance(n.annotation, ast.Name) and n.annotation.id in ("int", "float", "bool", "str") for n in body if isinstance(n, ast.AnnAssign))
 
