@@ -50,14 +50,15 @@ def data_files(path):
 
 
 def read_file(file, cursor=(0, 0, 0.0)):
-    """(where, row, cursor behind it) from a cursor on, holding only what is being read: nothing is downloaded or unpacked ahead.
-    A cursor is [rows, bytes, share of the file that is read]."""
+    """(where, row, cursor behind it) from a cursor on, holding only what is being read (a .json whole): nothing is downloaded or
+    unpacked ahead. A cursor is [rows, bytes, share of the file that is read]."""
     import fsspec
 
-    (num_rows, offset, _), system = cursor, fsspec.core.url_to_fs(file)
-    size = max(system[0].size(system[1]) or 1, 1)
+    num_rows, offset, _ = cursor
     try:
-        with system[0].open(system[1], "rb", compression="gzip" if file.endswith(".gz") else None) as f:
+        system, path = fsspec.core.url_to_fs(file)
+        size = max(system.size(path) or 1, 1)
+        with system.open(path, "rb", compression="gzip" if file.endswith(".gz") else None) as f:
             if file.endswith(".parquet"):
                 import pyarrow.parquet
 
@@ -84,7 +85,7 @@ def read_file(file, cursor=(0, 0, 0.0)):
                 if line.strip():  # packed bytes are fewer than read ones, so that share only says how far the file is not done
                     share = 1 - size / (size + offset) if file.endswith(".gz") else offset / size
                     yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
-    except (ValueError, RecursionError, OSError) as e:  # pyarrow's errors are ValueErrors or OSErrors
+    except (ValueError, RecursionError, OSError, ImportError) as e:  # pyarrow's errors are ValueErrors or OSErrors
         text = f"not valid JSON ({e.msg} at column {e.colno})" if isinstance(e, json.JSONDecodeError) else f"{type(e).__name__}: {e}"
         fail(f"data {file} row {num_rows}: {text.splitlines()[0]}.")
 

@@ -5,7 +5,8 @@ Two invocations (run_cascade.sh): 16K tokens, then 32K with tool calling and SWE
      packed for speed, and attention never crosses from one to the next, so packing changes nothing but the time.
   2. Loss on the last assistant turn only (earlier ones are history, their thinking removed), mean over the tokens of the
      whole step; 1% warm-up (neither is stated).
-  3. The cosine runs over schedule_steps = 100K as printed in T14, so the rate hardly decays within a stage.
+  3. A set of more than block_rows rows is streamed and shuffled block by block, all its files mixed by size in every block.
+  4. The cosine runs over schedule_steps = 100K as printed in T14, so the rate hardly decays within a stage.
 
 torchrun --nproc_per_node=8 sft.py --init_from=Qwen/Qwen3-8B-Base --data=nvidia/Nemotron-Cascade-SFT-Stage-1 --out_dir=out/sft1
 A good run prints a loss that falls fast for 100 steps and then slowly, the same for every category of the eval line.

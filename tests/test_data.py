@@ -426,12 +426,17 @@ def test_a_hub_id_becomes_the_files_of_its_training_split(monkeypatch):
             data.data_files(name)
 
 
-def test_a_file_behind_a_url_is_read_like_a_local_one(tmp_path):
+def test_a_file_behind_a_url_is_read_like_a_local_one(capsys):
     import fsspec
 
     rows = [{"n": i} for i in range(5)]
     fsspec.filesystem("memory").pipe("/set/rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     assert [row for _, row in data.read_rows("memory://set/rows.jsonl")] == rows
+    for url in ("memory://set/gone.jsonl", "no_such_protocol://set/rows.jsonl"):
+        with pytest.raises(SystemExit):
+            data.read_rows(url)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and url in error
 
 
 # ---- Decontamination -------------------------------------------------------------------------------------------------
