@@ -12,6 +12,7 @@ completions, because completions of one problem are not independent. Each finish
 (samples/<stage>/<task>_<mode>_<decoding>.rank0.jsonl): an interrupted evaluation repeats none of them.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -134,17 +135,19 @@ def weights_of(folder):
     return [[n, files[n]] if n in files else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns] for n in names]
 
 
+def kept_lines(pattern):
+    """What these JSONL files keep; a line that was cut off counts for nothing."""
+    for line in (line for file in sorted(glob.glob(pattern)) for line in open(file)):
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def recall(rollouts, path):
-    """Fill the rollouts whose completion an earlier run has finished; a line that was cut off counts for nothing."""
+    """Fill the rollouts whose completion an earlier run has finished."""
     found = {}
-    for file in sorted(glob.glob(glob.escape(path) + ".rank*.jsonl")):
-        for line in open(file):
-            try:
-                kept = json.loads(line)
-            except ValueError:
-                continue
-            if "score" in kept or kept["key"] not in found:
-                found[kept["key"]] = kept
+    for kept in kept_lines(glob.escape(path) + ".rank*.jsonl"):
+        if "score" in kept or kept["key"] not in found:
+            found[kept["key"]] = kept
     for r in rollouts:
         if kept := found.get(r.key):
             r.text, r.finish_reason, r.num_tokens = kept["text"], kept["finish_reason"], kept["tokens"]
@@ -164,8 +167,7 @@ def complete(engine, rollouts, how, hook, metric, path, rank):
     if path:
         recall(rollouts, path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = path and f"{path}.rank{rank}.jsonl"
-    out = open(file, "a") if file else None
+    out = open(file := f"{path}.rank{rank}.jsonl", "a") if path else None
     if out and out.tell() and not open(file).read().endswith("\n"):
         out.write("\n")
 
@@ -181,10 +183,12 @@ def complete(engine, rollouts, how, hook, metric, path, rank):
     collect(ungraded)
     for r in ungraded:
         r.metric, r.weight = (None if r.status == "infra" else float(metric(r))), float(getattr(r, "votes", 1.0))
-    if file:
+    if out:
         out.close()
+        now, same = {r.key for r in rollouts}, rollouts[0].key.partition("-")[0] if rollouts else ""
+        others = [k for k in kept_lines(glob.escape(file)) if k["key"] not in now and k["key"].startswith(same)]  # of a larger --limit
         with open(file + ".tmp", "w") as f:
-            f.writelines(map(as_line, rollouts))
+            f.writelines([*map(as_line, rollouts), *(json.dumps(k) + "\n" for k in others)])
         os.replace(file + ".tmp", file)
     if missing := sum(r.metric is None for r in rollouts):
         common.fail(f"{missing} of {len(rollouts)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
@@ -205,10 +209,10 @@ def score_task(name, engine, tokenizer, cfg, rank, world):
         for decoding, k, temperature in (("sampled", how["samples"], how["temperature"]), ("greedy", 1, 0.0))[: 1 + TASKS[name]["greedy"]]:
             rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j))
                         for i, row in enumerate(rows) if i % world == rank for j in range(k)]  # fmt: skip
-            same = json.dumps([weights_of(cfg.model), how, temperature, type(engine).__name__])
+            digest = lambda *what: hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+            same = digest(weights_of(cfg.model), how | {"samples": 0, "temperature": temperature}, type(engine).__name__)
             for n, r in enumerate(rollouts):
-                r.sample, r.metric = n % k, None
-                r.key = hashlib.blake2b(f"{same} {r.prompt_ids} {r.seed}".encode(), digest_size=12).hexdigest()
+                r.sample, r.metric, r.key = n % k, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
             path = samples and os.path.join(samples, f"{name}_{mode}_{decoding}")
             complete(engine, rollouts, {**how, "temperature": temperature}, hook, metric, path, rank)
             mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
@@ -248,8 +252,7 @@ def read_results(folder, flag):
     path, cells = os.path.join(folder, "results.jsonl"), {}
     if not os.path.exists(path):
         common.fail(f"--{flag}={folder}: no results.jsonl there.", note="Nothing was read.")
-    for line in open(path):
-        r = json.loads(line)
+    for r in kept_lines(glob.escape(path)):
         cells[r["stage"], r["task"], r["mode"], r["decoding"]] = r  # a re-run replaces
     known = {s for s, *_ in cells if base_of(s) in STAGES}
     return cells, sorted(known, key=lambda s: (STAGES.index(base_of(s)), s))
@@ -298,13 +301,11 @@ def check_gates(folder, stage=""):
 def keep_best(folder):
     """folder/final becomes the checkpoint with the highest mean held-out dev score over all tasks (candidates.jsonl)."""
     means = {}
-    for line in open(os.path.join(folder, "candidates.jsonl")):
-        r = json.loads(line)
-        if r["decoding"] == "sampled":
+    for r in kept_lines(glob.escape(os.path.join(folder, "candidates.jsonl"))):
+        if r["decoding"] == "sampled" and os.path.exists(os.path.join(folder, r["stage"])):
             means.setdefault(r["stage"], {})[r["task"], r["mode"]] = r["score"]
     means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
-    best = max(sorted(means), key=means.get)
-    common.mark_final(folder, os.path.join(folder, best))
+    common.mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
     print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} (" + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items())) + ")")
 
 
@@ -380,8 +381,7 @@ def chat(model, engine, tokenizer, cfg):
             prompt_ids = render_chat(tokenizer, messages, think)[0]
             room = min(cfg.max_new_tokens or 8192, model.max_positions() - len(prompt_ids))
             if room < 1:
-                print(f"The conversation fills all {model.max_positions()} positions of this model: /new starts another.")
-                messages.pop()
+                messages = print(f"The conversation fills all {model.max_positions()} positions of this model: this is a new one.") or []
                 continue
             r = Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(cfg.seed, 2, time.time_ns()))
             how = (0.6 if cfg.temperature < 0 else cfg.temperature, cfg.top_p or 0.95)  # what the paper evaluates with
