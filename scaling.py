@@ -9,7 +9,6 @@ tests need the containers of SWE-bench's harness. 2. Tail confidence is the mean
 """
 
 import ast
-import json
 import os
 import sys
 from collections import Counter
