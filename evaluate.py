@@ -194,8 +194,8 @@ def complete(engine, rollouts, how, hook, metric, path, rank):
         common.fail(f"{missing} of {len(rollouts)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
 
 
-def score_task(name, engine, tokenizer, cfg, rank, world):
-    """One result line for each mode and decoding of a task; every rank decodes its share of the problems."""
+def score_task(name, engine, tokenizer, cfg, rank, world, positions):
+    """One result line for each mode and decoding of a task; every rank decodes its share. Prompt and completion share `positions`."""
     how, modes = protocol(name, cfg), cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
     samples = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
     outside = dict(data=cfg.data, samples=samples, judge=cfg.judge, judge_model=cfg.judge_model, verifier_python=cfg.verifier_python, repos=cfg.repos)
@@ -214,7 +214,8 @@ def score_task(name, engine, tokenizer, cfg, rank, world):
             for n, r in enumerate(rollouts):
                 r.sample, r.metric, r.key = n % k, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
             path = samples and os.path.join(samples, f"{name}_{mode}_{decoding}")
-            complete(engine, rollouts, {**how, "temperature": temperature}, hook, metric, path, rank)
+            room = min(how["max_new_tokens"], positions - max(len(row["prompt_ids"]) for row in rows))
+            complete(engine, rollouts, {**how, "temperature": temperature, "max_new_tokens": room}, hook, metric, path, rank)
             mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
             _, _, scores, weights, tokens = zip(*sorted(x for part in common.all_gather(mine) for x in part))
             score, low, high = interval(np.reshape(scores, (-1, k)), np.reshape(weights, (-1, k)))
@@ -431,11 +432,10 @@ def main(cfg):
         how = protocol(name, cfg)
         if loaded != how["rope_factor"]:
             (model, engine), loaded = load(cfg, device, how["rope_factor"]), how["rope_factor"]
-        if how["max_new_tokens"] >= model.max_positions():
+        if how["max_new_tokens"] > model.max_positions():
             common.fail(f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.", note="")
-        results = score_task(name, engine, tokenizer, cfg, rank, world)
-        if rank == 0:
-            print_table(results)
+        results = score_task(name, engine, tokenizer, cfg, rank, world, model.max_positions())
+        print_table(results if rank == 0 else [])
         if cfg.results and rank == 0:
             with open(cfg.results, "a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in results)
