@@ -29,7 +29,8 @@ import coderl
 import ifrl
 import mathrl
 import swerl
-from common import BadRow, fail, field, load_table
+from common import fail
+from data import BadRow, field, load_table
 
 K = 1024
 THINK = dict(modes=("think",), temperature=0.6, top_p=0.95, max_new_tokens=64 * K, rope_factor=2.0, greedy=False)
@@ -378,7 +379,7 @@ def grade_patches(rollouts, path, outside):
 
 # ---- The table -------------------------------------------------------------------------------------------------------
 ARENA = "hf://datasets/lmarena-ai/arena-hard-auto/data/arena-hard-v0.1/question.jsonl"
-LCB = "hf://datasets/livecodebench/code_generation_lite/test*.jsonl"  # the files: its loading script is refused by datasets 4
+LCB = ",".join(f"hf://datasets/livecodebench/code_generation_lite/test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6))  # its loading script is refused by datasets 4
 BENCHMARKS = {  # name: rows, grading, hub id, completions a problem, sampling
     "mmlu": benchmark(read_choice, score_choice, "cais/mmlu:all@test", 1, **THINK),
     "mmlu_pro": benchmark(read_choice, score_choice, "TIGER-Lab/MMLU-Pro@test", 1, **THINK),

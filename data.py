@@ -25,7 +25,7 @@ FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
 
 
 def data_files(path):
-    """Files or URLs of a data set: a file, a folder of them, or a hub id ("owner/name" or "owner/name:config"); commas join several."""
+    """Files or URLs of a data set: a file, a folder of them, or a hub id ("owner/name:config@split"; held-out splits only by name); commas join several."""
     if "," in path:
         return [file for part in path.split(",") for file in data_files(part)]
     if os.path.isdir(path):
@@ -35,7 +35,8 @@ def data_files(path):
     elif path.count("/") == 1 and not path.endswith(FORMATS):
         import datasets  # slow to import, so only where it is used
 
-        name, _, config = path.partition(":")
+        hub, _, wanted = path.partition("@")
+        name, _, config = hub.partition(":")
         try:
             names = datasets.get_dataset_config_names(name)
             names = [config] if config else ["default"] if "default" in names else names
@@ -43,7 +44,7 @@ def data_files(path):
         except Exception as e:  # whatever is wrong with a name or a hub, in the library's words
             fail(f"data {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}.")
         held_out = lambda split: "train" in splits[0] and split != "train" or split.startswith(("val", "test", "dev"))
-        files = [str(f) for files in splits for split in files if not held_out(split) for f in files[split] if str(f).endswith(FORMATS)]
+        files = [str(f) for files in splits for split in files if (split == wanted if wanted else not held_out(split)) for f in files[split] if str(f).endswith(FORMATS)]
     else:
         fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
     return files or fail(f"data {path}: no file that ends in {', '.join(FORMATS)}.")

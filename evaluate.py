@@ -12,6 +12,7 @@ completions, because completions of one problem are not independent. Each finish
 (samples/<stage>/<task>_<mode>_<decoding>.rank0.jsonl): an interrupted evaluation repeats none of them.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -134,17 +135,19 @@ def weights_of(folder):
     return [[n, files[n]] if n in files else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns] for n in names]
 
 
+def kept_lines(pattern):
+    """What these JSONL files keep; a line that was cut off counts for nothing."""
+    for line in (line for file in sorted(glob.glob(pattern)) for line in open(file)):
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
 def recall(rollouts, path):
-    """Fill the rollouts whose completion an earlier run has finished; a line that was cut off counts for nothing."""
+    """Fill the rollouts whose completion an earlier run has finished."""
     found = {}
-    for file in sorted(glob.glob(glob.escape(path) + ".rank*.jsonl")):
-        for line in open(file):
-            try:
-                kept = json.loads(line)
-            except ValueError:
-                continue
-            if "score" in kept or kept["key"] not in found:
-                found[kept["key"]] = kept
+    for kept in kept_lines(glob.escape(path) + ".rank*.jsonl"):
+        if "score" in kept or kept["key"] not in found:
+            found[kept["key"]] = kept
     for r in rollouts:
         if kept := found.get(r.key):
             r.text, r.finish_reason, r.num_tokens = kept["text"], kept["finish_reason"], kept["tokens"]
@@ -164,8 +167,7 @@ def complete(engine, rollouts, how, hook, metric, path, rank):
     if path:
         recall(rollouts, path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = path and f"{path}.rank{rank}.jsonl"
-    out = open(file, "a") if file else None
+    out = open(file := f"{path}.rank{rank}.jsonl", "a") if path else None
     if out and out.tell() and not open(file).read().endswith("\n"):
         out.write("\n")
 
@@ -181,17 +183,19 @@ def complete(engine, rollouts, how, hook, metric, path, rank):
     collect(ungraded)
     for r in ungraded:
         r.metric, r.weight = (None if r.status == "infra" else float(metric(r))), float(getattr(r, "votes", 1.0))
-    if file:
+    if out:
         out.close()
+        now, same = {r.key for r in rollouts}, rollouts[0].key.partition("-")[0] if rollouts else ""
+        others = [k for k in kept_lines(glob.escape(file)) if k["key"] not in now and k["key"].startswith(same)]  # of a larger --limit
         with open(file + ".tmp", "w") as f:
-            f.writelines(map(as_line, rollouts))
+            f.writelines([*map(as_line, rollouts), *(json.dumps(k) + "\n" for k in others)])
         os.replace(file + ".tmp", file)
     if missing := sum(r.metric is None for r in rollouts):
         common.fail(f"{missing} of {len(rollouts)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
 
 
-def score_task(name, engine, tokenizer, cfg, rank, world):
-    """One result line for each mode and decoding of a task; every rank decodes its share of the problems."""
+def score_task(name, engine, tokenizer, cfg, rank, world, positions):
+    """One result line for each mode and decoding of a task; every rank decodes its share. Prompt and completion share `positions`."""
     how, modes = protocol(name, cfg), cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
     samples = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
     outside = dict(data=cfg.data, samples=samples, judge=cfg.judge, judge_model=cfg.judge_model, verifier_python=cfg.verifier_python, repos=cfg.repos)
@@ -205,12 +209,13 @@ def score_task(name, engine, tokenizer, cfg, rank, world):
         for decoding, k, temperature in (("sampled", how["samples"], how["temperature"]), ("greedy", 1, 0.0))[: 1 + TASKS[name]["greedy"]]:
             rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j))
                         for i, row in enumerate(rows) if i % world == rank for j in range(k)]  # fmt: skip
-            same = json.dumps([weights_of(cfg.model), how, temperature, type(engine).__name__])
+            digest = lambda *what: hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+            same = digest(weights_of(cfg.model), how | {"samples": 0, "temperature": temperature}, type(engine).__name__)
             for n, r in enumerate(rollouts):
-                r.sample, r.metric = n % k, None
-                r.key = hashlib.blake2b(f"{same} {r.prompt_ids} {r.seed}".encode(), digest_size=12).hexdigest()
+                r.sample, r.metric, r.key = n % k, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
             path = samples and os.path.join(samples, f"{name}_{mode}_{decoding}")
-            complete(engine, rollouts, {**how, "temperature": temperature}, hook, metric, path, rank)
+            room = min(how["max_new_tokens"], positions - max(len(row["prompt_ids"]) for row in rows))
+            complete(engine, rollouts, {**how, "temperature": temperature, "max_new_tokens": room}, hook, metric, path, rank)
             mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
             _, _, scores, weights, tokens = zip(*sorted(x for part in common.all_gather(mine) for x in part))
             score, low, high = interval(np.reshape(scores, (-1, k)), np.reshape(weights, (-1, k)))
@@ -248,8 +253,7 @@ def read_results(folder, flag):
     path, cells = os.path.join(folder, "results.jsonl"), {}
     if not os.path.exists(path):
         common.fail(f"--{flag}={folder}: no results.jsonl there.", note="Nothing was read.")
-    for line in open(path):
-        r = json.loads(line)
+    for r in kept_lines(glob.escape(path)):
         cells[r["stage"], r["task"], r["mode"], r["decoding"]] = r  # a re-run replaces
     known = {s for s, *_ in cells if base_of(s) in STAGES}
     return cells, sorted(known, key=lambda s: (STAGES.index(base_of(s)), s))
@@ -298,13 +302,11 @@ def check_gates(folder, stage=""):
 def keep_best(folder):
     """folder/final becomes the checkpoint with the highest mean held-out dev score over all tasks (candidates.jsonl)."""
     means = {}
-    for line in open(os.path.join(folder, "candidates.jsonl")):
-        r = json.loads(line)
-        if r["decoding"] == "sampled":
+    for r in kept_lines(glob.escape(os.path.join(folder, "candidates.jsonl"))):
+        if r["decoding"] == "sampled" and os.path.exists(os.path.join(folder, r["stage"])):
             means.setdefault(r["stage"], {})[r["task"], r["mode"]] = r["score"]
     means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
-    best = max(sorted(means), key=means.get)
-    common.mark_final(folder, os.path.join(folder, best))
+    common.mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
     print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} (" + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items())) + ")")
 
 
@@ -380,8 +382,7 @@ def chat(model, engine, tokenizer, cfg):
             prompt_ids = render_chat(tokenizer, messages, think)[0]
             room = min(cfg.max_new_tokens or 8192, model.max_positions() - len(prompt_ids))
             if room < 1:
-                print(f"The conversation fills all {model.max_positions()} positions of this model: /new starts another.")
-                messages.pop()
+                messages = print(f"The conversation fills all {model.max_positions()} positions of this model: this is a new one.") or []
                 continue
             r = Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(cfg.seed, 2, time.time_ns()))
             how = (0.6 if cfg.temperature < 0 else cfg.temperature, cfg.top_p or 0.95)  # what the paper evaluates with
@@ -431,11 +432,10 @@ def main(cfg):
         how = protocol(name, cfg)
         if loaded != how["rope_factor"]:
             (model, engine), loaded = load(cfg, device, how["rope_factor"]), how["rope_factor"]
-        if how["max_new_tokens"] >= model.max_positions():
+        if how["max_new_tokens"] > model.max_positions():
             common.fail(f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.", note="")
-        results = score_task(name, engine, tokenizer, cfg, rank, world)
-        if rank == 0:
-            print_table(results)
+        results = score_task(name, engine, tokenizer, cfg, rank, world, model.max_positions())
+        print_table(results if rank == 0 else [])
         if cfg.results and rank == 0:
             with open(cfg.results, "a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in results)

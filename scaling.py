@@ -20,6 +20,7 @@ import torch
 
 import coderl
 import common
+import data
 import swerl
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
@@ -142,10 +143,10 @@ def main(cfg):
 
     if cfg.vote:
         return run_vote(cfg, sample)
-    problems = common.read_rows(cfg.ioi, cfg.limit)
+    problems = data.read_rows(cfg.ioi, cfg.limit)
     for where, problem in problems:
         for name, kind in (("statement", str), ("samples", dict), ("subtasks", list)):
-            common.field(problem, where, name, kind)
+            data.field(problem, where, name, kind)
     total = [solve(problem, sample, cfg, number=n) for n, (_, problem) in enumerate(problems)]
     print(f"{len(total)} problems, {sum(points for points, _ in total):g} points with {sum(n for _, n in total)} submissions")
 

@@ -53,6 +53,10 @@ def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_
     assert samples(tmp_path / "b") == lines
     _, out, _ = run_python("-c", spy, *flags)
     assert [line for line in out.splitlines() if line.startswith("drew")] == ["drew []"] * len(lines)  # all there: nothing is drawn
+    run_python("-c", spy, *flags, "--limit=2", "--samples=1")  # a smaller evaluation forgets nothing of the larger one
+    assert {name: sorted(rows) for name, rows in samples(tmp_path / "b").items()} == {name: sorted(rows) for name, rows in lines.items()}
+    _, out, _ = run_python("-c", spy, *flags, "--samples=3")  # a larger one draws only what is new
+    assert sum(len(eval(line[5:])) for line in out.splitlines() if line.startswith("drew")) == 4 * sum("sampled" in name for name in lines)
 
 
 @pytest.mark.slow
