@@ -4,8 +4,8 @@
 
 A turn is one update on the same 128 toy conversations (fp32, one thread). TRL gets our token ids and labels; packed (best-fit
 decreasing, rows of 512 tokens) it may choose: a row at a time with accumulation, or several rows in one pass, where its
-attention mask spans all of them. Unpacked it pads, 16 conversations at a time. Every side reports the loss before its first
-update; they have to agree.
+attention mask spans all of them. Unpacked it pads, 16 conversations at a time. Ours runs with 2048 tokens a pass and, as in
+run_cascade.sh, with 8192. Every side reports the loss before its first update; they have to agree.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from side_by_side import KEEP_PAGES, OUT, peer_python, race, report, summarize, 
 ROWS, LENGTH, LR = 128, 512, 1e-4
 
 
-def conversations():
+def conversations(tokens=2048):
     """(cfg, samples): the first rows of the toy's SFT set, encoded by sft.py."""
     import sft
     from model import load_tokenizer
 
     cfg = sft.Config(init_from=toy_folder("base"), data=str(OUT / "data" / "sft_stage1.jsonl"), limit=ROWS, lr=LR, max_seq_len=LENGTH,
-                     micro_batch_tokens=8192)  # fmt: skip
+                     micro_batch_tokens=tokens)  # fmt: skip
     return cfg, sft.load_samples(cfg.data, load_tokenizer(cfg.init_from), cfg)
 
 
-def ours():
+def ours(tokens):
     import torch
 
     import common
@@ -34,7 +34,7 @@ def ours():
     from model import Qwen3
 
     _, world, device = common.init_distributed(0)
-    cfg, samples = conversations()
+    cfg, samples = conversations(tokens)
     model = Qwen3.from_pretrained(cfg.init_from)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     tokens = sum(len(ids) for ids, _, _ in samples)
@@ -83,11 +83,11 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     args = parser.parse_args()
     if args.contestant:
-        return ours() if args.contestant == "ours" else trl(args.batch, args.contestant == "packed")
+        return ours(args.batch) if args.contestant == "ours" else trl(args.batch, args.contestant == "packed")
     python = peer_python()
     toy_folder("base")
     peers = {"trl packed, 1 row a pass": ("packed", 1), "trl packed, 4 rows a pass": ("packed", 4), "trl padded, 16 a pass": ("padded", 16)}
-    contestants = {"ours": (sys.executable, ["--contestant=ours"], {})}
+    contestants = {name: (sys.executable, ["--contestant=ours", f"--batch={batch}"], {}) for name, batch in (("ours", 2048), ("ours, 8192 a pass", 8192))}
     contestants |= {name: (python, [f"--contestant={who}", f"--batch={batch}"], {}) for name, (who, batch) in peers.items()}
     contestants["trl packed, 1 row, our malloc"] = (python, ["--contestant=packed", "--batch=1"], KEEP_PAGES)
     found = race("sft", contestants, args.rounds)

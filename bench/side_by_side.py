@@ -154,7 +154,7 @@ def plot(groups, title, path, tokens):
     for axis, (setting, rows) in zip(axes[0], groups.items(), strict=True):
         for place, (name, row) in enumerate(rows.items()):
             values = [turn["tokens"] / turn["cpu_s"] if tokens else turn["cpu_s"] for turn in row["turns"]]
-            axis.barh(place, statistics.median(values), 0.6, color="tab:blue" if name == "ours" else "0.7")
+            axis.barh(place, statistics.median(values), 0.6, color="tab:blue" if name.startswith("ours") else "0.7")
             axis.plot(values, [place] * len(values), "k.", markersize=4)
             ratio = row["cpu_s / ours"]
             if name != "ours":
