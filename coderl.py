@@ -14,29 +14,29 @@ Deviations from the paper:
 torchrun --nproc_per_node=8 coderl.py --init_from=out/mathrl/final --out_dir=out/coderl
 """
 
-import time
-import zlib
-import statistics
-import resource
 import ast
 import decimal
 import json
 import math
 import random
 import re
+import statistics
+import time
 import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import sandbox
-from common import BadRow, fail, field, load_table, print0
 import numpy as np
 import torch
 from tqdm import tqdm
+
 import common
+import sandbox
+from common import fail, print0
+from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
-
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -132,6 +132,8 @@ def normal_tests(row):
             raise BadRow("tests of several functions, or none")
         tests = {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests], "fn_name": names.pop()}
     inputs, outputs, name = tests.get("inputs") or [], tests.get("outputs") or [], tests.get("fn_name") or None
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or None in inputs + outputs:
+        raise BadRow("tests of an unknown form")
     if not inputs or len(inputs) != len(outputs):
         raise BadRow("no tests, or more inputs than outputs")
     if name:
@@ -144,25 +146,32 @@ def normal_tests(row):
     else:
         text = lambda x: "\n".join(map(str, x)) if isinstance(x, list) else str(x)
         inputs, outputs = [text(x) for x in inputs], [text(x) for x in outputs]
-    return {"inputs": inputs, "outputs": outputs, "fn_name": name, "time_limit": row.get("time_limit")}
+    seconds = re.match(r"\d+(\.\d+)?", str(row.get("time_limit") or ""))  # a number, or TACO's "2.0 seconds"
+    return {"inputs": inputs, "outputs": outputs, "fn_name": name, "time_limit": float(seconds[0]) if seconds else None}
 
 
 def statement(row, where):
     """The problem text of a row; open-r1/codeforces keeps it in parts."""
-    if row.get("description"):
+    if row.get("description") and isinstance(row["description"], str):
         parts = [("", row["description"]), ("Input\n", row.get("input_format")), ("Output\n", row.get("output_format")),
                  ("Note\n", row.get("note"))]  # fmt: skip
-        parts += [("Example\n", f"Input:\n{e['input']}\nOutput:\n{e['output']}") for e in row.get("examples") or []]
-        return "\n\n".join(title + text for title, text in parts if text)
-    text = row.get("problem") or row.get("question") or row.get("prompt")
-    text = text or (row.get("responses_create_params") or {}).get("input")
-    text = text[-1]["content"] if isinstance(text, list) else text
-    return text if isinstance(text, str) and text.strip() else field(row, where, "problem")
+        examples = row.get("examples") if isinstance(row.get("examples"), list) else []
+        parts += [("Example\n", f"Input:\n{e.get('input')}\nOutput:\n{e.get('output')}") for e in examples if isinstance(e, dict)]
+        return "\n\n".join(f"{title}{text}" for title, text in parts if text)
+    nested = row.get("responses_create_params")
+    nested = {"input": nested.get("input")} if isinstance(nested, dict) else {}
+    named = {k: v for k, v in {**row, **nested}.items() if k in ("problem", "question", "prompt", "input", "description")}
+    name = next((k for k in ("problem", "question", "prompt", "input") if named.get(k)), "problem")
+    if not named:
+        field(row, where, "problem")  # stops the run and names the fields that are there
+    return ([{"content": ""}] + chat(named.get(name) or "", name))[-1]["content"]
 
 
 def normalize(row, where):
     """One row of any known code set -> {"messages", "think", "tests", "solution"}; BadRow drops it with a reason."""
     problem = statement(row, where).strip()
+    if not problem:
+        raise BadRow("no problem statement")
     if row.get("input_mode") == "interactive" or INTERACTIVE.search(problem):
         raise BadRow("interactive")
     if row.get("generated_checker") or ANY_ANSWER.search(problem):
@@ -303,16 +312,15 @@ def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its tests in the background, collect(rollouts) sets the rewards."""
     sandbox.run("pass")  # starts the zygote, and announces a host without namespaces, before there is a model
     pool = ThreadPoolExecutor(cfg.reward_workers)
-    pending = {}  # id -> (rollout, future); holding the rollout keeps its id unique
 
     def submit(rollout):
-        pending[id(rollout)] = rollout, pool.submit(judge, rollout, cfg)
+        rollout.pending = pool.submit(common.timed, judge, rollout, cfg)
+        return rollout.pending
 
     def collect(rollouts):
-        for rollout in rollouts:
-            if id(rollout) not in pending:
-                submit(rollout)
-            rollout.reward, rollout.status, rollout.passed = pending.pop(id(rollout))[1].result()
+        for r in rollouts:
+            (r.reward, r.status, r.passed), r.verify_s = (r.pending or submit(r)).result()
+            r.pending = None
 
     return submit, collect
 
@@ -514,11 +522,14 @@ def summarize(rollouts):
     sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
     sums["len"] = sum(len(r.completion_ids) for r in rollouts)
     sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
     sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
     sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
     sums = common.all_reduce(sums)
-    n, groups = sums.pop("n"), sums.pop("groups")
-    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
+    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
@@ -548,6 +559,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -560,6 +572,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
@@ -589,7 +602,7 @@ def main(cfg):
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
@@ -606,16 +619,6 @@ def count_correct(rollouts):
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts
-
-
-def console_line(step, m, cfg, device):
-    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
-    seconds = m["time/gen"] + m["time/train"]
-    rate = m["num_tokens"] / max(seconds, 1e-9)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
-            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
 
 
 if __name__ == "__main__":

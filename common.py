@@ -1,6 +1,7 @@
-"""Plumbing: flags, data files, ranks, checkpoints, logs. Nothing here takes a tensor with a batch axis."""
+"""Plumbing: flags, ranks, memory, checkpoints, logs. Nothing here takes a tensor with a batch axis."""
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -8,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from model import save_tokenizer
+from model import memory_plan, read_config, save_tokenizer
 
 
 def fail(message, note="Nothing was trained."):
@@ -41,75 +43,6 @@ def boolean(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
-
-
-# ---- Data files ------------------------------------------------------------------------------------------------------
-class BadRow(ValueError):
-    """Raised by a stage's normalize(row, where): the row is dropped and counted under this reason."""
-
-
-def read_rows(path, limit=0):
-    """[(where, row)] of a .json/.jsonl/.parquet file, a folder of them, or a hub id ("owner/name" or "owner/name:config")."""
-    if os.path.isdir(path):
-        files = sorted(f for f in os.listdir(path) if f.endswith((".jsonl", ".json", ".parquet")))
-        rows = [item for f in files for item in read_rows(os.path.join(path, f), limit)]
-    elif path.endswith((".jsonl", ".json")) and os.path.exists(path):
-        rows = []
-        with open(path, encoding="utf-8") as f:
-            lines = f if path.endswith(".jsonl") else [f.read()]
-            for i, line in enumerate(lines, 1):
-                try:
-                    parsed = json.loads(line) if line.strip() else []
-                except json.JSONDecodeError as e:
-                    fail(f"data {path} row {i}: not valid JSON ({e.msg} at column {e.colno}).")
-                if path.endswith(".json"):  # one list of rows
-                    rows += [(f"{path} row {n}", row) for n, row in enumerate(parsed if isinstance(parsed, list) else [parsed], 1)]
-                elif line.strip():
-                    rows.append((f"{path} row {i}", parsed))
-                if limit and len(rows) >= limit:
-                    break
-    elif os.path.exists(path) or (path.count("/") == 1 and not path.endswith((".jsonl", ".json", ".parquet"))):
-        import datasets  # slow to import, so only where it is used
-
-        name, _, config = path.partition(":")
-        try:
-            source = ("parquet", None) if os.path.exists(path) else (name, config or None)
-            table = datasets.load_dataset(*source, data_files=path if os.path.exists(path) else None, split="train")
-        except Exception as e:  # whatever is wrong with a file or a hub, in the library's words
-            fail(f"data {path}: {type(e).__name__}: {str(e).splitlines()[0]}.")
-        rows = [(f"{path} row {i + 1}", row) for i, row in enumerate(table.select(range(min(limit or len(table), len(table)))))]
-    else:
-        fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
-    return rows[:limit] if limit else rows
-
-
-def field(row, where, name, kind=str):
-    """row[name], or one sentence naming file, row, field and what was expected."""
-    if name not in row:
-        fail(f'data {where}: no "{name}" field (has: {", ".join(map(str, row))}).')
-    if not isinstance(row[name], kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        fail(f'data {where}: field "{name}" is {type(row[name]).__name__}, expected {kinds}.')
-    return row[name]
-
-
-def load_table(path, normalize, limit=0):
-    """Normal rows of a data set: normalize(row, where) returns one or raises BadRow(reason). Prints what was dropped and why."""
-    rows, dropped = [], {}
-    for where, raw in read_rows(path, limit):
-        if not isinstance(raw, dict):
-            fail(f"data {where}: a row is {type(raw).__name__}, expected an object.")
-        try:
-            rows.append(normalize(raw, where))
-        except BadRow as reason:
-            dropped.setdefault(str(reason), []).append(where)
-        except Exception as e:  # a row of a shape nobody thought of
-            fail(f"data {where}: {type(e).__name__}: {e}.")
-    for reason, wheres in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        print0(f"data {path}: dropped {len(wheres)} of {len(rows) + sum(map(len, dropped.values()))} rows, {reason} (first: {wheres[0]})")
-    if not rows:
-        fail(f"data {path}: no usable row ({'; '.join(f'{len(w)} x {r}' for r, w in dropped.items()) or 'the file is empty'}).")
-    return rows
 
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
@@ -181,6 +114,36 @@ def finish():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def free_memory(device, world):
+    """Bytes that a rank may still take: of its GPU, or its share of what the machine or its container has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    with open("/proc/meminfo") as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def check_memory(folder, cfg, world, device):
+    """Prints the memory plan of a run that starts from `folder`, in a line or two, and ends a run that cannot fit."""
+    if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
+        return  # loading says what is wrong with the folder
+    nll = hasattr(cfg, "max_seq_len")
+    longest = cfg.max_seq_len if nll else cfg.max_prompt_tokens + cfg.max_new_tokens
+    tokens = max(cfg.micro_batch_tokens, longest)
+    plan = memory_plan(read_config(folder), world, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
+    free, GB = free_memory(device, world), 1e9
+    for moment in list(plan)[1:]:
+        parts = ", ".join(f"{part} {n / GB:.1f}" for part, n in plan[moment].items())
+        print0(f"{moment}: {sum(plan[moment].values()) / GB:.1f} of {free / GB:.1f} GB a rank ({parts})")
+    for moment, parts in plan.items():
+        if sum(parts.values()) > free:
+            most = max(parts, key=parts.get)
+            fail(f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
+                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer --micro_batch_tokens (now {tokens} at a time).")  # fmt: skip
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -302,6 +265,40 @@ def git_hash():
 
 
 # ---- Log -------------------------------------------------------------------------------------------------------------
+def console_line(step, num_steps, m):
+    """step 120/500 | reward 0.431 | len 2831 | ...: one line for a step of RL, in a fixed order."""
+    rate = m["num_tokens"] / max(m["time/gen"] + m["time/train"], 1e-9)
+    line = (f"step {step}/{num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
+            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
+            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")  # fmt: skip
+    return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
+
+
+def peak_memory():
+    """Bytes: the most this process has held, on its GPU if there is one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed(function, *args):
+    """(function(*args), its seconds): what a verifier worker runs."""
+    clock = time.perf_counter()
+    return function(*args), time.perf_counter() - clock
+
+
+def load_history(folder, data):
+    """{"history", "epoch"} of the run that wrote this checkpoint if it was on the same rows (checksum `data`), else {}: the epoch
+    filter of paper 4.5.2 goes on over the length stages of Math RL."""
+    path = os.path.join(folder, "run.json")
+    try:
+        state = json.load(open(path))["state"] if os.path.exists(path) else {}
+    except (ValueError, KeyError) as e:
+        fail(f"--init_from={folder}: run.json cannot be read ({e}).")
+    if state.get("data") != data or not state.get("history"):
+        return {}
+    print0(f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them")
+    return {"history": state["history"], "epoch": state["epoch"]}
+
+
 class Logger:
     """One console line and one metrics.jsonl line a step. After a resume the file is cut back to the step resumed from."""
 

@@ -39,7 +39,10 @@ class Rollout:
     finish_reason: str = ""  # "stop" or "length"
     text: str = ""  # decoded completion, thinking included, stop token left out
     reward: float = float("nan")
+    teacher_logprobs: list = field(default_factory=list)  # mopd: of the completion, under its domain's teacher
     score: float = float("nan")  # rlhf: the reward model's own number, before shaping
+    pending: object = None  # the verdict under way, a future
+    verify_s: float = 0.0  # seconds that a verifier worker spent on it
     status: str = ""  # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)
     advantage: float = 0.0
     trained: bool = True  # False: left out of the loss, its denominator and the group statistics
@@ -180,8 +183,8 @@ class TorchEngine:
             return flash_attention_varlen(q_TNH, k_TKH, v_TKH, cu_seqlens, max(lengths))
 
         input_ids_T = torch.tensor(np.concatenate(prompts), device=device)
-        hidden_TD = self.model.hidden_states(input_ids_T, position_T, attend)
-        logits_PV = F.linear(hidden_TD[cu_seqlens[1:].long() - 1], self.model.head_weight).float()
+        hidden_PD = self.model.hidden_states(input_ids_T, position_T, attend, keep_M=cu_seqlens[1:].long() - 1)
+        logits_PV = F.linear(hidden_PD, self.model.head_weight).float()
         return logits_PV[prompt_B], cache
 
     def _decode(self, token_B, position_B, cache, bias_B1S, slot):
@@ -221,7 +224,8 @@ class VLLMEngine:
 
             if model.config.head_dim not in (widths := CPUAttentionBackend.get_supported_head_sizes()):
                 common.fail(f"--engine=vllm: vLLM on CPUs has no attention for head_dim={model.config.head_dim} (it has {widths}).")
-            place = dict(enforce_eager=True, max_model_len=-1)  # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows
+            # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows. A prompt cut in two would rewind its generator, which CPU ones cannot.
+            place = dict(enforce_eager=True, max_model_len=-1, enable_chunked_prefill=False)
         with tempfile.TemporaryDirectory() as folder:  # vLLM reads the architecture from a file; weights never touch the disk
             with open(os.path.join(folder, "config.json"), "w") as f:
                 json.dump(hf_config(model.config), f)

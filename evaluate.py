@@ -116,7 +116,7 @@ def print_table(results):
 
 
 # ---- 3. The matrix ---------------------------------------------------------------------------------------------------
-STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
+STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "mopd")
 OWN = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swerl": "swe"}
 
 
@@ -141,8 +141,9 @@ def draw_matrix(folder):
                 text = f"{100 * r['score']:.1f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" if r else "-"
                 line += f"{text + ('*' if OWN.get(s) == task else ' '):>22s}"
             print(line)
+    taught = [s for s in stages if s in ("sft", *OWN)]
     print("\nown skill, sampled, before -> after the stage that teaches it:")
-    for before, after in zip(stages, stages[1:]):
+    for before, after in zip(taught, taught[1:]):
         mode = "no_think" if after == "ifrl" else "think"
         a, b = (cells.get((s, OWN[after], mode, "sampled")) for s in (before, after))
         if not (a and b):
@@ -151,17 +152,17 @@ def draw_matrix(folder):
         print(f"{after:8s}{OWN[after]:>5s} {mode:9s}{100 * a['score']:6.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}] -> "
               f"{100 * b['score']:5.1f} [{100 * b['low']:.1f}, {100 * b['high']:.1f}]  {verdict}")  # fmt: skip
     if any(key[0].endswith("_control") for key in cells):
-        print_controls(cells, stages)
+        print_controls(cells, taught)
     plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns)
     for s in stages[1:]:
         if os.path.exists(metrics := os.path.join(folder, s, "metrics.jsonl")):
             plot_curves(metrics, os.path.join(folder, f"curves_{s}.png"), s)
 
 
-def print_controls(cells, stages):
+def print_controls(cells, taught):
     """The honest control: the seconds of each RL stage spent on more SFT over the same demonstrations instead."""
     print("\nown skill, sampled: before the stage, after it, and after the same seconds of more SFT from the same checkpoint")
-    for before, after in zip(stages, stages[1:]):
+    for before, after in zip(taught, taught[1:]):
         mode = "no_think" if after == "ifrl" else "think"
         found = [cells.get((s, OWN[after], mode, "sampled")) for s in (before, after, f"{after}_control")]
         if all(found):

@@ -16,7 +16,6 @@ as letter count as written. [dev 5] An answer of over 50,000 characters follows 
 In a good run reward rises while len stays; under_20_words rising means that short replies farm the easy constraints.
 """
 
-import resource
 import ast
 import atexit
 import ctypes
@@ -35,17 +34,17 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import langdetect
+import numpy as np
 import torch
 from nltk.tokenize import NLTKWordTokenizer, RegexpTokenizer
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer
-
-from common import BadRow, fail, field, load_table, print0
-import numpy as np
 from tqdm import tqdm
+
 import common
+from common import fail, print0
+from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
-
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -158,14 +157,14 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         ids, kwargs, prompt = read_constraints(row, where)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [{"role": m["role"], "content": m["content"] or ""} for m in messages]
+        messages = [{"role": m["role"], "content": m["content"]} for m in chat(prompt)]
         if messages and messages[-1]["role"] == "assistant":  # a reply is not ours to imitate
             messages.pop()
         if not messages or not messages[-1]["content"].strip():
             raise BadRow("no prompt")
-        if not ids or len(ids) != len(kwargs):
-            raise BadRow("no constraints, or not one kwargs for each")
+        list_of = lambda values, kinds: isinstance(values, list) and all(isinstance(v, kinds) for v in values)  # noqa: E731
+        if not list_of(ids, str) or not list_of(kwargs, (dict, type(None))) or not ids or len(ids) != len(kwargs):
+            raise BadRow("no constraints, or not one kwargs object for each")
         kwargs = [clean_kwargs(k) for k in kwargs]
         for reason in filter(None, map(unusable, ids, kwargs)):
             raise BadRow(reason)
@@ -449,7 +448,7 @@ def make_reward(cfg):
         atexit.register(pool.terminate)
         return pool
 
-    pool, pending, rounds = start() if cfg.reward_workers else None, {}, itertools.count(1)
+    pool, rounds = start() if cfg.reward_workers else None, itertools.count(1)
 
     @functools.cache
     def reward_model():  # loaded when first needed: by then this rank has chosen its device
@@ -459,22 +458,21 @@ def make_reward(cfg):
 
     def submit(rollout):
         row = rollout.row
-        job = (rollout.text, row["think"], row["instruction_id_list"], row["kwargs"], cfg.need_letters)
-        pending[id(rollout)] = rollout, pool.apply_async(verify, job) if pool else verify(*job)
+        job = (verify, rollout.text, row["think"], row["instruction_id_list"], row["kwargs"], cfg.need_letters)
+        rollout.pending = pool.apply_async(common.timed, job) if pool else common.timed(*job)
+        return rollout.pending
 
     def collect(rollouts):
         nonlocal pool
-        for rollout in rollouts:
-            if id(rollout) not in pending:
-                submit(rollout)
+        waiting = [rollout.pending or submit(rollout) for rollout in rollouts]
         deadline = time.monotonic() + VERDICT_SECONDS
-        for rollout in rollouts:
-            result = pending.pop(id(rollout))[1]
+        for rollout, result in zip(rollouts, waiting, strict=True):
             try:
                 result = result.get(max(0.0, deadline - time.monotonic())) if pool else result
             except multiprocessing.TimeoutError:  # a keyword that takes for ever as a pattern: masked, nobody's fault
-                result = [False] * len(rollout.row["kwargs"]), "infra"
-            rollout.followed, rollout.status = result
+                result = ([False] * len(rollout.row["kwargs"]), "infra"), VERDICT_SECONDS
+            (rollout.followed, rollout.status), rollout.verify_s = result
+            rollout.pending = None
             rollout.reward = float(rollout.status == "ok")
         if any(rollout.status == "infra" for rollout in rollouts):
             pool.terminate()
@@ -679,11 +677,14 @@ def summarize(rollouts):
     sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
     sums["len"] = sum(len(r.completion_ids) for r in rollouts)
     sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
     sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
     sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
     sums = common.all_reduce(sums)
-    n, groups = sums.pop("n"), sums.pop("groups")
-    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
+    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
@@ -713,6 +714,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -725,6 +727,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
@@ -754,7 +757,7 @@ def main(cfg):
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
@@ -771,16 +774,6 @@ def count_correct(rollouts):
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts
-
-
-def console_line(step, m, cfg, device):
-    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
-    seconds = m["time/gen"] + m["time/train"]
-    rate = m["num_tokens"] / max(seconds, 1e-9)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
-            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,33 +11,30 @@ torchrun --nproc_per_node=8 mathrl.py --init_from=out/ifrl/final --out_dir=out/m
 """
 
 import functools
-import math
-import statistics
-import time
-import zlib
 import logging
-import multiprocessing
-import os
+import math
 import random
 import re
-import resource
-import signal
+import statistics
 import threading
+import time
 import unicodedata
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from math_verify import LatexExtractionConfig, parse, verify
-
-from common import BadRow, fail, field, load_table, print0
 import numpy as np
 import torch
+from math_verify import LatexExtractionConfig, parse, verify
 from tqdm import tqdm
+
 import common
+import sandbox
+from common import fail, print0
+from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
-
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -89,17 +86,23 @@ DAPO = re.compile(r"Solve the following math problem step by step\..*?\n\n(.*)\n
 
 def normalize(row, where):
     """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops it with a reason."""
-    problem = row.get("problem") or row.get("question") or field(row, where, "prompt", (str, list))
-    if isinstance(problem, list):  # DAPO-Math-17k: a chat turn that asks for "Answer:" instead of a box
-        problem = DAPO.sub(r"\1", problem[-1]["content"].strip())
-    named = {**row, "ground_truth": (row.get("reward_model") or {}).get("ground_truth")}
+    name = next((k for k in ("problem", "question", "prompt") if row.get(k) is not None), "problem")
+    problem = chat(field(row, where, name, (str, list)), name) or [{"content": ""}]
+    problem = DAPO.sub(r"\1", problem[-1]["content"].strip())  # DAPO-Math-17k asks for "Answer:" instead of a box
+    nested = row.get("reward_model")
+    named = {**row, "ground_truth": nested.get("ground_truth") if isinstance(nested, dict) else None}
     names = [k for k in ("answer", "expected_answer", "ground_truth", "solution") if named.get(k) is not None]
-    gold = str(named[names[0]] if names else field(row, where, "answer"))
+    if not names and not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
+        field(row, where, "answer")  # stops the run and names the fields that are there
+    gold = named[names[0]] if names else ""
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+        raise BadRow(f'field "{names[0]}" is neither text nor a number')
+    gold = str(gold)
     if "\\boxed" in gold:  # a written solution instead of a bare answer
         gold = last_box(gold) or ""
-    if not problem.strip() or not gold.strip():
+    if not problem or not gold.strip():
         raise BadRow("empty problem or answer")
-    return {"messages": [{"role": "user", "content": INSTRUCTION + problem.strip()}], "think": True, "answer": gold}
+    return {"messages": [{"role": "user", "content": INSTRUCTION + problem}], "think": True, "answer": gold}
 
 
 def load_rows(cfg, path=None, limit=0):
@@ -223,62 +226,7 @@ def equal(gold, given):
         return False
 
 
-def killable(function, limit_s):
-    """call(*args): function(*args) in the calling thread's own child process; None if it ran past limit_s or died.
-
-    Nothing here knows mathematics. The child is forked by call.start(), best before a model exists, and reused.
-    """
-    mine, forking, ends = threading.local(), threading.Lock(), []
-
-    def serve(pipe, parent):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with open("/proc/self/statm") as pages:
-            memory = int(pages.read().split()[0]) * resource.getpagesize() + (2 << 30)  # 2 GiB more than now
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        while os.getppid() == parent:  # an orphan ends by itself, at the latest after a second
-            if pipe.poll(1):
-                args = pipe.recv()  # EOFError if the parent has gone
-                signal.setitimer(signal.ITIMER_PROF, limit_s)  # default action: ends a hang in C, parent or no parent
-                result = function(*args)
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                pipe.send(result)
-
-    def start():
-        with forking:  # a child holds the far end of its own pipe only, so that either side sees the other die
-            mine.pipe, far = multiprocessing.Pipe()
-            ends.append(mine.pipe)
-            mine.owner = os.getpid()
-            mine.child = os.fork()
-            if mine.child == 0:
-                try:
-                    for end in ends:
-                        end.close()
-                    serve(far, mine.owner)
-                finally:
-                    os._exit(0)
-            far.close()
-
-    def call(*args):
-        if getattr(mine, "owner", None) != os.getpid():  # first call of this thread, or of a fork of it
-            start()
-        try:
-            mine.pipe.send(args)
-            if mine.pipe.poll(limit_s):
-                return mine.pipe.recv()
-        except (EOFError, OSError):
-            pass  # the child died
-        os.kill(mine.child, signal.SIGKILL)
-        os.waitpid(mine.child, 0)
-        mine.pipe.close()
-        ends.remove(mine.pipe)
-        start()
-
-    call.start = start
-    return call
-
-
-equal_in_child = killable(equal, LIMIT_S)
+equal_in_child = sandbox.killable(equal, LIMIT_S)
 
 
 def same_answer(gold, given):
@@ -335,16 +283,15 @@ def verifiers(workers):
 def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its verdict in the background, collect(rollouts) waits and sets it."""
     pool = verifiers(cfg.reward_workers)
-    pending = {}  # id -> (rollout, future); holding the rollout keeps its id unique
 
     def submit(rollout):
-        pending[id(rollout)] = rollout, pool.submit(judge, rollout)
+        rollout.pending = pool.submit(common.timed, judge, rollout)
+        return rollout.pending
 
     def collect(rollouts):
-        for rollout in rollouts:
-            if id(rollout) not in pending:
-                submit(rollout)
-            rollout.reward, rollout.status = pending.pop(id(rollout))[1].result()
+        for r in rollouts:
+            (r.reward, r.status), r.verify_s = (r.pending or submit(r)).result()
+            r.pending = None
 
     return submit, collect
 
@@ -529,11 +476,14 @@ def summarize(rollouts):
     sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
     sums["len"] = sum(len(r.completion_ids) for r in rollouts)
     sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
     sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
     sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
     sums = common.all_reduce(sums)
-    n, groups = sums.pop("n"), sums.pop("groups")
-    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
+    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
@@ -563,6 +513,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -575,6 +526,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
@@ -604,7 +556,7 @@ def main(cfg):
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
@@ -621,16 +573,6 @@ def count_correct(rollouts):
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts
-
-
-def console_line(step, m, cfg, device):
-    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
-    seconds = m["time/gen"] + m["time/train"]
-    rate = m["num_tokens"] / max(seconds, 1e-9)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
-            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import functools
 import json
 import math
 import os
-import resource
 import statistics
 import time
-import zlib
 import unicodedata
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -35,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
+from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
 
@@ -91,19 +91,20 @@ class Config:
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 def load_rows(cfg, path=None, limit=0):
-    """Prompts of cfg.data (or path): a `prompt` or `messages`/`conversation` chat list, or text; modes alternate."""
+    """Prompts of cfg.data (or path): a `prompt` or `messages` chat list, or text; of a logged conversation (WildChat, LMSYS,
+    Arena) the first user turn, because what follows answers another model. Modes alternate."""
 
     def normalize(row, where):
-        chat = row.get("prompt") or row.get("messages") or row.get("conversation")
-        if chat is None:
-            common.field(row, where, "prompt", (str, list))  # stops the run and names the fields that are there
-        chat = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
-        last = max((i for i, m in enumerate(chat) if m.get("role") == "user"), default=-1)
-        if last < 0 or not str(chat[last].get("content") or "").strip():
-            raise common.BadRow("no user turn")
-        return {"messages": [{"role": m["role"], "content": m["content"]} for m in chat[: last + 1]]}
+        logged = ("conversation", "conversation_a")
+        name = next((k for k in ("prompt", "messages", *logged) if row.get(k) is not None), "prompt")
+        turns = chat(field(row, where, name, (str, list)), name)
+        users = [i for i, m in enumerate(turns) if m["role"] == "user"]
+        last = users[0 if name in logged else -1] if users else -1
+        if last < 0 or not turns[last]["content"].strip():
+            raise BadRow("no user turn")
+        return {"messages": [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]}
 
-    rows = common.load_table(path or cfg.data, normalize, limit)
+    rows = load_table(path or cfg.data, normalize, limit)
     for i, row in enumerate(rows):  # all G completions of a prompt share its mode (gap G8)
         row["think"] = math.floor((i + 1) * cfg.think_share) > math.floor(i * cfg.think_share)
     return rows
@@ -115,22 +116,20 @@ def load_pairs(path, tokenizer, cfg):
 
     def normalize(row, where):
         if "overall_preference" in row:
-            context = row.get("context") or row.get("prompt")
-            context = [{"role": "user", "content": context}] if isinstance(context, str) else context
-            replies = [common.field(row, where, "response1"), common.field(row, where, "response2")]
-            if row["overall_preference"] == 0:
-                raise common.BadRow("no preference")
+            context = chat(row.get("context") or row.get("prompt") or [], "context")
+            replies = [field(row, where, "response1"), field(row, where, "response2")]
+            if row["overall_preference"] not in (-3, -2, -1, 1, 2, 3):
+                raise BadRow("no preference")
             best, worst = replies if row["overall_preference"] < 0 else replies[::-1]
         else:
-            chosen, rejected = (common.field(row, where, name, (str, list)) for name in ("chosen", "rejected"))
-            context = row.get("prompt") or (chosen[:-1] if isinstance(chosen, list) else [])
-            context = [{"role": "user", "content": context}] if isinstance(context, str) else context
-            best, worst = (reply if isinstance(reply, str) else reply[-1]["content"] for reply in (chosen, rejected))
-        if best == worst or not context:
-            raise common.BadRow("equal answers or no question")
+            chosen, rejected = (chat(field(row, where, name, (str, list)), name) for name in ("chosen", "rejected"))
+            context = chat(row["prompt"]) if row.get("prompt") else chosen[:-1]
+            best, worst = (([{"content": ""}] + reply)[-1]["content"] for reply in (chosen, rejected))
+        if best == worst or not context or not best or not worst:
+            raise BadRow("equal answers or no question")
         return {"pair": [score_ids(tokenizer, context, best), score_ids(tokenizer, context, worst)]}
 
-    rows = common.load_table(path, normalize)
+    rows = load_table(path, normalize)
     kept = [row["pair"] for row in rows if max(map(len, row["pair"])) <= cfg.rm_max_len]
     if len(kept) < len(rows):
         common.print0(f"data {path}: dropped {len(rows) - len(kept)} of {len(rows)} pairs, over {cfg.rm_max_len} tokens")
@@ -334,9 +333,10 @@ def make_reward(cfg):
     score = load_reward_model(path, rm_device(), cfg.reward_workers)
 
     def collect(rollouts):
-        scores = score([r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
+        scores, seconds = common.timed(score, [r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
         for r, s in zip(rollouts, scores, strict=True):
             r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
+            r.verify_s = seconds / len(rollouts)
             r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"
         lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
         lowest = -common.all_reduce({"lowest": -lowest}, "max")["lowest"]
@@ -356,10 +356,14 @@ def make_reward(cfg):
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: share of unclosed thoughts, mean raw score (the reward may be a shaped one)."""
-    n = max(len(rollouts), 1)
-    unclosed = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
-    return {"unclosed_think": unclosed / n, "rm_score": sum(r.score for r in rollouts if math.isfinite(r.score)) / n}
+    """This stage's numbers for the log: the reward model's own score (the reward may be a shaped one), its spread in a group."""
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r.group, []).append(r.score)
+    finite = [[s for s in scores if math.isfinite(s)] for scores in groups.values()]
+    stds = [statistics.pstdev(scores) for scores in finite if scores]
+    scores = [s for scores in finite for s in scores] or [0.0]
+    return {"rm_score": sum(scores) / max(len(rollouts), 1), "rm_std": statistics.pstdev(scores), "rm_group_std": sum(stds) / max(len(stds), 1)}
 
 
 def self_test(rows, cfg):
@@ -540,11 +544,14 @@ def summarize(rollouts):
     sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
     sums["len"] = sum(len(r.completion_ids) for r in rollouts)
     sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
     sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
     sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
     sums = common.all_reduce(sums)
-    n, groups = sums.pop("n"), sums.pop("groups")
-    return {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
+    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
@@ -574,6 +581,7 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
@@ -586,6 +594,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
     start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
@@ -615,7 +624,7 @@ def main(cfg):
             common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        logger.log(step, metrics, console_line(step, metrics, cfg, device))
+        logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
@@ -632,16 +641,6 @@ def count_correct(rollouts):
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts
-
-
-def console_line(step, m, cfg, device):
-    """step 120/500 | reward 0.431 | len 2831 | ...: fixed order, the same keys in every RL stage."""
-    seconds = m["time/gen"] + m["time/train"]
-    rate = m["num_tokens"] / max(seconds, 1e-9)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (f"step {step}/{cfg.num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
-            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {memory / 2**30:.1f} GB" + (f" | eval {m['eval']:.3f}" if "eval" in m else ""))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #   bash run_cascade.sh                  toy: tiny model, real verifiers, 2 CPU cores, about 12 minutes after set-up
 #   BASE=folder bash run_cascade.sh 8b   8b | 8b-thinking | 14b-thinking: the paper's runs (tables T14-T20); 0.6b: the 8b lines
 #   bash run_cascade.sh control          toy, afterwards: the compute of each RL stage spent on more SFT instead
+#   bash run_cascade.sh mopd             toy, afterwards: distil what later stages lost back from earlier ones (Cascade 2)
 #   bash run_cascade.sh setup            only install into .venv
 #
 # Environment: NPROC ranks a node, OUT folder, SEED, BASE and RM (folders of the base and of a ready reward model, for the
@@ -13,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 PRESET=${1:-toy}
 SEED=${SEED:-0}
-OUT=${OUT:-out/${PRESET/control/toy}$([ "$SEED" = 0 ] || echo "-seed$SEED")}
+OUT=${OUT:-out/$([[ $PRESET = control || $PRESET = mopd ]] && echo toy || echo "$PRESET")$([ "$SEED" = 0 ] || echo "-seed$SEED")}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then GPUS=$(nvidia-smi -L | grep -c GPU); else GPUS=0; fi
 CORES=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)  # nproc would report OMP_NUM_THREADS
@@ -82,6 +83,16 @@ control() {  # beside each RL stage: as many seconds of SFT on the same demonstr
     .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
+mopd() {  # teachers are the cascade's own checkpoints, each for the skill that it taught
+    local d=$OUT/data t=""
+    t=rlhf:$d/chat_SPLIT.jsonl:$OUT/rlhf/final,ifrl:$d/if_SPLIT.jsonl:$OUT/ifrl/final,mathrl:$d/math_SPLIT.jsonl:$OUT/mathrl/final
+    t+=,coderl:$d/code_SPLIT.jsonl:$OUT/coderl/final,swerl:$d/swe_SPLIT.jsonl:$OUT/swerl/final
+    stage mopd mopd "$OUT/swerl/final" --data="${t//SPLIT/rl}" --eval_data="${t//SPLIT/dev}" --lr=3e-4 --num_steps=40 --prompts_per_step=64 \
+        --warmup_steps=3 --final_lr=0.1 --max_prompt_tokens=256 --max_new_tokens=80 --micro_batch_tokens=8192 --save_every=20
+    score mopd mopd
+    run .venv/bin/python evaluate.py --matrix="$OUT"
+}
+
 real() {  # the paper's runs; where its text and its appendix tables disagree the tables win (T14-T20). Sizes differ in these lines:
     local base=${BASE:?set BASE to a Qwen3 base model folder} hub=nvidia/Nemotron-Cascade n=nvidia/Nemotron-RL-coding-competitive_coding
     local sft1=20000 sft2="--num_steps=32000 --lr=2e-5" share=0.5 rlhf=800 if1="--num_steps=2300" if2="--num_steps=800" code="" swe2=""
@@ -117,7 +128,7 @@ real() {  # the paper's runs; where its text and its appendix tables disagree th
 case $PRESET in
     setup) setup ;;
     toy) setup; toy ;;
-    control) setup; control ;;
+    control|mopd) setup; $PRESET ;;
     0.6b|8b|8b-thinking|14b-thinking) setup; real ;;
-    *) echo "usage: bash run_cascade.sh [toy|control|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2; exit 2 ;;
+    *) echo "usage: bash run_cascade.sh [toy|control|mopd|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2; exit 2 ;;
 esac

@@ -103,6 +103,64 @@ def close():
     _retired.clear()
 
 
+def killable(function, limit_s):
+    """call(*args): function(*args) in the calling thread's own child process; None if it ran past limit_s or died.
+
+    For our own code on hostile input (mathrl.py: sympy on any LaTeX), hence no namespaces. The child is forked by
+    call.start(), best before a model exists, and reused.
+    """
+    import multiprocessing  # not wanted in a leaf
+
+    mine, forking, ends = threading.local(), threading.Lock(), []
+
+    def serve(pipe, parent):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with open("/proc/self/statm") as pages:
+            memory = int(pages.read().split()[0]) * resource.getpagesize() + (2 << 30)  # 2 GiB more than now
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        while os.getppid() == parent:  # an orphan ends by itself, at the latest after a second
+            if pipe.poll(1):
+                args = pipe.recv()  # EOFError if the parent has gone
+                signal.setitimer(signal.ITIMER_PROF, limit_s)  # default action: ends a hang in C, parent or no parent
+                result = function(*args)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                pipe.send(result)
+
+    def start():
+        with forking:  # a child holds the far end of its own pipe only, so that either side sees the other die
+            mine.pipe, far = multiprocessing.Pipe()
+            ends.append(mine.pipe)
+            mine.owner = os.getpid()
+            mine.child = os.fork()
+            if mine.child == 0:
+                try:
+                    for end in ends:
+                        end.close()
+                    serve(far, mine.owner)
+                finally:
+                    os._exit(0)
+            far.close()
+
+    def call(*args):
+        if getattr(mine, "owner", None) != os.getpid():  # first call of this thread, or of a fork of it
+            start()
+        try:
+            mine.pipe.send(args)
+            if mine.pipe.poll(limit_s):
+                return mine.pipe.recv()
+        except (EOFError, OSError):
+            pass  # the child died
+        os.kill(mine.child, signal.SIGKILL)
+        os.waitpid(mine.child, 0)
+        mine.pipe.close()
+        ends.remove(mine.pipe)
+        start()
+
+    call.start = start
+    return call
+
+
 def _start_leaf(job, test):
     """Start a program on its stdin, or up to its first call. Whatever goes wrong in here is infrastructure."""
     global _zygote

@@ -11,9 +11,10 @@ torchrun --nproc_per_node=8 sft.py --init_from=Qwen/Qwen3-8B-Base --data=nvidia/
 A good run prints a loss that falls fast for 100 steps and then slowly, the same for every category of the eval line.
 """
 
-import functools
+import itertools
 import json
 import math
+import re
 import resource
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import common
+from data import BadRow, chat, data_files, normal_rows, read_rows, stream_rows
 from model import Qwen3, load_tokenizer, render_chat, show_tokens
 
 
@@ -34,6 +36,7 @@ class Config:
     data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"  # hub id, folder, parquet, .json or .jsonl with `messages` rows
     eval_data: str = ""  # same form; "": no held-out loss
     limit: int = 0  # rows read from data; 0: all
+    block_rows: int = 32768  # rows read, tokenized and shuffled at a time; smaller sets are held whole
     samples_per_step: int = 256  # conversations per update, over all ranks; paper T14
     num_steps: int = 20000  # paper T14: 20K, then 32K (8B)
     schedule_steps: int = 100000  # where the cosine reaches 0; paper T14
@@ -53,34 +56,65 @@ class Config:
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 def normalize(row, where):
-    """{"messages", "tools", "think", "category"} of a Nemotron SFT row; rows that cannot be trained on are BadRow."""
-    messages = common.field(row, where, "messages", list)
-    if not messages or messages[-1].get("role") != "assistant":
-        raise common.BadRow("the last turn is not the assistant's")
-    if not (messages[-1].get("content") or messages[-1].get("tool_calls")):
-        raise common.BadRow("the last assistant turn is empty")
-    if not any(m.get("role") == "user" for m in messages):
-        raise common.BadRow("no user turn")
-    if any(m.get("role") not in ("system", "user", "assistant", "tool") for m in messages):
-        raise common.BadRow("a turn of an unknown role")
+    """{"messages", "tools", "think", "category"} of a Nemotron SFT row; rows that cannot be trained on are BadRow. Nothing in a
+    single row stops the run: the five-millionth is read days after the first."""
+    if "output" in row and "messages" not in row:  # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
+        question, system = chat(row.get("input"), "input"), row.get("system_prompt") or ""
+        system = [] if not system or re.fullmatch("detailed thinking (on|off)", system) else [{"role": "system", "content": system}]
+        row = row | {"messages": system + question + [{"role": "assistant", "content": row["output"]}], "thinking": row.get("reasoning") == "on"}
+    if "messages" not in row:
+        raise BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
+    messages = chat(row["messages"], "messages")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadRow("the last turn is not the assistant's")
+    if not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
+        raise BadRow("the last assistant turn is empty")
+    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
+        raise BadRow("no user turn")
+    if any(m["role"] not in ("system", "user", "assistant", "tool") for m in messages):
+        raise BadRow("a turn of an unknown role")
+    tools = from_json(row.get("tools"), "tools")
+    for m in messages:
+        m["tool_calls"] = from_json(m.get("tool_calls"), "tool_calls")
+        calls = [call.get("function") or call for call in m["tool_calls"]]
+        if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
+            raise BadRow("a tool call without name and arguments")
     think = row.get("thinking")
-    think = "<think>" in (messages[-1].get("content") or "") if think is None else think
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    return {"messages": messages, "tools": tools, "think": think, "category": row.get("category", "all")}
+    think = "<think>" in messages[-1]["content"] if think is None else think
+    if not isinstance(think, bool):
+        raise BadRow('field "thinking" is neither true nor false')
+    return {"messages": messages, "tools": tools, "think": think, "category": str(row.get("category") or "all")}
 
 
-def load_samples(path, tokenizer, cfg):
-    """[(ids, loss_mask, category)] as numpy arrays; conversations over max_seq_len tokens are dropped and counted."""
-    samples = []
-    rows = common.load_table(path, normalize, cfg.limit)
-    for row in tqdm(rows, desc="tokenize", leave=False, disable=None):
-        ids, mask = render_chat(tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False)
-        samples.append((np.array(ids, np.int32), np.array(mask, bool), row["category"]))
-    kept = [s for s in samples if len(s[0]) <= cfg.max_seq_len and s[1].any()]
+def from_json(value, name):
+    """A list of objects, given as it is, as JSON text or not at all."""
+    try:
+        value = json.loads(value) if isinstance(value, str) and value else value or []
+    except ValueError:
+        raise BadRow(f'field "{name}" is not valid JSON')
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise BadRow(f'field "{name}" is no list of objects')
+    return value
+
+
+def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
+    """[(ids, loss_mask, category)] as numpy arrays; conversations over max_seq_len tokens are dropped and counted. With cursors,
+    the next block_rows rows, and the cursors move behind them. Ranks tokenize a share each. seen {category: [conversations,
+    tokens]} counts on."""
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
+    block = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows) if cursors else read_rows(path)
+    mine = []
+    rows = tqdm(normal_rows(block, normalize, path), desc="tokenize", leave=False, disable=None)
+    for i, row in enumerate(rows):
+        if i % world == rank:
+            ids, mask = render_chat(tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False)
+            fits = len(ids) <= cfg.max_seq_len and any(mask)
+            mine.append((np.array(ids, np.int32), np.array(mask, bool), row["category"]) if fits else None)
+    shares = common.all_gather(mine)
+    samples = [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+    kept, counts = [s for s in samples if s], {} if seen is None else seen
     if len(kept) < len(samples):
         common.print0(f"data {path}: dropped {len(samples) - len(kept)} of {len(samples)} rows, over {cfg.max_seq_len} tokens")
-    counts = {}
     for ids, _, category in kept:
         n, tokens = counts.get(category, (0, 0))
         counts[category] = (n + 1, tokens + len(ids))
@@ -89,18 +123,31 @@ def load_samples(path, tokenizer, cfg):
     return kept if kept else common.fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
 
 
-def sample_indices(num_samples, step, cfg):
-    """Indices of the samples of one step, a pure function of (seed, step): epochs are permutations, read one after another."""
-    first, indices = (step - 1) * cfg.samples_per_step, []
-    for i in range(first, first + cfg.samples_per_step):
-        epoch, position = divmod(i, num_samples)
-        indices.append(int(permutation(cfg.seed, epoch, num_samples)[position]))
-    return indices
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(seed, epoch, n):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def batches(tokenizer, state, cfg):
+    """Endless steps of samples_per_step conversations, the same on every rank. Memory holds one block of block_rows rows, in
+    which all files are mixed; blocks are shuffled by (seed, epoch, block). `state` is the cursor: its "files" say where the
+    block begins, its "position" what of it is used, so that a resumed run reads on where it was, bit for bit."""
+    fresh = {file: [0, 0, 0.0] for file in data_files(cfg.data)}
+    chosen, samples, behind, seen, loaded = [], [], {}, {}, None
+    if state["files"] and state["files"].keys() != fresh.keys():
+        common.fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
+    while True:
+        state["files"] = state["files"] or fresh
+        if loaded != state["files"]:  # a set that is one block stays in memory
+            behind, seen, loaded = dict(state["files"]), dict(state["seen"]), dict(state["files"])
+            samples = load_samples(cfg.data, tokenizer, cfg, behind, seen)
+        block = [state["block"]] if state["block"] else []
+        order = np.random.default_rng([cfg.seed, state["epoch"], *block]).permutation(len(samples))
+        while state["position"] < len(samples):
+            taken = order[state["position"] :][: cfg.samples_per_step - len(chosen)]
+            state["position"] += len(taken)
+            chosen += [samples[i] for i in taken]
+            if len(chosen) == cfg.samples_per_step:
+                yield chosen
+                chosen = []
+        ended = all(share >= 1 for _, _, share in behind.values()) or 0 < cfg.limit <= sum(n for n, _, _ in behind.values())
+        state |= {"position": 0, "seen": {} if ended else seen, "files": fresh if ended else behind}
+        state |= {"epoch": state["epoch"] + 1, "block": 0} if ended else {"block": state["block"] + 1}
 
 
 def pack(samples, budget, device):
@@ -177,32 +224,35 @@ def main(cfg):
     resume = common.latest_checkpoint(cfg.out_dir)
     init_from = resume or cfg.init_from
     try:
+        common.check_memory(init_from, cfg, world, device)
         tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
     except Exception as e:  # whatever is wrong with the folder, in the library's words
         common.fail(f"--init_from={init_from}: {e}.")
     if cfg.max_seq_len > model.max_positions() or cfg.samples_per_step < world:
         common.fail(f"max_seq_len has to fit the {model.max_positions()} positions of the model, samples_per_step the {world} ranks.")
-    samples = load_samples(cfg.data, tokenizer, cfg)
     eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
-    if not resume:
-        ids, mask, _ = samples[0]
-        common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
     model.gradient_checkpointing = device.type == "cuda"
     common.shard(model, device)
     betas = (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
-    start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, {"skipped": 0})
+    state = {"skipped": 0, "epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
+    start, saved = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
+    state |= saved
+    steps = batches(tokenizer, state, cfg)
     logger = common.Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(samples)} conversations, {world} ranks on {device.type}, "
+    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
                   f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}")  # fmt: skip
 
     clock, since = time.time(), {"tokens": 0, "steps": 0}
     for step in range(start + 1, cfg.num_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        began = time.time()
-        mine = [samples[i] for i in sample_indices(len(samples), step, cfg)[rank::world]]
+        samples = next(steps)
+        mine, began = samples[rank::world], time.time()
+        if step == 1:
+            ids, mask, _ = samples[0]
+            common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
         metrics = train_step(model, optimizer, mine, cfg, device, world)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
         state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1

@@ -21,9 +21,9 @@ def conversations(tokens=2048):
     import sft
     from model import load_tokenizer
 
-    cfg = sft.Config(init_from=toy_folder("base"), data=str(OUT / "data" / "sft_stage1.jsonl"), limit=ROWS, lr=LR, max_seq_len=LENGTH,
+    cfg = sft.Config(init_from=toy_folder("base"), data=str(OUT / "data" / "sft_stage1.jsonl"), lr=LR, max_seq_len=LENGTH,
                      micro_batch_tokens=tokens)  # fmt: skip
-    return cfg, sft.load_samples(cfg.data, load_tokenizer(cfg.init_from), cfg)
+    return cfg, sft.load_samples(cfg.data, load_tokenizer(cfg.init_from), cfg)[:ROWS]
 
 
 def ours(tokens):

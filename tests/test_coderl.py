@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coderl
-from common import BadRow
+from data import BadRow
 
 STDIN = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"], "fn_name": None, "time_limit": None}
 CALL = {"inputs": ["[1, 2]\n3", '[]\n"a"'], "outputs": ["[3]", "true"], "fn_name": "f", "time_limit": None}
@@ -71,7 +71,7 @@ def answer(code, think="hm"):
 
 def rollout(text, tests, prompt="Double it.", think=True, finish="stop"):
     row = {"messages": [{"role": "user", "content": prompt}], "think": think, "tests": tests}
-    return SimpleNamespace(text=text, row=row, finish_reason=finish, reward=None, status="")
+    return SimpleNamespace(text=text, row=row, finish_reason=finish, reward=None, status="", pending=None)
 
 
 @pytest.mark.parametrize("schema", ROWS)

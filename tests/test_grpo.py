@@ -25,7 +25,7 @@ def config(**changes):
 
 
 def rollout(reward, group=0, status="ok", finish_reason="stop", prompt=(5, 6), completion=(7, STOP)):
-    return Rollout(row={"messages": []}, group=group, prompt_ids=list(prompt), seed=0, completion_ids=list(completion),
+    return Rollout(row={"messages": [], "think": False}, group=group, prompt_ids=list(prompt), seed=0, completion_ids=list(completion),
                    sampler_logprobs=[0.0] * len(completion), finish_reason=finish_reason, reward=reward, status=status)  # fmt: skip
 
 
@@ -421,11 +421,23 @@ def test_summary_by_hand():
     rollouts = [rollout(1.0, completion=(7, STOP)), rollout(0.0, status="wrong", completion=(7,), finish_reason="length"),
                 rollout(float("nan"), status="infra"), rollout(0.0, status="no_answer")]  # fmt: skip
     rollouts += [rollout(1.0, group=1) for _ in range(4)]
+    for r, (think, text, verify_s) in zip(rollouts, ((True, "a", 0.5), (True, "</think>b", 0.25), (True, "", 0.25)), strict=False):
+        r.row, r.text, r.verify_s = {**r.row, "think": think}, text, verify_s
     summary = mathrl.summarize(rollouts)
     assert summary["reward"] == pytest.approx(5 / 7), "of the seven that have a reward"
     assert summary["flat"] == 0.5 and summary["trunc"] == 1 / 8 and summary["len"] == 15 / 8
+    assert summary["unclosed"] == 2 / 8 and summary["time/verifiers"] == 1.0
     assert summary["status/infra"] == 1 / 8 and summary["status/ok"] == 5 / 8
     assert sum(v for k, v in summary.items() if k.startswith("status/")) == 1
+
+
+def test_rlhf_logs_the_reward_model_s_mean_and_spreads():
+    """Groups with scores (1, 3) and (5, 5, nan): an endpoint that failed has no score."""
+    rollouts = [rollout(0.0, group=g) for g in (0, 0, 1, 1, 1)]
+    for r, score in zip(rollouts, (1.0, 3.0, 5.0, 5.0, float("nan")), strict=True):
+        r.score = score
+    logged = rlhf.monitor(rollouts)
+    assert logged == pytest.approx({"rm_score": 14 / 5, "rm_std": 2.75**0.5, "rm_group_std": 0.5})
 
 
 # ---- 6. rlhf.py: the stabilisers for small reward models (paper 6.3) ----

@@ -357,7 +357,7 @@ def test_degenerate_replies_get_the_verdict_as_written(reply, constraints, expec
 
 
 def test_letterless_replies_fail_a_language_in_training_only():
-    rollout = types.SimpleNamespace(text="123", row={"think": False, "instruction_id_list": [FR[0]], "kwargs": [FR[1]]})
+    rollout = types.SimpleNamespace(text="123", pending=None, row={"think": False, "instruction_id_list": [FR[0]], "kwargs": [FR[1]]})
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=0))
     submit(rollout)
     collect([rollout])
@@ -366,7 +366,7 @@ def test_letterless_replies_fail_a_language_in_training_only():
 
 def make_rollouts(texts, group=0, think=False):
     row = {"messages": [], "think": think, "instruction_id_list": [COMMA[0]], "kwargs": [{}]}
-    return [types.SimpleNamespace(text=text, row=row, group=group) for text in texts]
+    return [types.SimpleNamespace(text=text, row=row, group=group, pending=None) for text in texts]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from math_verify import LatexExtractionConfig, parse, verify
 
 import mathrl
+import sandbox
 
 HONEST = {  # gold: answers that are right
     "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
@@ -172,10 +173,10 @@ def allocate(size):
 
 
 def test_a_hanging_or_dying_verifier_is_killed_and_replaced():
-    call = mathrl.killable(hang, 1.0)
+    call = sandbox.killable(hang, 1.0)
     start = time.time()
     assert call(100) is None and time.time() - start < 2 and call(0.01) == 0.01
-    call = mathrl.killable(allocate, 5.0)
+    call = sandbox.killable(allocate, 5.0)
     assert call(4 << 30) is None and call(10) == 10  # 2 GiB is the limit
 
 
@@ -193,15 +194,15 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
     row = {"messages": [{"role": "user", "content": "Find it."}], "think": True, "answer": r"\frac{\pi}{4}"}
     texts = {r"<think>a</think>\boxed{\frac{\pi}{4}}": (1, "ok"), r"</think>\boxed{\frac{\pi}{3}}": (0, "wrong"), "no": (0, "no_answer")}
     texts |= {"<think>\u6240\u4ee5</think>\\boxed{\\frac{\\pi}{4}}": (-1, "language")}
-    rollouts = [SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="") for text in list(texts) * 4]
+    rollouts = [SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="", pending=None) for text in list(texts) * 4]
     submit, collect = mathrl.make_reward(mathrl.Config(reward_workers=2))
     for rollout in rollouts[:12]:
         submit(rollout)
     collect(rollouts)
     assert [(r.reward, r.status) for r in rollouts] == list(texts.values()) * 4
     assert mathrl.monitor(rollouts) == {"box": 0.75, "two_boxes": 0.0, "box_wrong": 0.25}
-    cut = SimpleNamespace(row=row, text=next(iter(texts)), finish_reason="length", reward=None, status="")
-    free = SimpleNamespace(row={**row, "think": False}, text=r"\boxed{\frac{\pi}{4}}", finish_reason="stop", reward=None, status="")
+    cut = SimpleNamespace(row=row, text=next(iter(texts)), finish_reason="length", reward=None, status="", pending=None)
+    free = SimpleNamespace(row={**row, "think": False}, text=r"\boxed{\frac{\pi}{4}}", finish_reason="stop", reward=None, status="", pending=None)
     collect([cut, free])
     assert (cut.reward, cut.status) == (0, "no_answer") and mathrl.metric(free) == 1.0
 

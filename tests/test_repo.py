@@ -16,24 +16,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
-    "engine.py": 330,  # two engines behind one call
-    "common.py": 330,  # (220) checksums, locks and one-sentence errors for data and flags are a third of it
+    "engine.py": 335,  # two engines behind one call
+    "common.py": 330,  # (220) locks, checksums and one-sentence errors are 110 lines, the memory check 30
+    "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
-    "mathrl.py": 650,  # (450) a verifier that a policy cannot farm and that survives hostile LaTeX is 250 lines
+    "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
     "rlhf.py": 650,  # (480) trains the reward model too
-    "coderl.py": 650,  # (480) reads six public schemas instead of one private set
-    "ifrl.py": 800,  # (600) 54 constraint checks
-    "swerl.py": 750,  # (520) edits, patches, and two judges
-    "sandbox.py": 600,
+    "coderl.py": 640,  # (480) reads six public schemas instead of one private set
+    "ifrl.py": 790,  # (600) 54 constraint checks
+    "swerl.py": 780,  # (520) edits, patches, two judges, and sets whose files lie in git clones
+    "mopd.py": 400,
+    "sandbox.py": 650,
     "evaluate.py": 300,
     "toy.py": 500,
-    "run_cascade.sh": 125,  # (100) the paper's three model variants are 35 lines
+    "run_cascade.sh": 135,  # (100) the paper's three model variants are 35 lines, control and mopd 25
     "kernels/__init__.py": 20,
     **{f"kernels/{name}.py": 250 for name in ("adamw", "attention", "dispatch", "linear_cross_entropy", "linear_logprob", "qk_norm_rope",
                                               "rms_norm", "sampling", "swiglu")},
 }  # fmt: skip
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-SCRIPTS = (*STAGES, "evaluate", "toy")
+SCRIPTS = (*STAGES, "mopd", "evaluate", "toy")
 
 
 def tracked(*suffixes):

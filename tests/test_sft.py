@@ -1,16 +1,18 @@
 """Guards: SFT trains on the last assistant turns only, packing changes nothing but the time, and a step's samples are a pure
-function of (seed, step), which is why a resumed run sees what a straight one saw.
+function of the seed and a cursor of a few numbers, which is why a resumed run sees what a straight one saw.
 
 The loss is one mean over all trained tokens of the step (not a mean of means), checked against a loop over conversations.
 """
 
+import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-import common
+import data
 import sft
 from conftest import make_tiny
 
@@ -106,7 +108,7 @@ def test_a_step_without_trained_tokens_is_an_error():
 
 def test_rows_become_ids_and_a_mask_on_the_last_answer(world, tokenizer):
     samples = sft.load_samples(str(world / "sft_stage2.jsonl"), tokenizer, config(max_seq_len=512))
-    rows = [sft.normalize(row, where) for where, row in common.read_rows(str(world / "sft_stage2.jsonl"))]
+    rows = [sft.normalize(row, where) for where, row in data.read_rows(str(world / "sft_stage2.jsonl"))]
     assert len(samples) == len(rows)
     for (ids, mask, category), row in zip(samples, rows, strict=True):
         answer = tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
@@ -128,7 +130,7 @@ def test_long_conversations_are_dropped_not_cut(world, tokenizer, capsys):
     ([{"role": "assistant", "content": "Hi"}], "no user turn"),
 ])  # fmt: skip
 def test_rows_that_cannot_be_trained_on_are_refused_with_a_reason(messages, reason):
-    with pytest.raises(common.BadRow, match=reason):
+    with pytest.raises(data.BadRow, match=reason):
         sft.normalize({"messages": messages}, "row 1")
 
 
@@ -142,20 +144,118 @@ def test_the_learning_rate_by_hand():
     assert [rate(s) for s in range(10, 101)] == sorted((rate(s) for s in range(10, 101)), reverse=True)
 
 
-def test_samples_are_a_pure_function_of_seed_and_step():
-    cfg = config(samples_per_step=4, seed=3)
-    walk = [sft.sample_indices(10, step, cfg) for step in range(1, 16)]
-    assert walk[::-1] == [sft.sample_indices(10, step, cfg) for step in range(15, 0, -1)], "in any order"
-    flat = sum(walk, [])
-    for epoch in range(6):  # 60 samples: six whole epochs, across step borders
-        assert sorted(flat[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert flat[:10] != flat[10:20], "every epoch has an order of its own"
-    assert walk != [sft.sample_indices(10, step, config(samples_per_step=4, seed=4)) for step in range(1, 16)]
+# ---- Which conversations: blocks of a stream -------------------------------------------------------------------------
+@pytest.fixture()
+def rows(tmp_path, monkeypatch):
+    """rows({file: number of rows}) -> folder whose conversations are tokenized to [file number, row number]."""
+
+    def render(tokenizer, messages, think, tools, add_generation_prompt):
+        return [int(word) for word in messages[0]["content"].split()], [0, 1]
+
+    def rows(sizes):
+        for f, (name, n) in enumerate(sizes.items()):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            turns = [[{"role": "user", "content": f"{f} {i}"}, {"role": "assistant", "content": "x" * (1 + 9 * f)}] for i in range(n)]
+            (tmp_path / name).write_text("".join(json.dumps({"messages": t, "category": name}) + "\n" for t in turns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(sft, "render_chat", render)
+    return rows
 
 
-def test_a_step_may_be_larger_than_the_data():
-    indices = sft.sample_indices(3, 1, config(samples_per_step=8))
-    assert sorted(indices[:3]) == sorted(indices[3:6]) == [0, 1, 2] and len(indices) == 8
+def fresh():
+    return {"epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
+
+
+def walk(cfg, steps, state=None):
+    """([file, row] of each conversation, step after step, and the state as a checkpoint would keep it after each step)"""
+    state = fresh() if state is None else state
+    batches, taken, states = sft.batches(None, state, cfg), [], []
+    for _ in range(steps):
+        taken.append([ids.tolist() for ids, _, _ in next(batches)])
+        states.append(json.loads(json.dumps(state)))
+    return taken, states
+
+
+@pytest.mark.parametrize("block_rows", [1000, 30, 7, 1])
+@pytest.mark.parametrize("samples_per_step", [4, 8, 100])
+def test_every_epoch_has_every_conversation_once_and_an_order_of_its_own(block_rows, samples_per_step, rows):
+    path = rows({"a.jsonl": 24, "b/c.jsonl": 6})
+    taken, _ = walk(config(data=path, samples_per_step=samples_per_step, block_rows=block_rows), 240 // samples_per_step)
+    flat, epochs = sum(taken, []), []
+    for epoch in range(len(flat) // 30):
+        epochs.append(flat[30 * epoch : 30 * epoch + 30])
+        assert sorted(epochs[-1]) == [[0, i] for i in range(24)] + [[1, i] for i in range(6)]
+    assert block_rows == 1 or epochs[0] != epochs[1]
+    assert flat == sum(walk(config(data=path, samples_per_step=samples_per_step, block_rows=block_rows), len(taken))[0], []), "a function of the seed"
+    assert block_rows == 1 or flat != sum(walk(config(data=path, samples_per_step=samples_per_step, block_rows=block_rows, seed=4), len(taken))[0], [])
+
+
+def test_a_set_that_is_one_block_is_walked_through_in_permutations_of_seed_and_epoch(rows):
+    taken, _ = walk(config(data=rows({"a.jsonl": 10}), samples_per_step=5, seed=3), 4)
+    order = [np.random.default_rng([3, epoch]).permutation(10).tolist() for epoch in range(2)]
+    assert [i for _, i in sum(taken, [])] == sum(order, [])
+
+
+@pytest.mark.parametrize("block_rows", [1000, 16, 5])
+def test_a_resumed_run_reads_the_same_conversations_from_any_step_on(block_rows, rows):
+    cfg = config(data=rows({"a.jsonl": 40, "b.jsonl": 13}), samples_per_step=6, block_rows=block_rows)
+    taken, states = walk(cfg, 20)
+    for step in range(1, 20):
+        assert walk(cfg, 20 - step, states[step - 1])[0] == taken[step:]
+
+
+def test_every_block_has_the_mix_of_all_files_by_size(rows):
+    """Three quarters of the bytes in one file: three quarters of every block's bytes, to within a row of each."""
+    path = rows({"a.jsonl": 300, "b.jsonl": 100})
+    sizes = {f: (len(open(f"{path}/{name}").read()), n) for f, (name, n) in enumerate({"a.jsonl": 300, "b.jsonl": 100}.items())}
+    taken, _ = walk(config(data=path, samples_per_step=40, block_rows=40), 10)
+    shares = [sum(f == 0 for f, _ in step) / 40 for step in taken]
+    print(f"rows of the first file in each block: {shares}, in the whole {300 / 400}; bytes {sizes}")
+    assert all(abs(share - 0.75) <= 0.05 for share in shares)
+
+
+def test_rows_that_do_not_fit_are_dropped_by_block_and_counts_by_category_go_on(rows, monkeypatch, capsys):
+    path = rows({"a.jsonl": 20, "b.jsonl": 4})
+    with open(f"{path}/a.jsonl", "a") as f:
+        f.write('{"messages": []}\n')
+    render = sft.render_chat
+    long = lambda *args, **kw: ([0] * 99, [1] * 99) if args[1][0]["content"] == "1 3" else render(*args, **kw)
+    monkeypatch.setattr(sft, "render_chat", long)
+    taken, _ = walk(config(data=path, samples_per_step=23, block_rows=13, max_seq_len=50), 1)
+    assert sorted(taken[0])[:-3] == [[0, i] for i in range(20)]
+    printed = capsys.readouterr().out
+    assert "over 50 tokens" in printed and "the last turn is not the assistant's" in printed
+    assert [line.split()[3] for line in printed.splitlines() if f"{path}: a.jsonl" in line][-1] == "20"
+    assert [line.split()[3] for line in printed.splitlines() if f"{path}: b.jsonl" in line][-1] == "3"
+
+
+def test_limit_ends_the_epoch_early(rows):
+    taken, _ = walk(config(data=rows({"a.jsonl": 40}), samples_per_step=5, limit=10, block_rows=4), 4)
+    assert sorted(taken[0] + taken[1]) == sorted(taken[2] + taken[3]) == [[0, i] for i in range(10)]
+
+
+def test_other_files_than_those_trained_on_so_far_are_refused(rows, tmp_path):
+    cfg = config(data=rows({"a.jsonl": 8}), samples_per_step=4)
+    _, states = walk(cfg, 1)
+    (tmp_path / "b.jsonl").write_text("{}")
+    with pytest.raises(SystemExit):
+        walk(cfg, 1, states[0])
+
+
+def test_memory_is_bounded_by_the_block_not_by_the_set(rows, tmp_path):
+    """Ten times the rows at the same block_rows: the peak of a whole epoch stays, while ten times the block needs more."""
+    peaks = {}
+    for n, block_rows in ((400, 200), (4000, 200), (4000, 4000)):
+        path = rows({"a.jsonl": n})
+        batches = sft.batches(None, fresh(), config(data=path, samples_per_step=100, block_rows=block_rows))
+        tracemalloc.start()
+        for _ in range(n // 100):
+            next(batches)
+        peaks[n, block_rows] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    print("peak bytes {rows, block_rows}:", peaks)
+    assert peaks[4000, 200] < 1.3 * peaks[400, 200] < peaks[4000, 4000]
 
 
 def test_held_out_loss_is_per_trained_token_and_by_category():

@@ -16,7 +16,9 @@ WATERLINE = "# ~~~~~~~~~~~~~~~ waterline"
 EVERY_STAGE = {"Config", "load_rows", "select_rows", "make_reward", "monitor", "self_test", "metric"}
 
 # What only Math RL has: the answer in a box, and symbolic equality in processes that can be killed.
-MATH_VERIFIER = {"boxed", "last_box", "strip", "literal", "refused", "equal", "killable", "same_answer", "verifiers"}
+MATH_VERIFIER = {"boxed", "last_box", "strip", "literal", "refused", "equal", "same_answer", "verifiers"}
+
+DISTILL = {"compute_advantages", "pack_rollouts", "grpo_loss"}
 
 EXPECTED = {
     # Reward: a Bradley-Terry model, trained here first, or somebody's endpoint. Loss: stabilisers for small reward models (6.3).
@@ -44,11 +46,17 @@ EXPECTED = {
     "swerl.py": {
         "changed": {"verdict", "reward"},
         "absent": {"normalize", "judge", "language_ok"},
-        "own": {"NoPatch", "read_files", "choose_files", "parse_edits", "find_lines", "replace_lines", "apply_edits", "apply_patch", "edited", "changes",
+        "own": {"NoPatch", "read_files", "source_files", "as_patch", "choose_files", "parse_edits", "find_lines", "replace_lines", "apply_edits", "apply_patch", "edited", "changes",
                 "unified", "same_code", "as_response", "judge_rollout", "lexical_judge", "ask_judge", "similarity", "ratio"},
     },
+    # No reward at all: teachers speak about each token (Cascade 2, 4.4).
+    "mopd.py": {
+        "changed": DISTILL,
+        "absent": {"normalize", "verdict", "reward", "judge", "language_ok"},
+        "own": {"load_teacher", "ask_teacher"},
+    },
 }  # fmt: skip
-BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set()}  # what differs below the waterline
+BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set(), "mopd.py": DISTILL}  # what differs below the waterline
 
 
 def top_level(text):
@@ -100,7 +108,7 @@ def test_a_stage_differs_from_mathrl_only_where_the_table_says(script):
 
 def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
     """IF-RL's thinking mode scores with RLHF's reward model, SWE evaluation runs Code RL's tests; both inside a function."""
-    stages, shared = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl"}, {}
+    stages, shared = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "mopd"}, {}
     for stage in stages:
         tree = ast.parse((ROOT / f"{stage}.py").read_text())
         for node in ast.walk(tree):

@@ -164,6 +164,38 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
 
 
 @pytest.mark.slow
+def test_math_length_stages_share_the_epoch_filter_s_state(world, taught, tmp_path):
+    """Paper 4.5.2 over 24K -> 32K -> 40K: the second stage starts in the epoch, and with the counts, at which the first stopped; other
+    data starts afresh."""
+    args = dict(num_steps=2, save_every=2, eval_every=0)
+    run_python(*command("mathrl", world, tmp_path / "s1", taught, **args))
+    before = json.loads((tmp_path / "s1" / "final" / "run.json").read_text())["state"]
+    _, printed, _ = run_python(*command("mathrl", world, tmp_path / "s2", tmp_path / "s1" / "final", **args, max_new_tokens=56))
+    after = json.loads((tmp_path / "s2" / "final" / "run.json").read_text())["state"]
+    assert len(before["history"]) == 8 and f"what it knows of {len(before['history'])} of them" in printed
+    assert after["epoch"] == before["epoch"] + 1 and before["history"].keys() <= after["history"].keys()
+    _, printed, _ = run_python(*command("mathrl", world, tmp_path / "s3", tmp_path / "s1" / "final", **args, data="math_dev"))
+    assert "what it knows of" not in printed
+
+
+@pytest.mark.parametrize("state, data, carried", [
+    ({"data": 7, "history": {"3": [1, 8]}, "epoch": 2, "position": 5, "pool": [1]}, 7, {"history": {"3": [1, 8]}, "epoch": 2}),
+    ({"data": 7, "history": {"3": [1, 8]}, "epoch": 2}, 8, {}),  # other rows
+    ({"data": 7, "history": {}, "epoch": 2}, 7, {}),
+    ({"skipped": 0}, 7, {}),  # SFT keeps no history
+])  # fmt: skip
+def test_history_is_carried_over_for_the_same_rows_only(state, data, carried, tmp_path, capsys):
+    """Paper 4.5.2."""
+    (tmp_path / "run.json").write_text(json.dumps({"state": state}))
+    assert common.load_history(str(tmp_path), data) == carried
+    assert ("goes on with what it knows of 1 of them" in capsys.readouterr().out) == bool(carried)
+    assert common.load_history(str(tmp_path / "none"), data) == {}  # a Hugging Face folder has no run.json
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(SystemExit):
+        common.load_history(str(tmp_path), data)
+
+
+@pytest.mark.slow
 def test_every_stage_takes_two_steps_from_the_checkpoint_of_the_one_before(world, tmp_path):
     """The cascade in miniature, from random weights; also a finished stage that is started again leaves everything as it is."""
     previous = world / "base"

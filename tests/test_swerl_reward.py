@@ -227,7 +227,7 @@ def endpoint():
 
 def rollout(text, **more):
     row = {"files": FILES, "golden_patch": GOLDEN, "issue": "The tax is subtracted.", "think": True} | more
-    return SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="")
+    return SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="", pending=None)
 
 
 def judged(endpoint, *texts):
@@ -244,6 +244,9 @@ def test_the_judge_gives_its_probability_of_yes(endpoint):
     assert other.reward == pytest.approx(0.625) and other.status == "wrong" and other.reason == "judged"
     assert (exact.reward, exact.status) == (1.0, "ok") and (prose.reward, prose.status) == (-1.0, "no_answer")
     assert len(endpoint.asked) == 1  # exact and unparsable answers cost no call
+    shares = swerl.monitor([other, exact, prose])
+    assert (shares["judged"], shares["exact"], shares["no_block"]) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert (shares["p_yes"], shares["p_yes_or_no"]) == pytest.approx((0.625 / 3, 0.875 / 3))
     turns = endpoint.asked[0]["messages"]
     assert turns[-1] == {"role": "assistant", "content": "<judgement>"} and endpoint.asked[0]["max_tokens"] == 1
     assert "The tax is subtracted." in turns[1]["content"] and "tax + sum(prices)" in turns[1]["content"]
@@ -320,7 +323,7 @@ def test_truncated_and_unclosed_rollouts_earn_minus_one_and_the_log_counts_reaso
     assert [r.status for r in rollouts[-2:]] == ["no_answer"] * 2 and [r.reward for r in rollouts[-2:]] == [-1, -1]
     shares = swerl.monitor(rollouts)
     print(shares)
-    assert sum(share for name, share in shares.items() if name != "p_yes") == pytest.approx(1)
+    assert sum(share for name, share in shares.items() if not name.startswith("p_yes")) == pytest.approx(1)
     assert (
         shares["exact"] == sum(r.reward == 1 for r in rollouts) / len(rollouts)
         and shares.keys() == swerl.monitor(rollouts[:1]).keys()

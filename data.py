@@ -1,0 +1,207 @@
+"""Data sets: reads any of them row by row, says what it dropped and why, and takes out of a training set what a held-out one asks.
+
+A stage gives its normalize(row, where); what comes back are normal rows. As a script it removes the rows of a training set that
+share 9 words in a row with a held-out set, as in the paper's curation:
+    python data.py --data=nvidia/Nemotron-Cascade-RL-Math --eval_data=HuggingFaceH4/MATH-500,math-ai/aime25 --out=out/math_clean.jsonl
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+
+from common import fail, parse_config, print0
+
+
+# ---- Data files ------------------------------------------------------------------------------------------------------
+class BadRow(ValueError):
+    """Raised by a stage's normalize(row, where): the row is dropped and counted under this reason."""
+
+
+FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
+
+
+def data_files(path):
+    """Files or URLs of a data set: a file, a folder of them, or a hub id ("owner/name" or "owner/name:config"); commas join several."""
+    if "," in path:
+        return [file for part in path.split(",") for file in data_files(part)]
+    if os.path.isdir(path):
+        files = sorted(os.path.join(top, f) for top, _, names in os.walk(path) for f in names if f.endswith(FORMATS))
+    elif os.path.exists(path) or "://" in path:
+        files = [path] if path.endswith(FORMATS) else fail(f"data {path}: expected a file that ends in {', '.join(FORMATS)}.")
+    elif path.count("/") == 1 and not path.endswith(FORMATS):
+        import datasets  # slow to import, so only where it is used
+
+        name, _, config = path.partition(":")
+        try:
+            names = datasets.get_dataset_config_names(name)
+            names = [config] if config else ["default"] if "default" in names else names
+            splits = [datasets.load_dataset_builder(name, n).config.data_files or {} for n in names]
+        except Exception as e:  # whatever is wrong with a name or a hub, in the library's words
+            fail(f"data {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}.")
+        held_out = lambda split: "train" in splits[0] and split != "train" or split.startswith(("val", "test", "dev"))
+        files = [str(f) for files in splits for split in files if not held_out(split) for f in files[split] if str(f).endswith(FORMATS)]
+    else:
+        fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
+    return files or fail(f"data {path}: no file that ends in {', '.join(FORMATS)}.")
+
+
+def read_file(file, cursor=(0, 0, 0.0)):
+    """(where, row, cursor behind it) from a cursor on, holding only what is being read: nothing is downloaded or unpacked ahead.
+    A cursor is [rows, bytes, share of the file that is read]."""
+    import fsspec
+
+    (num_rows, offset, _), system = cursor, fsspec.core.url_to_fs(file)
+    size = max(system[0].size(system[1]) or 1, 1)
+    try:
+        with system[0].open(system[1], "rb", compression="gzip" if file.endswith(".gz") else None) as f:
+            if file.endswith(".parquet"):
+                import pyarrow.parquet
+
+                table = pyarrow.parquet.ParquetFile(f)
+                total, first = table.metadata.num_rows, 0
+                for group in range(table.num_row_groups):
+                    here = range(first, first := first + table.metadata.row_group(group).num_rows)
+                    if num_rows in here:
+                        batches = table.iter_batches(64, row_groups=[group])
+                        for row in itertools.islice((r for batch in batches for r in batch.to_pylist()), num_rows - here.start, None):
+                            num_rows += 1
+                            yield f"{file} row {num_rows}", row, [num_rows, 0, num_rows / total]
+                return
+            f.seek(offset)
+            if file.endswith(".json"):  # a list of rows or one row; else lines, whatever the name says
+                with contextlib.suppress(ValueError):
+                    parsed = json.load(f)
+                    rows = parsed if isinstance(parsed, list) else [parsed]
+                    yield from ((f"{file} row {n}", row, [n, 0, n / len(rows)]) for n, row in enumerate(rows, 1) if n > num_rows)
+                    return
+                f.seek(offset)
+            for line in iter(f.readline, b""):
+                num_rows, offset = num_rows + 1, offset + len(line)
+                if line.strip():  # packed bytes are fewer than read ones, so that share only says how far the file is not done
+                    share = 1 - size / (size + offset) if file.endswith(".gz") else offset / size
+                    yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
+    except (ValueError, RecursionError, OSError) as e:  # pyarrow's errors are ValueErrors or OSErrors
+        text = f"not valid JSON ({e.msg} at column {e.colno})" if isinstance(e, json.JSONDecodeError) else f"{type(e).__name__}: {e}"
+        fail(f"data {file} row {num_rows}: {text.splitlines()[0]}.")
+
+
+def read_rows(path, limit=0):
+    """[(where, row)] of a data set, file after file."""
+    rows = ((where, row) for file in data_files(path) for where, row, _ in read_file(file))
+    return list(itertools.islice(rows, limit or None))
+
+
+def stream_rows(cursors, limit=0):
+    """(where, row), always from the file of which the smallest share is read, so that every stretch has the mix of the whole.
+    cursors {file: cursor} move along: reading on from a copy of them gives the same rows as not having stopped."""
+    readers = {file: read_file(file, cursor) for file, cursor in cursors.items() if cursor[2] < 1}
+    ahead = {file: next(reader, None) for file, reader in readers.items()}  # one row, to know when a file is done
+    cursors |= {file: [*cursors[file][:2], 1.0] for file, row in ahead.items() if row is None}
+    while (open_files := [f for f in readers if cursors[f][2] < 1]) and not 0 < limit <= sum(c[0] for c in cursors.values()):
+        file = min(open_files, key=lambda f: cursors[f][2])
+        where, row, cursor = ahead[file]
+        ahead[file] = next(readers[file], None)
+        cursors[file] = cursor if ahead[file] else [*cursor[:2], 1.0]
+        yield where, row
+
+
+def field(row, where, name, kind=str):
+    """row[name], or one sentence naming file, row, field and what was expected."""
+    if name not in row:
+        fail(f'data {where}: no "{name}" field (has: {", ".join(map(str, row))}).')
+    if not isinstance(row[name], kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        fail(f'data {where}: field "{name}" is {type(row[name]).__name__}, expected {kinds}.')
+    return row[name]
+
+
+def chat(turns, name="prompt"):
+    """Chat messages [{"role", "content", ...}]: a string is a user's turn, a list of parts is joined, None is empty text."""
+    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+    if not isinstance(turns, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns):
+        raise BadRow(f'field "{name}" is no list of chat messages with a role each')
+    text = lambda parts: "\n".join(p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str))
+    turns = [m | {"content": text(m["content"]) if isinstance(m.get("content"), list) else m.get("content") or ""} for m in turns]
+    if not all(isinstance(m["content"], str) for m in turns):
+        raise BadRow(f'field "{name}" has a message whose content is not text')
+    return turns
+
+
+def normal_rows(items, normalize, path):
+    """normalize(row, where) of each (where, row), which returns a normal row or raises BadRow(reason). Prints what was dropped and why."""
+    total, dropped = 0, {}
+    for where, raw in items:
+        if not isinstance(raw, dict):
+            fail(f"data {where}: a row is {type(raw).__name__}, expected an object.")
+        total += 1
+        try:
+            yield normalize(raw, where)
+        except BadRow as reason:
+            dropped.setdefault(str(reason), []).append(where)
+        except Exception as e:  # a row of a shape nobody thought of
+            fail(f"data {where}: {type(e).__name__}: {e}.")
+    for reason, wheres in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        print0(f"data {path}: dropped {len(wheres)} of {total} rows, {reason} (first: {wheres[0]})")
+    if total == sum(map(len, dropped.values())):
+        fail(f"data {path}: no usable row ({'; '.join(f'{len(w)} x {r}' for r, w in dropped.items()) or 'the file is empty'}).")
+
+
+def load_table(path, normalize, limit=0):
+    """Normal rows of a data set, all at once."""
+    return list(normal_rows(read_rows(path, limit), normalize, path))
+
+
+# ---- Decontamination -------------------------------------------------------------------------------------------------
+ASKED = ("problem", "question", "prompt", "messages", "conversation", "input", "description", "problem_statement", "original_prompt")
+
+
+def ngrams(row, n):
+    """{n words in a row, lower-case, without punctuation} of what a row asks, answers left out; a shorter text is one gram by itself."""
+    nested = row.get("responses_create_params")
+    texts = [v for k, v in {**row, **(nested if isinstance(nested, dict) else {})}.items() if k in ASKED]
+    turns = [m for v in texts if isinstance(v, list) for m in v if isinstance(m, dict) and m.get("role") == "user"]
+    grams = set()
+    for text in [v for v in texts if isinstance(v, str)] + [m["content"] for m in turns if isinstance(m.get("content"), str)]:
+        words = re.findall(r"\w+", text.lower())
+        grams |= {" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))} if words else set()
+    return grams
+
+
+def decontaminate(rows, held_out, n=9, template=10):
+    """Yields (where, row, gram): gram is "" or n words that the row shares with a held-out row. Grams of more than `template` held-out
+    rows are the wording around the problems, and no match."""
+    counts = collections.Counter(gram for _, row in held_out for gram in ngrams(row, n))
+    known = {gram for gram, rows_with_it in counts.items() if rows_with_it <= template}
+    for where, row in rows:
+        yield where, row, min(ngrams(row, n) & known, default="")
+
+
+@dataclasses.dataclass
+class Decontamination:
+    data: str = ""  # training set, of any size: it is streamed
+    eval_data: str = ""  # held-out sets, joined by commas
+    out: str = ""  # .jsonl of the rows that are left
+    n: int = 9  # words in a row; paper 3.2 and 4.5.1
+
+
+def write_decontaminated(cfg):
+    """Writes the rows of cfg.data that share no n-gram with cfg.eval_data, and prints how many did, with the first of them."""
+    held_out, shared, total = read_rows(cfg.eval_data), [], 0
+    rows = ((where, row) for file in data_files(cfg.data) for where, row, _ in read_file(file))
+    with open(cfg.out + ".tmp", "w") as f:
+        for total, (where, row, gram) in enumerate(decontaminate(rows, held_out, cfg.n), 1):
+            if gram:
+                shared.append((where, gram))
+            else:
+                f.write(json.dumps(row) + "\n")
+    os.rename(cfg.out + ".tmp", cfg.out)
+    first = f' (first: {shared[0][0]}, "{shared[0][1]}")' if shared else ""
+    print0(f"data {cfg.data}: removed {len(shared)} of {total} rows that share {cfg.n} words in a row with one of {len(held_out)} held-out rows{first}")
+
+
+if __name__ == "__main__":
+    write_decontaminated(parse_config(Decontamination))

@@ -1,0 +1,397 @@
+"""MOPD: multi-teacher on-policy distillation, an optional repair after the cascade (Cascade 2, arXiv 2603.19220, section 4.4).
+
+A later stage costs some of what an earlier one taught. The policy samples from the prompts of every domain; on each token it
+drew, the checkpoint that was best at that domain says how likely it finds it, and the difference of the two log-probs is the
+token's advantage (the reverse KL, on sampled tokens). No verifier and no reward model: the teachers are the cascade's own
+earlier checkpoints, frozen. Below the waterline three functions differ from Math RL's.
+Deviations from the paper:
+  1. A domain is drawn as often as it has prompts; the paper does not give its mixture.
+  2. Every rank holds every teacher whole, in bf16 on a GPU.
+A good run: the reward, minus the KL to the teachers in nats a token, climbs towards 0.
+torchrun --nproc_per_node=8 mopd.py --init_from=out/swerl/final --out_dir=out/mopd --data=rlhf:DATA:out/rlhf/final,mathrl:DATA:out/mathrl/final
+"""
+
+import functools
+import importlib
+import math
+import os
+import statistics
+import time
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from engine import Rollout, make_engine, request_seed
+from model import Qwen3, load_tokenizer, render_chat
+
+# ---- 1. Config -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    init_from: str = "out/swerl/final"  # the student
+    out_dir: str = "out/mopd"
+    data: str = ""  # comma-separated STAGE:DATA:TEACHER: a stage's name, a set that it loads, a checkpoint of the same tokenizer
+    eval_data: str = ""  # the same with held-out sets; "": no held-out metric
+    engine: str = "auto"  # rollouts: auto, torch or vllm
+    prompts_per_step: int = 128  # over all ranks; Cascade 2 table 8
+    group_size: int = 4  # completions per prompt; Cascade 2 table 8
+    num_steps: int = 50  # Cascade 2 section 4.4: 40 to 50
+    max_prompt_tokens: int = 4096  # longer prompts are dropped at load
+    max_new_tokens: int = 98304  # Cascade 2 table 8
+    rope_factor: float = 0.0  # YaRN factor, of student and teachers
+    temperature: float = 1.0  # of the sampler and of all log-probs
+    top_p: float = 1.0  # sampler only
+    top_k: int = 0  # sampler only; 0: off
+    max_refill_rounds: int = 0  # of the common loop; nothing is flat here
+    lr: float = 2e-6  # AdamW; Cascade 2 table 8
+    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear
+    warmup_steps: int = 30  # linear; Cascade 2 section 4.4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    weight_low: float = 0.5  # tokens whose pi_train / pi_sampler is outside [low, high] leave the loss; Cascade 2 eq. 3
+    weight_high: float = 2.0
+    micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
+    max_infra: float = 0.02  # of the common loop; nothing can fail here
+    eval_every: int = 10  # steps; 0: never
+    eval_rows: int = 256  # held-out rows, one sample each
+    save_every: int = 10  # steps
+    sample_every: int = 10  # steps between printed samples
+    seed: int = 0
+
+
+# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+
+
+def load_rows(cfg, path=None, limit=0):
+    """Rows of every STAGE:DATA:TEACHER, each read by its stage's own loader, with the teacher's folder in row["teacher"]."""
+    rows = []
+    for item in (path or cfg.data).split(","):
+        stage, _, rest = item.partition(":")
+        data, _, teacher = rest.rpartition(":")
+        if stage not in ("rlhf", "ifrl", "mathrl", "coderl", "swerl") or not data:
+            common.fail(f"--data: {item!r} is not STAGE:DATA:TEACHER, e.g. mathrl:math.jsonl:out/mathrl/final.")
+        if not os.path.exists(os.path.join(teacher, "config.json")):
+            common.fail(f"--data: teacher {teacher} of {data} is no checkpoint (config.json is missing).")
+        module = importlib.import_module(stage)
+        knobs = {"min_prompt_tokens": 0} if stage == "swerl" else {}
+        loaded = module.load_rows(module.Config(data=data, max_prompt_tokens=cfg.max_prompt_tokens, **knobs), limit=limit)
+        rows += [{"messages": row["messages"], "think": row["think"], "teacher": teacher} for row in loaded]
+    return rows
+
+
+def select_rows(rows, epoch, history, cfg):
+    """All of them, in every epoch."""
+    return list(range(len(rows)))
+
+
+# ---- 3. Reward -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_teacher(folder, rope_factor, device):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor).requires_grad_(False)
+
+
+@torch.no_grad()
+def ask_teacher(rollout, cfg):
+    """Log-probs of the student's completion tokens under the teacher of their domain. One rollout at a time: real ones are long."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    ids_T = torch.tensor(rollout.prompt_ids + rollout.completion_ids, device=device)
+    cu_seqlens = torch.tensor([0, len(ids_T)], dtype=torch.int32, device=device)
+    index_M = torch.arange(len(rollout.prompt_ids), len(ids_T), device=device)
+    teacher = load_teacher(rollout.row["teacher"], cfg.rope_factor, device)
+    return teacher(ids_T, cu_seqlens, len(ids_T), index_M, temperature=cfg.temperature)[0][index_M].tolist()
+
+
+def make_reward(cfg):
+    """(submit, collect). collect asks the teachers; the reward is only for the log: minus the KL to the teacher, estimated
+    on the rollout's own tokens, in nats a token."""
+
+    def collect(rollouts):
+        for r in rollouts:
+            r.teacher_logprobs, r.verify_s = common.timed(ask_teacher, r, cfg)
+            r.reward = statistics.fmean(t - s for t, s in zip(r.teacher_logprobs, r.sampler_logprobs, strict=True))
+            r.status = "ok"
+
+    return (lambda rollout: None), collect
+
+
+def monitor(rollouts):
+    """This stage's numbers for the log: by how many nats teacher and student differ on a token, whichever is surer."""
+    spread = [statistics.fmean(abs(t - s) for t, s in zip(r.teacher_logprobs, r.sampler_logprobs)) for r in rollouts]
+    return {"abs_difference": sum(spread) / max(len(rollouts), 1)}
+
+
+def self_test(rows, cfg):
+    """Before training: every teacher reads the student's tokens as the student does."""
+    vocabulary = load_tokenizer(cfg.init_from).get_vocab()
+    for folder in sorted({row["teacher"] for row in rows}):
+        if load_tokenizer(folder).get_vocab() != vocabulary:
+            common.fail(f"teacher {folder} has another tokenizer than {cfg.init_from}: its log-probs would be of other tokens.")
+
+
+# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+
+
+def metric(rollout):
+    """Minus the KL of one held-out rollout, nats a token."""
+    return rollout.reward
+
+
+# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+
+
+# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
+def encode_prompts(rows, tokenizer, cfg):
+    """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
+    for row in rows:
+        row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
+    kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
+    for index, row in enumerate(kept):
+        row["index"] = index
+    if len(kept) < len(rows):
+        common.print0(f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens")
+    return kept if kept else common.fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
+
+
+def next_prompts(rows, state, cfg):
+    """Row indices of the next step: a walk through a permutation of the epoch's pool. Advances the cursor in `state`."""
+    chosen = []
+    while len(chosen) < cfg.prompts_per_step:
+        if state["position"] >= len(state["pool"]):
+            pool = select_rows(rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg)
+            order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
+            state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
+        taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]
+        state["position"] += len(taken)
+        chosen += taken
+    return chosen
+
+
+def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
+    """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
+    groups of equal rewards make room for fresh prompts (DAPO dynamic sampling, paper 4.4.2): `trained` are the groups kept,
+    `sampled` those of the first round, an unbiased view of the policy."""
+    submit, collect = reward_hook
+    mine, trained, sampled = indices[rank::world], [], []
+    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    for refill in range(1 + cfg.max_refill_rounds):
+        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
+                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+            finished = lambda r, bar=bar: (submit(r), bar.update())
+            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            collect(fresh)
+        compute_advantages(fresh, cfg)
+        groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
+        uneven = [group for group in groups if any(r.advantage for r in group)]
+        trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
+        sampled = sampled or fresh
+        missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
+        if refill == cfg.max_refill_rounds or not common.all_reduce({"n": missing}, "max")["n"]:
+            break  # all ranks stop in the same round: a reward hook may hold collectives
+        mine, spare = spare[:missing], spare[missing:]
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
+
+
+def compute_advantages(rollouts, cfg):
+    """1 for every rollout: the advantages are the tokens' own, in grpo_loss.
+    # CHANGED: no group, no reward; the teacher speaks about each token (Cascade 2 paper 4.4)"""
+    for r in rollouts:
+        r.trained, r.advantage = True, 1.0
+
+
+def collate(rollouts, cfg, device):
+    """Packed micro-batches of at most micro_batch_tokens each, long sequences first. Rollouts with advantage 0 have no
+    gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
+    rollouts = sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+    packs, room = [], 0
+    for r in rollouts:
+        length = len(r.prompt_ids) + len(r.completion_ids)
+        if length > room:
+            packs.append([])
+            room = cfg.micro_batch_tokens
+        packs[-1].append(r)
+        room -= length
+    return [pack_rollouts(pack, device) for pack in packs]
+
+
+def pack_rollouts(rollouts, device):
+    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens.
+    # CHANGED: carries what the teachers said, not the advantages (Cascade 2 paper 4.4)"""
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
+    teacher_logprobs_T, sampler_logprobs_T = np.zeros(cu_seqlens[-1], np.float32), np.zeros(cu_seqlens[-1], np.float32)
+    for r, where in zip(rollouts, index, strict=True):
+        teacher_logprobs_T[where], sampler_logprobs_T[where] = r.teacher_logprobs, r.sampler_logprobs
+    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
+    return {
+        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
+        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
+        "teacher_logprobs_T": tensor(teacher_logprobs_T), "sampler_logprobs_T": tensor(sampler_logprobs_T),
+    }  # fmt: skip
+
+
+def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
+    """Cascade 2 eq. 4: the sum over this micro-batch's completion tokens of -w a log pi, over the completion tokens of all ranks
+    and micro-batches. a = log pi_teacher - log pi_train, w = pi_train / pi_sampler inside [weight_low, weight_high], else 0;
+    neither has a gradient.  # CHANGED: distillation instead of a policy gradient on rewards (Cascade 2 paper 4.4)"""
+    logprobs_M, old_logprobs_M = logprobs_T[batch["loss_index"]], old_logprobs_T[batch["loss_index"]]
+    advantages_M = batch["teacher_logprobs_T"][batch["loss_index"]] - old_logprobs_M
+    weights_M = (old_logprobs_M - batch["sampler_logprobs_T"][batch["loss_index"]]).exp()
+    weights_M = weights_M * ((weights_M >= cfg.weight_low) & (weights_M <= cfg.weight_high))
+    return -(weights_M * advantages_M * logprobs_M).sum() / counts["tokens"]
+
+
+def train_step(model, optimizer, rollouts, cfg, device, world):
+    """One gradient update from the rollouts of all ranks; returns the metrics. A gradient that is not finite is not applied."""
+    in_loss = [r for r in rollouts if r.trained]
+    counts = common.all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    batches = collate(rollouts, cfg, device)
+    most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    idle = most - len(batches)
+    batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
+    sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
+    for i, batch in enumerate(batches):
+        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+        logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
+        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        (loss * world * (i < most - idle)).backward()  # FSDP2 averages over ranks, the denominator is global; idle batches weigh 0
+        if i < most - idle:
+            sums["loss"] += loss.item()
+            sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
+            sums["entropy"] += entropy_T.detach().sum().item()
+            sums["scored"] += len(batch["loss_index"])
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+    if math.isfinite(grad_norm) and most:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sums = common.all_reduce(sums)
+    per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
+    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+
+
+def summarize(rollouts):
+    """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
+    n = len(rollouts)
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r.group, set()).add(r.reward)
+    sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
+    sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
+    sums["len"] = sum(len(r.completion_ids) for r in rollouts)
+    sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
+    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
+    sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
+    sums = common.all_reduce(sums)
+    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
+    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
+
+
+def evaluate(engine, rows, cfg, reward_hook, rank, world):
+    """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
+    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = rollouts[rank::world]
+    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    reward_hook[1](rollouts)
+    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    return sums["score"] / max(sums["n"], 1)
+
+
+# ---- 6. main ---------------------------------------------------------------------------------------------------------
+STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
+
+
+def main(cfg):
+    common.lock(cfg.out_dir)
+    rank, world, device = common.init_distributed(cfg.seed)
+    if cfg.prompts_per_step % world:
+        common.fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
+    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    rows = load_rows(cfg)
+    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    self_test(rows, cfg)
+
+    resume = common.latest_checkpoint(cfg.out_dir)
+    init_from = resume or cfg.init_from
+    try:
+        common.check_memory(init_from, cfg, world, device)
+        tokenizer, model = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device, rope_factor=cfg.rope_factor)
+    except Exception as e:  # whatever is wrong with the folder, in the library's words
+        common.fail(f"--init_from={init_from}: {e}.")
+    if cfg.max_prompt_tokens + cfg.max_new_tokens > model.max_positions():
+        common.fail(f"max_prompt_tokens + max_new_tokens is over the {model.max_positions()} positions of {init_from}: pass --rope_factor=2.")
+    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
+    model.gradient_checkpointing = device.type == "cuda"
+    common.shard(model, device)
+    betas = (cfg.beta1, cfg.beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
+    data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    state |= common.load_history(cfg.init_from, data)
+    start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
+    if set(common.all_gather(data)) != {state.setdefault("data", data)}:
+        common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
+    engine = make_engine(cfg.engine, model, tokenizer)
+    logger = common.Logger(cfg.out_dir, start)
+    num_params = sum(p.numel() for p in model.parameters())
+    common.print0(f"{init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+
+    for step in range(start + 1, cfg.num_steps + 1):
+        clock = time.time()
+        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg), step, cfg, reward_hook, rank, world)
+        generated = time.time()
+        decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
+        metrics = summarize(sampled) | train_step(model, optimizer, trained, cfg, device, world)
+        engine.sync(model)
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
+        for counts in common.all_gather(count_correct(sampled)):
+            state["history"] |= counts
+
+        if metrics["status/infra"] > cfg.max_infra:
+            common.fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).", note="The last checkpoint is whole.")
+        state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
+        if state["skipped"] >= 3:
+            common.fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note="The last checkpoint is whole.")
+        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+            metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
+        logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))
+        if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
+            r = sampled[0]
+            common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
+    common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+
+
+def count_correct(rollouts):
+    """{row index: [num_correct, num_rollouts]} of one rank, rollouts that are not trained on left out."""
+    counts = {}
+    for r in rollouts:
+        if r.trained:
+            correct, total = counts.get(str(r.row["index"]), (0, 0))
+            counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
+    return counts
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config))
+    common.finish()
