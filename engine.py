@@ -183,8 +183,8 @@ class TorchEngine:
             return flash_attention_varlen(q_TNH, k_TKH, v_TKH, cu_seqlens, max(lengths))
 
         input_ids_T = torch.tensor(np.concatenate(prompts), device=device)
-        hidden_TD = self.model.hidden_states(input_ids_T, position_T, attend)
-        logits_PV = F.linear(hidden_TD[cu_seqlens[1:].long() - 1], self.model.head_weight).float()
+        hidden_PD = self.model.hidden_states(input_ids_T, position_T, attend, keep_M=cu_seqlens[1:].long() - 1)
+        logits_PV = F.linear(hidden_PD, self.model.head_weight).float()
         return logits_PV[prompt_B], cache
 
     def _decode(self, token_B, position_B, cache, bias_B1S, slot):

@@ -109,6 +109,11 @@ def rope_tables(config: Qwen3Config, length):
     return angle.cos() * scale, angle.sin() * scale
 
 
+def rows(x, keep_M):
+    """The rows of x that somebody reads; None: all."""
+    return x if keep_M is None else x.index_select(0, keep_M)
+
+
 class Norm(nn.Module):
     """Only holds an RMSNorm weight; the fused ops that apply it live in kernels/."""
 
@@ -128,12 +133,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * H, D, bias=False)
         self.q_norm, self.k_norm = Norm(H), Norm(H)
 
-    def forward(self, x_TD, rope, attend):
+    def forward(self, x_TD, rope, attend, keep_M=None):
         q_TNH = self.q_proj(x_TD).view(-1, self.N, self.H)
         k_TKH = self.k_proj(x_TD).view(-1, self.K, self.H)
         v_TKH = self.v_proj(x_TD).view(-1, self.K, self.H)
         q_TNH, k_TKH = qk_norm_rope(q_TNH, k_TKH, self.q_norm.weight, self.k_norm.weight, *rope, eps=self.eps)
-        return self.o_proj(attend(q_TNH, k_TKH, v_TKH).reshape(-1, self.N * self.H))
+        return self.o_proj(rows(attend(q_TNH, k_TKH, v_TKH), keep_M).reshape(-1, self.N * self.H))
 
 
 class MLP(nn.Module):
@@ -157,9 +162,9 @@ class Layer(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.input_layernorm, self.post_attention_layernorm = Norm(config.hidden_size), Norm(config.hidden_size)
 
-    def forward(self, x_TD, residual_TD, rope, attend):
+    def forward(self, x_TD, residual_TD, rope, attend, keep_M=None):
         h_TD, residual_TD = add_rms_norm(x_TD, residual_TD, self.input_layernorm.weight, self.eps)
-        h_TD = self.self_attn(h_TD, rope, attend)
+        h_TD, residual_TD = self.self_attn(h_TD, rope, attend, keep_M), rows(residual_TD, keep_M)
         h_TD, residual_TD = add_rms_norm(h_TD, residual_TD, self.post_attention_layernorm.weight, self.eps)
         return self.mlp(h_TD), residual_TD
 
@@ -187,16 +192,18 @@ class Qwen3(nn.Module):
     def head_weight(self):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden_states(self, input_ids_T, position_ids_T, attend):
-        """Final-norm output [T, D]. `attend(layer, q_TNH, k_TKH, v_TKH) -> [T, N, H]` is the whole of attention: training
-        passes packed causal attention, the sampler one that reads and writes its KV cache."""
+    def hidden_states(self, input_ids_T, position_ids_T, attend, keep_M=None):
+        """Final-norm output [T, D], or [M, D] of the tokens keep_M alone: in the last layer the others end with their key and value,
+        which makes scoring 1.1 times faster with the toy's four layers. `attend(layer, q_TNH, k_TKH, v_TKH) -> [T, N, H]` is the
+        whole of attention: training passes packed causal attention, the sampler one that reads and writes its KV cache."""
         if self.rope is None or self.rope[0].device != input_ids_T.device:
             self.rope = tuple(t.to(input_ids_T.device) for t in rope_tables(self.config, self.max_positions()))
         rope = (*self.rope, position_ids_T)
         x_TD = self.model.embed_tokens(input_ids_T)
         residual_TD = torch.zeros_like(x_TD)
         for i, layer in enumerate(self.model.layers):
-            args = (x_TD, residual_TD, rope, lambda q, k, v, i=i: attend(i, q, k, v))
+            last = i + 1 == len(self.model.layers)
+            args = (x_TD, residual_TD, rope, lambda q, k, v, i=i: attend(i, q, k, v), keep_M if last else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x_TD, residual_TD = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -224,24 +231,23 @@ class Qwen3(nn.Module):
             cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=input_ids.device)
             hidden_TD = self.packed_hidden(input_ids.reshape(-1), cu_seqlens, T)
             return F.linear(hidden_TD, self.head_weight).float().view(B, T, -1)
-        hidden_TD = self.packed_hidden(input_ids, cu_seqlens, max_seqlen)
         if loss_index is None:
-            return hidden_TD
+            return self.packed_hidden(input_ids, cu_seqlens, max_seqlen)
         # The one shift by one of this repository: token t is predicted by the hidden state of token t - 1.
-        hidden_MD, target_M = hidden_TD[loss_index - 1], input_ids[loss_index]
+        hidden_MD, target_M = self.packed_hidden(input_ids, cu_seqlens, max_seqlen, loss_index - 1), input_ids[loss_index]
         if nll:
             return linear_cross_entropy(hidden_MD, self.head_weight, target_M)
         logprobs_M, entropy_M = linear_logprob(hidden_MD, self.head_weight, target_M, temperature=temperature)
         zeros_T = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=input_ids.device)
         return zeros_T.index_put((loss_index,), logprobs_M), zeros_T.index_put((loss_index,), entropy_M)
 
-    def packed_hidden(self, input_ids_T, cu_seqlens, max_seqlen):
+    def packed_hidden(self, input_ids_T, cu_seqlens, max_seqlen, keep_M=None):
         longest = self.max_positions()
         assert max_seqlen <= longest, f"a sequence of {max_seqlen} tokens, {longest} positions; rope_factor=2 doubles them"
         start_T = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=input_ids_T.shape[0])
         position_ids_T = torch.arange(input_ids_T.shape[0], device=input_ids_T.device) - start_T
         attend = lambda layer, q, k, v: flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen)
-        return self.hidden_states(input_ids_T, position_ids_T, attend)
+        return self.hidden_states(input_ids_T, position_ids_T, attend, keep_M)
 
     # ---- 2. Hugging Face folders -------------------------------------------------------------------------------------
     @classmethod

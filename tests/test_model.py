@@ -219,3 +219,17 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(row, torch.tensor([0, 12], dtype=torch.int32), 12, torch.arange(1, 12))[0].sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):
+    """Scored tokens alone go through the last layer's o_proj and MLP. The slow way takes every row and picks them afterwards."""
+    ids, cu_seqlens = random_ids(40, vocab=61), torch.tensor([0, 11, 17, 40], dtype=torch.int32)
+    keep = torch.tensor([3, 4, 9, 15, 16, 30, 38])
+    found = []
+    for fast in (True, False):
+        hidden = tiny.packed_hidden(ids, cu_seqlens, 23, keep) if fast else tiny.packed_hidden(ids, cu_seqlens, 23)[keep]
+        gradients = torch.autograd.grad(hidden.square().sum() + hidden[:, 0].sum(), list(tiny.parameters()))
+        found.append((hidden, *gradients))
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
+    print(f"hidden states and gradients: worst relative difference {worst:.1e} (limit 1e-5)")
+    assert worst < 1e-5

@@ -1,0 +1,170 @@
+"""What the side-by-side benches share: the peer's environment, contestants in turns, and the report.
+
+Every contestant is a child process with one thread. It gets ready (imports, weights, a warm-up) and then waits; the bench
+gives one child at a time one turn, round after round, so that a slow moment of the machine hits all of them alike. A ratio is
+taken inside each round: reported are its median and its range. Headline and plot are CPU seconds, which mean the same on a
+busy machine; wall seconds stand beside them. Children write to out/bench/<bench>/<contestant>.log.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "bench"
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p).resolve() != ROOT / "bench"]  # `import sft` means the stage, not the bench
+PEERS = ("trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2")  # beside the packages of requirements.txt
+KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(1 << 26)}
+# KEEP_PAGES: common.init_distributed's memory settings, by glibc's variables, for a peer that does not know them
+
+
+# ---- Environments and models -----------------------------------------------------------------------------------------
+def peer_python():
+    """.venv-peers/bin/python, made when it is missing: the peers alone, the rest comes from this environment by a .pth file."""
+    python, stamp = ROOT / ".venv-peers" / "bin" / "python", ROOT / ".venv-peers" / "installed"
+    wanted = "\n".join((*PEERS, sysconfig.get_paths()["purelib"]))
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print("installing " + ", ".join(PEERS) + " into .venv-peers", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", ROOT / ".venv-peers"], check=True)
+        site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], capture_output=True, text=True)
+        Path(site.stdout.strip(), "ours.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        subprocess.run([python, "-m", "pip", "install", "-q", *PEERS], check=True, stderr=subprocess.DEVNULL)
+        stamp.write_text(wanted)
+    return str(python)
+
+
+def vllm_python():
+    """Python of the environment that the README's section on vLLM makes, or None."""
+    python = ROOT / ".venv-vllm" / "bin" / "python"
+    return str(python) if python.exists() else None
+
+
+def toy_folder(name):
+    """"base": the toy's untrained model; "sft": the same after its first SFT stage (made once, in out/bench, in minutes)."""
+    data = OUT / "data"
+    if not (data / "base" / "config.json").exists():
+        subprocess.run([sys.executable, ROOT / "toy.py", f"--out={data}"], check=True)
+    if name == "sft" and not (OUT / "sft" / "final").exists():
+        flags = "--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --lr=6e-3 --num_steps=140 --schedule_steps=400"
+        subprocess.run([sys.executable, ROOT / "sft.py", f"--init_from={data / 'base'}", f"--out_dir={OUT / 'sft'}",
+                        f"--data={data / 'sft_stage1.jsonl'}", *flags.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return str(data / "base" if name == "base" else OUT / "sft" / "final")
+
+
+# ---- The child's side ------------------------------------------------------------------------------------------------
+if any(arg.startswith("--contestant") for arg in sys.argv):
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever anybody prints goes to the log
+
+
+def take_turn(**result):
+    """Report what the last turn did (its time is added here), wait for the next one. The first call says "ready"."""
+    if hasattr(take_turn, "start"):
+        result |= {"s": time.perf_counter() - take_turn.start, "cpu_s": time.process_time() - take_turn.cpu}
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(result), file=pipe, flush=True)
+    if not sys.stdin.readline():
+        os._exit(0)
+    take_turn.start, take_turn.cpu = time.perf_counter(), time.process_time()
+
+
+def versions(*packages):
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+# ---- The bench's side ------------------------------------------------------------------------------------------------
+def race(bench, contestants, rounds, warmups=2):
+    """contestants {name: (python, flags, extra environment)} -> {name: {"ready": first report, "turns": [...]}}. The order
+    turns around in every other round; the warm-up turns are kept apart."""
+    script, logs, children, found = Path(sys.argv[0]).resolve(), OUT / bench, {}, {}
+    logs.mkdir(parents=True, exist_ok=True)
+    for name, (python, flags, extra) in contestants.items():
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+                            "PYTHONPATH": str(ROOT)} | extra  # fmt: skip
+        children[name] = subprocess.Popen([python, script, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                                          stderr=open(logs / f"{name}.log".replace(" ", "_"), "w"), env=env)  # fmt: skip
+        found[name] = {"ready": answer(name, children[name]), "warmups": [], "turns": []}
+    for turn in range(warmups + rounds):
+        for name in list(children)[:: 1 if turn % 2 else -1]:
+            children[name].stdin.write("go\n")
+            children[name].stdin.flush()
+            found[name]["turns" if turn >= warmups else "warmups"].append(answer(name, children[name]))
+    for child in children.values():
+        child.stdin.close()
+        child.wait()
+    return found
+
+
+def answer(name, child):
+    line = child.stdout.readline()
+    if not line:
+        sys.exit(f"{name} ended early with code {child.wait()}: see its log in {OUT.relative_to(ROOT)}")
+    return json.loads(line)
+
+
+def summarize(found, per="turn"):
+    """Medians and ranges of each contestant, and the ratio of its time (per turn or per token) to ours, round by round."""
+    rows = {}
+    for name, child in found.items():
+        turns, row = child["turns"], {}
+        for key in turns[0]:
+            values = [turn[key] for turn in turns]
+            row[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for key in ("s", "cpu_s"):
+            cost = lambda turn, key=key: turn[key] / (turn["tokens"] if per == "tokens" else 1)
+            ratios = [cost(theirs) / cost(mine) for theirs, mine in zip(turns, found["ours"]["turns"], strict=True)]
+            row[f"{key} / ours"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        rows[name] = row | {"ready": child["ready"], "turns": turns}
+        ratio, wall, rate = row["cpu_s / ours"], row["s / ours"], statistics.median(t["tokens"] / t["cpu_s"] for t in turns)
+        print(f"  {name:28s} {row['cpu_s']['median']:8.3f} CPU s  {rate:8.0f} tok/s  {row['peak_mb']['max']:6.0f} MB peak  x{ratio['median']:.2f} "
+              f"[{ratio['min']:.2f}, {ratio['max']:.2f}] of ours (wall x{wall['median']:.2f})", flush=True)  # fmt: skip
+    return rows
+
+
+def machine():
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
+    return {"cpu": (cpu or [platform.processor()])[0], "cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "os": platform.platform()}
+
+
+def report(bench, settings, groups, title, tokens=False):
+    """Write bench/<bench>.json and .png. groups: {setting: summarize(...)}."""
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = {"command": ["bench/" + Path(sys.argv[0]).name, *sys.argv[1:]], "git": git, "machine": machine(), "threads_each": 1,
+            "python": platform.python_version(), "settings": settings}  # fmt: skip
+    (ROOT / "bench" / f"{bench}.json").write_text(json.dumps(head | {"results": groups}, indent=1) + "\n")
+    plot(groups, f"{title}\n{head['machine']['cores']} x {head['machine']['cpu']}, one thread each", ROOT / "bench" / f"{bench}.png", tokens)
+
+
+def plot(groups, title, path, tokens):
+    """A bar a contestant (median) and a dot a round; the ratio to ours behind it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 0.5 * max(map(len, groups.values())) + 1.7), squeeze=False)
+    for axis, (setting, rows) in zip(axes[0], groups.items(), strict=True):
+        for place, (name, row) in enumerate(rows.items()):
+            values = [turn["tokens"] / turn["cpu_s"] if tokens else turn["cpu_s"] for turn in row["turns"]]
+            axis.barh(place, statistics.median(values), 0.6, color="tab:blue" if name.startswith("ours") else "0.7")
+            axis.plot(values, [place] * len(values), "k.", markersize=4)
+            ratio = row["cpu_s / ours"]
+            if name != "ours":
+                text = f"  {ratio['median']:.1f}x our time [{ratio['min']:.1f}, {ratio['max']:.1f}]"
+                axis.text(max(values), place, text, va="center", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.75 * max(axis.get_xlim()[1], 1e-9))
+        axis.set_xlabel("tokens per CPU second (more is better)" if tokens else "CPU seconds (less is better)", fontsize=8)
+        axis.set_title(setting, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
