@@ -71,7 +71,8 @@ toy() {
     stage ifrl ifrl "$OUT/rlhf/final" --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=6e-4 --num_steps=90 $rl --max_refill_rounds=1
     stage mathrl mathrl "$OUT/ifrl/final" --data="$d/math_rl.jsonl" --eval_data="$d/math_dev.jsonl" --lr=6e-4 --num_steps=50 $rl
     stage coderl coderl "$OUT/mathrl/final" --data="$d/code_rl.jsonl" --eval_data="$d/code_dev.jsonl" --lr=5e-4 --num_steps=60 $rl
-    stage swerl swerl "$OUT/coderl/final" --data="$d/swe_rl.jsonl" --eval_data="$d/swe_dev.jsonl" --min_prompt_tokens=0 --lexical_floor=0.98 --lr=3e-4 --num_steps=90 $rl
+    stage swerl swerl "$OUT/coderl/final" --data="$d/swe_rl.jsonl" --eval_data="$d/swe_dev.jsonl" --min_prompt_tokens=0 --lexical_floor=0.98 \
+        --lr=3e-4 --num_steps=90 --overlong_filter=false $rl  # filtered, nothing would keep it from never ending
 }
 
 control() {  # beside each RL stage: as many seconds of SFT on the same demonstrations, from the same checkpoint
