@@ -93,9 +93,12 @@ def all_gather(value):
     return gathered
 
 
+SMALLEST_SHARE = 1 << 20  # parameters of a layer that is gathered alone: below, the latency of a collective costs more than its bytes
+
+
 def shard(model, device):
-    """FSDP2 over all ranks, every layer and then the root: fp32 master weights, bf16 compute on GPUs, fp32 gradient
-    reduction. A single process keeps the plain module."""
+    """FSDP2 over all ranks: fp32 master weights, bf16 compute on GPUs, fp32 gradient reduction. Every layer is a collective of its own
+    where that is worth it; a small model travels in one piece. A single process keeps the plain module."""
     if dist.is_initialized():
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -103,7 +106,8 @@ def shard(model, device):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place use of layer outputs: there is none
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE stays fp32
         for layer in model.model.layers:
-            fully_shard(layer, mp_policy=policy)
+            if sum(p.numel() for p in layer.parameters()) >= SMALLEST_SHARE:
+                fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
     return model
 

@@ -72,6 +72,18 @@ def hand_on(rollout, reason, tokenizer, on_finished):
         on_finished(rollout)
 
 
+def whole_parameters(model):
+    """(name, tensor) of every parameter, whole and in compute precision. FSDP2 gathers them group by group: one collective for a
+    layer, and no rank ever holds more than a layer and the root. A tensor is valid until the next one is asked for."""
+    groups = [(name, module) for name, module in model.named_modules() if hasattr(module, "unshard")]
+    for prefix, module in groups[1:] + groups[:1]:  # the root last: what is still sharded then belongs to a layer and has been seen
+        module.unshard()
+        yield from ((name, p.detach()) for name, p in module.named_parameters(prefix) if not hasattr(p, "full_tensor"))
+        module.reshard()
+    if not groups:
+        yield from ((name, p.detach()) for name, p in model.named_parameters())
+
+
 class TorchEngine:
     """The built-in sampler. In a single CPU process it decodes with the trained module itself; beside sharded weights (several
     ranks, any GPU) it keeps a whole replica that sync() refreshes."""
@@ -90,15 +102,12 @@ class TorchEngine:
 
     @torch.no_grad()
     def sync(self, model):
-        """Copy the trained weights into the engine, one tensor at a time; returns the bytes moved."""
-        if not self.sharded:
-            return 0
-        moved = 0
-        for (name, p), (copy_name, target) in zip(model.named_parameters(), self.model.named_parameters(), strict=True):
-            assert name == copy_name, f"{name} is not {copy_name}"
-            whole = p.full_tensor()
-            target.copy_(whole)  # in place: addresses stay, no second copy
+        """Copy the trained weights into the engine, in place (addresses stay); returns the bytes moved."""
+        targets, moved = dict(self.model.named_parameters()) if self.sharded else {}, 0
+        for name, whole in whole_parameters(model) if self.sharded else ():
+            targets.pop(name).copy_(whole)
             moved += whole.numel() * whole.element_size()
+        assert not targets, f"weight sync: no tensor for {list(targets)}"
         return moved
 
     @torch.no_grad()
@@ -241,18 +250,16 @@ class VLLMEngine:
 
     @torch.no_grad()
     def sync(self, model):
-        """Write the trained weights into the engine, in place, tensor by tensor straight from their shards; returns the bytes
-        moved. RuntimeError if a tensor of the engine was left out, or if it does not score like the trainer afterwards."""
+        """Write the trained weights into the engine, in place, layer by layer from their shards; returns the bytes moved.
+        RuntimeError if a tensor of the engine was left out, or if it does not score like the trainer afterwards."""
         self._sleep(False)
         clock, moved = time.time(), 0
 
         def tensors():
             nonlocal moved
-            for name, p in model.named_parameters():
-                p = p.detach().to(self.dtype)  # before it is gathered: half the traffic
-                p = p.full_tensor() if hasattr(p, "full_tensor") else p
-                moved += p.numel() * p.element_size()
-                yield name, p
+            for name, p in whole_parameters(model):
+                moved += p.numel() * self.dtype.itemsize
+                yield name, p.to(self.dtype, copy=True)  # vLLM may keep a tensor until its whole layer has arrived
 
         missed = self.llm.collective_rpc(write_weights, args=(tensors(),))[0]
         if missed or not self.llm.reset_prefix_cache():

@@ -1,4 +1,5 @@
-"""Guards: layers as wide as Qwen3-8B's train under FSDP2 with activation checkpointing, and their gradients are one process's."""
+"""Guards: layers as wide as Qwen3-8B's train under FSDP2 with activation checkpointing, and their gradients are one
+process's; what the sampler is handed layer by layer is what was sharded."""
 
 import pytest
 
@@ -7,6 +8,7 @@ from conftest import run_python
 PROGRAM = '''
 import torch
 import common
+from engine import whole_parameters
 from model import Qwen3, Qwen3Config
 
 rank, world, device = common.init_distributed(0)
@@ -32,6 +34,7 @@ if rank == 0:  # the twin: one process, no sharding, no checkpointing
     del model
 model = Qwen3.from_config(config, seed=0)
 model.gradient_checkpointing = True
+sums = {name: p.double().sum().item() for name, p in model.named_parameters()}
 common.shard(model, device)
 backward(model, [rank], world)  # FSDP2 averages over ranks
 worst = 0.0
@@ -43,6 +46,8 @@ if rank == 0:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.0f}M parameters, {world} ranks: relative difference of gradients {worst:.1e}, tolerance 1e-5")
     assert worst < 1e-5
+assert {name: p.double().sum().item() for name, p in whole_parameters(model)} == sums, "the sampler would not get the trained weights"
+assert all(hasattr(p, "full_tensor") for p in model.parameters())
 common.finish()
 '''
 

@@ -98,13 +98,15 @@ def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(world, t
 
 @pytest.mark.slow
 def test_two_ranks_are_one(world, taught, teachers, tmp_path):
-    gentle = dict(lr=1e-4, num_steps=4)
+    gentle = dict(lr=2e-5, num_steps=4)  # Adam gives a gradient that is all rounding a whole lr of its own
     run_python(*run_flags(world, taught, teachers, tmp_path / "one", **gentle))
     run_python(*run_flags(world, taught, teachers, tmp_path / "two", **gentle), ranks=2)
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     error = max((two[k] - one[k]).abs().max().item() for k in two)
-    print(f"two ranks against one: max weight difference {error:.1e}, tolerance 1e-5")
-    assert error < 1e-5
+    before = load_file(world / "base" / "model.safetensors")
+    moved = max((one[k] - before[k]).abs().max().item() for k in one)
+    print(f"two ranks against one: max weight difference {error:.1e}, tolerance 1e-5; weights moved by up to {moved:.1e}")
+    assert error < 1e-5 < 2e-5 < moved
 
 
 @pytest.mark.parametrize("data, sentence", [

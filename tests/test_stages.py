@@ -27,8 +27,7 @@ RL = dict(prompts_per_step=4, group_size=4, max_prompt_tokens=256, max_new_token
           reward_workers=2, eval_rows=4, sample_every=3)  # fmt: skip
 DATA = {
     "sft": dict(data="sft_stage2", eval_data="sft_stage1", samples_per_step=16, max_seq_len=512, warmup_steps=2),
-    # seed 0 draws a token so near to the boundary of two that rounding decides it
-    "rlhf": dict(seed=1, data="chat_rl", eval_data="chat_dev", rm_data="preference", rm_eval_data="preference_dev", rm_samples_per_step=8, rm_lr=1e-3),
+    "rlhf": dict(data="chat_rl", eval_data="chat_dev", rm_data="preference", rm_eval_data="preference_dev", rm_samples_per_step=8, rm_lr=1e-3),
     "ifrl": dict(data="if_rl", eval_data="if_dev", prompts_per_step=12, max_refill_rounds=0),  # each rank has spare prompts of its own
     "mathrl": dict(data="math_sft", eval_data="math_dev"),
     "coderl": dict(data="code_sft", eval_data="code_dev"),
@@ -86,12 +85,19 @@ def distance(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", DATA)
 def test_two_ranks_equal_one_process(stage, world, taught, straight, tmp_path, request):
-    one = straight(stage)
-    run_python(*command(stage, world, tmp_path, taught, **extra(stage, request)), ranks=2)
-    moved, error = distance(weights(one), load_file(taught / "model.safetensors")), distance(weights(one), weights(tmp_path))
-    print(f"{stage}: {STEPS} steps moved weights by up to {moved:.1e}; two ranks differ from one by {error:.1e}, tolerance 1e-05")
+    """Up to rounding, which decides now and then which of two tokens is drawn: then the runs part for good, so another seed is tried.
+    Three seeds in a row that part are no accident."""
+    for seed in (0, 1, 2):
+        one, two = straight(stage) if seed == 0 else tmp_path / f"one{seed}", tmp_path / f"two{seed}"
+        if seed:
+            run_python(*command(stage, world, one, taught, seed=seed, **extra(stage, request)))
+        run_python(*command(stage, world, two, taught, seed=seed, **extra(stage, request)), ranks=2)
+        moved, error = distance(weights(one), load_file(taught / "model.safetensors")), distance(weights(one), weights(two))
+        print(f"{stage}, seed {seed}: {STEPS} steps moved weights by up to {moved:.1e}; two ranks differ from one by {error:.1e}, tolerance 1e-05")
+        if error < 1e-5:
+            break
     assert moved > 1e-4 and error < 1e-5
-    for a, b in zip(metrics(one), metrics(tmp_path), strict=True):
+    for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     assert any(row["grad_norm"] > 0 for row in metrics(one)), "no gradient: equal for no reason"
 
