@@ -43,7 +43,8 @@ def forward_torch(x, residual, weight, eps):
     """The CPU path: what rms_norm_ref computes, in the fewest passes over memory. Also returns 1 / rms, [T, 1]."""
     summed = x if residual is None else x + residual
     x = summed.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = (torch.linalg.vecdot(x, x)[:, None] / x.shape[-1] + eps).rsqrt()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # reads x once, where (x * x).sum(-1) makes a tensor first
+    rstd = (norm.square_() / x.shape[-1] + eps).rsqrt_()
     x_hat = (x * rstd).to(summed.dtype)
     y = x_hat.mul_(weight) if x_hat.dtype == weight.dtype else x_hat * weight
     return y, summed, rstd
@@ -54,16 +55,16 @@ def backward_torch(dy, dsummed, x, weight, rstd):
 
     dweight = sum over rows of dy * x_hat
     dx      = rstd * (g - x_hat * mean(g * x_hat)) with g = dy * weight;   the mean comes from x inside rms(x)
-    plus dsummed, the gradient that arrives on the residual stream itself.
+    plus dsummed, the gradient that arrives on the residual stream itself. dy * x_hat serves both lines: the sum of
+    g * x_hat over a row is its product with the weight.
     """
-    dtype, (x, dy) = x.dtype, (t.to(rstd.dtype) for t in (x, dy))
-    x_hat = x * rstd
-    dweight = (dy * x_hat).sum(0)
-    g = dy * weight
-    mean = torch.linalg.vecdot(g, x_hat)[:, None] / x.shape[-1]
-    dx = g.sub_(x_hat.mul_(mean)).mul_(rstd)
+    dtype, (x, dy, weight) = x.dtype, (t.to(rstd.dtype) for t in (x, dy, weight))
+    product = (dy * x).mul_(rstd)
+    dweight = product.sum(0)
+    mean = (product @ weight)[:, None] / x.shape[-1]
+    dx = torch.mul(dy, weight, out=product).addcmul_(x, mean.mul_(rstd), value=-1).mul_(rstd)
     dx = dx if dsummed is None else dx.add_(dsummed)
-    return dx.to(dtype), dweight.to(weight.dtype)
+    return dx.to(dtype), dweight
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def backward_triton(dy, dsummed, x, weight, rstd):
         dy, dy if dsummed is None else dsummed, x, weight, rstd, dx, shares, x.stride(0), num_rows, programs,
         D=width, ADD=dsummed is not None, **launch_config(width),
     )  # fmt: skip
-    return dx, shares.sum(0).to(weight.dtype)
+    return dx, shares.sum(0)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -183,7 +184,7 @@ class RMSNorm(torch.autograd.Function):
         dsummed = None if dsummed is None else dsummed.contiguous()
         backward = backward_triton if use_triton(x, weight) else backward_torch
         dx, dweight = backward(dy.contiguous(), dsummed, x, weight, rstd)
-        return dx, dx if ctx.has_residual else None, dweight, None
+        return dx, dx if ctx.has_residual else None, dweight.to(weight.dtype), None
 
 
 def as_rows(x):
