@@ -105,7 +105,8 @@ def test_every_kernel_compiles_for_hopper_without_spills():
     launched |= {"swiglu_forward", "swiglu_backward"}  # handed to a launcher of their own, as `kernel`
     assert {kernel["kernel"].split()[0] for kernel in kernels} == launched
     for kernel in kernels:
-        print("{registers:4d} registers {spilled_bytes:3d} B spilled {shared_bytes:7d} B shared {tensor_cores:8s} {kernel}".format(**kernel))
+        line = "{registers:4d} registers {spilled_bytes:3d} B spilled {shared_bytes:7d} B shared {tensor_cores:8s} {kernel}"
+        print(line.format(**kernel))
         assert kernel["spilled_bytes"] == 0 and kernel["registers"] <= 255
         assert kernel["shared_bytes"] <= 232448, "more shared memory than a Hopper multiprocessor has"
         few_rows = kernel["kernel"].startswith("decode")  # 16 rows: Hopper's own instruction, wgmma, starts at 64
@@ -265,33 +266,11 @@ def test_bf16_head_on_cpu_keeps_fp32_logits():
     assert error < 1e-4
 
 
-MEMORY_PROBE = """
-import json, re, sys, time
-import torch
-import torch.nn.functional as F
-from kernels.linear_logprob import linear_logprob
-torch.set_num_threads(1)
-hidden, weight = torch.randn(4096, 64, requires_grad=True), torch.randn(32768, 64, requires_grad=True)
-target = torch.randint(32768, (4096,))
-def materialised():
-    return -F.cross_entropy(hidden @ weight.T, target, reduction="none")
-def fused():
-    return linear_logprob(hidden, weight, target)[0]
-def resident(name):
-    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()  # libraries load before CPU time is taken
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-before, start = resident("VmRSS"), time.process_time()
-{"materialised": materialised, "fused": fused}[sys.argv[1]]().sum().backward()
-seconds = time.process_time() - start
-print(json.dumps([resident("VmHWM") - before, seconds]))
-"""
-
-
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_head_and_loss_take_a_tenth_of_the_memory_of_materialised_logits():
-    (plain, plain_seconds), (fused, seconds) = (run_python("-c", MEMORY_PROBE, x) for x in ("materialised", "fused"))
-    print(f"4096 tokens x 32768: {plain} -> {fused} KiB, {plain_seconds:.2f} -> {seconds:.2f} s, with entropy as well")
+    bench = HERE.parent / "bench" / "kernels.py"
+    (plain, plain_seconds), (fused, seconds) = (run_python(bench, f"--head={who}") for who in ("whole", "ours"))
+    print(f"4096 tokens x 32768: {plain:.0f} -> {fused:.0f} MiB, {plain_seconds:.2f} -> {seconds:.2f} s, with entropy as well")
     assert fused * 10 <= plain and seconds <= 1.2 * plain_seconds
 
 
