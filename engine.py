@@ -2,7 +2,8 @@
 
 The built-in sampler runs anywhere: one packed prefill that every sample of a prompt shares, then batched decoding with a KV
 cache. Finished rows leave the batch and are handed on at once, so that their rewards are computed while others still decode.
-Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with.
+Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with. There are no CUDA
+graphs: they want batch and cache of fixed addresses, where here rows leave and caches shrink, and nobody has measured what they save.
 
 vLLM takes the same calls. It lives in the training process and must agree with the trainer's log-probs after every update.
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 import common
 from kernels.attention import flash_attention_varlen
+from kernels.decode_attention import decode_attention, start_bias
 from kernels.sampling import sample_tokens
 from model import hf_config, render_chat, stop_ids
 
@@ -134,9 +136,8 @@ class TorchEngine:
         lengths_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
         width = int(lengths_B.max())  # prompts are right-aligned, so that every row writes the same slot
         logits_BV, cache = self._prefill(rollouts, width, max_new_tokens, device)
-        bias_B1S = torch.zeros(len(rollouts), 1, width + max_new_tokens)
-        bias_B1S.masked_fill_(torch.arange(width + max_new_tokens) < (width - lengths_B)[:, None, None], float("-inf"))
-        bias_B1S, position_B = bias_B1S.to(device), lengths_B.to(device)
+        position_B = lengths_B.to(device)
+        bias_B1S = start_bias(width - position_B, width + max_new_tokens)
         alive = list(range(len(rollouts)))  # batch row -> rollout
         uniform_BS = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens)).float()
         for step in range(max_new_tokens):
@@ -197,19 +198,13 @@ class TorchEngine:
         return logits_PV[prompt_B], cache
 
     def _decode(self, token_B, position_B, cache, bias_B1S, slot):
-        """One token a row: write its key and value at `slot`, attend to slots 0..slot, return logits [B, V]."""
+        """One token a row: write its key and value at `slot`, attend to the row's slots up to it, return logits [B, V]."""
+        start_B = slot - position_B
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
             k_BKSH, v_BKSH = cache[layer]
             k_BKSH[:, :, slot], v_BKSH[:, :, slot] = k_BKH, v_BKH
-            B, K, H = k_BKH.shape
-            # The N / K query heads that share a kv head are the rows of one small product with its keys: grouped attention
-            # without copies, and on CPUs three times faster than the fused attention, which is made for long queries.
-            keys, values = (t_BKSH.view(B * K, -1, H)[:, : slot + 1] for t_BKSH in (k_BKSH, v_BKSH))
-            scores = torch.bmm(q_BNH.reshape(B * K, -1, H) * H**-0.5, keys.transpose(1, 2)).view(B, -1, slot + 1)
-            weights = (scores.float() + bias_B1S[..., : slot + 1]).softmax(-1).to(values.dtype)
-            out = torch.bmm(weights.view(B * K, -1, slot + 1), values)
-            return out.reshape(B, -1, H)
+            return decode_attention(q_BNH, k_BKSH, v_BKSH, start_B, slot + 1, bias_B1S)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)
         return F.linear(hidden_BD, self.model.head_weight).float()

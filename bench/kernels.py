@@ -7,14 +7,18 @@ On a GPU the shapes are Qwen3-8B's at 32K packed tokens in bf16, on a CPU the la
 of a kernel is the time its least traffic (or its products) would take at the copy bandwidth (or matmul rate) measured
 in the same run; "of floor" is floor / time. Interleaved: every round times each contestant once and the median is
 reported, so that a slow moment of the machine hits all of them. Small tensors can beat a floor: they stay in the cache.
+Last comes the peak memory of head and loss, beside logits made whole, over growing vocabularies.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import pathlib
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 
@@ -24,11 +28,18 @@ import torch.nn.functional as F
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels import adamw, attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu
+from kernels import (
+    adamw, attention, decode_attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu,
+)  # fmt: skip
 
-SHAPES = {  # T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled rows
-    "cuda": dict(T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, lengths=[4096] * 8),
-    "cpu": dict(T=10000, D=96, N=4, K=2, H=24, F=288, V=600, B=256, lengths=[40 + i * 120 // 99 for i in range(100)]),
+# T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled rows, S cache slots
+SHAPES = {
+    "cuda": dict(T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, S=4096, lengths=[4096] * 8),
+    "cpu": dict(T=10000, D=96, N=4, K=2, H=24, F=288, V=600, B=256, S=200, lengths=[40 + i * 120 // 99 for i in range(100)]),
+}
+HEADS = {  # tokens, width and vocabularies at which the peak memory of head and loss is taken; logits whole up to a limit
+    "cuda": dict(tokens=32768, width=4096, vocabularies=(16384, 65536, 151936), whole=16384),
+    "cpu": dict(tokens=4096, width=64, vocabularies=(8192, 32768, 131072), whole=32768),
 }
 
 
@@ -69,6 +80,13 @@ def padded_sdpa(q, k, v, cu_seqlens, max_seqlen):
     return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
 
 
+def masked_sdpa(q, k_cache, v_cache, start, length, bias):
+    """The new token against its cache with PyTorch's fused attention; the mask is ready-made, as for ours."""
+    k, v = k_cache[:, :, :length], v_cache[:, :, :length]
+    mask = bias[:, None, :, :length].to(q.dtype)
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+
+
 def sorted_sampling(logits, uniform, temperature, top_p):
     """Nucleus sampling by sorting the vocabulary."""
     probs, order = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
@@ -99,6 +117,10 @@ def cases(device, s):
     plain = torch.optim.AdamW([state[0].clone().requires_grad_()], fused=True)
     plain.param_groups[0]["params"][0].grad = state[1]
     logits, uniform = torch.randn(s["B"], V, device=device) * 2, torch.rand(s["B"], device=device)
+    start = torch.randint(s["S"] // 4, (s["B"],), device=device)
+    cache = [torch.randn(s["B"], K, s["S"], H, device=device).to(dtype) for _ in range(2)]
+    decode_args = start, s["S"] - 1, decode_attention.start_bias(start, s["S"])
+    slots = int((s["S"] - 1 - start).sum())
     ce = lambda h, w: F.cross_entropy((h @ w.T).float(), target, reduction="sum")  # noqa: E731
     table = {
         "rms_norm": ((x, norm_weight), dict(ours=rms_norm.rms_norm, eager=hf_rms_norm,
@@ -113,6 +135,8 @@ def cases(device, s):
         "attention": ((*qkv, cu_seqlens, max(s["lengths"])),
                       dict(ours=attention.flash_attention_varlen, eager=padded_sdpa), 0, 0,
                       attention_flops, 3.5 * attention_flops),
+        "decode_attention": ((randn(s["B"], N, H).detach(), *cache, *decode_args),
+                             dict(ours=decode_attention.decode_attention, eager=masked_sdpa), 2 * slots * K * H, 0, 0, 0),
         "linear_logprob": ((hidden, head, target), dict(ours=linear_logprob.linear_logprob,
                            eager=linear_logprob.linear_logprob_ref), 0, 0, head_flops, 3 * head_flops),
         "logprob vs cross_entropy": ((hidden, head), dict(ours=lambda h, w: linear_logprob.linear_logprob(
@@ -130,7 +154,7 @@ def cases(device, s):
 
 
 def add_gpu_contestants(table, target, longest):
-    """FlashAttention-2 of PyTorch and, where it is installed, Liger's Triton kernels."""
+    """FlashAttention-2 of PyTorch and, where it is installed (pip install liger-kernel), Liger's Triton kernels."""
     from torch.nn.attention.varlen import varlen_attn
 
     table["attention"][1]["fa2"] = lambda q, k, v, cu, n: varlen_attn(
@@ -146,6 +170,63 @@ def add_gpu_contestants(table, target, longest):
         table["linear_cross_entropy"][1]["liger"] = lambda h, w: LigerLinearCE.apply(
             h, w, target, None, None, -100, 0.0, 0.0, "sum"
         )[0]
+
+
+def liger_version(device):
+    """Whether Liger takes part, in words that go into the JSON as well."""
+    if device == "cpu":
+        return "not compared: its kernels need a GPU"
+    installed = importlib.util.find_spec("liger_kernel")
+    return importlib.metadata.version("liger_kernel") if installed else "not compared: not installed (pip install liger-kernel)"
+
+
+def head_peak(who, vocab, device):
+    """[MiB at the peak of head, loss and their gradients beyond the inputs, seconds]; on a CPU to be run in a process of
+    its own, because its peak is the process's: from /proc, in CPU time of one thread."""
+    tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.set_num_threads(1)
+    hidden, weight = (torch.randn(n, width, device=device).to(dtype).requires_grad_() for n in (tokens, vocab))
+    target = torch.randint(vocab, (tokens,), device=device)
+    whole = lambda: -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")  # noqa: E731
+    run = {"ours": lambda: linear_logprob.linear_logprob(hidden, weight, target)[0], "whole": whole}[who]
+    resident = lambda name: int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024  # noqa: E731
+    linear_logprob.linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()  # libraries load beforehand
+    hidden.grad = weight.grad = None
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated() / 2**20, time.time()
+    else:
+        open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+        before, start = resident("VmRSS"), time.process_time()
+    run().sum().backward()
+    if device == "cpu":
+        return resident("VmHWM") - before, time.process_time() - start
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20 - before, time.time() - start
+
+
+def head_table(device):
+    """Peak memory and time of ours and of whole logits over vocabularies: the least of two runs each, interleaved."""
+    rows = []
+    for vocab in HEADS[device]["vocabularies"]:
+        whos = ("ours", "whole") if vocab <= HEADS[device]["whole"] else ("ours",)
+        runs = {who: [] for who in whos}
+        for who in whos * 2:
+            if device == "cuda":
+                runs[who].append(head_peak(who, vocab, device))
+            else:
+                command = [sys.executable, __file__, f"--head={who}", f"--vocab={vocab}"]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                runs[who].append(json.loads(done.stdout.splitlines()[-1]))
+        for who in whos:
+            mib, seconds = (min(values) for values in zip(*runs[who]))
+            tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
+            gradients = (tokens + vocab) * width * (2 if device == "cuda" else 4) / 2**20
+            rows.append(dict(who=who, tokens=tokens, vocab=vocab, peak_mib=mib, gradients_mib=gradients, seconds=seconds))
+            print(f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak ({gradients:.1f} of it "
+                  f"gradients), {seconds:.3f} s", flush=True)  # fmt: skip
+    return rows
 
 
 def clock(fn, device, flush):
@@ -256,8 +337,12 @@ def main():
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--only", default="", help="part of a kernel's name")
     parser.add_argument("--out", default="", help="path without suffix")
+    parser.add_argument("--head", default="", help="ours or whole: print the peak MiB and the seconds of head and loss, no more")
+    parser.add_argument("--vocab", type=int, default=32768)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.head:
+        return print(json.dumps(head_peak(args.head, args.vocab, device)))
     if device == "cpu":
         from common import init_distributed
 
@@ -266,20 +351,22 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
     rates = ceilings(device, dtype)
-    print(f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})")
+    print(f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\nLiger: {liger_version(device)}")
     flush = torch.empty(2**26, device=device) if device == "cuda" else None
     rows = []
     for kernel, case in cases(device, SHAPES[device]).items():
         if args.only in kernel:
             rows += measure(kernel, case, device, args.rounds, args.compile, rates, flush)
+    memory = [] if args.only else head_table(device)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     versions |= {name: importlib.util.find_spec(name) and __import__(name).__version__ for name in ("triton",)}
+    versions["liger"] = liger_version(device)
     head = dict(
         device=name, threads=torch.get_num_threads(), versions=versions, shapes=SHAPES[device], rounds=args.rounds
     )
     head |= dict(command=["bench/kernels.py", *sys.argv[1:]], copy_bytes_per_s=rates[0], matmul_flop_per_s=rates[1])
     out = pathlib.Path(args.out or ROOT / "bench" / f"kernels_{device}")
-    out.with_suffix(".json").write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(head | {"head_memory": memory, "rows": rows}, indent=1) + "\n")
     plot(rows, f"{name}, torch {torch.__version__}, {args.rounds} interleaved rounds", out.with_suffix(".png"))
 
 

@@ -35,20 +35,21 @@ def rotate_torch(z, cos, sin):
 def forward_torch(x, weight, cos, sin, eps):
     """One of q, k on the CPU; returns y and 1 / rms [T, N, 1]."""
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = (torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + eps).rsqrt()
-    z = ((x * rstd).to(dtype) * weight).to(x.dtype)
-    return rotate_torch(z, cos, sin).to(dtype), rstd
+    rstd = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+    x_hat = (x * rstd).to(dtype)
+    z = x_hat.mul_(weight) if dtype == weight.dtype else x_hat * weight
+    return rotate_torch(z.to(x.dtype), cos, sin).to(dtype), rstd
 
 
 def backward_torch(dy, x, weight, cos, sin, rstd):
     """dz = rotate(dy, cos, -sin); then as in rms_norm.py: dweight = sum(dz * x_hat), dx = rstd * (g - x_hat * mean)."""
-    dtype, (x, dy) = x.dtype, (t.to(rstd.dtype) for t in (x, dy))
+    dtype, (x, dy, weight) = x.dtype, (t.to(rstd.dtype) for t in (x, dy, weight))
     dz = rotate_torch(dy, cos, -sin)
-    x_hat = x * rstd
-    dweight = (dz * x_hat).flatten(0, 1).sum(0)
-    g = dz.mul_(weight)
-    mean = torch.linalg.vecdot(g, x_hat)[..., None] / x.shape[-1]
-    return g.sub_(x_hat.mul_(mean)).mul_(rstd).to(dtype), dweight.to(weight.dtype)
+    product = (dz * x).mul_(rstd)
+    dweight = product.flatten(0, 1).sum(0)
+    mean = (product @ weight)[..., None] / x.shape[-1]
+    dx = torch.mul(dz, weight, out=product).addcmul_(x, mean.mul_(rstd), value=-1).mul_(rstd)
+    return dx.to(dtype), dweight
 
 
 @triton.jit
@@ -183,8 +184,8 @@ class QKNormRope(torch.autograd.Function):
                 **launch_config(q, k),
             )  # fmt: skip
         else:  # each angle is looked up once here, for q, k and both directions
-            cos = torch.cat((cos, cos), dim=-1)[position_ids][:, None]
-            sin = torch.cat((-sin, sin), dim=-1)[position_ids][:, None]
+            cos, sin = (x.index_select(0, position_ids)[:, None] for x in (cos, sin))
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
             outs, rstds = zip(*(forward_torch(x, w, cos, sin, eps) for x, w in ((q, q_weight), (k, k_weight))))
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, position_ids, *rstds)
         return tuple(outs)
@@ -201,11 +202,11 @@ class QKNormRope(torch.autograd.Function):
                 dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, position_ids, *rstds, dq, dk, shares,
                 q.stride(0), k.stride(0), len(q), programs, **launch_config(q, k),
             )  # fmt: skip
-            dq_weight, dk_weight = shares.sum(0).to(q_weight.dtype)
+            dq_weight, dk_weight = shares.sum(0)
         else:
             dq, dq_weight = backward_torch(dq_out, q, q_weight, cos, sin, rstds[0])
             dk, dk_weight = backward_torch(dk_out, k, k_weight, cos, sin, rstds[1])
-        return dq, dk, dq_weight, dk_weight, None, None, None, None
+        return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), None, None, None, None
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6):

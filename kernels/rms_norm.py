@@ -7,16 +7,32 @@ eager PyTorch it is eight small kernels that each read and write a full tensor; 
 4.8 GB where reading x once and writing y once moves 0.5 GB. A fused kernel can be up to 9x faster for that reason
 alone, and it keeps one number per row for backward instead of a whole tensor.
 
-Triton in one minute. A kernel is a function that runs many times at once; each run is a *program* with its own
-number, tl.program_id(0). A program works on a whole *block* of numbers: `cols = tl.arange(0, BLOCK)` is a vector,
-`x_ptr + cols` a vector of addresses, tl.load fetches them all into registers, arithmetic is elementwise, tl.sum
-reduces the block, and tl.store writes it back. BLOCK must be a power of two, so a `mask` switches off the lanes
-beyond the row's end. Arguments marked tl.constexpr are compiled in; the rest are passed at launch:
-kernel[(number_of_programs,)](arguments).
+Triton in two minutes. A kernel is a function that the GPU runs many times at once; each run is a *program* and knows
+itself by its number, tl.program_id(0). Programs run in any order and do not talk to each other, so each must own what
+it writes: here, one row of y. Inside a program there are no threads to manage: a value is one number or a whole *block*
+of them, held in registers. With D = 5 and BLOCK = 8, this is what program 1 does:
+
+    cols = tl.arange(0, BLOCK)           [0 1 2 3 4 5 6 7]: a block's size is a power of two, fixed when compiled
+    mask = cols < D                      [1 1 1 1 1 0 0 0]: the last three lanes lie in somebody else's row
+    x_ptr + 1 * x_stride + cols          eight addresses; x_ptr is where the tensor begins, distances count elements
+    tl.load(address, mask, other=0.0)    five numbers come from memory, three are 0; nothing else is touched
+    tl.sum(x * x)                        arithmetic is elementwise, tl.sum makes one number of a block
+    tl.store(address, y, mask)           five numbers go back
+
+Python launches it as kernel[(number_of_programs,)](tensors and numbers): a tensor arrives as the address of its first
+element. Arguments marked tl.constexpr are compiled in, one machine program for each value that ever occurs, so only
+what the model fixes is marked (D, yes; the number of tokens, no). num_warps says how many threads share a program.
+
+To watch one at work without a GPU, put print(x) into the kernel and run, from the repository's root,
+
+    TRITON_INTERPRET=1 python -c "from kernels.rms_norm import *; print(rms_norm(torch.randn(3, 5), torch.ones(5)))"
+
+Read on in this order: the two _ref (what is computed), forward_torch and rms_norm_forward (the same, in PyTorch and in
+Triton), backward_torch and rms_norm_backward, then the launches and the autograd node that ties them together.
 
 Four habits, the same in every file here: load, then .to(tl.float32) before any arithmetic; row numbers are int64 before
-they are multiplied by a stride (row * stride passes 2^31 at 32K tokens); no float atomics, so a run repeats bit for
-bit; the PyTorch line that a group of Triton lines computes stands above it.
+they are multiplied by a stride (row * stride passes 2^31 after 14K rows of 152K logits); no float atomics, so a run
+repeats bit for bit; the PyTorch line that a group of Triton lines computes stands above it.
 """
 
 import torch
@@ -43,7 +59,8 @@ def forward_torch(x, residual, weight, eps):
     """The CPU path: what rms_norm_ref computes, in the fewest passes over memory. Also returns 1 / rms, [T, 1]."""
     summed = x if residual is None else x + residual
     x = summed.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = (torch.linalg.vecdot(x, x)[:, None] / x.shape[-1] + eps).rsqrt()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # reads x once, where (x * x).sum(-1) makes a tensor first
+    rstd = (norm.square_() / x.shape[-1] + eps).rsqrt_()
     x_hat = (x * rstd).to(summed.dtype)
     y = x_hat.mul_(weight) if x_hat.dtype == weight.dtype else x_hat * weight
     return y, summed, rstd
@@ -54,16 +71,16 @@ def backward_torch(dy, dsummed, x, weight, rstd):
 
     dweight = sum over rows of dy * x_hat
     dx      = rstd * (g - x_hat * mean(g * x_hat)) with g = dy * weight;   the mean comes from x inside rms(x)
-    plus dsummed, the gradient that arrives on the residual stream itself.
+    plus dsummed, the gradient that arrives on the residual stream itself. dy * x_hat serves both lines: the sum of
+    g * x_hat over a row is its product with the weight.
     """
-    dtype, (x, dy) = x.dtype, (t.to(rstd.dtype) for t in (x, dy))
-    x_hat = x * rstd
-    dweight = (dy * x_hat).sum(0)
-    g = dy * weight
-    mean = torch.linalg.vecdot(g, x_hat)[:, None] / x.shape[-1]
-    dx = g.sub_(x_hat.mul_(mean)).mul_(rstd)
+    dtype, (x, dy, weight) = x.dtype, (t.to(rstd.dtype) for t in (x, dy, weight))
+    product = (dy * x).mul_(rstd)
+    dweight = product.sum(0)
+    mean = (product @ weight)[:, None] / x.shape[-1]
+    dx = torch.mul(dy, weight, out=product).addcmul_(x, mean.mul_(rstd), value=-1).mul_(rstd)
     dx = dx if dsummed is None else dx.add_(dsummed)
-    return dx.to(dtype), dweight.to(weight.dtype)
+    return dx.to(dtype), dweight
 
 
 @triton.jit
@@ -99,10 +116,10 @@ def rms_norm_backward(
     dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, x_stride, num_rows, num_programs,
     D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """backward_torch. Row programs would all add to one dweight; instead a few programs walk over many rows each.
-
-    Program p takes rows p, p + P, p + 2P ... and keeps its share of dweight in registers; the P shares are summed
-    afterwards in a fixed order. That costs P * D extra numbers and needs no atomics.
+    """backward_torch. A program per row, as above, would not do: all rows add to the one dweight, and programs that add
+    to one place need atomics, whose order changes from run to run. Instead a few programs walk over many rows each:
+    program p of P takes the rows p, p + P, p + 2P ... and keeps its share of dweight in registers; the P shares are
+    summed afterwards in a fixed order, for P * D extra numbers.
     """
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
@@ -161,7 +178,7 @@ def backward_triton(dy, dsummed, x, weight, rstd):
         dy, dy if dsummed is None else dsummed, x, weight, rstd, dx, shares, x.stride(0), num_rows, programs,
         D=width, ADD=dsummed is not None, **launch_config(width),
     )  # fmt: skip
-    return dx, shares.sum(0).to(weight.dtype)
+    return dx, shares.sum(0)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -183,7 +200,7 @@ class RMSNorm(torch.autograd.Function):
         dsummed = None if dsummed is None else dsummed.contiguous()
         backward = backward_triton if use_triton(x, weight) else backward_torch
         dx, dweight = backward(dy.contiguous(), dsummed, x, weight, rstd)
-        return dx, dx if ctx.has_residual else None, dweight, None
+        return dx, dx if ctx.has_residual else None, dweight.to(weight.dtype), None
 
 
 def as_rows(x):

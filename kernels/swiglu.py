@@ -23,9 +23,8 @@ def forward_torch(gate, up):
 
 def backward_torch(dout, gate, up):
     """dup = dout * silu(gate);   dgate = dout * up * silu'(gate), silu'(z) = s + z * s * (1 - s), s = sigmoid(z)."""
-    dup = F.silu(gate).mul_(dout)
-    dgate = torch.ops.aten.silu_backward(dout * up, gate)  # PyTorch's own fused silu'
-    return dgate, dup
+    dup, dgate = F.silu(gate).mul_(dout), dout * up
+    return torch.ops.aten.silu_backward(dgate, gate, grad_input=dgate), dup  # PyTorch's own fused silu', in place
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adamw, attention, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu
+from kernels import adamw, attention, decode_attention, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu
 
 CUOBJDUMP = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -29,6 +29,11 @@ ROPE_IN = f"{BF} {BF} {BF} {BF} {FP} {FP} {INT}"
 ATTN_8B = dict(N=32, K=8, H=128, H_BLOCK=128, BLOCK_K=64)
 ATTN_TOY = dict(N=4, K=2, H=24, H_BLOCK=32, BLOCK_K=64)
 SCALARS = "i32 i32 i32 i32 i32 fp32"  # three strides, num_tokens, num_blocks, scale
+
+DECODE_IN = f"{BF} {BF} {BF} {INT} {BF} {FP} {FP} {FP} " + "i32 " * 8 + "fp32"  # six strides, length, num_splits, scale
+DECODE_8B = ATTN_8B | dict(G_BLOCK=16, SPLIT=256, BLOCK=64)
+DECODE_8B.pop("BLOCK_K")
+DECODE_TOY = DECODE_8B | dict(N=4, K=2, H=24, H_BLOCK=32)
 
 # kernel, types of the run-time arguments in order, constants, warps, stages
 CONFIGS = [
@@ -50,6 +55,11 @@ CONFIGS = [
      ATTN_8B | dict(BLOCK_Q=128), 8, 2),
     (attention.attention_backward_kv, f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
      ATTN_8B | dict(BLOCK_Q=64), 8, 2),
+    (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=False), 4, 3),
+    (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=True), 4, 3),
+    (decode_attention.decode_split, DECODE_IN, DECODE_TOY | dict(WHOLE=True), 4, 3),
+    (decode_attention.decode_join, f"{FP} {FP} {FP} {INT} {BF} i32 i32",
+     dict(N=32, H=128, H_BLOCK=128, SPLIT=256, SPLITS_BLOCK=16), 2, 3),
     (sampling.sample_kernel, f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
      dict(GREEDY=False, TOP_K=True, TOP_P=True, V=151936, BLOCK=4096), 8, 3),
     (sampling.sample_kernel, f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
@@ -82,10 +92,10 @@ def report(kernel, types, constants, num_warps, num_stages):
         "spilled_bytes": stack + local,
         "shared_bytes": compiled.metadata.shared,
         "has_dot": "tt.dot" in compiled.asm["ttir"],
-        "wgmma": "wgmma" in ptx,
+        "tensor_cores": (re.search(r"wgmma|mma\.sync", ptx) or [""])[0],
         "float_atomics": bool(re.search(r"(atom|red)\.\S*\.(f32|f16|bf16)", ptx)),
         "fp64": bool(re.search(r"(mul|add|fma|div)\S*\.f64", ptx)),
-        "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32", ptx)),
+        "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.\S*\s.*, 0x10\b", ptx)),
     }
 
 

@@ -17,7 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from kernels import adamw, attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu
+from kernels import (
+    adamw, attention, decode_attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu,
+)  # fmt: skip
 
 CHECKS = {}
 
@@ -191,6 +193,50 @@ def attention_fp16():
     return attention_fp32(dtype=torch.float16)
 
 
+def decode_case(starts, length, n, k, width, dtype):
+    """q and two caches laid out [B, S, K, H], whose unused slots hold NaN, and the same caches with zeros there."""
+    q = (3 * torch.randn(len(starts), n, width)).to(dtype)  # peaked, so that the maxima of the splits differ
+    start, slots = torch.tensor(starts), torch.arange(length + 9)
+    unused = (slots < start[:, None]) | (slots >= length)
+    clean = [torch.randn(len(starts), length + 9, k, width).to(dtype) for _ in range(2)]
+    clean = [x.masked_fill_(unused[..., None, None], 0.0).transpose(1, 2) for x in clean]
+    return q, [x.masked_fill(unused[:, None, :, None], torch.nan) for x in clean], clean, start
+
+
+@check
+def decode_attention_fp32(module=decode_attention, dtype=torch.float32):
+    """One slot, one split, 3 to 37 splits (more than are joined at once), ragged starts, 5 query heads of width 24."""
+    errors = []
+    shapes = ((256, (0,), 1, 2, 2, 24), (256, (3, 0, 69), 70, 10, 2, 24), (16, (0, 550, 301), 590, 3, 1, 16))
+    for module.SPLIT, starts, length, n, k, width in shapes:
+        module.BLOCK = min(64, module.SPLIT)
+        q, dirty, clean, start = decode_case(starts, length, n, k, width, dtype)
+        out = module.decode_attention(q, *dirty, start, length).double()
+        expected = module.decode_attention_ref(q.double(), *(x.double() for x in clean), start, length)
+        errors.append(((out - expected).abs().max() / expected.abs().max()).item())
+    module.SPLIT, module.BLOCK = 256, 64
+    return worst(errors)
+
+
+@check
+def decode_attention_fp16():
+    """As attention_fp16."""
+    return decode_attention_fp32(dtype=torch.float16)
+
+
+@check
+def decode_attention_batched():
+    """Share of bits of a row's result that change with its company: another row, longer prompts, more splits."""
+    q, cache, _, start = decode_case((430, 210, 0), 600, 2, 1, 16, torch.float32)
+    together = decode_attention.decode_attention(q, *cache, start, 600)
+    errors = []
+    for b, first in enumerate(start.tolist()):  # alone and moved to the left edge
+        alone = [x[b : b + 1, :, first:] for x in cache]
+        out = decode_attention.decode_attention(q[b : b + 1], *alone, torch.tensor([0]), 600 - first)
+        errors.append((out[0] != together[b]).double().mean().item())
+    return worst(errors)
+
+
 @check
 def sampling_fp32(module=sampling):
     """The same token as the CPU path wherever the uniform number is not within 1e-5 of a step of the CDF."""
@@ -245,6 +291,11 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
     ("attention", "total = total * shrink + tl", "total = total + tl", attention_fp32),
     ("attention", "- delta[None, :])", ")", attention_fp32),
+    ("decode_attention", "split_acc * share[:, None]", "split_acc", decode_attention_fp32),
+    ("decode_attention", "total * shrink + tl.sum", "tl.sum", decode_attention_fp32),
+    ("decode_attention", "first + SPLIT, length)", "first + SPLIT + 1, length)", decode_attention_fp32),
+    ("decode_attention", "+ (length - 1)", "+ length", decode_attention_fp32),
+    ("decode_attention", "+ split * SPLIT", "* 0 + split * SPLIT", decode_attention_fp32),
     ("sampling", "            low = middle", "            high = middle", sampling_fp32),
     ("adamw", "first >> 16, mask", "first & 0xFFFF, mask", adamw_bf16),
 ]
@@ -266,7 +317,7 @@ def int64_offsets(modules):
     x, gate, up = far_rows(8), far_rows(8), far_rows(8)
     q, k, v = far_rows(2, 8), far_rows(1, 8), far_rows(1, 8)
     norm, rope, mlp, attend = (modules[name] for name in ("rms_norm", "qk_norm_rope", "swiglu", "attention"))
-    head, draw = modules["linear_logprob"], modules["sampling"]
+    head, draw, decode = (modules[name] for name in ("linear_logprob", "sampling", "decode_attention"))
     varlen = torch.tensor([0, 3], dtype=torch.int32), 3
     z, target, ones3 = far_rows(8), torch.tensor([1, 7, 0]), torch.ones(3)
     state = torch.zeros(4, 3)
@@ -279,6 +330,10 @@ def int64_offsets(modules):
     yield "qk_norm_rope", compare_far(rope.qk_norm_rope, rope.qk_norm_rope_ref, [q, k], ones, ones, angle, angle, rows)
     yield "swiglu", compare_far(mlp.swiglu, mlp.swiglu_ref, [gate, up])
     yield "attention", compare_far(attend.flash_attention_varlen, attend.flash_attention_varlen_ref, [q, k, v], *varlen)
+    keys, values, start = far_rows(2, 4, 8), far_rows(2, 4, 8), torch.tensor([0, 1, 2])
+    near = decode.decode_attention_ref(ones.expand(3, 4, 8), keys.clone(), values.clone(), start, 4)
+    far = decode.decode_attention(ones.detach().expand(3, 4, 8), keys, values, start, 4)
+    yield "decode_attention", (far - near).abs().max().item()
     yield "linear_logprob", (logprob - logprobs.gather(1, target[:, None])[:, 0]).abs().max().item()
     yield "sampling", (drawn - logprobs.gather(1, token[:, None])[:, 0]).abs().max().item()
 
@@ -304,7 +359,8 @@ def main():
 
 FAR_KERNELS = {
     "rms_norm": rms_norm, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu,
-    "attention": attention, "linear_logprob": linear_logprob, "sampling": sampling,
+    "attention": attention, "decode_attention": decode_attention, "linear_logprob": linear_logprob,
+    "sampling": sampling,
 }  # fmt: skip
 
 if __name__ == "__main__":
