@@ -101,14 +101,14 @@ def test_completions_end_with_their_stop_token_and_are_handed_on_at_once(engine,
     stop_tokens = range(0, tokenizer.get_vocab_size(), 10)  # a random model hardly ever draws the two real ones
     monkeypatch.setattr(engine, "stops", list(stop_tokens))
     rollouts, events = ask(tokenizer, samples=8), []
-    engine.generate(rollouts, 24, 1.0, on_finished=lambda r: events.append((r, sum(not o.finish_reason for o in rollouts))))
+    engine.generate(rollouts, 8, 1.0, on_finished=lambda r: events.append((r, sum(not o.finish_reason for o in rollouts))))
     assert sorted(id(r) for r, _ in events) == sorted(id(r) for r in rollouts), "each of them once"
     assert events[0][1] > 0 and events[-1][1] == 0, "the first was handed on while others decoded"
     lengths = [len(r.completion_ids) for r, _ in events]
     assert lengths == sorted(lengths) and {r.finish_reason for r in rollouts} == {"stop", "length"}
     for r in rollouts:
         stops = [i for i, token in enumerate(r.completion_ids) if token in stop_tokens]
-        assert len(r.sampler_logprobs) == len(r.completion_ids) <= 24
+        assert len(r.sampler_logprobs) == len(r.completion_ids) <= 8
         assert stops == ([len(r.completion_ids) - 1] if r.finish_reason == "stop" else [])
         assert r.text == tokenizer.decode(r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False)
 
