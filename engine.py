@@ -72,6 +72,9 @@ def hand_on(rollout, reason, tokenizer, on_finished):
         on_finished(rollout)
 
 
+WORTH_SHRINKING = 0.85  # copying the cache of those who stay costs as much as decoding two or three tokens of each
+
+
 class TorchEngine:
     """The built-in sampler. In a single CPU process it decodes with the trained module itself; beside sharded weights (several
     ranks, any GPU) it keeps a whole replica that sync() refreshes."""
@@ -109,6 +112,7 @@ class TorchEngine:
         was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
         wave = self.max_rows or self._rows_that_fit(max(len(r.prompt_ids) for r in rollouts) + max_new_tokens) if rollouts else 1
+        wave = -(-len(rollouts) // -(-len(rollouts) // wave)) if rollouts else 1  # equal waves: a small last one would take as many steps
         for first in range(0, len(rollouts), wave):
             self._generate_wave(rollouts[first : first + wave], max_new_tokens, sampling, on_finished)
         self.model.gradient_checkpointing = was_checkpointing
@@ -135,14 +139,16 @@ class TorchEngine:
             stopped = torch.isin(token_B.cpu(), self.stops).tolist()
             for b, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist())):
                 rollout = rollouts[alive[b]]
+                if rollout.finish_reason:
+                    continue  # decoded along until enough have ended to be worth a smaller cache
                 rollout.completion_ids.append(token)
                 rollout.sampler_logprobs.append(logprob)
                 if stopped[b] or step + 1 == max_new_tokens:
                     hand_on(rollout, "stop" if stopped[b] else "length", self.tokenizer, on_finished)
-            keep = [b for b, stop in enumerate(stopped) if not stop]
-            if not keep or step + 1 == max_new_tokens:
+            keep = [b for b, i in enumerate(alive) if not rollouts[i].finish_reason]
+            if not keep:
                 return
-            if len(keep) < len(alive):
+            if len(keep) <= WORTH_SHRINKING * len(alive):
                 index = torch.tensor(keep, device=device)
                 alive = [alive[b] for b in keep]
                 token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
