@@ -52,7 +52,8 @@ def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_
     assert [json.loads(line) for line in (tmp_path / "b" / "results.jsonl").read_text().splitlines()] == whole
     assert samples(tmp_path / "b") == lines
     _, out, _ = run_python("-c", spy, *flags)
-    assert [line for line in out.splitlines() if line.startswith("drew")] == ["drew []"] * len(lines)  # all there: nothing is drawn
+    drew = [line for line in out.splitlines() if line.startswith("drew")]
+    assert drew == ["drew []"] * 3  # math, chat in two modes; all there: nothing is drawn
     run_python("-c", spy, *flags, "--limit=2", "--samples=1")  # a smaller evaluation forgets nothing of the larger one
     assert {name: sorted(rows) for name, rows in samples(tmp_path / "b").items()} == {name: sorted(rows) for name, rows in lines.items()}
     _, out, _ = run_python("-c", spy, *flags, "--samples=3")  # a larger one draws only what is new
@@ -69,6 +70,35 @@ def test_the_same_seed_gives_the_same_table_on_one_rank_and_on_two(world, tmp_pa
     (tmp_path / "other").mkdir()
     other = run(world, tmp_path / "other", "--seed=1")
     assert [r["tokens"] for r in other] != [r["tokens"] for r in tables[0]]
+
+
+def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict(tmp_path):
+    from engine import Rollout
+
+    texts = {("a", 0): ["x", "x", "y"], ("b", 1): ["x"], ("a", 0, "greedy"): ["x"]}  # problem 1 says x too: another verdict
+    lots = [(name, group) for (name, group, *_), said in texts.items() for _ in said]
+    said, graded = iter([t for many in texts.values() for t in many]), []
+    rollouts = [Rollout(row={"messages": [{"content": ""}]}, group=group, prompt_ids=[], seed=i) for i, (_, group) in enumerate(lots)]
+    for i, r in enumerate(rollouts):
+        r.sample, r.metric, r.key = i, None, f"k-{i}"
+
+    def generate(rollouts, *how, on_finished):
+        for r in rollouts:
+            r.text, r.finish_reason, r.completion_ids = next(said), "length" if r.seed == 4 else "stop", [1]
+            on_finished(r)
+
+    def collect(rollouts):
+        graded.extend((r.group, r.text, r.finish_reason) for r in rollouts)
+        for r in rollouts:
+            r.reward, r.status = float(r.group + (r.text == "y")), "ok"
+
+    how = dict(max_new_tokens=1, temperature=1.0, top_p=1.0)
+    split = [(rollouts[:4], str(tmp_path / "sampled")), (rollouts[4:], str(tmp_path / "greedy"))]
+    evaluate.complete(type("E", (), {"generate": staticmethod(generate)}), split, how, (lambda r: None, collect), lambda r: r.reward, 0)
+    assert graded == [(0, "x", "stop"), (0, "y", "stop"), (1, "x", "stop"), (0, "x", "length")]  # cut off is not the same as ended
+    assert [r.metric for r in rollouts] == [0.0, 0.0, 1.0, 1.0, 0.0]
+    kept = [json.loads(line) for line in (tmp_path / "sampled.rank0.jsonl").read_text().splitlines()]
+    assert [k["score"] for k in kept] == [0.0, 0.0, 1.0, 1.0] and all(k["status"] == "ok" for k in kept)
 
 
 def test_samples_of_other_weights_or_settings_are_not_taken_for_these(world, tmp_path):
