@@ -9,9 +9,11 @@ categories, whose verifier needs no servers. 3. SWE-bench: files are localised b
 """
 
 import base64
+import contextlib
 import difflib
 import functools
 import glob
+import importlib
 import json
 import os
 import pickletools
@@ -139,13 +141,12 @@ def load_ifeval(path, outside):
 
 
 def ifbench_checks():
-    """The 58 test checks of IFBench's own repository: {id: class}."""
-    try:
-        from instructions_registry import INSTRUCTION_DICT
-    except ImportError:
-        fail("ifbench: its verifiers are missing: git clone https://github.com/allenai/IFBench, pip install -r IFBench/requirements.txt, "
-             "and put the folder IFBench on PYTHONPATH.", note="Nothing was measured.")  # fmt: skip
-    return INSTRUCTION_DICT
+    """The 58 test checks of IFBench's own package, whose older checkouts have no folder ifbench: {id: class}."""
+    for package in ("ifbench.", ""):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(package + "instructions_registry").INSTRUCTION_DICT
+    fail("ifbench: its verifiers are missing: git clone https://github.com/allenai/IFBench, pip install -e IFBench "
+         "(an older checkout: its requirements.txt, and the folder IFBench on PYTHONPATH).", note="Nothing was measured.")  # fmt: skip
 
 
 def load_ifbench(path, outside):
