@@ -41,7 +41,7 @@ class Config:
     split: str = "test"  # toy only: test is for reporting, dev for tuning
     stage: str = ""  # row label; "": the model's folder name
     results: str = ""  # JSONL file that one line a cell is appended to; finished samples are kept in samples/ beside it
-    judge: str = ""  # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY)
+    judge: str = ""  # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY); lcb_pro: of its judge
     judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
     verifier_python: str = ""  # bfcl, swebench: python of the environment that has their package
     repos: str = ""  # swebench: folder of git clones named owner__name

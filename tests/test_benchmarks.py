@@ -45,7 +45,7 @@ def load(name, rows, tmp_path, **outside):
 @pytest.mark.parametrize("name, k, tokens, rope, modes", [
     ("mmlu", 1, 65536, 2.0, ("think",)), ("mmlu_pro", 1, 65536, 2.0, ("think",)), ("gpqa", 8, 65536, 2.0, ("think",)), ("aime24", 64, 65536, 2.0, ("think",)),
     ("aime25", 64, 65536, 2.0, ("think",)), ("lcb_v5", 8, 65536, 2.0, ("think",)), ("lcb_v6", 8, 65536, 2.0, ("think",)),
-    ("ifeval", 8, 32768, 0.0, ("no_think",)), ("ifbench", 8, 32768, 0.0, ("think",)), ("arenahard", 1, 32768, 0.0, ("think",)),
+    ("lcb_pro_25q1_easy", 8, 65536, 2.0, ("think",)), ("lcb_pro_25q2_medium", 8, 65536, 2.0, ("think",)), ("ifeval", 8, 32768, 0.0, ("no_think",)), ("ifbench", 8, 32768, 0.0, ("think",)), ("arenahard", 1, 32768, 0.0, ("think",)),
     ("swebench", 4, 32768, 2.0, ("think",)),
 ])  # fmt: skip
 def test_the_protocol_is_the_papers(name, k, tokens, rope, modes):
@@ -156,6 +156,46 @@ def test_livecodebench_by_hand(tmp_path):
     assert graded(rows[1], fence("class Solution:\n    def total(self, xs, y):\n        return sum(xs) + y"))[0] == 1
     assert graded(rows[1], fence("class Solution:\n    def total(self, xs, y):\n        return sum(xs) - y"))[0] == 0
     assert graded(rows[0], "</think>print(sum(map(int, input().split())))")[0] == 0  # no block
+
+
+def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
+    """The judge's protocol: POST submit -> sid; GET result: 404, queued, done or error. Here it accepts programs that say 42."""
+    asked, seen = {}, []
+
+    class Judge(http.server.BaseHTTPRequestHandler):
+        def reply(self, status, body):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def do_POST(self):
+            row = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append(row)
+            self.reply(200, {"sid": len(seen)})
+
+        def do_GET(self):
+            sid = int(self.path.rsplit("/", 1)[1])
+            asked[sid], code = asked.get(sid, 0) + 1, seen[sid - 1]["code"]
+            if asked[sid] < 3:
+                return self.reply(404 if asked[sid] == 1 else 200, {"status": "queued"})
+            self.reply(200, {"status": "error"} if "crash" in code else {"status": "done", "result": "Accepted" if "42" in code else "Wrong Answer"})
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    rows = [{"problem_id": f"210{i}A", "problem_title": "t", "difficulty": d, "platform": "codeforces", "problem_statement": "Print 42."}
+            for i, d in enumerate(("easy", "hard", "medium"))]  # fmt: skip
+    with pytest.raises(SystemExit):
+        load("lcb_pro_25q2_easy", rows, tmp_path)
+    assert "--judge=URL of a running LightCPVerifier" in capsys.readouterr().err
+    (row,), graded = load("lcb_pro_25q2_easy", rows, tmp_path, judge=f"http://127.0.0.1:{server.server_port}/")
+    answer = "</think>```cpp\nint x = 1;\n```\nBetter:\n```C++\nint x = 42;\n```"
+    assert graded(row, answer) == (1, "ok") and seen == [{"pid": "2100A", "lang": "cpp", "code": "int x = 42;\n"}]  # the last block
+    assert graded(row, "</think>```cpp\nint x = 1;\n```") == (0, "wrong") and graded(row, "</think>```python\n42\n```")[0] == 0 and len(seen) == 2
+    assert graded(row, "</think>```cpp\ncrash 42\n```")[1] == "infra"  # to be judged again
+    server.shutdown()
 
 
 def test_livecodebench_windows_and_packing(tmp_path):
