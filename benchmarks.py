@@ -9,9 +9,11 @@ categories, whose verifier needs no servers. 3. SWE-bench: files are localised b
 """
 
 import base64
+import contextlib
 import difflib
 import functools
 import glob
+import importlib
 import json
 import os
 import pickletools
@@ -20,6 +22,7 @@ import re
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
@@ -131,6 +134,45 @@ def score_code(row, answer):
     return coderl.reward("</think>" + answer, row["tests"])
 
 
+# ---- LiveCodeBench Pro: its own judge, a server that has the hidden tests and the checkers -----------------------------
+PRO = "Solve this contest problem in C++17, from standard input to standard output. Put the whole program in one ```cpp block.\n\n{}"
+
+
+def ask_judge(url, body=None):
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+def load_lcb_pro(difficulty):
+    """Problems of one difficulty, accepted or not by LightCPVerifier, the benchmark's judge server, at --judge."""
+
+    def load(path, outside):
+        judge = outside["judge"].rstrip("/") or fail("lcb_pro: pass --judge=URL of a running LightCPVerifier.", note="Nothing was measured.")
+
+        def normalize(row, where):
+            if field(row, where, "difficulty") != difficulty:
+                raise BadRow(f"not {difficulty}")
+            return {"messages": ask(PRO.format(field(row, where, "problem_statement").strip())), "pid": field(row, where, "problem_id")}
+
+        def score(row, answer):
+            code = re.findall(r"```(?:cpp|c\+\+)\s*\n(.*?)```", answer, re.S | re.I)
+            sid = ask_judge(f"{judge}/submit", {"pid": row["pid"], "lang": "cpp", "code": code[-1]})["sid"] if code else None
+            for _ in range(600 * bool(code)):
+                with contextlib.suppress(urllib.error.HTTPError):  # 404 until it is queued
+                    verdict = ask_judge(f"{judge}/result/{sid}")
+                    if verdict["status"] == "error":
+                        raise OSError("the judge failed")
+                    if verdict["status"] != "queued":
+                        return verdict["result"] == "Accepted"
+                time.sleep(1)
+            return False if not code else fail(f"lcb_pro: no verdict from {judge} in ten minutes.", note="Completions are kept.")
+
+        return load_table(path, normalize), hook(score), lambda r: r.reward
+
+    return load
+
+
 # ---- Instruction following: IFEval (our table of checks) and IFBench (the package) -----------------------------------
 def load_ifeval(path, outside):
     """Prompt-level strict, by the reference's rules."""
@@ -139,13 +181,12 @@ def load_ifeval(path, outside):
 
 
 def ifbench_checks():
-    """The 58 test checks of IFBench's own repository: {id: class}."""
-    try:
-        from instructions_registry import INSTRUCTION_DICT
-    except ImportError:
-        fail("ifbench: its verifiers are missing: git clone https://github.com/allenai/IFBench, pip install -r IFBench/requirements.txt, "
-             "and put the folder IFBench on PYTHONPATH.", note="Nothing was measured.")  # fmt: skip
-    return INSTRUCTION_DICT
+    """The 58 test checks of IFBench's own package, whose older checkouts have no folder ifbench: {id: class}."""
+    for package in ("ifbench.", ""):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(package + "instructions_registry").INSTRUCTION_DICT
+    fail("ifbench: its verifiers are missing: git clone https://github.com/allenai/IFBench, pip install -e IFBench "
+         "(an older checkout: its requirements.txt, and the folder IFBench on PYTHONPATH).", note="Nothing was measured.")  # fmt: skip
 
 
 def load_ifbench(path, outside):
@@ -389,6 +430,8 @@ BENCHMARKS = {  # name: rows, grading, hub id, completions a problem, sampling
     "math500": benchmark(mathrl.normalize, score_math, "HuggingFaceH4/MATH-500@test", 1, **THINK),
     "lcb_v5": benchmark(read_lcb("2025-02-01"), score_code, LCB, 8, **THINK),
     "lcb_v6": benchmark(read_lcb("2025-05-01"), score_code, LCB, 8, **THINK),
+    **{f"lcb_pro_{q}_{d}": dict(load=load_lcb_pro(d), hub=f"QAQAQAQAQ/LiveCodeBench-Pro@quater_2025_{months}", samples=8, **THINK)
+       for q, months in (("25q1", "1_3"), ("25q2", "4_6")) for d in ("easy", "medium")},
     "ifeval": dict(load=load_ifeval, hub="google/IFEval", samples=8, **SHORT | dict(modes=("no_think",))),
     "ifbench": dict(load=load_ifbench, hub="allenai/IFBench_test", samples=8, **SHORT),
     "arenahard": dict(load=load_arenahard, hub=ARENA, samples=1, **SHORT),

@@ -36,6 +36,7 @@ class Rollout:
     group: int  # rollouts of one prompt share it
     prompt_ids: list
     seed: int  # request_seed(run, step, prompt, sample)
+    greedy: bool = False  # the best token each time, whatever the temperature of the others
     completion_ids: list = field(default_factory=list)  # the stop token included when there is one
     sampler_logprobs: list = field(default_factory=list)  # under softmax(logits / temperature), whole vocabulary (vLLM: see there)
     finish_reason: str = ""  # "stop" or "length"
@@ -120,8 +121,9 @@ class TorchEngine:
         was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
         wave = self.max_rows or self._rows_that_fit(max(len(r.prompt_ids) for r in rollouts) + max_new_tokens) if rollouts else 1
-        for first in range(0, len(rollouts), wave):
-            self._generate_wave(rollouts[first : first + wave], max_new_tokens, sampling, on_finished)
+        waves = -(-len(rollouts) // wave)  # of equal size: a small last one would take as many steps
+        for i in range(waves):
+            self._generate_wave(rollouts[len(rollouts) * i // waves : len(rollouts) * (i + 1) // waves], max_new_tokens, sampling, on_finished)
         self.model.gradient_checkpointing = was_checkpointing
 
     def _rows_that_fit(self, length):
@@ -142,17 +144,21 @@ class TorchEngine:
         uniform_BS = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens)).float()
         for step in range(max_new_tokens):
             token_B, logprob_B = sample_tokens(logits_BV, uniform_BS[alive, step].to(device), **sampling)
+            if greedy := [b for b, i in enumerate(alive) if rollouts[i].greedy]:
+                token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], uniform_BS[: len(greedy), 0].to(device), temperature=0.0)
             stopped = torch.isin(token_B.cpu(), self.stops).tolist()
             for b, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist())):
                 rollout = rollouts[alive[b]]
+                if rollout.finish_reason:  # decoded along until enough have ended to be worth a smaller cache
+                    continue
                 rollout.completion_ids.append(token)
                 rollout.sampler_logprobs.append(logprob)
                 if stopped[b] or step + 1 == max_new_tokens:
                     hand_on(rollout, "stop" if stopped[b] else "length", self.tokenizer, on_finished)
-            keep = [b for b, stop in enumerate(stopped) if not stop]
-            if not keep or step + 1 == max_new_tokens:
+            keep = [b for b, i in enumerate(alive) if not rollouts[i].finish_reason]
+            if not keep:
                 return
-            if len(keep) < len(alive):
+            if len(keep) <= 0.85 * len(alive):  # copying the caches of those who stay costs as much as decoding a few tokens
                 index = torch.tensor(keep, device=device)
                 alive = [alive[b] for b in keep]
                 token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
@@ -297,8 +303,8 @@ class VLLMEngine:
             self.told = common.print0(f"vLLM: log-probs are of what top_p={top_p}, top_k={top_k} leave, so `gap` includes that mass")
         self._sleep(False)
         for i, r in enumerate(rollouts):
-            params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=r.seed, max_tokens=max_new_tokens, logprobs=0,
-                                    stop_token_ids=self.stops, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+            how = dict(temperature=0.0 if r.greedy else temperature, top_p=top_p, top_k=top_k, seed=r.seed, max_tokens=max_new_tokens)
+            params = SamplingParams(**how, logprobs=0, stop_token_ids=self.stops, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
             self.llm.add_request(str(i), {"prompt_token_ids": r.prompt_ids}, params)
         while self.llm.has_unfinished_requests():
             for request in self.llm.step():

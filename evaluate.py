@@ -21,6 +21,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class Config:
     split: str = "test"  # toy only: test is for reporting, dev for tuning
     stage: str = ""  # row label; "": the model's folder name
     results: str = ""  # JSONL file that one line a cell is appended to; finished samples are kept in samples/ beside it
-    judge: str = ""  # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY)
+    judge: str = ""  # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY); lcb_pro: of its judge
     judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
     verifier_python: str = ""  # bfcl, swebench: python of the environment that has their package
     repos: str = ""  # swebench: folder of git clones named owner__name
@@ -142,9 +143,12 @@ def kept_lines(pattern):
             yield json.loads(line)
 
 
-def recall(rollouts, path):
-    """Fill the rollouts whose completion an earlier run has finished."""
-    found = {}
+def recall(rollouts, path, rank):
+    """Fill the rollouts whose completion an earlier run has finished; this rank's file, open for more."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    found, out = {}, open(file := f"{path}.rank{rank}.jsonl", "a")
+    if out.tell() and not open(file).read().endswith("\n"):
+        out.write("\n")
     for kept in kept_lines(glob.escape(path) + ".rank*.jsonl"):
         if "score" in kept or kept["key"] not in found:
             found[kept["key"]] = kept
@@ -152,6 +156,7 @@ def recall(rollouts, path):
         if kept := found.get(r.key):
             r.text, r.finish_reason, r.num_tokens = kept["text"], kept["finish_reason"], kept["tokens"]
             r.metric, r.weight, r.reward, r.status = (kept.get(k) for k in ("score", "weight", "reward", "status"))
+    return out
 
 
 def as_line(r):
@@ -161,37 +166,45 @@ def as_line(r):
                        "finish_reason": r.finish_reason, "tokens": r.num_tokens, **verdict}) + "\n"  # fmt: skip
 
 
-def complete(engine, rollouts, how, hook, metric, path, rank):
-    """Sample and grade what no earlier run has; each completion is on the disk the moment it ends, its verdict when all have."""
-    submit, collect = hook
-    if path:
-        recall(rollouts, path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    out = open(file := f"{path}.rank{rank}.jsonl", "a") if path else None
-    if out and out.tell() and not open(file).read().endswith("\n"):
-        out.write("\n")
+def complete(engine, decodings, how, hook, metric, rank):
+    """Sample and grade what no earlier run has: all decodings of a mode in one batch. Each completion is on the disk the moment
+    it ends, its verdict when all have. Equal completions of a problem have one verdict, which is worked out once."""
+    (submit, collect), twins, files, same = hook, {}, [], lambda r: (r.group, r.text, r.finish_reason)
+    for rollouts, path in decodings:
+        files.append(recall(rollouts, path, rank) if path else None)
+        for r in rollouts:
+            r.out, r.twin = files[-1], twins.setdefault(same(r), r) if r.finish_reason else None
 
     def finished(r):
-        r.num_tokens = len(r.completion_ids)
-        if out:
-            out.write(as_line(r))
-            out.flush()
-        submit(r)
+        r.num_tokens, r.twin = len(r.completion_ids), twins.setdefault(same(r), r)
+        if r.out:
+            r.out.write(as_line(r))
+            r.out.flush()
+        if r.twin is r:
+            submit(r)
 
-    engine.generate([r for r in rollouts if not r.finish_reason], how["max_new_tokens"], how["temperature"], how["top_p"], on_finished=finished)
-    ungraded = [r for r in rollouts if r.metric is None]
+    everyone = [r for rollouts, _ in decodings for r in rollouts]
+    engine.generate([r for r in everyone if not r.finish_reason], how["max_new_tokens"], how["temperature"], how["top_p"], on_finished=finished)
+    ungraded = [r for r in everyone if r.twin is r and r.metric is None]
     collect(ungraded)
-    for r in ungraded:
-        r.metric, r.weight = (None if r.status == "infra" else float(metric(r))), float(getattr(r, "votes", 1.0))
-    if out:
-        out.close()
-        now, same = {r.key for r in rollouts}, rollouts[0].key.partition("-")[0] if rollouts else ""
-        others = [k for k in kept_lines(glob.escape(file)) if k["key"] not in now and k["key"].startswith(same)]  # of a larger --limit
-        with open(file + ".tmp", "w") as f:
-            f.writelines([*map(as_line, rollouts), *(json.dumps(k) + "\n" for k in others)])
-        os.replace(file + ".tmp", file)
-    if missing := sum(r.metric is None for r in rollouts):
-        common.fail(f"{missing} of {len(rollouts)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
+    with ThreadPoolExecutor(2) as pool:  # swe's metric runs programs
+        for r, value in zip(ungraded, pool.map(lambda r: None if r.status == "infra" else float(metric(r)), ungraded)):
+            r.metric, r.weight = value, float(getattr(r, "votes", 1.0))
+    for r in everyone:
+        r.metric, r.weight, r.reward, r.status = r.twin.metric, r.twin.weight, r.twin.reward, r.twin.status
+    [finish_file(rollouts, out) for (rollouts, _), out in zip(decodings, files) if out]
+    if missing := sum(r.metric is None for r in everyone):
+        common.fail(f"{missing} of {len(everyone)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
+
+
+def finish_file(rollouts, out):
+    """The file in its order, with verdicts; what a larger --limit has left there stays."""
+    out.close()
+    now, same = {r.key for r in rollouts}, rollouts[0].key.partition("-")[0] if rollouts else ""
+    others = [k for k in kept_lines(glob.escape(out.name)) if k["key"] not in now and k["key"].startswith(same)]
+    with open(out.name + ".tmp", "w") as f:
+        f.writelines([*map(as_line, rollouts), *(json.dumps(k) + "\n" for k in others)])
+    os.replace(out.name + ".tmp", out.name)
 
 
 def score_task(name, engine, tokenizer, cfg, rank, world, positions):
@@ -200,27 +213,28 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
     samples = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
     outside = dict(data=cfg.data, samples=samples, judge=cfg.judge, judge_model=cfg.judge_model, verifier_python=cfg.verifier_python, repos=cfg.repos)
     rows, hook, metric = TASKS[name]["load"](source(name, cfg), outside)
-    rows = rows[: cfg.limit] if cfg.limit else rows
-    results = []
+    rows, results, weights = rows[: cfg.limit] if cfg.limit else rows, [], weights_of(cfg.model)
+    digest = lambda *what: hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
     for mode in modes:
         for row in rows:
             row["think"] = mode == "think"
             row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"], row.get("tools"))[0]
+        decodings = []
         for decoding, k, temperature in (("sampled", how["samples"], how["temperature"]), ("greedy", 1, 0.0))[: 1 + TASKS[name]["greedy"]]:
-            rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j))
+            rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j), greedy=temperature == 0)
                         for i, row in enumerate(rows) if i % world == rank for j in range(k)]  # fmt: skip
-            digest = lambda *what: hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
-            same = digest(weights_of(cfg.model), how | {"samples": 0, "temperature": temperature}, type(engine).__name__)
+            same = digest(weights, how | {"samples": 0, "temperature": temperature}, type(engine).__name__)
             for n, r in enumerate(rollouts):
                 r.sample, r.metric, r.key = n % k, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
-            path = samples and os.path.join(samples, f"{name}_{mode}_{decoding}")
-            room = min(how["max_new_tokens"], positions - max(len(row["prompt_ids"]) for row in rows))
-            complete(engine, rollouts, {**how, "temperature": temperature, "max_new_tokens": room}, hook, metric, path, rank)
+            decodings.append((rollouts, samples and os.path.join(samples, f"{name}_{mode}_{decoding}")))
+        room = min(how["max_new_tokens"], positions - max(len(row["prompt_ids"]) for row in rows))
+        complete(engine, decodings, how | {"max_new_tokens": room}, hook, metric, rank)
+        for (rollouts, path), decoding in zip(decodings, ("sampled", "greedy")):
             mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
-            _, _, scores, weights, tokens = zip(*sorted(x for part in common.all_gather(mine) for x in part))
-            score, low, high = interval(np.reshape(scores, (-1, k)), np.reshape(weights, (-1, k)))
+            _, k, scores, weights_PG, tokens = zip(*sorted(x for part in common.all_gather(mine) for x in part))
+            score, low, high = interval(np.reshape(scores, (len(rows), -1)), np.reshape(weights_PG, (len(rows), -1)))
             results.append({"stage": cfg.stage, "task": name, "mode": mode, "decoding": decoding, "score": score, "low": low, "high": high,
-                            "n": len(rows), "samples": k, "seed": cfg.label_seed, "split": cfg.split, "tokens": sum(tokens) / len(tokens)})  # fmt: skip
+                            "n": len(rows), "samples": max(k) + 1, "seed": cfg.label_seed, "split": cfg.split, "tokens": sum(tokens) / len(tokens)})  # fmt: skip
     return results
 
 
@@ -331,29 +345,15 @@ def draw_matrix(folder):
                 line += f"{text + ('*' if OWN.get(s) == task else ' '):>22s}"
             print(line)
     taught = [s for s in stages if s in ("sft", *OWN)]
-    print("\nown skill, sampled, before -> after the stage that teaches it:")
+    print("\nown skill, sampled, before -> after the stage that teaches it | the same seconds spent on more SFT instead, if that was run")
     for before, after in zip(taught, taught[1:]):
         mode = "no_think" if after == "ifrl" else "think"
-        a, b = (cells.get((s, OWN.get(after), mode, "sampled")) for s in (before, after))
-        if not (a and b):
-            continue
-        verdict = "beyond the intervals' overlap" if b["low"] > a["high"] else "within the intervals"
-        print(f"{after:8s}{OWN[after]:>5s} {mode:9s}{100 * a['score']:6.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}] -> "
-              f"{100 * b['score']:5.1f} [{100 * b['low']:.1f}, {100 * b['high']:.1f}]  {verdict}")  # fmt: skip
-    if any(key[0].endswith("_control") for key in cells):
-        print_controls(cells, taught)
+        a, b, control = (cells.get((s, OWN.get(after), mode, "sampled")) for s in (before, after, f"{after}_control"))
+        if a and b:
+            texts = [f"{100 * r['score']:5.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in (a, b, control) if r]
+            texts[1] += "  beyond the intervals' overlap" if b["low"] > a["high"] else "  within the intervals"
+            print(f"{after:8s}{OWN[after]:>5s} {mode:9s}" + " -> ".join(texts[:2]) + f" | {texts[-1]}" * bool(control))
     __import__("report").plot_run(folder, cells, stages, columns)  # which imports this file
-
-
-def print_controls(cells, taught):
-    """The honest control: the seconds of each RL stage spent on more SFT over the same demonstrations instead."""
-    print("\nown skill, sampled: before the stage, after it, and after the same seconds of more SFT from the same checkpoint")
-    for before, after in zip(taught, taught[1:]):
-        mode = "no_think" if after == "ifrl" else "think"
-        found = [cells.get((s, OWN.get(after), mode, "sampled")) for s in (before, after, f"{after}_control")]
-        if all(found):
-            texts = [f"{100 * r['score']:5.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in found]
-            print(f"{after:8s}{OWN[after]:>5s} {mode:9s} before {texts[0]}   RL {texts[1]}   more SFT {texts[2]}")
 
 
 def steps_of_same_compute(rl_folder, sft_folder):

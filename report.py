@@ -170,29 +170,37 @@ def plot_run(folder, cells, stages, columns):
             plot_curves(metrics, os.path.join(folder, f"curves_{s}.png"), s)
 
 
-def plot_matrix(path, cells, stages, columns):
+def plot_matrix(path, cells, stages, columns, title="held-out score after each stage, %, with its 95% interval (sampled)", own={s: (task,) for s, task in OWN.items()}):
+    """An outline marks what a stage teaches, an arrow the change against the stage above, bold where the intervals do not overlap."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
 
-    values = np.array([[100 * cells[s, t, m, "sampled"]["score"] if (s, t, m, "sampled") in cells else np.nan for t, m in columns] for s in stages])
-    figure, axis = plt.subplots(figsize=(1.35 * len(columns) + 1.5, 0.7 * len(stages) + 1.6))
-    axis.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    figure, axis = plt.subplots(figsize=(1.35 * len(columns) + 1.3, 0.72 * len(stages) + 1.2))
+    teal = LinearSegmentedColormap.from_list("teal", ["#f1f7f5", "#8fc7bd", "#2f8f84", "#0b5d56"])
     for y, s in enumerate(stages):
         for x, (task, mode) in enumerate(columns):
-            r = cells.get((s, task, mode, "sampled"))
-            if r:
-                colour = "white" if values[y, x] < 60 else "black"
-                half = 50 * (r["high"] - r["low"])
-                axis.text(x, y, f"{values[y, x]:.1f}\n\u00b1{half:.1f}", ha="center", va="center", color=colour, fontsize=9,
-                          fontweight="bold" if OWN.get(s) == task else "normal")  # fmt: skip
-            if OWN.get(s) == task:
-                axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
-    axis.set_xticks(range(len(columns)), [f"{t}\n{m}" for t, m in columns])
+            if not (r := cells.get((s, task, mode, "sampled"))):
+                continue
+            before, taught = cells.get((stages[y - 1], task, mode, "sampled")) if y else None, task in own.get(base_of(s), ())
+            axis.add_patch(plt.Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=teal(r["score"]), edgecolor="#c2570c" if taught else "none", linewidth=2.2))
+            change = r["score"] - before["score"] if before else 0.0
+            how = dict(ha="center", va="center", color="white" if r["score"] > 0.55 else "#16302c")
+            axis.text(x, y - 0.13, f"{100 * r['score']:.1f}", fontsize=12.5, fontweight="bold", **how)
+            band = f"\u00b1{50 * (r['high'] - r['low']):.1f}  " if "low" in r else ""
+            sure = bool(band and before) and (r["low"] > before["high"] or r["high"] < before["low"])
+            arrow = ("\u25bc", "\u25b2")[change > 0] + f"{abs(100 * change):.1f}" if abs(change) >= 0.0005 else ""
+            axis.text(x, y + 0.24, band + arrow, fontsize=8, fontweight="bold" if sure else "normal", **how)
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(stages) - 0.5, -0.5))
+    axis.set_xticks(range(len(columns)), [f"{t}\n{m}" if m else t for t, m in columns])
     axis.set_yticks(range(len(stages)), stages)
-    axis.set_title("held-out score after each stage, % (sampled, 95% interval; red: what the stage teaches)", fontsize=10)
-    figure.tight_layout()
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.text(0.5, 0.015, f"{title}; outlined: the skill a stage teaches", ha="center", fontsize=9, color="#555555")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -59,6 +59,7 @@ QUESTIONS = ["Tell me about {}.", "Why do people like {}?", "Write a short note 
 FACTS = ["Many people enjoy {}.", "We often see {} in spring.", "Good {} can last for years.", "There are old songs about {}.",
          "Children learn about {} at school.", "In winter {} may be rare.", "A friend of mine loves {}.", "You can read about {} at home."]  # fmt: skip
 CLOSINGS = ["I hope this helps.", "Feel free to ask more.", "Enjoy your day."]
+STATED = {fact.format(topic) for fact in FACTS for topic in TOPICS}
 FILLERS = ["I guess so.", "Well, whatever.", "I do not know.", "That is all."]
 
 
@@ -69,7 +70,7 @@ def chat_score(prompt, reply):
     plain = lambda text: set(text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
     topics = plain(prompt) & set(TOPICS)
     sentences = [s.strip() + "." for s in reply.split(".") if s.strip()]
-    facts = {s for s in sentences if any(s == fact.format(t) for fact in FACTS for t in TOPICS)}
+    facts = STATED & set(sentences)
     return (
         (plain(reply) & set(TOPICS) == topics) + (2 <= len(facts) <= 4) + (set(sentences) <= facts | set(CLOSINGS))
         + (len(sentences) == len(set(sentences))) + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))

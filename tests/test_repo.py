@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
-    "engine.py": 340,  # two engines behind one call
+    "engine.py": 345,  # two engines behind one call, greedy rows beside sampled ones
     "common.py": 360,  # (220) locks, checksums and one-sentence errors are 110 lines, what a run will take and how it starts 60
     "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
@@ -28,7 +28,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "mopd.py": 390,
     "sandbox.py": 650,
     "evaluate.py": 450,  # (300) resumable samples, the gates between stages, and a terminal chat
-    "benchmarks.py": 400,  # fourteen public benchmarks, 25 lines each with their schemas and traps
+    "benchmarks.py": 442,  # (400) LiveCodeBench Pro with its judge came later; sixteen public benchmarks, 25 lines each with their schemas and traps
     "scaling.py": 170,  # majority vote and contest loop of the paper; measures nothing that evaluate.py does
     "report.py": 250,  # the page a run ends with
     "toy.py": 500,

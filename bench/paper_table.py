@@ -1,0 +1,54 @@
+"""The paper's own results by stage, as a heat-map and a table to stand beside ours. Nothing here was measured by this repository.
+
+    python bench/paper_table.py          prints the markdown table, writes bench/paper_8b.png
+
+Nemotron-Cascade (arXiv 2512.13607), tables T2 and T4-T8. IFEval is prompt-level strict, in no_think for the unified model; all
+else is in think mode. The paper prints no intervals, so an arrow says by how much two scores differ, not that they do.
+tests/test_evaluate.py holds the gates of evaluate.py against these columns, with the noise that so many draws would have.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+import report  # noqa: E402
+
+STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
+PAPER = {  # Nemotron-Cascade-8B: problems x completions (appendix B), the score after each stage
+    "mmlu": (14042, (83.0, 83.1, 83.4, 83.4, 83.7, 83.7)), "mmlu_pro": (12032, (74.4, 77.8, 74.5, 75.0, 75.3, 75.7)),
+    "gpqa": (198 * 8, (63.5, 66.8, 66.1, 65.7, 67.4, 66.5)), "arenahard": (500, (70.0, 90.1, 88.0, 87.0, 87.8, 87.9)),
+    "ifeval": (541 * 8, (70.8, 50.1, 90.4, 92.1, 90.7, 90.2)), "ifbench": (294 * 8, (21.2, 24.5, 40.5, 40.4, 38.1, 40.8)),
+    "aime24": (30 * 64, (83.6, 86.1, 86.2, 90.2, 89.1, 89.5)), "aime25": (30 * 64, (72.8, 75.0, 75.2, 81.9, 80.5, 80.1)),
+    "lcb_v5": (279 * 8, (59.2, 70.2, 70.2, 70.6, 75.3, 74.3)), "lcb_v6": (454 * 8, (56.7, 67.2, 66.7, 67.4, 71.5, 71.1)),
+    "swebench": (500 * 4, (26.1, 28.2, 28.3, 30.6, 31.6, 37.2)),
+}  # fmt: skip
+THINKING = {
+    "8b-thinking": {"mmlu": (83.6, 83.9, 83.8, 83.8, 84.3, 84.0), "mmlu_pro": (74.5, 76.2, 74.8, 75.0, 75.4, 75.5),
+                    "gpqa": (64.2, 67.3, 65.2, 63.8, 67.7, 66.7), "arenahard": (71.7, 89.9, 86.3, 84.0, 85.4, 85.8),
+                    "ifeval": (66.3, 45.5, 83.3, 84.7, 83.1, 83.7), "ifbench": (23.2, 23.9, 42.1, 39.8, 41.8, 41.4),
+                    "aime24": (83.8, 86.4, 85.6, 90.2, 88.3, 88.8), "aime25": (71.6, 75.1, 72.3, 80.2, 81.8, 81.4),
+                    "lcb_v5": (59.6, 70.3, 69.0, 71.2, 74.3, 74.5), "lcb_v6": (56.7, 67.3, 65.9, 68.1, 71.0, 71.4),
+                    "swebench": (30.2, 33.3, 32.4, 32.5, 33.3, 38.5)},
+    "14b-thinking": {"mmlu": (84.9, 85.2, 85.0, 84.8, 85.1, 85.1), "mmlu_pro": (76.0, 77.7, 76.4, 76.9, 77.6, 77.0),
+                     "gpqa": (68.3, 71.3, 70.1, 67.6, 70.3, 69.6), "arenahard": (76.9, 93.1, 90.2, 89.3, 89.8, 89.5),
+                     "ifeval": (69.8, 56.2, 81.3, 84.3, 81.8, 81.9), "ifbench": (24.3, 25.6, 40.4, 41.0, 41.0, 41.7),
+                     "aime24": (86.9, 88.4, 89.2, 90.4, 90.4, 89.7), "aime25": (81.1, 81.8, 82.3, 83.3, 83.5, 83.3),
+                     "lcb_v5": (66.1, 75.2, 75.3, 75.2, 78.0, 77.5), "lcb_v6": (63.1, 72.3, 72.7, 72.4, 74.8, 74.6),
+                     "swebench": (34.5, 38.8, 38.4, 39.7, 39.6, 43.1)},
+}  # fmt: skip
+TEACHES = {"rlhf": ("arenahard",), "ifrl": ("ifeval", "ifbench"), "mathrl": ("aime24", "aime25"), "coderl": ("lcb_v5", "lcb_v6"), "swerl": ("swebench",)}
+
+
+def main():
+    columns = [(name, "") for name in PAPER]
+    cells = {(s, name, "", "sampled"): {"score": scores[i] / 100} for name, (_, scores) in PAPER.items() for i, s in enumerate(STAGES)}
+    title = "NOT OURS: Nemotron-Cascade-8B as its paper reports it (arXiv 2512.13607, T2, T4-T8), %"
+    report.plot_matrix(os.path.join(HERE, "paper_8b.png"), cells, STAGES, columns, title, TEACHES)
+    rows = [[s, *(f"**{scores[i]}**" if name in TEACHES.get(s, ()) else scores[i] for name, (_, scores) in PAPER.items())] for i, s in enumerate(STAGES)]
+    print(report.table(["after", *PAPER], rows))
+
+
+if __name__ == "__main__":
+    main()
