@@ -117,9 +117,9 @@ def qk_norm_rope_bf16():
 
 @check
 def swiglu_fp32(module=swiglu, dtype=torch.float32):
-    """More than one block per row, ragged ends, the two halves of one fused projection."""
+    """More than one block per row, ragged ends, one row, the two halves of one fused projection."""
     fused = randn(3, 2 * 1100, dtype=dtype)
-    pairs = [(randn(2, 3, 37, dtype=dtype), randn(2, 3, 37, dtype=dtype)), fused.chunk(2, dim=-1)]
+    pairs = [[randn(*shape, dtype=dtype) for _ in range(2)] for shape in ((2, 3, 37), (1, 5))] + [fused.chunk(2, dim=-1)]
     return worst([compare(module.swiglu, module.swiglu_ref, list(pair)) for pair in pairs])
 
 
@@ -142,19 +142,21 @@ def linear_logprob_fp32(module=linear_logprob):
             errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, temperature))
     for only in range(2):
         errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, 0.7, only=only))
+    inputs = [randn(4, 6).T, randn(300, 8)[:, ::2]]  # non-contiguous
+    errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, 0.7))
     module.GPU_COLUMNS = 8192
     return worst(errors)
 
 
 @check
 def linear_cross_entropy_fp32(module=linear_cross_entropy):
-    """Ragged token chunks, some rows or all rows ignored."""
+    """Ragged token chunks, one token, some rows or all rows ignored; non-contiguous inputs."""
     errors = []
-    for tokens, vocab, chunk, ignored in ((5, 37, 2, 1), (3, 300, 2048, 0), (4, 9, 3, 4)):
+    for tokens, vocab, chunk, ignored in ((5, 37, 2, 1), (3, 300, 2048, 0), (4, 9, 3, 4), (1, 9, 3, 0)):
         module.TOKEN_CHUNK = chunk
         target = torch.randint(vocab, (tokens,))
         target[:ignored] = -100
-        inputs = [randn(tokens, 8), randn(vocab, 8)]
+        inputs = [randn(8, tokens).T, randn(vocab, 16)[:, ::2]]
         errors.append(compare(module.linear_cross_entropy, module.linear_cross_entropy_ref, inputs, target))
     return worst(errors)
 
@@ -286,9 +288,14 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("rms_norm", "dx += tl.load(dsummed_ptr", "dx += 0 * tl.load(dsummed_ptr", add_rms_norm_fp32),
     ("rms_norm", "mask = cols < D", "mask = cols < D - 1", rms_norm_fp32),
     ("qk_norm_rope", "dy1 * cos + dy2 * sin", "dy1 * cos - dy2 * sin", qk_norm_rope_fp32),
+    ("qk_norm_rope", "z2 * cos + z1 * sin, heads", "z2 * cos - z1 * sin, heads", qk_norm_rope_fp32),
+    ("swiglu", "gate * tl.sigmoid(gate) * up", "gate * tl.sigmoid(gate)", swiglu_fp32),
     ("swiglu", "(s + gate * s * (1.0 - s))", "s", swiglu_fp32),
     ("linear_logprob", "u = a * (u + shrink * s) + tl", "u = a * u + tl", linear_logprob_fp32),
     ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
+    ("linear_cross_entropy", "addmm_fp32(dweight, dz.T, hidden[block])", "mm_fp32(dz.T, hidden[block], dweight)",
+     linear_cross_entropy_fp32),
+    ("attention", "- delta[:, None])", ")", attention_fp32),
     ("attention", "total = total * shrink + tl", "total = total + tl", attention_fp32),
     ("attention", "- delta[None, :])", ")", attention_fp32),
     ("decode_attention", "split_acc * share[:, None]", "split_acc", decode_attention_fp32),
@@ -298,7 +305,7 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("decode_attention", "+ split * SPLIT", "* 0 + split * SPLIT", decode_attention_fp32),
     ("sampling", "            low = middle", "            high = middle", sampling_fp32),
     ("adamw", "first >> 16, mask", "first & 0xFFFF, mask", adamw_bf16),
-]
+]  # fmt: skip
 
 
 def far_rows(*shape, rows=3, dtype=torch.float32):
@@ -324,6 +331,11 @@ def int64_offsets(modules):
     state[0] = -1e30
     head.fold_chunk[(3,)](z, target, ones3, state, 3, z.stride(0), 0, 8, BLOCK=8)
     logprob = state[3] - state[0] - state[1].log()
+    dz, lse = far_rows(8), state[0] + state[1].log()
+    head.logits_to_dz[(3,)](
+        z, dz, target, ones3, logprob, logprob, lse, ones3, logprob, z.stride(0), dz.stride(0), 0, 8, 1,
+        HAS_DENTROPY=False, BLOCK=8,
+    )  # fmt: skip
     token, drawn = draw.sample_tokens(z, torch.rand(3))
     logprobs = torch.log_softmax(z, dim=-1)
     yield "rms_norm", compare_far(norm.rms_norm, norm.rms_norm_ref, [x], ones)
@@ -334,7 +346,8 @@ def int64_offsets(modules):
     near = decode.decode_attention_ref(ones.expand(3, 4, 8), keys.clone(), values.clone(), start, 4)
     far = decode.decode_attention(ones.detach().expand(3, 4, 8), keys, values, start, 4)
     yield "decode_attention", (far - near).abs().max().item()
-    yield "linear_logprob", (logprob - logprobs.gather(1, target[:, None])[:, 0]).abs().max().item()
+    exact = logprobs.gather(1, target[:, None])[:, 0], torch.nn.functional.one_hot(target, 8) - logprobs.exp()
+    yield "linear_logprob", worst((a - b).abs().max().item() for a, b in zip((logprob, dz), exact))
     yield "sampling", (drawn - logprobs.gather(1, token[:, None])[:, 0]).abs().max().item()
 
 
@@ -352,7 +365,7 @@ def main():
     poison_empty()
     results = {name: fn() for name, fn in CHECKS.items()}
     for name, right, wrong, fn in MUTANTS:
-        results[f"broken {name}: {wrong}"] = fn(broken(name, right, wrong))
+        results[f"broken {name}: {right} -> {wrong}"] = fn(broken(name, right, wrong))
     results |= {f"int64 {name}": error for name, error in int64_offsets(FAR_KERNELS)}
     print(json.dumps(results))
 

@@ -49,7 +49,7 @@ TOLERANCES = {  # largest relative error over outputs and gradients; observed va
     "qk_norm_rope_bf16": 3e-2,
     "swiglu_fp32": 2e-6,
     "swiglu_bf16": 3e-2,
-    "linear_logprob_fp32": 2e-5,
+    "linear_logprob_fp32": 5e-5,  # logits near 100, which fp32 holds to 1e-5
     "linear_cross_entropy_fp32": 1e-5,
     "linear_heads_bf16": 3e-2,
     "attention_fp32": 5e-6,
@@ -79,7 +79,7 @@ def test_kernel_matches_float64_reference_forward_and_every_gradient(interpreted
 def test_a_deliberately_broken_kernel_fails(interpreted):
     broken = {name: error for name, error in interpreted.items() if name.startswith("broken")}
     print(*(f"{name}: error {error:.1e}" for name, error in broken.items()), sep="\n")
-    assert len(broken) == 16 and not any(error <= 0.1 for error in broken.values())
+    assert len(broken) == 20 and not any(error <= 0.1 for error in broken.values())
 
 
 @needs_triton
@@ -144,12 +144,14 @@ def cases():
     cu_seqlens, target = torch.tensor([0, 1, 4, 9], dtype=torch.int32), torch.tensor([3, 0, 6, 6])
     temperature = torch.tensor([0.5, 1.0, 0.7, 1.3], dtype=torch.float64)
     qkv = double(9, 2, 4), double(9, 1, 4), double(9, 1, 4)
+    decode = double(2, 4, 3), double(2, 2, 5, 3), double(2, 2, 5, 3), torch.tensor([2, 0]), 4
     return {
         "rms_norm": (rms_norm, rms_norm_ref, (double(3, 5), double(5))),
         "add_rms_norm": (add_rms_norm, add_rms_norm_ref, (double(3, 5), double(3, 5), double(5))),
         "qk_norm_rope": (qk_norm_rope, qk_norm_rope_ref, rope_inputs()),
         "swiglu": (swiglu, swiglu_ref, (double(3, 5), double(3, 5))),
         "attention": (flash_attention_varlen, attention_naive, (*qkv, cu_seqlens, 5)),
+        "decode_attention": (decode_attention, decode_naive, decode),
         "linear_logprob": (linear_logprob, linear_logprob_ref, (double(4, 3), double(7, 3), target, temperature)),
         "linear_cross_entropy": (
             linear_cross_entropy,
@@ -171,6 +173,16 @@ def attention_naive(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
     return torch.cat(outs)
 
 
+def decode_naive(q, k_cache, v_cache, start, length):
+    """Row by row through attention_naive, as the last query of its own sequence."""
+    outs = []
+    for b, first in enumerate(start.tolist()):
+        k, v = (cache[b, :, first:length].transpose(0, 1) for cache in (k_cache, v_cache))
+        query = torch.cat((q.new_zeros(len(k) - 1, *q.shape[1:]), q[b : b + 1]))
+        outs.append(attention_naive(query, k, v, torch.tensor([0, len(k)]), len(k))[-1])
+    return torch.stack(outs)
+
+
 @pytest.mark.parametrize("name", cases())
 def test_gradients_of_each_reference_and_cpu_path_pass_gradcheck(name):
     fn, ref, inputs = cases()[name]
@@ -189,15 +201,12 @@ def test_cpu_path_equals_the_reference(name):
 @pytest.mark.parametrize("starts, length", [((0,), 1), ((2, 0, 6), 7), ((0, 0), 40)])
 def test_decode_attention_is_the_last_row_of_full_attention(starts, length):
     torch.manual_seed(0)
-    q, keys, values = (torch.randn(len(starts), n, *rest, 8, dtype=torch.float64) for n, rest in ((4, ()), (2, (45,)), (2, (45,))))
-    for bias in (None, start_bias(torch.tensor(starts), 45)):
-        out = decode_attention(q, keys, values, torch.tensor(starts), length, bias)
-        for b, start in enumerate(starts):
-            k, v = (x[b, :, start:length].transpose(0, 1) for x in (keys, values))
-            query = torch.cat((torch.zeros(length - start - 1, 4, 8), q[b : b + 1]))
-            expected = attention_naive(query, k, v, torch.tensor([0, length - start]), length - start)[-1]
-            print(f"error {(out[b] - expected).abs().max():.1e}, tolerance 1e-12")
-            torch.testing.assert_close(out[b], expected, rtol=1e-12, atol=1e-12)
+    start = torch.tensor(starts)
+    inputs = double(len(starts), 4, 8), double(len(starts), 2, 45, 8), double(len(starts), 2, 45, 8), start, length
+    for bias in (None, start_bias(start, 45)):
+        out, expected = decode_attention(*inputs, bias), decode_naive(*inputs)
+        print(f"error {(out - expected).abs().max():.1e}, tolerance 1e-12")
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (40, 3, 17, 16, 1, 40), (7, 7)])
