@@ -195,10 +195,13 @@ def train_reward_model(cfg, folder):
     on its share and averages gradients; rank 0 writes the folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, init_from = rm_device(), cfg.rm_init_from or cfg.init_from
-    tokenizer = load_tokenizer(init_from)
+    try:
+        tokenizer, qwen3 = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device)
+    except Exception as e:  # whatever is wrong with the folder, in the library's words
+        common.fail(f"--{'rm_init_from' if cfg.rm_init_from else 'init_from'}={init_from}: {common.first_line(e)}.")
     pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
     held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
-    model = RewardModel(Qwen3.from_pretrained(init_from, device=device)).to(device)
+    model = RewardModel(qwen3).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     steps = max(cfg.rm_epochs * len(pairs) // cfg.rm_samples_per_step, 1)
     order = np.concatenate([np.random.default_rng([cfg.seed, 11, e]).permutation(len(pairs)) for e in range(cfg.rm_epochs)])
@@ -246,7 +249,9 @@ def load_reward_model(path, device, workers=8):
         return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
     if not os.path.exists(os.path.join(path, "config.json")):
         common.fail(f"--rm={path}: no reward model there (config.json is missing).")
-    architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
+    architecture = (json.load(open(os.path.join(path, "config.json"))).get("architectures") or ["no architecture"])[0]
+    if not architecture.endswith("ForSequenceClassification"):  # transformers would give it a score head of random numbers
+        common.fail(f"--rm={path}: {architecture} is no sequence classifier.")
     if architecture != "Qwen3ForSequenceClassification":
         return load_classifier(path, device)
     tokenizer, body = load_tokenizer(path), torch.bfloat16 if device.type == "cuda" else torch.float32

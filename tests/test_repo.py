@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 335,  # two engines behind one call
-    "common.py": 360,  # (220) locks, checksums and one-sentence errors are 110 lines, what a run will take and how it starts 60
+    "common.py": 402,  # (220) locks, checksums, ranges of flags and one-sentence errors are 150 lines, what a run will take and how it starts 60
     "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
     "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
-    "rlhf.py": 650,  # (480) trains the reward model too
+    "rlhf.py": 652,  # (480) trains the reward model too, and refuses what is none
     "coderl.py": 625,  # (480) reads six public schemas instead of one private set
     "ifrl.py": 785,  # (600) 54 constraint checks
     "swerl.py": 775,  # (520) edits, patches, two judges, and sets whose files lie in git clones

@@ -70,9 +70,9 @@ def extra(stage, request):
 
 
 def metrics(out):
-    """metrics.jsonl without the clock."""
+    """metrics.jsonl without the clock and the memory."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def weights(out):
