@@ -37,9 +37,18 @@ def first_line(error):
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
-def disk_trouble(kind, error, trace):
-    """sys.excepthook: a full disk or missing rights are the user's to mend, whoever was writing."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+@contextlib.contextmanager
+def one_sentence(what, note="Nothing was trained."):
+    """Whatever goes wrong inside is wrong with `what`, in the library's words."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{what}: {first_line(e)}.", note)
+
+
+def file_trouble(kind, error, trace):
+    """sys.excepthook: a full disk, missing rights, a file where a folder should be are the user's to mend, whoever met them."""
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         fail(f"{first_line(error)}.", note="What was finished before is whole.")
     sys.__excepthook__(kind, error, trace)
 
@@ -49,24 +58,24 @@ def disk_trouble(kind, error, trace):
 POSITIVE = set("""n num_steps schedule_steps block_rows samples_per_step prompts_per_step group_size max_seq_len max_prompt_tokens max_new_tokens
     micro_batch_tokens save_every reward_workers lr grad_clip temperature top_p rm_samples_per_step rm_epochs rm_lr rm_max_len test_seconds memory_mb
     chars_per_token max_files vocab_size hidden_size num_layers num_heads head_dim problems samples characters points rounds""".split())
-# ... and these at most 1.
-SHARES = set("top_p beta1 beta2 think_share readmit_hard readmit_easy max_infra noisy_share lexical_floor final_lr".split())
+# ... and these at most 1 (AdamW's betas less).
+MOST = dict.fromkeys("top_p think_share readmit_hard readmit_easy max_infra noisy_share lexical_floor final_lr".split(), 1) | {"beta1": 0.9999, "beta2": 0.9999}
 
 
 def parse_config(Config):
     """Every dataclass field is a flag: --lr=1e-6 or --lr 1e-6. Types come from the annotations; unknown flags are errors."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}.")
-    sys.excepthook = disk_trouble
+    sys.excepthook = file_trouble
     for f in dataclasses.fields(Config):
         alone = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)  # --flag is --flag=true
         parser.add_argument(f"--{f.name}", default=f.default, metavar=f.type.__name__, **alone)
     cfg = Config(**vars(parser.parse_args()))
     for f in (f for f in dataclasses.fields(Config) if f.type in (int, float)):
-        value, least, most = getattr(cfg, f.name), min(f.default, 0), 1 if f.name in SHARES else 2**63 - 1
+        value, least, most = getattr(cfg, f.name), min(f.default, 0), MOST.get(f.name, 2**63 - 1)
         above = f.name in POSITIVE and f.default > 0
         if not least <= value <= most or above and value == 0:  # nan fails the comparison
-            fail(f"--{f.name}={value}: expected {f.type.__name__} {f'above {least}' if above else f'from {least}'}{f' to {most}' * (most == 1)}.")
+            fail(f"--{f.name}={value}: expected a number {'above' if above else 'from'} {least}" + f" to {most}." * (most < 2) + "." * (most > 2))
     return cfg
 
 
@@ -96,7 +105,8 @@ def init_distributed(seed):
     if world > 1 or device.type == "cuda":
         timeout = datetime.timedelta(minutes=30)
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
+        with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):  # taken, or nobody answers
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
     torch.manual_seed(seed)
     return rank, world, device
 
@@ -186,13 +196,11 @@ def load_policy(cfg, world, device):
     """(tokenizer, model sharded over the ranks, checkpoint that the run resumes from or ""). Says first what the run will take."""
     resume = latest_checkpoint(cfg.out_dir)
     folder = resume or cfg.init_from
-    try:
+    with one_sentence(f"--init_from={folder}"):
         check_memory(folder, cfg, world, device)
         tokenizer, model = load_tokenizer(folder), Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor)
-    except Exception as e:  # whatever is wrong with the folder, in the library's words
-        fail(f"--init_from={folder}: {first_line(e)}.")
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        fail(f"--init_from={folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {model.config.vocab_size}.")
+        if tokenizer.get_vocab_size() > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {model.config.vocab_size}")
     if longest_sequence(cfg) > model.max_positions():
         flags = "--max_seq_len" if hasattr(cfg, "max_seq_len") else "--max_prompt_tokens + --max_new_tokens"
         fail(f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor=2.")
@@ -269,9 +277,9 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
             os.rename(folder, final)
             sync_folder(out_dir)
     except Exception as e:  # torch and safetensors have their own words for a full disk
-        shutil.rmtree(folder, ignore_errors=True)
         free = shutil.disk_usage(out_dir).free / 1e9
-        fail(f"{final} cannot be written ({first_line(e)}; {free:.3g} GB are free there).", note="The checkpoint before it is whole.")
+        shutil.rmtree(folder, ignore_errors=True)
+        fail(f"{final} cannot be written ({first_line(e)}; {free:.3g} GB were left there).", note="The checkpoint before it is whole.")
     if rank == 0:
         if os.path.lexists(link := os.path.join(out_dir, "final")):
             os.remove(link)  # the stage went on: it is not done, and pruning may take what the link names
@@ -370,10 +378,8 @@ def load_history(folder, data):
     """{"history", "epoch"} of the run that wrote this checkpoint if it was on the same rows (checksum `data`), else {}: the epoch
     filter of paper 4.5.2 goes on over the length stages of Math RL."""
     path = os.path.join(folder, "run.json")
-    try:
+    with one_sentence(f"--init_from={folder}: run.json cannot be read"):
         state = json.load(open(path))["state"] if os.path.exists(path) else {}
-    except (ValueError, KeyError) as e:
-        fail(f"--init_from={folder}: run.json cannot be read ({e}).")
     if state.get("data") != data or not state.get("history"):
         return {}
     print0(f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them")
@@ -387,7 +393,7 @@ class Logger:
         self.path, self.start = os.path.join(out_dir, "metrics.jsonl"), time.time()
         if int(os.environ.get("RANK", 0)) == 0:
             old = [line for line in open(self.path) if line.endswith("\n")] if os.path.exists(self.path) else []
-            with open(self.path + ".tmp", "w") as f:
+            with one_sentence(f"{self.path}, which is not the log of a run"), open(self.path + ".tmp", "w") as f:
                 f.writelines(line for line in old if json.loads(line)["step"] <= step)
             os.replace(self.path + ".tmp", self.path)
 

@@ -4,6 +4,7 @@ The world is toy.py's with two dozen problems a skill, the model has 0.1M parame
 FSDP2) are the real ones. RL is given the problems that SFT has seen, so that some rewards differ and there is a gradient at all.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -278,6 +279,58 @@ def test_half_a_checkpoint_does_not_count(checkpoints):
     shutil.rmtree(checkpoints / "step_000003")
     shutil.rmtree(checkpoints / "step_000002")
     assert common.latest_checkpoint(checkpoints) == "" == common.latest_checkpoint(checkpoints / "no_such_run")
+
+
+@pytest.mark.parametrize("file", ["optim_rank0.pt", "config.json", "tokenizer.json", "run.json"])
+def test_a_full_disk_ends_a_save_with_one_sentence_and_the_last_checkpoint_intact(file, checkpoints, world, capsys):
+    """/dev/full answers every write as a full disk does."""
+    half, before = checkpoints / "step_000004.tmp", sorted(os.listdir(checkpoints))
+    half.mkdir()
+    (half / file).symlink_to("/dev/full")
+    model = make_tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimizer.step()  # its moments, too, have to be written
+    with pytest.raises(SystemExit) as ended:
+        common.save_checkpoint(str(checkpoints), 4, model, optimizer, Config(init_from=str(world / "base")), {"cursor": 4})
+    said = capsys.readouterr().err
+    print(said)
+    assert ended.value.code == 2 and said.count("\n") == 1 and "step_000004 cannot be written" in said and "checkpoint before it is whole" in said
+    assert sorted(os.listdir(checkpoints)) == before and common.latest_checkpoint(checkpoints).endswith("step_000003")
+
+
+def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
+    """A disk of its own (tmpfs) with ever more room, until a save fits: all the ones before end in a sentence and leave nothing."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        model, cfg, rooms = make_tiny(), Config(init_from=str(world / "base")), []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(torch.tensor([[1, 2, 3]])).sum().backward()
+        optimizer.step()
+        common.save_checkpoint(str(tmp_path), 1, model, optimizer, cfg, {"cursor": 1})
+        free = lambda: shutil.disk_usage(tmp_path).free
+        for room in range(0, 2 << 20, 32 << 10):
+            (tmp_path / "filler").write_bytes(bytes(free() - room))
+            with contextlib.suppress(SystemExit):
+                common.save_checkpoint(str(tmp_path), 2, model, optimizer, cfg, {"cursor": 2})
+                break
+            (tmp_path / "filler").unlink()
+            rooms.append(room)
+            assert sorted(os.listdir(tmp_path)) == ["step_000001"] and common.latest_checkpoint(tmp_path).endswith("step_000001")
+        said = capsys.readouterr().err.splitlines()
+        print(f"{len(rooms)} sizes of a disk too small, up to {rooms[-1]} bytes:", *{line.partition(" cannot")[2] for line in said}, sep="\n")
+        assert len(said) == len(rooms) > 5 and all("step_000002 cannot be written" in line for line in said)
+        assert common.latest_checkpoint(tmp_path).endswith("step_000002")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_verifier_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    """A child forked by the run, as verifiers are, still lives when the same command starts again."""
+    start = "import common, os, sys, time; common.lock(sys.argv[1]); os.fork() or time.sleep(20); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", start, str(tmp_path)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL and lock_is_free(tmp_path)
 
 
 def test_a_checkpoint_brings_back_optimizer_and_cursor(checkpoints):
