@@ -59,7 +59,7 @@ POSITIVE = set("""n num_steps schedule_steps block_rows samples_per_step prompts
     micro_batch_tokens save_every reward_workers lr grad_clip temperature top_p rm_samples_per_step rm_epochs rm_lr rm_max_len test_seconds memory_mb
     chars_per_token max_files vocab_size hidden_size num_layers num_heads head_dim problems samples characters points rounds""".split())
 # ... and these at most 1 (AdamW's betas less).
-MOST = dict.fromkeys("top_p think_share readmit_hard readmit_easy max_infra noisy_share lexical_floor final_lr".split(), 1) | {"beta1": 0.9999, "beta2": 0.9999}
+MOST = dict(beta1=0.9999, beta2=0.9999, top_p=1, think_share=1, readmit_hard=1, readmit_easy=1, max_infra=1, noisy_share=1, lexical_floor=1, final_lr=1)
 
 
 def parse_config(Config):
@@ -393,8 +393,10 @@ class Logger:
         self.path, self.start = os.path.join(out_dir, "metrics.jsonl"), time.time()
         if int(os.environ.get("RANK", 0)) == 0:
             old = [line for line in open(self.path) if line.endswith("\n")] if os.path.exists(self.path) else []
-            with one_sentence(f"{self.path}, which is not the log of a run"), open(self.path + ".tmp", "w") as f:
-                f.writelines(line for line in old if json.loads(line)["step"] <= step)
+            with one_sentence(f"{self.path} is not the log of a run"):
+                kept = [line for line in old if json.loads(line)["step"] <= step]
+            with open(self.path + ".tmp", "w") as f:
+                f.writelines(kept)
             os.replace(self.path + ".tmp", self.path)
 
     def log(self, step, metrics, line=""):

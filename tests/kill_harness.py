@@ -59,7 +59,7 @@ def make_copy(folder):
 
 
 def start(folder):
-    env = {**os.environ, "LAUNCH": ".venv/bin/python", "NPROC": "1", "OUT": "out/run", "KEEP_BEST": "1", "MAKE_WORLD": MAKE_WORLD, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "LAUNCH": ".venv/bin/python", "NPROC": "1", "OUT": "out/run", "KEEP_BEST": "1", "OMP_NUM_THREADS": "1", "MAKE_WORLD": MAKE_WORLD}
     with open(folder / "printed", "a") as printed:
         return subprocess.Popen(["bash", "run_cascade.sh"], cwd=folder, env=env, stdout=printed, stderr=printed, start_new_session=True)
 

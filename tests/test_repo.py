@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 335,  # two engines behind one call
-    "common.py": 408,  # (220) locks, checksums, ranges of flags and one-sentence errors are 150 lines, what a run will take and how it starts 60
+    "common.py": 410,  # (220) locks, checksums, ranges of flags and one-sentence errors are 150 lines, what a run will take and how it starts 60
     "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
     "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
