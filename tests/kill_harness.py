@@ -31,7 +31,7 @@ MINI = """#!/usr/bin/env bash
 rl="--prompts_per_step=4 --group_size=4 --num_steps=6 --save_every=2 --eval_every=3 --eval_rows=4 --max_new_tokens=48 --micro_batch_tokens=1024"
 case "${1##*/}" in
     toy.py) exec PYTHON -c "$MAKE_WORLD" "${@:2}" --vocab_size=640 --hidden_size=48 --num_layers=2 ;;
-    sft.py) set -- "$@" --samples_per_step=32 --num_steps=100 --schedule_steps=200 --warmup_steps=10 --save_every=20 --micro_batch_tokens=4096 ;;
+    sft.py) set -- "$@" --samples_per_step=32 --num_steps=100 --schedule_steps=200 --warmup_steps=10 --save_every=20 ;;
     rlhf.py) set -- "$@" $rl --rm_samples_per_step=8 ;;
     ifrl.py) set -- "$@" $rl ;;
     mathrl.py|coderl.py|swerl.py) skill=${1%rl.py}; set -- "$@" $rl --data="$OUT/data/${skill##*/}_sft.jsonl" ;;

@@ -159,7 +159,8 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
     straight_args, args = (command("mathrl", world, tmp_path / name, taught) for name in ("straight", "killed"))
     run_python(*straight_args, ranks=2)
     (tmp_path / "killed").mkdir()
-    run_and_kill(args, tmp_path / "killed", at_step=3, ranks=2)
+    run_and_kill(args, tmp_path / "killed", at_step=3, ranks=2)  # of the launcher alone: its ranks, in sessions of their own, go with it
+    assert not (tmp_path / "killed" / "final").exists()
     run_python(*args, ranks=2)
     assert distance(weights(tmp_path / "straight"), weights(tmp_path / "killed")) == 0.0
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
@@ -206,6 +207,7 @@ def test_every_stage_takes_two_steps_from_the_checkpoint_of_the_one_before(world
         args = command(stage, world, out, previous, num_steps=2, save_every=1)
         run_python(*args)
         assert [row["step"] for row in metrics(out)] == [1, 2] and (out / "final" / "config.json").exists()
+        assert all(0.05 < json.loads(line)["memory/rss_gb"] < 10 for line in (out / "metrics.jsonl").read_text().splitlines())
         assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "run.json"} <= {p.name for p in (out / "final").iterdir()}
         previous = out / "final"
     before = (tmp_path / "swerl" / "final" / "model.safetensors").read_bytes(), metrics(tmp_path / "swerl")
@@ -238,6 +240,14 @@ def test_a_second_run_on_the_same_folder_refuses(world, tmp_path):
 def test_flags_that_do_not_exist_are_errors(flag):
     code, _, stderr = run_python("mathrl.py", flag, check=False)
     assert code == 2 and flag[2:].split("=")[0] in stderr
+
+
+@pytest.mark.exhaustive
+def test_the_whole_cascade_goes_on_after_kills_at_random_instants(tmp_path):
+    """Six of the kills of bench/kill.log, with other instants."""
+    _, printed, _ = run_python("tests/kill_harness.py", "--kills=6", "--seed=1", f"--out={tmp_path}/cascade", f"--log={tmp_path}/log", timeout=3000)
+    print(printed)
+    assert "6 kills, 1 cascades, every one equal to the undisturbed run bit for bit" in printed
 
 
 # ---- Checkpoints, without a stage ----
