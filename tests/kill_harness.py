@@ -7,6 +7,7 @@ the repository whose .venv/bin/python adds flags that make everything small (MIN
 Every kill is SIGKILL to all processes of the run, and the next start follows at once. Two of three kills come at an instant drawn
 uniformly from zero to a few start-up times; every third waits until something half-written lies on the disk (*.tmp, or data without
 data/done). A cascade that comes to its end before there were enough kills is compared, and another is begun.
+In the log, "scoring" a stage: it is final, and what follows it, its scores or the next stage's first file, is not there yet.
 
 Equal, byte for byte: the data, the final weights of all stages and of the reward model. Equal, value for value: metrics.jsonl without
 time/ and memory/, the cursors that say which rows come next (run.json), the last score of every cell of results.jsonl.
