@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,15 +31,52 @@ def fail(message, note="Nothing was trained."):
     os._exit(2) if dist.is_initialized() else sys.exit(2)
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def one_sentence(what, note="Nothing was trained."):
+    """Whatever goes wrong inside is wrong with `what`, in the library's words."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{what}: {first_line(e)}.", note)
+
+
+def file_trouble(kind, error, trace):
+    """sys.excepthook: a full disk, missing rights, a file where a folder should be are the user's to mend, whoever met them."""
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        fail(f"{first_line(error)}.", note="What was finished before is whole.")
+    sys.__excepthook__(kind, error, trace)
+
+
 # ---- Flags -----------------------------------------------------------------------------------------------------------
+# Numbers are finite and not negative (unless their default is); these are more than 0 (unless their default is 0) ...
+POSITIVE = set("""n num_steps schedule_steps block_rows samples_per_step prompts_per_step group_size max_seq_len max_prompt_tokens max_new_tokens
+    micro_batch_tokens save_every reward_workers lr grad_clip temperature top_p rm_samples_per_step rm_epochs rm_lr rm_max_len test_seconds memory_mb
+    chars_per_token max_files vocab_size hidden_size num_layers num_heads head_dim problems samples characters points rounds""".split())
+# ... and these at most 1 (AdamW's betas less).
+MOST = dict(beta1=0.9999, beta2=0.9999, top_p=1, think_share=1, readmit_hard=1, readmit_easy=1, max_infra=1, noisy_share=1, lexical_floor=1, final_lr=1)
+
+
 def parse_config(Config):
     """Every dataclass field is a flag: --lr=1e-6 or --lr 1e-6. Types come from the annotations; unknown flags are errors."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}.")
+    sys.excepthook = file_trouble
     for f in dataclasses.fields(Config):
         alone = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)  # --flag is --flag=true
         parser.add_argument(f"--{f.name}", default=f.default, metavar=f.type.__name__, **alone)
-    return Config(**vars(parser.parse_args()))
+    cfg = Config(**vars(parser.parse_args()))
+    for f in (f for f in dataclasses.fields(Config) if f.type in (int, float)):
+        value, least, most = getattr(cfg, f.name), min(f.default, 0), MOST.get(f.name, 2**63 - 1)
+        above = f.name in POSITIVE and f.default > 0
+        if not least <= value <= most or above and value == 0:  # nan fails the comparison
+            fail(f"--{f.name}={value}: expected a number {'above' if above else 'from'} {least}" + f" to {most}." * (most < 2) + "." * (most > 2))
+    return cfg
 
 
 def boolean(text):
@@ -51,12 +90,14 @@ def init_distributed(seed):
     """(rank, world, device). torchrun's variables decide; without them it is one process. Seeds everything."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    libc = ctypes.CDLL(None)
+    if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # a rank dies with its launcher: it would train on and hold out_dir
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         # glibc gives big temporaries back to the system after every op, which faults each page in again: keeping them makes
         # a training step of the tiny model 1.5 to 2 times faster.
-        libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             for option, value in ((-3, 1 << 25), (-1, 1 << 30), (-2, 1 << 26)):  # mmap threshold, trim threshold, top pad
                 libc.mallopt(option, value)
@@ -64,7 +105,8 @@ def init_distributed(seed):
     if world > 1 or device.type == "cuda":
         timeout = datetime.timedelta(minutes=30)
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
+        with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):  # taken, or nobody answers
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
     torch.manual_seed(seed)
     return rank, world, device
 
@@ -158,11 +200,11 @@ def load_policy(cfg, world, device):
     """(tokenizer, model sharded over the ranks, checkpoint that the run resumes from or ""). Says first what the run will take."""
     resume = latest_checkpoint(cfg.out_dir)
     folder = resume or cfg.init_from
-    try:
+    with one_sentence(f"--init_from={folder}"):
         check_memory(folder, cfg, world, device)
         tokenizer, model = load_tokenizer(folder), Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor)
-    except Exception as e:  # whatever is wrong with the folder, in the library's words
-        fail(f"--init_from={folder}: {e}.")
+        if tokenizer.get_vocab_size() > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {model.config.vocab_size}")
     if longest_sequence(cfg) > model.max_positions():
         flags = "--max_seq_len" if hasattr(cfg, "max_seq_len") else "--max_prompt_tokens + --max_new_tokens"
         fail(f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor=2.")
@@ -183,13 +225,17 @@ def check_step(step, metrics, state, cfg):
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 def lock(out_dir):
     """Create out_dir and hold it: a second run on the same directory refuses."""
-    os.makedirs(out_dir, exist_ok=True)
-    if int(os.environ.get("RANK", 0)) == 0:
-        lock.file = open(os.path.join(out_dir, ".lock"), "w")
-        try:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if int(os.environ.get("RANK", 0)) == 0:
+            lock.file = open(os.path.join(out_dir, ".lock"), "w")
+            os.register_at_fork(after_in_child=lock.file.close)  # a verifier that outlives a killed run does not hold its folder
             fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"{out_dir}: another run is writing here.")
+    except BlockingIOError:
+        fail(f"{out_dir}: another run is writing here.")
+    except OSError as e:
+        fail(f"{out_dir}: no folder to write into ({e.strerror}).")
+    if int(os.environ.get("RANK", 0)) == 0:
         for name in os.listdir(out_dir):
             if name.startswith("step_") and name.endswith(".tmp"):
                 shutil.rmtree(os.path.join(out_dir, name))  # a save that was cut off
@@ -216,23 +262,29 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
         p = p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
         if rank == 0:
             whole[name] = p.cpu()
-    os.makedirs(folder, exist_ok=True)
-    torch.save(optimizer.state_dict(), os.path.join(folder, f"optim_rank{rank}.pt"))
-    all_gather(None)  # every rank has written
+    try:
+        os.makedirs(folder, exist_ok=True)
+        torch.save(optimizer.state_dict(), os.path.join(folder, f"optim_rank{rank}.pt"))
+        all_gather(None)  # every rank has written
+        if rank == 0:
+            model.save_pretrained(folder, whole)
+            save_tokenizer(cfg.init_from, folder)  # not the checkpoint resumed from: that one is pruned some day
+            run = {"step": step, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_hash(), "torch": torch.__version__,
+                   "world": int(os.environ.get("WORLD_SIZE", 1)), "state": state}  # fmt: skip
+            run["files"] = {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != "run.json"}
+            with open(os.path.join(folder, "run.json"), "w") as f:
+                json.dump(run, f)
+                f.flush()
+                os.fsync(f.fileno())
+            sync_folder(folder)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(folder, final)
+            sync_folder(out_dir)
+    except Exception as e:  # torch and safetensors have their own words for a full disk
+        free = shutil.disk_usage(out_dir).free / 1e9
+        shutil.rmtree(folder, ignore_errors=True)
+        fail(f"{final} cannot be written ({first_line(e)}; {free:.3g} GB were left there).", note="The checkpoint before it is whole.")
     if rank == 0:
-        model.save_pretrained(folder, whole)
-        save_tokenizer(cfg.init_from, folder)  # not the checkpoint resumed from: that one is pruned some day
-        run = {"step": step, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_hash(), "torch": torch.__version__,
-               "world": int(os.environ.get("WORLD_SIZE", 1)), "state": state}  # fmt: skip
-        run["files"] = {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != "run.json"}
-        with open(os.path.join(folder, "run.json"), "w") as f:
-            json.dump(run, f)
-            f.flush()
-            os.fsync(f.fileno())
-        sync_folder(folder)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(folder, final)
-        sync_folder(out_dir)
         if os.path.lexists(link := os.path.join(out_dir, "final")):
             os.remove(link)  # the stage went on: it is not done, and pruning may take what the link names
         for old in set(step_folders(out_dir)[:-keep]) - {best_checkpoint(out_dir)}:
@@ -330,10 +382,8 @@ def load_history(folder, data):
     """{"history", "epoch"} of the run that wrote this checkpoint if it was on the same rows (checksum `data`), else {}: the epoch
     filter of paper 4.5.2 goes on over the length stages of Math RL."""
     path = os.path.join(folder, "run.json")
-    try:
+    with one_sentence(f"--init_from={folder}: run.json cannot be read"):
         state = json.load(open(path))["state"] if os.path.exists(path) else {}
-    except (ValueError, KeyError) as e:
-        fail(f"--init_from={folder}: run.json cannot be read ({e}).")
     if state.get("data") != data or not state.get("history"):
         return {}
     print0(f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them")
@@ -347,11 +397,16 @@ class Logger:
         self.path, self.start = os.path.join(out_dir, "metrics.jsonl"), time.time()
         if int(os.environ.get("RANK", 0)) == 0:
             old = [line for line in open(self.path) if line.endswith("\n")] if os.path.exists(self.path) else []
+            with one_sentence(f"{self.path} is not the log of a run"):
+                kept = [line for line in old if json.loads(line)["step"] <= step]
             with open(self.path + ".tmp", "w") as f:
-                f.writelines(line for line in old if json.loads(line)["step"] <= step)
+                f.writelines(kept)
             os.replace(self.path + ".tmp", self.path)
 
     def log(self, step, metrics, line=""):
+        """Host memory is what this process holds now, its verifiers not counted."""
+        if os.path.exists("/proc/self/statm"):
+            metrics["memory/rss_gb"] = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**30
         if int(os.environ.get("RANK", 0)) == 0:
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")

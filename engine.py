@@ -335,5 +335,5 @@ def make_engine(name, model, tokenizer):
     if name == "torch" or name == "auto" and not (installed and torch.cuda.is_available()):
         return TorchEngine(model, tokenizer)
     if name not in ("auto", "vllm"):
-        raise ValueError(f"engine {name!r}: expected auto, torch or vllm")
+        common.fail(f"--engine={name}: expected auto, torch or vllm.")
     return VLLMEngine(model, tokenizer) if installed else common.fail("--engine=vllm: vLLM is not installed.")

@@ -143,12 +143,17 @@ def kept_lines(pattern):
             yield json.loads(line)
 
 
+def appending(path):
+    """The file, open for more lines; one that was cut off is ended first."""
+    out = open(path, "a")
+    out.write("\n" if out.tell() and not open(path).read().endswith("\n") else "")
+    return out
+
+
 def recall(rollouts, path, rank):
     """Fill the rollouts whose completion an earlier run has finished; this rank's file, open for more."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    found, out = {}, open(file := f"{path}.rank{rank}.jsonl", "a")
-    if out.tell() and not open(file).read().endswith("\n"):
-        out.write("\n")
+    found, out = {}, appending(f"{path}.rank{rank}.jsonl")
     for kept in kept_lines(glob.escape(path) + ".rank*.jsonl"):
         if "score" in kept or kept["key"] not in found:
             found[kept["key"]] = kept
@@ -265,7 +270,7 @@ def base_of(stage):
 def read_results(folder, flag):
     """({(stage, task, mode, decoding): result line}, stages in their order) of a run folder."""
     path, cells = os.path.join(folder, "results.jsonl"), {}
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         common.fail(f"--{flag}={folder}: no results.jsonl there.", note="Nothing was read.")
     for r in kept_lines(glob.escape(path)):
         cells[r["stage"], r["task"], r["mode"], r["decoding"]] = r  # a re-run replaces
@@ -320,6 +325,8 @@ def keep_best(folder):
         if r["decoding"] == "sampled" and os.path.exists(os.path.join(folder, r["stage"])):
             means.setdefault(r["stage"], {})[r["task"], r["mode"]] = r["score"]
     means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
+    if not means:
+        common.fail(f"--keep_best={folder}: no candidates.jsonl with scores of checkpoints that are there.", note="")
     common.mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
     print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} (" + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items())) + ")")
 
@@ -401,10 +408,8 @@ def chat(model, engine, tokenizer, cfg):
 # ---- 5. main ---------------------------------------------------------------------------------------------------------
 def load(cfg, device, rope_factor):
     """(model, engine) of --model; YaRN where the task's protocol wants it."""
-    try:
+    with common.one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         model = Qwen3.from_pretrained(cfg.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, rope_factor=rope_factor)
-    except Exception as e:  # whatever is wrong with the folder, in the library's words
-        common.fail(f"--model={cfg.model}: {e}.", note="Nothing was measured.")
     return model, make_engine("torch" if cfg.chat else cfg.engine, model, load_tokenizer(cfg.model))
 
 
@@ -423,9 +428,15 @@ def main(cfg):
         common.fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).", note="Nothing was measured.")
     if not os.path.exists(os.path.join(cfg.model, "config.json")):
         common.fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).", note="Nothing was measured.")
+    if unknown := [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]:
+        common.fail(f"--modes: {', '.join(unknown)} unknown (has: think, no_think).", note="Nothing was measured.")
     rank, world, device = common.init_distributed(cfg.seed)
     cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
-    tokenizer, loaded = load_tokenizer(cfg.model), None
+    with common.one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
+        tokenizer, loaded = load_tokenizer(cfg.model), None
+    if cfg.results:
+        common.lock(os.path.dirname(cfg.results) or ".")
+        open(cfg.results, "a").close()  # what cannot be written is said now, not after hours
     if cfg.chat:
         return chat(*load(cfg, device, cfg.rope_factor), tokenizer, cfg)
     for name in names:
@@ -437,7 +448,7 @@ def main(cfg):
         results = score_task(name, engine, tokenizer, cfg, rank, world, model.max_positions())
         print_table(results if rank == 0 else [])
         if cfg.results and rank == 0:
-            with open(cfg.results, "a") as f:
+            with appending(cfg.results) as f:
                 f.writelines(json.dumps(r) + "\n" for r in results)
     if os.path.basename(cfg.results) == "results.jsonl" and rank == 0:  # of a run folder: run_cascade.sh stops if broken_gate has text
         with open(os.path.join(os.path.dirname(cfg.results), "broken_gate"), "w") as f:

@@ -195,10 +195,10 @@ def train_reward_model(cfg, folder):
     on its share and averages gradients; rank 0 writes the folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, init_from = rm_device(), cfg.rm_init_from or cfg.init_from
-    tokenizer = load_tokenizer(init_from)
+    with common.one_sentence(f"reward model from {init_from}"):
+        tokenizer, model = load_tokenizer(init_from), RewardModel(Qwen3.from_pretrained(init_from, device=device)).to(device)
     pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
     held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
-    model = RewardModel(Qwen3.from_pretrained(init_from, device=device)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     steps = max(cfg.rm_epochs * len(pairs) // cfg.rm_samples_per_step, 1)
     order = np.concatenate([np.random.default_rng([cfg.seed, 11, e]).permutation(len(pairs)) for e in range(cfg.rm_epochs)])
@@ -246,16 +246,20 @@ def load_reward_model(path, device, workers=8):
         return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
     if not os.path.exists(os.path.join(path, "config.json")):
         common.fail(f"--rm={path}: no reward model there (config.json is missing).")
-    architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
+    with common.one_sentence(f"--rm={path}"):
+        architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
+    if not architecture.endswith("ForSequenceClassification"):  # transformers would give it a score head of random numbers
+        common.fail(f"--rm={path}: {architecture} is no sequence classifier.")
     if architecture != "Qwen3ForSequenceClassification":
         return load_classifier(path, device)
-    tokenizer, body = load_tokenizer(path), torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
-        model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
-    files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
-    state = {k: v for name in files for k, v in load_file(os.path.join(path, name), device=str(device)).items()}
-    state = {k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()}
-    model.load_state_dict(state, strict=True, assign=True)
+    with common.one_sentence(f"--rm={path}"):
+        tokenizer, body = load_tokenizer(path), torch.bfloat16 if device.type == "cuda" else torch.float32
+        with torch.device("meta"):
+            model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
+        files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+        state = {k: v for name in files for k, v in load_file(os.path.join(path, name), device=str(device)).items()}
+        state = {k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()}
+        model.load_state_dict(state, strict=True, assign=True)
 
     def score(messages_list, answers):
         sequences = [tuple(score_ids(tokenizer, m, a)) for m, a in zip(messages_list, answers, strict=True)]

@@ -96,7 +96,7 @@ mopd() {  # teachers are the cascade's own checkpoints, each for the skill that 
 }
 
 real() {  # the paper's runs; where its text and its appendix tables disagree the tables win (T14-T20). Sizes differ in these lines:
-    local base=${BASE:?set BASE to a Qwen3 base model folder} hub=nvidia/Nemotron-Cascade n=nvidia/Nemotron-RL-coding-competitive_coding
+    local base=$BASE hub=nvidia/Nemotron-Cascade n=nvidia/Nemotron-RL-coding-competitive_coding
     local sft1=20000 sft2="--num_steps=32000 --lr=2e-5" share=0.5 rlhf=800 if1="--num_steps=2300" if2="--num_steps=800" code="" swe2=""
     [ "$PRESET" = 8b-thinking ] && if1="--num_steps=550 --think=true" && if2="--num_steps=300 --think=true --max_new_tokens=16384 --overlong_filter=true"
     [ "$PRESET" = 14b-thinking ] && sft1=22000 && sft2="--num_steps=41000 --lr=5e-5" && rlhf=900 && if1="--num_steps=800 --think=true" \
@@ -131,6 +131,8 @@ case $PRESET in
     setup) setup ;;
     toy) setup; toy; run .venv/bin/python report.py --run="$OUT" ;;
     control|mopd) setup; $PRESET ;;
-    0.6b|8b|8b-thinking|14b-thinking) setup; real; [ -z "${TASKS:-}" ] || run .venv/bin/python report.py --run="$OUT" ;;
+    0.6b|8b|8b-thinking|14b-thinking)
+        [ -n "${BASE:-}" ] || { echo "run_cascade.sh: set BASE to the folder of a Qwen3 base model." >&2; exit 2; }
+        setup; real; [ -z "${TASKS:-}" ] || run .venv/bin/python report.py --run="$OUT" ;;
     *) echo "usage: bash run_cascade.sh [toy|control|mopd|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2; exit 2 ;;
 esac

@@ -231,6 +231,7 @@ def main(cfg):
     start, saved = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
     state |= saved
     steps = batches(tokenizer, state, cfg)
+    steps = itertools.chain([next(steps)], steps)  # what is wrong with the data is said before the log is touched
     logger = common.Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     common.print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "

@@ -437,6 +437,8 @@ def shared_pieces(texts, least=10):
 
 
 def main(cfg):
+    if cfg.num_heads % 2 or cfg.head_dim % 2 or cfg.vocab_size < 512:
+        common.fail("--num_heads and --head_dim have to be even, --vocab_size at least 512.", note="Nothing was made.")
     os.makedirs(cfg.out, exist_ok=True)
     makers = {"chat": (chat_keys, chat_rows), "if": (if_keys, if_rows), "math": (math_keys, math_rows),
               "code": (op_keys, code_rows), "swe": (None, swe_rows)}  # fmt: skip

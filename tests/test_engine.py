@@ -231,5 +231,5 @@ def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
 
 
 def test_an_unknown_engine_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(SystemExit):
         make_engine("warp", model, tokenizer)

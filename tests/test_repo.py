@@ -17,22 +17,22 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 345,  # two engines behind one call, greedy rows beside sampled ones
-    "common.py": 360,  # (220) locks, checksums and one-sentence errors are 110 lines, what a run will take and how it starts 60
+    "common.py": 430,  # (220) locks, checksums, ranges of flags and one-sentence errors are 150 lines, what a run will take and how it starts 60
     "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
     "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
-    "rlhf.py": 650,  # (480) trains the reward model too
+    "rlhf.py": 651,  # (480) trains the reward model too, and refuses what is none
     "coderl.py": 625,  # (480) reads six public schemas instead of one private set
     "ifrl.py": 785,  # (600) 54 constraint checks
     "swerl.py": 775,  # (520) edits, patches, two judges, and sets whose files lie in git clones
     "mopd.py": 390,
     "sandbox.py": 650,
-    "evaluate.py": 450,  # (300) resumable samples, the gates between stages, and a terminal chat
+    "evaluate.py": 465,  # (300) resumable samples, the gates between stages, a terminal chat, and bad input said before hours of sampling
     "benchmarks.py": 442,  # (400) LiveCodeBench Pro with its judge came later; sixteen public benchmarks, 25 lines each with their schemas and traps
     "scaling.py": 170,  # majority vote and contest loop of the paper; measures nothing that evaluate.py does
     "report.py": 250,  # the page a run ends with
     "toy.py": 500,
-    "run_cascade.sh": 136,  # (100) the paper's three model variants are 35 lines, control and mopd 25
+    "run_cascade.sh": 138,  # (100) the paper's three model variants are 35 lines, control and mopd 25
     "kernels/__init__.py": 20,
     **{f"kernels/{name}.py": 250 for name in ("adamw", "attention", "decode_attention", "dispatch", "linear_cross_entropy", "linear_logprob",
                                               "qk_norm_rope", "rms_norm", "sampling", "swiglu")},

@@ -4,6 +4,7 @@ The world is toy.py's with two dozen problems a skill, the model has 0.1M parame
 FSDP2) are the real ones. RL is given the problems that SFT has seen, so that some rewards differ and there is a gradient at all.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -69,9 +70,9 @@ def extra(stage, request):
 
 
 def metrics(out):
-    """metrics.jsonl without the clock."""
+    """metrics.jsonl without the clock and the memory."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def weights(out):
@@ -164,7 +165,8 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
     straight_args, args = (command("mathrl", world, tmp_path / name, taught) for name in ("straight", "killed"))
     run_python(*straight_args, ranks=2)
     (tmp_path / "killed").mkdir()
-    run_and_kill(args, tmp_path / "killed", at_step=3, ranks=2)
+    run_and_kill(args, tmp_path / "killed", at_step=3, ranks=2)  # of the launcher alone: its ranks, in sessions of their own, go with it
+    assert not (tmp_path / "killed" / "final").exists()
     run_python(*args, ranks=2)
     assert distance(weights(tmp_path / "straight"), weights(tmp_path / "killed")) == 0.0
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
@@ -211,6 +213,7 @@ def test_every_stage_takes_two_steps_from_the_checkpoint_of_the_one_before(world
         args = command(stage, world, out, previous, num_steps=2, save_every=1)
         run_python(*args)
         assert [row["step"] for row in metrics(out)] == [1, 2] and (out / "final" / "config.json").exists()
+        assert all(0.05 < json.loads(line)["memory/rss_gb"] < 10 for line in (out / "metrics.jsonl").read_text().splitlines())
         assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "run.json"} <= {p.name for p in (out / "final").iterdir()}
         previous = out / "final"
     before = (tmp_path / "swerl" / "final" / "model.safetensors").read_bytes(), metrics(tmp_path / "swerl")
@@ -243,6 +246,14 @@ def test_a_second_run_on_the_same_folder_refuses(world, tmp_path):
 def test_flags_that_do_not_exist_are_errors(flag):
     code, _, stderr = run_python("mathrl.py", flag, check=False)
     assert code == 2 and flag[2:].split("=")[0] in stderr
+
+
+@pytest.mark.exhaustive
+def test_the_whole_cascade_goes_on_after_kills_at_random_instants(tmp_path):
+    """Six of the kills of bench/kill.log, with other instants."""
+    _, printed, _ = run_python("tests/kill_harness.py", "--kills=6", "--seed=1", f"--out={tmp_path}/cascade", f"--log={tmp_path}/log", timeout=3000)
+    print(printed)
+    assert "6 kills, 1 cascades, every one equal to the undisturbed run bit for bit" in printed
 
 
 # ---- Checkpoints, without a stage ----
@@ -284,6 +295,58 @@ def test_half_a_checkpoint_does_not_count(checkpoints):
     shutil.rmtree(checkpoints / "step_000003")
     shutil.rmtree(checkpoints / "step_000002")
     assert common.latest_checkpoint(checkpoints) == "" == common.latest_checkpoint(checkpoints / "no_such_run")
+
+
+@pytest.mark.parametrize("file", ["optim_rank0.pt", "config.json", "tokenizer.json", "run.json"])
+def test_a_full_disk_ends_a_save_with_one_sentence_and_the_last_checkpoint_intact(file, checkpoints, world, capsys):
+    """/dev/full answers every write as a full disk does."""
+    half, before = checkpoints / "step_000004.tmp", sorted(os.listdir(checkpoints))
+    half.mkdir()
+    (half / file).symlink_to("/dev/full")
+    model = make_tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimizer.step()  # its moments, too, have to be written
+    with pytest.raises(SystemExit) as ended:
+        common.save_checkpoint(str(checkpoints), 4, model, optimizer, Config(init_from=str(world / "base")), {"cursor": 4})
+    said = capsys.readouterr().err
+    print(said)
+    assert ended.value.code == 2 and said.count("\n") == 1 and "step_000004 cannot be written" in said and "checkpoint before it is whole" in said
+    assert sorted(os.listdir(checkpoints)) == before and common.latest_checkpoint(checkpoints).endswith("step_000003")
+
+
+def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
+    """A disk of its own (tmpfs) with ever more room, until a save fits: all the ones before end in a sentence and leave nothing."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        model, cfg, rooms = make_tiny(), Config(init_from=str(world / "base")), []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(torch.tensor([[1, 2, 3]])).sum().backward()
+        optimizer.step()
+        common.save_checkpoint(str(tmp_path), 1, model, optimizer, cfg, {"cursor": 1})
+        free = lambda: shutil.disk_usage(tmp_path).free
+        for room in range(0, 2 << 20, 32 << 10):
+            (tmp_path / "filler").write_bytes(bytes(free() - room))
+            with contextlib.suppress(SystemExit):
+                common.save_checkpoint(str(tmp_path), 2, model, optimizer, cfg, {"cursor": 2})
+                break
+            (tmp_path / "filler").unlink()
+            rooms.append(room)
+            assert sorted(os.listdir(tmp_path)) == ["step_000001"] and common.latest_checkpoint(tmp_path).endswith("step_000001")
+        said = capsys.readouterr().err.splitlines()
+        print(f"{len(rooms)} sizes of a disk too small, up to {rooms[-1]} bytes:", *{line.partition(" cannot")[2] for line in said}, sep="\n")
+        assert len(said) == len(rooms) > 5 and all("step_000002 cannot be written" in line for line in said)
+        assert common.latest_checkpoint(tmp_path).endswith("step_000002")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_verifier_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    """A child forked by the run, as verifiers are, still lives when the same command starts again."""
+    start = "import common, os, sys, time; common.lock(sys.argv[1]); os.fork() or time.sleep(20); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", start, str(tmp_path)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL and lock_is_free(tmp_path)
 
 
 def test_a_checkpoint_brings_back_optimizer_and_cursor(checkpoints):

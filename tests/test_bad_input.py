@@ -1,0 +1,428 @@
+"""Guards: whatever is wrong with flags, data, models, tokenizers, checkpoints, folders or ports ends in one clear sentence and exit code 2,
+before any training, and what lay in the folder stays as it was.
+
+Every row runs a script's own main in a process of its own, with its standard error read back. The processes are forked from one that has
+imported the scripts (SERVER), so that a row costs what the script does and no import; rows on two ranks are two processes on gloo.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import common
+from conftest import ROOT
+from sft import Config
+
+SERVER = """
+import sys; sys.path.insert(0, '.')
+import importlib, json, os, signal
+import coderl, data, evaluate, ifrl, mathrl, mopd, report, rlhf, scaling, sft, swerl, toy, common, model
+import fsspec, pyarrow.parquet, torch
+model.memory_plan(model.Qwen3Config(), 1, 1, 1)  # imports a second's worth on its first call, as does an optimizer
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+def run(script, args, env, err):
+    os.environ.update(env)
+    os.setpgid(0, 0)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.argv, module, code = [script, *args], importlib.import_module(script[:-3]), 0
+    try:
+        main = module.write_decontaminated if script == "data.py" else module.main
+        main(common.parse_config(module.Decontamination if script == "data.py" else module.Config))
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        code = 1
+        try:
+            sys.excepthook(*sys.exc_info())
+        except SystemExit as e:
+            code = e.code
+    os._exit(code or 0)
+for line in sys.stdin:
+    jobs, pids = json.loads(line), []
+    for job in jobs:
+        pids.append(os.fork() or run(*job))
+    code = os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])
+    for pid in pids:
+        try:
+            os.killpg(pid, signal.SIGKILL)  # what torchrun does to the others
+        except ProcessLookupError:
+            pass
+    for pid in pids[1:]:
+        os.waitpid(pid, 0)
+    print(code, flush=True)
+"""
+SHORT = dict(num_steps=1, micro_batch_tokens=512)
+RL = {**SHORT, **dict(prompts_per_step=2, group_size=2, max_prompt_tokens=256, max_new_tokens=8, reward_workers=1, rope_factor=0)}
+BASE = {
+    "sft.py": dict(SHORT, data="W/sft_stage1.jsonl", samples_per_step=2, max_seq_len=512),
+    "mathrl.py": dict(RL, data="W/math_dev.jsonl"),
+    "ifrl.py": dict(RL, data="W/if_dev.jsonl"),
+    "coderl.py": dict(RL, data="W/code_dev.jsonl"),
+    "swerl.py": dict(RL, data="W/swe_dev.jsonl", min_prompt_tokens=0),
+    "rlhf.py": dict(RL, data="W/chat_dev.jsonl", rm_data="W/preference_dev.jsonl", rm_samples_per_step=2),
+    "mopd.py": {k: v for k, v in RL.items() if k != "reward_workers"},
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+def answer(server, folder, script, flags, ranks=1, **env):
+    """(exit code, standard error of rank 0) of a script with these flags."""
+    args, jobs = [f"--{k}={v}" for k, v in flags.items()], []
+    port = env.pop("MASTER_PORT", None) or str(free_port())
+    for rank in range(ranks):
+        if ranks > 1:
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        jobs.append([script, args, dict(env), str(folder / f"err{rank}")])
+    server.stdin.write(json.dumps(jobs) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline()), (folder / "err0").read_text()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def contents(folder):
+    """{path: (bytes, date)} of all files; locks are there to be taken."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+# ---- What is wrong: (script, flags, what the sentence says); W is the folder of the toy's data, T the test's own -----------------
+FLAGS = [
+    ("mathrl.py", {"lrr": 3}, "unrecognized arguments: --lrr=3"),
+    ("mathrl.py", {"group": 3}, "unrecognized arguments: --group=3"),
+    ("mathrl.py", {"num_steps": "many"}, "--num_steps: invalid int value: 'many'"),
+    ("mathrl.py", {"group_size": 2.5}, "--group_size: invalid int value: '2.5'"),
+    ("mathrl.py", {"overlong_filter": "maybe"}, "--overlong_filter: 'maybe' is neither true nor false"),
+    ("mathrl.py", {"group_size": 0}, "--group_size=0: expected a number above 0"),
+    ("mathrl.py", {"group_size": -8}, "--group_size=-8: expected a number above 0"),
+    ("mathrl.py", {"prompts_per_step": 0}, "--prompts_per_step=0: expected"),
+    ("mathrl.py", {"num_steps": 0}, "--num_steps=0: expected"),
+    ("mathrl.py", {"max_new_tokens": 0}, "--max_new_tokens=0: expected"),
+    ("mathrl.py", {"micro_batch_tokens": 0}, "--micro_batch_tokens=0: expected"),
+    ("mathrl.py", {"save_every": 0}, "--save_every=0: expected"),
+    ("mathrl.py", {"reward_workers": 0}, "--reward_workers=0: expected"),
+    ("mathrl.py", {"eval_every": -5}, "--eval_every=-5: expected a number from 0"),
+    ("mathrl.py", {"seed": -1}, "--seed=-1: expected a number from 0"),
+    ("mathrl.py", {"seed": 10**20}, "--seed=100000000000000000000: expected"),
+    ("mathrl.py", {"lr": "nan"}, "--lr=nan: expected a number above 0"),
+    ("mathrl.py", {"lr": "inf"}, "--lr=inf: expected"),
+    ("mathrl.py", {"lr": -1e-6}, "--lr=-1e-06: expected"),
+    ("mathrl.py", {"temperature": 0}, "--temperature=0.0: expected a number above 0"),
+    ("mathrl.py", {"temperature": -1}, "--temperature=-1.0: expected"),
+    ("mathrl.py", {"top_p": 0}, "--top_p=0.0: expected a number above 0 to 1"),
+    ("mathrl.py", {"top_p": 1.5}, "--top_p=1.5: expected a number above 0 to 1"),
+    ("mathrl.py", {"top_k": -1}, "--top_k=-1: expected"),
+    ("mathrl.py", {"clip_low": -0.1}, "--clip_low=-0.1: expected"),
+    ("mathrl.py", {"clip_high": "nan"}, "--clip_high=nan: expected"),
+    ("mathrl.py", {"grad_clip": 0}, "--grad_clip=0.0: expected"),
+    ("mathrl.py", {"beta2": 1}, "--beta2=1.0: expected a number from 0 to 0.9999"),
+    ("mathrl.py", {"max_infra": 2}, "--max_infra=2.0: expected a number from 0 to 1"),
+    ("rlhf.py", {"think_share": -0.5}, "--think_share=-0.5: expected a number from 0 to 1"),
+    ("sft.py", {"samples_per_step": -1}, "--samples_per_step=-1: expected"),
+    ("sft.py", {"schedule_steps": 0}, "--schedule_steps=0: expected"),
+    ("mathrl.py", {"engine": "warp"}, "--engine=warp: expected auto, torch or vllm"),
+    ("sft.py", {"max_seq_len": 5000}, "--max_seq_len is 5000, over the 1024 positions"),
+    ("mathrl.py", {"max_new_tokens": 5000}, "--max_prompt_tokens + --max_new_tokens is 5256, over the 1024 positions"),
+    ("toy.py", {"vocab_size": 10}, "--vocab_size at least 512"),
+    ("toy.py", {"num_heads": 3}, "--num_heads and --head_dim have to be even"),
+    ("evaluate.py", {"model": "W/base", "tasks": "math,maths"}, "--tasks: maths unknown (has: chat, if, math"),
+    ("evaluate.py", {"model": "W/base", "modes": "thinking"}, "--modes: thinking unknown"),
+    ("evaluate.py", {"model": "nowhere"}, "--model=nowhere: no checkpoint there"),
+    ("evaluate.py", {"model": "W/base", "max_new_tokens": 4096, "tasks": "math"}, "4096 new tokens, but"),
+    ("evaluate.py", {"gates": "T"}, "no results.jsonl there"),
+    ("evaluate.py", {"keep_best": "T"}, "no candidates.jsonl with scores"),
+    ("evaluate.py", {"same_compute": "T/a,T/b"}, "T/a/metrics.jsonl"),
+    ("report.py", {"run": "T/none"}, "no results.jsonl there"),
+    ("scaling.py", {"model": "W/base"}, "one of --vote=file, --ioi=file"),
+    ("mopd.py", {"data": "W/math_dev.jsonl"}, "is not STAGE:DATA:TEACHER"),
+    ("mopd.py", {"data": "mathrl:W/math_dev.jsonl:nowhere"}, "is no checkpoint (config.json is missing)"),
+]
+GOOD = {"problem": "What is 1 + 1?", "answer": "2"}
+FILES = {  # name: what is in it
+    "empty.jsonl": "",
+    "torn.jsonl": json.dumps(GOOD) + '\n{"problem": "What is',
+    "list.jsonl": "[1, 2]\n",
+    "bare.jsonl": '{"problem": "What is 1 + 1?"}\n',
+    "kind.jsonl": '{"problem": 7, "answer": "2"}\n',
+    "nested.jsonl": '{"problem": "What is 1 + 1?", "answer": ["2"]}\n',
+    "blank.jsonl": '{"problem": "", "answer": ""}\n',
+    "unsound.jsonl": '{"problem": "What is x?", "answer": "\\\\frac{"}\n',
+    "good.txt": json.dumps(GOOD) + "\n",
+    "binary.jsonl": bytes(range(256)) * 8,
+    "text.parquet": "no parquet\n",
+    "text.jsonl.gz": "no gzip\n",
+    "user.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n',
+}
+DATA = [
+    ("mathrl.py", {"data": "T/none.jsonl"}, "T/none.jsonl: no such file or folder"),
+    ("mathrl.py", {"data": "T/good.txt"}, "T/good.txt: expected a file that ends in .jsonl"),
+    ("mathrl.py", {"data": "T/nothing"}, "T/nothing: no file that ends in .jsonl"),
+    ("mathrl.py", {"data": "T/empty.jsonl"}, "no usable row (the file is empty)"),
+    ("mathrl.py", {"data": "T/torn.jsonl"}, "T/torn.jsonl row 2: not valid JSON"),
+    ("mathrl.py", {"data": "T/list.jsonl"}, "T/list.jsonl row 1: a row is list, expected an object"),
+    ("mathrl.py", {"data": "T/bare.jsonl"}, 'T/bare.jsonl row 1: no "answer" field (has: problem)'),
+    ("mathrl.py", {"data": "T/kind.jsonl"}, 'T/kind.jsonl row 1: field "problem" is int, expected str or list'),
+    ("mathrl.py", {"data": "T/nested.jsonl"}, "no usable row (1 x field \"answer\" is neither text nor a number)"),
+    ("mathrl.py", {"data": "T/blank.jsonl"}, "no usable row (1 x empty problem or answer)"),
+    ("mathrl.py", {"data": "T/unsound.jsonl"}, "no answer that the verifier can read"),
+    ("mathrl.py", {"data": "T/binary.jsonl"}, "T/binary.jsonl row"),
+    ("mathrl.py", {"data": "T/text.parquet"}, "T/text.parquet row 0: ArrowInvalid"),
+    ("mathrl.py", {"data": "T/text.jsonl.gz"}, "T/text.jsonl.gz row 0: BadGzipFile"),
+    ("mathrl.py", {"eval_data": "T/none.jsonl"}, "T/none.jsonl: no such file or folder"),
+    ("mathrl.py", {"max_prompt_tokens": 3}, "every prompt is longer than max_prompt_tokens=3"),
+    ("sft.py", {"data": "T/bare.jsonl"}, 'no usable row (1 x no "messages" field'),
+    ("sft.py", {"data": "T/user.jsonl"}, "the last turn is not the assistant's"),
+    ("sft.py", {"max_seq_len": 3}, "every conversation is longer than max_seq_len=3"),
+    ("ifrl.py", {"data": "T/bare.jsonl"}, "T/bare.jsonl"),
+    ("coderl.py", {"data": "T/bare.jsonl"}, "T/bare.jsonl"),
+    ("swerl.py", {"data": "T/bare.jsonl"}, "T/bare.jsonl"),
+    ("rlhf.py", {"rm_data": "T/bare.jsonl"}, 'T/bare.jsonl row 1: no "chosen" field'),
+    ("data.py", {"data": "W/math_rl.jsonl", "eval_data": "T/none.jsonl", "out": "T/clean.jsonl"}, "T/none.jsonl: no such file"),
+    ("data.py", {"data": "W/math_rl.jsonl", "eval_data": "W/math_dev.jsonl", "out": "T/none/clean.jsonl"}, "T/none/clean.jsonl.tmp"),
+]
+
+
+def place(text, world, folder):
+    text = str(text)
+    return text.replace("W/", f"{world}/").replace("T/", f"{folder}/") if text != "T" else str(folder)
+
+
+def refused(server, world, tmp_path, script, flags, message, ranks=1, **env):
+    """One row: run it, look at the sentence, the exit code, and that the run's folder is as it was."""
+    out = tmp_path / "out"
+    if not os.path.lexists(out):
+        out.mkdir()
+        (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    trains = script in BASE
+    flags = {**({"init_from": "W/base", "out_dir": "T/out"} if trains else {}), **BASE.get(script, {}), **flags}
+    before = contents(tmp_path)
+    code, said = answer(server, tmp_path, script, {k: place(v, world, tmp_path) for k, v in flags.items()}, ranks, **env)
+    print(said)
+    sentence = said.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in said, said[-2000:]
+    assert sentence.startswith(f"{script}: ") and message.replace("T/", f"{tmp_path}/") in sentence and len(said.strip().splitlines()) == 1
+    assert {k: v for k, v in contents(tmp_path).items() if not k.startswith("err")} == before, "something was written"
+
+
+def names(table):
+    """Ids of the rows: the script and its flags."""
+    return [" ".join([script, *(f"--{k}={v}" for k, v in flags.items())]) for script, flags, _ in table]
+
+
+@pytest.mark.parametrize("script, flags, message", FLAGS, ids=names(FLAGS))
+def test_flags(script, flags, message, server, world, tmp_path):
+    refused(server, world, tmp_path, script, flags, message)
+
+
+@pytest.mark.parametrize("script, flags, message", DATA, ids=names(DATA))
+def test_data(script, flags, message, server, world, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(server, world, tmp_path, script, flags, message)
+
+
+# ---- Models, tokenizers, reward models ------------------------------------------------------------------------------------------
+def edit_json(name, **changes):
+    def edit(folder):
+        raw = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(raw | changes))
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def cut(name, size=1000):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def rename_token(folder):
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("<|im_end|>", "<|end|>"))
+
+
+def narrow(folder):
+    edit_json("config.json", vocab_size=600)(folder)
+    edit_tensors(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:600].clone()}))(folder)
+
+
+MODELS = {
+    "no_folder": (shutil.rmtree, "tokenizer.json is missing"),
+    "no_config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config_is_no_json": (cut("config.json", 20), "JSONDecodeError"),
+    "another_architecture": (edit_json("config.json", model_type="llama"), "model_type is 'llama', expected 'qwen3'"),
+    "attention_bias": (edit_json("config.json", attention_bias=True), "attention_bias and sliding windows are not part of dense Qwen3"),
+    "another_rope": (edit_json("config.json", rope_scaling={"rope_type": "llama3"}), "rope_type 'llama3' is not supported"),
+    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "tensors are missing, first"),
+    "weights_cut_off": (cut("model.safetensors", 50_000), "SafetensorError"),
+    "weights_are_no_safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"pickle" * 100), "SafetensorError"),
+    "a_tensor_is_missing": (edit_tensors(lambda t: t.pop("model.norm.weight")), "1 tensors are missing, first model.norm.weight"),
+    "a_tensor_too_many": (edit_tensors(lambda t: t.update({"model.extra": torch.zeros(1)})), "unknown tensor model.extra"),
+    "a_tensor_of_another_shape": (edit_tensors(lambda t: t.update({"model.norm.weight": torch.zeros(3)})), "norm.weight is (3,), expected (48,)"),
+    "another_width": (edit_json("config.json", hidden_size=64), "expected"),
+    "no_tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "tokenizer_is_no_json": (cut("tokenizer.json"), "Exception"),
+    "tokenizer_without_chat_tokens": (rename_token, "no token <|im_end|>"),
+    "more_tokens_than_rows_of_the_embedding": (narrow, "tokens, the model only 600"),
+    "a_run_json_of_something_else": (lambda f: (f / "run.json").write_text("[]"), "run.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("wrong", MODELS)
+def test_models_and_tokenizers(wrong, server, world, tmp_path):
+    change, message = MODELS[wrong]
+    shutil.copytree(world / "base", tmp_path / "model")
+    change(tmp_path / "model")
+    script = "mathrl.py" if wrong.startswith("a_run_json") else "sft.py"
+    refused(server, world, tmp_path, script, {"init_from": "T/model"}, message)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"init_from": "nowhere"}, "reward model from nowhere"),
+    ({"rm_init_from": "nowhere"}, "reward model from nowhere"),
+    ({"rm": "nowhere"}, "--rm=nowhere: no reward model there"),
+    ({"rm": "W/base"}, "Qwen3ForCausalLM is no sequence classifier"),
+    ({"rm": "T/rm"}, "--rm=T/rm: "),
+    ({"rm": "http://127.0.0.1:9/score", "reward_workers": 24}, "reward model self test: scores [None"),
+])  # fmt: skip
+def test_reward_models(flags, message, server, world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "rm")
+    edit_json("config.json", architectures=["Qwen3ForSequenceClassification"])(tmp_path / "rm")  # but it has no score head
+    refused(server, world, tmp_path, "rlhf.py", flags, message)
+
+
+# ---- Folders, checkpoints, ports ------------------------------------------------------------------------------------------------
+def test_an_output_folder_that_is_a_file(server, world, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    refused(server, world, tmp_path, "sft.py", {}, "T/out: no folder to write into (File exists)")
+
+
+def test_an_output_folder_below_a_file(server, world, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(server, world, tmp_path, "sft.py", {"out_dir": "T/file/out"}, "T/file/out: no folder to write into (Not a directory)")
+
+
+def test_an_output_folder_without_rights(server, world, tmp_path):
+    refused(server, world, tmp_path, "sft.py", {"out_dir": "/proc/out"}, "/proc/out: no folder to write into")
+
+
+def test_toy_data_where_a_file_is(server, world, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(server, world, tmp_path, "toy.py", {"out": "T/file"}, "T/file")
+
+
+def test_results_that_are_a_folder(server, world, tmp_path):
+    (tmp_path / "results.jsonl").mkdir()
+    refused(server, world, tmp_path, "evaluate.py", {"model": "W/base", "tasks": "math", "results": "T/results.jsonl"}, "Is a directory")
+
+
+def test_a_log_of_something_else(server, world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("step,loss\n1,2\n")
+    refused(server, world, tmp_path, "sft.py", {}, "metrics.jsonl is not the log of a run")
+
+
+@pytest.mark.parametrize("script, ranks", [("sft.py", 1), ("mathrl.py", 2), ("evaluate.py", 1)])
+def test_a_folder_that_another_run_holds(script, ranks, server, world, tmp_path):
+    (tmp_path / "out").mkdir()
+    flags = {"model": "W/base", "tasks": "math", "results": "T/out/results.jsonl"} if script == "evaluate.py" else {}
+    with open(tmp_path / "out" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused(server, world, tmp_path, script, flags, "another run is writing here", ranks)
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("mathrl.py", {"prompts_per_step": 3}, "--prompts_per_step=3 is not a multiple of 2 ranks"),
+    ("sft.py", {"samples_per_step": 1}, "--samples_per_step=1 is less than one for each of 2 ranks"),
+])  # fmt: skip
+def test_batches_that_the_ranks_cannot_share(script, flags, message, server, world, tmp_path):
+    refused(server, world, tmp_path, script, flags, message, ranks=2)
+
+
+def test_a_port_in_use(server, world, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused(server, world, tmp_path, "sft.py", {}, f"rank 0 of 2 at MASTER_PORT={port}", ranks=2, MASTER_PORT=port)
+
+
+def checkpoint(world, out, changes):
+    """A checkpoint of step 1 in a run's folder, whole but for the changes in its run.json."""
+    from model import Qwen3
+
+    model = Qwen3.from_pretrained(world / "base")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimizer.step()
+    out.mkdir()
+    folder = common.save_checkpoint(str(out), 1, model, optimizer, Config(init_from=str(world / "base")), {})
+    edit_json("run.json", **changes)(Path(folder))
+
+
+CURSOR = {"epoch": 1, "position": 0, "skipped": 0}
+
+
+@pytest.mark.parametrize("script, changes, message", [
+    ("sft.py", {"world": 4}, "was written by 4 ranks and can only be resumed by as many"),
+    ("sft.py", {"state": {**CURSOR, "block": 0, "seen": {}, "files": {"other.jsonl": [0, 0, 0.0]}}}, "its files are not those"),
+    ("mathrl.py", {"state": {**CURSOR, "pool": [], "history": {}, "data": 1}}, "not those that T/out/step_000001 was trained on"),
+])  # fmt: skip
+def test_checkpoints_of_another_run(script, changes, message, server, world, tmp_path):
+    checkpoint(world, tmp_path / "out", changes)
+    refused(server, world, tmp_path, script, {"num_steps": 3}, message)
+
+
+@pytest.mark.parametrize("args, environment, message", [
+    (["9b"], {}, "usage: bash run_cascade.sh"),
+    (["8b"], {"BASE": ""}, "set BASE to the folder of a Qwen3 base model"),
+])  # fmt: skip
+def test_run_cascade(args, environment, message, tmp_path):
+    env = {**os.environ, "DRY_RUN": "1", "OUT": str(tmp_path / "out"), **environment}
+    done = subprocess.run(["bash", "run_cascade.sh", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_table_has_at_least_fifty_rows():
+    count = len(FLAGS) + len(DATA) + len(MODELS)
+    print(f"{count} rows in the three tables alone, at least 50 wanted")
+    assert count >= 50
+
+
+def test_a_good_row_is_not_refused(server, world, tmp_path):
+    """The same way of running, with nothing wrong: exit code 0 and a finished stage."""
+    clock = time.time()
+    flags = {"init_from": "W/base", "out_dir": "T/out", **BASE["sft.py"]}
+    code, said = answer(server, tmp_path, "sft.py", {k: place(v, world, tmp_path) for k, v in flags.items()})
+    assert code == 0 and (tmp_path / "out" / "final").exists(), said
+    print(f"{time.time() - clock:.1f} s")
