@@ -8,7 +8,8 @@ Deviations from the paper:
   1. Its 9.8K problems are not public: load_rows() reads the public sets they came from, in six schemas.
   2. Its verifier descends from LiveCodeBench's, which gives full marks to programs that look up the answer inside the
      runner. Kept are its comparison rules; not kept: `==` between Python objects (results are JSON: a tuple is a list,
-     True is not 1) and the whole-problem time limit. Idioms that its rewriting breaks (open(0), globals) pass.
+     True is not 1), the whole-problem time limit, and one process for all calls of a program (here one a test). Idioms
+     that its rewriting breaks (open(0), globals) pass.
   3. Time limits are CPU seconds, so that a busy machine fails nobody.
   4. Interactive and special-judge problems are found by their fields, else by their wording.
 torchrun --nproc_per_node=8 coderl.py --init_from=out/mathrl/final --out_dir=out/coderl

@@ -273,6 +273,19 @@ def test_every_call_of_a_program_is_judged_and_a_failure_does_not_spoil_the_next
     assert coderl.run_tests(source, tests, 0.3, stop=True) == ["ok", "crash"]
 
 
+@pytest.mark.parametrize("source, expected", [
+    ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),  # never emptied: right in every call by itself
+    ("def f(x, seen=[]):\n    seen.append(x)\n    return len(seen)", "1"),
+    ("class Solution:\n    n = 0\n    def f(self, x):\n        Solution.n += 1\n        return self.n", "1"),
+    ("import os\ndef f(x):\n    os.environ['X'] = os.environ.get('X', '') + 'x'\n    return len(os.environ['X'])", "1"),
+    ("import json\ndef f(x):\n    old = getattr(json, 'old', 0)\n    json.old = old + 1\n    return json.old", "1"),
+    ("import os\ndef f(x):\n    try: open('n', 'a').write('x')\n    except OSError: return 1\n    return os.path.getsize('n')", "1"),
+])  # fmt: skip
+def test_no_test_leaves_anything_to_the_next(mode, source, expected):
+    tests = {"inputs": ["5"] * 3, "outputs": [expected] * 3, "fn_name": "f"}
+    assert coderl.run_tests(source, tests, 5.0) == ["ok"] * 3
+
+
 def test_the_same_program_gets_the_same_verdict_in_every_run():
     source = "import random\nprint(hash('x'), random.random())"
     first = sandbox.run(source).stdout
