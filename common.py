@@ -169,8 +169,9 @@ def load_policy(cfg, world, device):
 def check_step(step, metrics, state, cfg):
     """Ends a run whose rewards or gradients are broken. A gradient that is not finite was not applied (train_step); three in a row end it."""
     whole = "The last checkpoint is whole."
-    if metrics.get("status/infra", 0) > getattr(cfg, "max_infra", 1):
-        fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).", note=whole)
+    for status, what in (("infra", "infrastructure failures"), ("timeout", "verifications that were cut off")):
+        if metrics.get(f"status/{status}", 0) > (limit := getattr(cfg, f"max_{status}", 1)):
+            fail(f"step {step}: {metrics[f'status/{status}']:.1%} of the rewards are {what} (--max_{status}={limit:g}).", note=whole)
     state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
     if state["skipped"] >= 3:
         fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note=whole)

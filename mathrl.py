@@ -72,6 +72,7 @@ class Config:
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     reward_workers: int = 8  # verifier processes per rank
     max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
+    max_timeout: float = 0.02  # or are verifications cut off: they earn 0 (masked, LaTeX that stalls would be a way out) and may hide right answers
     eval_every: int = 20  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps
@@ -139,7 +140,8 @@ def select_rows(rows, epoch, history, cfg):
 for name in ("math_verify", "latex2sympy2_extended"):  # they warn about every answer that does not parse
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
-LIMIT_S = 9.5  # wall seconds of one verification; parsing the gold, parsing the answer and comparing have 3 each
+LIMIT_S = 9.5  # wall seconds of one verification
+PART_S = 3  # of them for parsing the gold, for parsing the answer and for comparing
 MAX_ANSWER = 512  # characters inside the box
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
@@ -211,27 +213,29 @@ def refused(gold, given):
 
 
 def equal(gold, given):
-    """math-verify on gold (default reading) and answer (LaTeX only). It uses SIGALRM and can hang: only in a child."""
+    """math-verify on gold (default reading) and answer (LaTeX only); None if it gave up, about which it keeps silent.
+    It uses SIGALRM and can hang: only in a child."""
+    start, same = time.monotonic(), False
     try:
-        gold_forms = parse(boxed(gold), parsing_timeout=3)
-        given_forms = parse(boxed(given), [LatexExtractionConfig()], parsing_timeout=3)
-        if not verify(gold_forms, given_forms, timeout_seconds=3):
-            return False
-        a, b = gold_forms[0], given_forms[0]
-        if a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b)):
-            return True
-        if a.is_Integer:
-            return (a - b).equals(0) is True
-        return bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30)))  # verify() rounds: tiny numbers are all equal
+        gold_forms = parse(boxed(gold), parsing_timeout=PART_S)
+        given_forms = parse(boxed(given), [LatexExtractionConfig()], parsing_timeout=PART_S)
+        if verify(gold_forms, given_forms, timeout_seconds=PART_S):
+            a, b = gold_forms[0], given_forms[0]
+            same = a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b))
+            if not same and a.is_Integer:
+                same = (a - b).equals(0) is True
+            elif not same:  # verify() rounds: tiny numbers are all equal
+                same = bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30)))
     except BaseException:  # whatever sympy throws at hostile LaTeX; math-verify's own timeout is no Exception
-        return False
+        pass
+    return same or (False if time.monotonic() - start < PART_S else None)
 
 
 equal_in_child = sandbox.killable(equal, LIMIT_S)
 
 
 def same_answer(gold, given):
-    """True or False, None if the verifier had to be killed. Integers and equal literals never leave this process."""
+    """True or False, None if the verifier gave up or had to be killed. Integers and equal literals never leave this process."""
     a, b = literal(gold), literal(given)
     if "%" not in gold and a is not None and b is not None and (a == b or a.denominator == 1):
         return a == b

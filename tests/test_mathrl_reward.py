@@ -15,8 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from math_verify import LatexExtractionConfig, parse, verify
 
+import coderl
+import common
+import ifrl
 import mathrl
+import rlhf
 import sandbox
+import swerl
 
 HONEST = {  # gold: answers that are right
     "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
@@ -205,6 +210,34 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
     free = SimpleNamespace(row={**row, "think": False}, text=r"\boxed{\frac{\pi}{4}}", finish_reason="stop", reward=None, status="", pending=None)
     collect([cut, free])
     assert (cut.reward, cut.status) == (0, "no_answer") and mathrl.metric(free) == 1.0
+
+
+# ---- a broken verifier -----------------------------------------------------------------------------------------------
+
+
+def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_answer():
+    """math-verify returns False when its own clock has run out: an overloaded machine would look like a policy that is wrong."""
+    start = time.time()
+    assert mathrl.verdict(mathrl.boxed("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout") and time.time() - start < 10.5
+    assert mathrl.verdict(mathrl.boxed(r"\frac{\pi}{3}"), r"\frac{\pi}{4}") == (0, "wrong")
+
+
+@pytest.mark.parametrize("stage, metrics, sentence", [
+    (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),  # at the limit, not over it
+    (mathrl, {"status/infra": 0.021}, "2.1% of the rewards are infrastructure failures (--max_infra=0.02)"),
+    (mathrl, {"status/timeout": 0.03}, "3.0% of the rewards are verifications that were cut off (--max_timeout=0.02)"),
+    (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),  # of code, a time-out is the program's own fault
+    (coderl, {"status/infra": 0.03}, "infrastructure failures"), (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
+    (swerl, {"status/infra": 0.03}, "infrastructure failures"), (rlhf, {"status/infra": 0.03}, "infrastructure failures"),
+])  # fmt: skip
+def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(stage, metrics, sentence, capsys):
+    step = lambda: common.check_step(7, {"grad_norm": 1.0, "loss": 0.0, **metrics}, {"skipped": 0}, stage.Config())
+    if not sentence:
+        return step()
+    with pytest.raises(SystemExit) as stop:
+        step()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and sentence in error and "step 7" in error and "The last checkpoint is whole." in error
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
