@@ -360,15 +360,15 @@ def make_reward(cfg):
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: the reward model's own score (the reward may be a shaped one), its spread in a group."""
+    """This stage's numbers for the log: mean and spread of the reward model's own score (the reward may be a shaped one) over all
+    prompts, and its spread in a group. Spreads are of a rank's rollouts, averaged over the ranks."""
     groups = {}
     for r in rollouts:
-        groups.setdefault(r.group, []).append(r.score)
-    finite = [[s for s in scores if math.isfinite(s)] for scores in groups.values()]
-    stds = [statistics.pstdev(scores) for scores in finite if scores]
-    scores, n = [s for scores in finite for s in scores], max(len(rollouts), 1)
-    squares = sum(s * s for s in scores)  # their mean, not a std: ranks' shares can be averaged
-    return {"rm_score": sum(scores) / n, "rm_score_squared": squares / n, "rm_group_std": sum(stds) / max(len(stds), 1)}
+        if math.isfinite(r.score):
+            groups.setdefault(r.group, []).append(r.score)
+    scores = [s for group in groups.values() for s in group] or [0.0]
+    stds = [statistics.pstdev(group) for group in groups.values()] or [0.0]
+    return {"rm_score": statistics.fmean(scores), "rm_std": statistics.pstdev(scores), "rm_group_std": statistics.fmean(stds)}
 
 
 def self_test(rows, cfg):

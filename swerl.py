@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import fail
+from common import fail, print0
 from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import render_chat
@@ -467,7 +467,8 @@ def make_reward(cfg):
     return submit, collect
 
 
-REASONS = ("exact", "judged", "unchanged", "no block", "text not found", "text found more than once", "truncated")
+REASONS = ("exact", "judged", "unchanged", "truncated", "thinking not closed", "no block", "block not closed", "text not found",
+           "text found more than once", "blank search text", "unknown file", "new file", "test or CI file")  # fmt: skip
 
 
 def monitor(rollouts):
@@ -488,7 +489,7 @@ def as_response(files, after):
 
 
 def self_test(rows, cfg):
-    """Before training: the golden change earns 1, with one more line less, prose -1. The endpoint is not asked."""
+    """Before training: the golden change earns 1, with one more line less, prose -1, and the endpoint answers a question."""
     marks = re.compile(r"^(=======|<<<<<<< |>>>>>>> )", re.M)
     plain = [row for row in rows if not any(map(marks.search, row["files"].values()))]
     for row in random.Random(cfg.seed).sample(plain, min(16, len(plain))):
@@ -499,6 +500,13 @@ def self_test(rows, cfg):
         earned = [reward(text, files, row["golden_patch"]) for text in texts]
         if not (earned[0] == 1 and earned[1] < 1 and earned[2] == -1):
             fail(f"reward self test: golden, corrupted and no patch of {path} earn {earned}, not 1, less and -1.")
+    if cfg.judge != "lexical":
+        oracle = apply_patch(rows[0]["golden_patch"], rows[0]["files"])
+        try:
+            yes, mass = ask_judge(cfg, rows[0]["issue"], rows[0]["files"], oracle, oracle)
+        except OSError as error:
+            fail(f"--judge={cfg.judge}: {error}.")
+        print0(f"judge: a golden patch itself is P(YES) {yes:.2f}, P(YES) + P(NO) {mass:.2f}")
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------

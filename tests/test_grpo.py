@@ -432,12 +432,13 @@ def test_summary_by_hand():
 
 
 def test_rlhf_logs_the_reward_model_s_mean_and_spreads():
-    """Groups with scores (1, 3) and (5, 5, nan): an endpoint that failed has no score."""
+    """Groups with scores (1, 3) and (5, 5, nan): an endpoint that failed has no score. Mean 3.5, variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
     rollouts = [rollout(0.0, group=g) for g in (0, 0, 1, 1, 1)]
     for r, score in zip(rollouts, (1.0, 3.0, 5.0, 5.0, float("nan")), strict=True):
         r.score = score
     logged = rlhf.monitor(rollouts)
-    assert logged == pytest.approx({"rm_score": 14 / 5, "rm_score_squared": 60 / 5, "rm_group_std": 0.5})
+    assert logged == pytest.approx({"rm_score": 3.5, "rm_std": math.sqrt(2.75), "rm_group_std": 0.5})
+    assert rlhf.monitor(rollouts[4:]) == {"rm_score": 0.0, "rm_std": 0.0, "rm_group_std": 0.0}
 
 
 def test_importance_weights_by_hand():
