@@ -240,9 +240,9 @@ def sum_gradients(model, world):
 @functools.cache
 def load_reward_model(path, device, workers=8):
     """score(messages_list, answers) -> list of floats (None where an endpoint failed). path: a folder written by this
-    script, any Hugging Face sequence classifier with one label, or the URL of a vLLM-style /score endpoint."""
+    script, any Hugging Face sequence classifier with one label, or the URL of an endpoint such as http://host:8000/pooling (vLLM)."""
     if path.startswith(("http://", "https://")):
-        pool = ThreadPoolExecutor(workers)
+        pool = ThreadPoolExecutor(max(workers, 1))
         return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
     if not os.path.exists(os.path.join(path, "config.json")):
         common.fail(f"--rm={path}: no reward model there (config.json is missing).")
@@ -285,15 +285,18 @@ def load_classifier(path, device):
 
 
 def ask_endpoint(url, messages, answer):
-    """Score of one answer from a pooling server that takes chat messages; None after three failures."""
-    body = json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]}).encode()
+    """Raw score of one answer from a pooling server that takes chat messages and renders them itself; None after three failures."""
+    turns = [*messages, {"role": "assistant", "content": answer}]
+    body = json.dumps({"messages": turns, "use_activation": False}).encode()  # vLLM would take a sigmoid of a single label
     for _ in range(3):
         try:
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             data = json.load(urllib.request.urlopen(request, timeout=60))["data"][0]
             value = data.get("score", data.get("data"))
-            return float(value[0] if isinstance(value, list) else value)
-        except (OSError, KeyError, ValueError, TypeError):
+            while isinstance(value, list):  # [score], or [[score] of each token]: the last token's
+                value = value[-1]
+            return float(value)
+        except (OSError, LookupError, ValueError, TypeError, AttributeError):
             time.sleep(1.0)
     return None
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 import ifrl
+import rlhf
 
 LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
 FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
@@ -401,10 +402,7 @@ def test_thinking_reward_by_hand(monkeypatch):
     """Scores 1 2 3 6: mean 3, unbiased std 2.1602; the third breaks a rule but counts in mean and std."""
     scores = {"w": 1.0, "x": 2.0, "a,b": 3.0, "z": 6.0, "p": 5.0, "q": 5.0}
     seen = []
-    model = types.SimpleNamespace(
-        load_reward_model=lambda path, device: lambda m, answers: seen.append(answers) or [scores[a] for a in answers]
-    )
-    monkeypatch.setitem(sys.modules, "rlhf", model)
+    monkeypatch.setattr(rlhf, "load_reward_model", lambda *args: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
     rollouts = make_rollouts([f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True)
     rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)  # equal scores; "p" never closed its reasoning
     _, collect = ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))
