@@ -524,12 +524,13 @@ EXAMPLES = {name: kwargs for name, kwargs, _, _ in TABLE if name not in ifrl.NEE
 
 
 def every_check_returns_a_bool_at_once(text):
-    start = time.perf_counter()
+    """Seconds of this process: a busy machine is nobody's slow rule."""
+    start = time.process_time()
     for name, kwargs in EXAMPLES.items():
         assert ifrl.check(name, kwargs, text) in (True, False)
         if ifrl.check(name, kwargs, text):
             assert text.strip() and ifrl.check_loose(name, kwargs, text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
@@ -550,9 +551,9 @@ def test_hostile_repetition_takes_bounded_time(unit):
     """10,000 characters of it; the slowest rule is quadratic, so MAX_CHARS costs 25 times this."""
     text, slowest = (unit * 10_000)[:10_000] + "x", (0.0, "")
     for name, kwargs in EXAMPLES.items():
-        start = time.perf_counter()
+        start = time.process_time()
         ifrl.check(name, kwargs, text)
-        slowest = max(slowest, (time.perf_counter() - start, name))
+        slowest = max(slowest, (time.process_time() - start, name))
     print(f"slowest {slowest[1]} {slowest[0]:.2f} s")
     assert slowest[0] < 5
 

@@ -225,13 +225,13 @@ def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_ans
 @pytest.mark.parametrize("stage, metrics, sentence", [
     (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),  # at the limit, not over it
     (mathrl, {"status/infra": 0.021}, "2.1% of the rewards are infrastructure failures (--max_infra=0.02)"),
-    (mathrl, {"status/timeout": 0.03}, "3.0% of the rewards are verifications that were cut off (--max_timeout=0.02)"),
+    (mathrl, {"status/timeout": 0.03}, "3.0% of the verifications were cut off (--max_timeout=0.02)"),
     (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),  # of code, a time-out is the program's own fault
     (coderl, {"status/infra": 0.03}, "infrastructure failures"), (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
     (swerl, {"status/infra": 0.03}, "infrastructure failures"), (rlhf, {"status/infra": 0.03}, "infrastructure failures"),
 ])  # fmt: skip
 def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(stage, metrics, sentence, capsys):
-    step = lambda: common.check_step(7, {"grad_norm": 1.0, "loss": 0.0, **metrics}, {"skipped": 0}, stage.Config())
+    step = lambda: common.check_step(7, {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics}, {"skipped": 0}, stage.Config())
     if not sentence:
         return step()
     with pytest.raises(SystemExit) as stop:

@@ -32,7 +32,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "scaling.py": 170,  # majority vote and contest loop of the paper; measures nothing that evaluate.py does
     "report.py": 250,  # the page a run ends with
     "toy.py": 500,
-    "run_cascade.sh": 136,  # (100) the paper's three model variants are 35 lines, control and mopd 25
+    "run_cascade.sh": 139,  # (100) the paper's three model variants are 38 lines with its contradictions, control and mopd 25
     "kernels/__init__.py": 20,
     **{f"kernels/{name}.py": 250 for name in ("adamw", "attention", "dispatch", "linear_cross_entropy", "linear_logprob", "qk_norm_rope",
                                               "rms_norm", "sampling", "swiglu")},

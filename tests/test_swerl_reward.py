@@ -383,9 +383,9 @@ SOURCES = st.lists(st.sampled_from(["", "x", "  x", "y", "# c", "-", "+z", "@@ -
 
 
 def never_fails(response):
-    start = time.time()
+    start = time.process_time()  # a busy machine is nobody's slow rule
     value, patched = swerl.reward(response, FILES, GOLDEN), swerl.apply_edits(response, FILES)
-    assert -1 <= value <= 1 and (value < 0 or patched is not None) and time.time() - start < 10
+    assert -1 <= value <= 1 and (value < 0 or patched is not None) and time.process_time() - start < 10
     assert value < 1 or swerl.similarity(FILES, patched, FIXED) == 1
 
 
