@@ -20,7 +20,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from model import Qwen3, load_tokenizer, memory_plan, read_config, save_tokenizer
+from model import Qwen3, load_tokenizer, memory_plan, read_config, save_tokenizer, time_plan
 
 
 def fail(message, note="Nothing was trained."):
@@ -133,7 +133,7 @@ def longest_sequence(cfg):
 
 
 def check_memory(folder, cfg, world, device):
-    """Prints the memory plan of a run that starts from `folder`, in a line or two, and ends a run that cannot fit."""
+    """Prints the plan of memory and time of a run that starts from `folder`, in two or three lines, and ends a run that cannot fit."""
     if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
         return  # loading says what is wrong with the folder
     nll, longest = hasattr(cfg, "max_seq_len"), longest_sequence(cfg)
@@ -143,6 +143,10 @@ def check_memory(folder, cfg, world, device):
     for moment in list(plan)[1:]:
         parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
         print0(f"{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
+    rows, new_tokens = (cfg.samples_per_step, 0) if nll else (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens)
+    rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
+    gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
+    print0(f"time: a step takes at most about {gen:.3g} s of rollouts and {update:.3g} s of update, if every sequence has {longest} tokens")
     for moment, parts in plan.items():
         if sum(parts.values()) > free:
             most = max(parts, key=parts.get)
