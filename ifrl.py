@@ -192,7 +192,7 @@ def select_rows(rows, epoch, history, cfg):
 # ids) and open-instruct's IFEvalG (29 ids) decide, quirks included: a keyword is an unescaped, case-blind pattern.
 
 langdetect.DetectorFactory.seed = 0  # detection samples n-grams: without a seed one reply gets two verdicts
-MAX_CHARS = 50_000  # a longer answer follows nothing: some patterns take quadratic time
+MAX_CHARS = 50_000  # a longer answer follows nothing [dev 5]: some patterns take quadratic time
 VERDICT_SECONDS = 60  # for the verdicts still open when the last completion is done; they take milliseconds
 
 

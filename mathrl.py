@@ -18,7 +18,6 @@ import re
 import statistics
 import threading
 import time
-import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import common
 import sandbox
 from common import fail, print0
-from data import BadRow, chat, field, load_table
+from data import BadRow, chat, field, language_ok, load_table
 from engine import Rollout, make_engine, request_seed
 from model import render_chat
 
@@ -202,7 +201,7 @@ def literal(text):
 
 
 def refused(gold, given):
-    """True if gold is a number and given is not written as one (deviation 2): hedges, chains, work left undone."""
+    """True if gold is a number and given is not written as one [dev 2]: hedges, chains, work left undone."""
     given = re.sub(r"\\(times|cdot)\s*10\s*\^", "E", strip(given))
     if literal(gold) is not None:
         return not VALUE.fullmatch(given)
@@ -213,7 +212,7 @@ def refused(gold, given):
 
 
 def equal(gold, given):
-    """math-verify on gold (default reading) and answer (LaTeX only); None if it gave up, about which it keeps silent.
+    """math-verify on gold (default reading) and answer (LaTeX only) [dev 1]; None if it gave up, about which it keeps silent.
     It uses SIGALRM and can hang: only in a child."""
     start, same = time.monotonic(), False
     try:
@@ -242,21 +241,10 @@ def same_answer(gold, given):
     return False if refused(gold, given) else equal_in_child(gold, given.removesuffix("."))
 
 
-def language_ok(prompt, response):
-    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
-
-    def scripts(text):
-        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
-        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
-        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
-
-    return scripts(response) <= scripts(prompt)
-
-
 def verdict(response, answer, prompt=None):
     """(reward, status) of one response: text up to the last </think> is reasoning, the last box after it counts."""
     reasoning, closed, final = response.rpartition("</think>")
-    if prompt is not None and not language_ok(prompt, reasoning if closed else response):
+    if prompt is not None and not language_ok(prompt, reasoning if closed else response):  # [dev 3]
         return -1, "language"
     given = last_box(final) if closed else None
     if not given:

@@ -20,7 +20,6 @@ import math
 import os
 import statistics
 import time
-import unicodedata
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from data import BadRow, chat, field, load_table
+from data import BadRow, chat, field, language_ok, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
 
@@ -48,14 +47,14 @@ class Config:
     eval_data: str = ""  # same schemas; "": no held-out metric
     think_share: float = 0.5  # of the prompts answered in think mode; 1.0 for thinking-only models. Paper 4.3.2
     rm: str = ""  # reward model folder or http(s) URL; "": train one
-    rm_init_from: str = ""  # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct
+    rm_init_from: str = ""  # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct [dev 1]
     rm_data: str = "nvidia/Nemotron-Cascade-RM-Training"  # chosen/rejected or HelpSteer rows
     rm_eval_data: str = ""  # same schemas, for the pair accuracy
     rm_samples_per_step: int = 256  # pairs per update; paper 4.2.2
     rm_epochs: int = 1  # paper 4.2.2: longer was worse
     rm_lr: float = 2e-6  # AdamW, 3% warm-up, then linear to 0 (gap G6); paper 4.2.2
     rm_max_len: int = 8192  # tokens of question and answer; longer pairs are dropped (gap G6)
-    kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3
+    kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3 [dev 2]
     sequence_level: bool = False  # mean over sequences of their token means; paper 6.3
     shape_reward: bool = False  # tanh of the group z-score; paper 6.3
     engine: str = "auto"  # rollouts: auto, torch or vllm
@@ -301,17 +300,6 @@ def ask_endpoint(url, messages, answer):
     return None
 
 
-def language_ok(prompt, response):
-    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
-
-    def scripts(text):
-        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
-        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
-        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
-
-    return scripts(response) <= scripts(prompt)
-
-
 @functools.cache
 def reference_model(folder, rope_factor, device):
     """The frozen policy this stage started from, whatever it was resumed from."""
@@ -344,7 +332,7 @@ def make_reward(cfg):
         for r, s in zip(rollouts, scores, strict=True):
             r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
             r.verify_s = seconds / len(rollouts)
-            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"
+            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"  # [dev 3]
         lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
         lowest = -common.all_reduce({"lowest": -lowest}, "max")["lowest"]
         lowest = lowest if math.isfinite(lowest) else 0.0

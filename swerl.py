@@ -359,7 +359,7 @@ def lexical_judge(files, predicted, oracle, floor=0.5):
 
 
 def same_code(path, old, new):
-    """True if two versions of a Python file differ in comments, blank lines and the width of indentation only."""
+    """True if two versions of a Python file differ in comments, blank lines and the width of indentation only [dev 3]."""
     if not path.endswith(".py") or len({re.sub(r"#.*|\s", "", text) for text in (old, new)}) > 1:  # cheap
         return False
     try:
