@@ -219,22 +219,17 @@ class NoPatch(ValueError):
     """The edits or the patch cannot be read or applied; the message is the reason that the log counts."""
 
 
-def find_lines(lines, wanted, at=None):
-    """Index of the one place where wanted occurs as whole lines. With `at`, that place is taken if it fits."""
-    if at is not None and lines[at : at + len(wanted)] == wanted:
-        return at
-    hits = [i for i in range(len(lines) - len(wanted) + 1) if lines[i : i + len(wanted)] == wanted]
+def replace_lines(text, old, new, at=None):
+    """Replace the one place of text where `old` occurs as whole lines by `new`, whose lines end the way the old ones do. With `at`, that place
+    is taken if it fits."""
+    lines = text.split("\n")
+    bare = [line.rstrip("\r") for line in lines]
+    fits = lambda i: bare[i : i + len(old)] == old
+    hits = [at] if at is not None and fits(at) else list(filter(fits, range(len(lines) - len(old) + 1)))
     if len(hits) != 1:
         raise NoPatch("text found more than once" if hits else "text not found")
-    return hits[0]
-
-
-def replace_lines(text, old, new, at=None):
-    """Replace the whole lines `old` of text by `new`; new lines end the way the old ones do."""
-    lines = text.split("\n")
-    i = find_lines([line.rstrip("\r") for line in lines], old, at)
-    end = "\r" if lines[min(i, len(lines) - 1)].endswith("\r") else ""
-    lines[i : i + len(old)] = [line + end for line in new]
+    end = "\r" if lines[min(hits[0], len(lines) - 1)].endswith("\r") else ""
+    lines[hits[0] : hits[0] + len(old)] = [line + end for line in new]
     return "\n".join(lines)
 
 
@@ -414,10 +409,8 @@ def ask_judge(cfg, issue, files, predicted, oracle):
     question = "\n\n".join(f"===== {name} =====\n{text}\n===== END OF {name} =====" for name, text in parts.items())
     turns = [("system", JUDGE_SYSTEM), ("user", question), ("assistant", "<judgement>")]
     body = {"model": cfg.judge_model, "messages": [{"role": role, "content": text} for role, text in turns]}
-    body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
-    body |= {"add_generation_prompt": False, "continue_final_message": True}
-    request = urllib.request.Request(cfg.judge + "/chat/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
+    body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20, "add_generation_prompt": False, "continue_final_message": True}
+    request = urllib.request.Request(cfg.judge + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     for attempt in range(3):
         try:
             with urllib.request.urlopen(request, timeout=120) as reply:

@@ -69,7 +69,7 @@ def timed(way, jobs, workers):
 
 
 def calls_per_program(jobs, calls=5):
-    """Wall milliseconds of one function-style program with five calls, the load of the toy Code RL stage."""
+    """Wall milliseconds of one function-style program with five calls, each in a process of its own: the load of the toy Code RL stage."""
     source = "def f(x):\n    x = sorted(x)\n    return [i * 2 for i in x]\n"
     start = time.perf_counter()
     for _ in range(jobs):
@@ -118,6 +118,7 @@ def main():
             "kernel": platform.release(),
             "cores": os.cpu_count(),
             "mode": sandbox._mode,
+            "load": load,
         }
         json.dump({"host": host, "ways": table, "five_calls_ms": calls}, f, indent=1)
 

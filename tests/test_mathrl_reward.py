@@ -7,6 +7,8 @@ import logging
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -212,6 +214,21 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
     assert (cut.reward, cut.status) == (0, "no_answer") and mathrl.metric(free) == 1.0
 
 
+def test_verifier_children_end_with_a_killed_parent():
+    """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself within two seconds."""
+    code = ("import os, time, mathrl; mathrl.equal_in_child.start(); "
+            "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)")  # fmt: skip
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(mathrl.__file__))
+    child = int(parent.stdout.readline().split()[0])
+    parent.kill()
+    parent.wait()
+    alive = lambda: os.path.exists(f"/proc/{child}/stat") and open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    deadline = time.time() + 20  # of a busy machine; an idle one takes one
+    while alive() and time.time() < deadline:
+        time.sleep(0.05)
+    assert not alive()
+
+
 # ---- a broken verifier -----------------------------------------------------------------------------------------------
 
 
@@ -297,9 +314,10 @@ RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)
 
 
 def never_fails(response, gold="34"):
+    """The verifier's own limit is 9.5 s (test_every_answer...); 30 s leave room for a machine that stalls under other work."""
     start = time.time()
     value, status = mathrl.verdict(response, gold)
-    assert value in (0, 1) and (value == 1) == (status == "ok") and time.time() - start < 10.5
+    assert value in (0, 1) and (value == 1) == (status == "ok") and time.time() - start < 30
     assert value == 0 or "</think>" in response
 
 
@@ -329,6 +347,30 @@ def test_integers_are_compared_exactly_and_symmetrically(gold, off):
     a, b = str(gold), str(gold + off)
     assert mathrl.reward(mathrl.boxed(a), b) == mathrl.reward(mathrl.boxed(b), a) == (off == 0)
     assert mathrl.reward(mathrl.boxed(f"{gold:,}"), a) == 1
+
+
+LETTERS = st.text(alphabet="ab \u00e9\u03b1\u0436\u4e2d\u3042\u0627\u211d\U0001d431\u00b5\u2192\n</think>12", max_size=40)
+
+
+def language_rule_holds(prompt, response, more):
+    """A response in the prompt's own letters is fine; longer responses only get worse, longer prompts only forgive more; Latin is always fine."""
+    fine = mathrl.language_ok(prompt, response)
+    assert fine in (True, False) and mathrl.language_ok(prompt, prompt) and mathrl.language_ok(prompt, response + " plain text") is fine
+    assert fine or not mathrl.language_ok(prompt, response + more)
+    assert not fine or mathrl.language_ok(prompt + more, response)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LETTERS | st.text(max_size=20), LETTERS | st.text(max_size=20), LETTERS)
+def test_the_language_rule_is_monotone(prompt, response, more):
+    language_rule_holds(prompt, response, more)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=20_000, deadline=None)
+@given(LETTERS | st.text(max_size=20), LETTERS | st.text(max_size=20), LETTERS)
+def test_the_language_rule_is_monotone_on_twenty_thousand_texts(prompt, response, more):
+    language_rule_holds(prompt, response, more)
 
 
 def test_an_integer_answer_costs_microseconds():
