@@ -409,7 +409,8 @@ def ask_judge(cfg, issue, files, predicted, oracle):
     question = "\n\n".join(f"===== {name} =====\n{text}\n===== END OF {name} =====" for name, text in parts.items())
     turns = [("system", JUDGE_SYSTEM), ("user", question), ("assistant", "<judgement>")]
     body = {"model": cfg.judge_model, "messages": [{"role": role, "content": text} for role, text in turns]}
-    body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20, "add_generation_prompt": False, "continue_final_message": True}
+    body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
+    body |= {"add_generation_prompt": False, "continue_final_message": True}
     request = urllib.request.Request(cfg.judge + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     for attempt in range(3):
         try:

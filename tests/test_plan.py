@@ -153,13 +153,15 @@ def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, mo
     with CountProducts() as counted:
         model(torch.arange(T), torch.arange(0, T + 1, longest, dtype=torch.int32), longest, scored, temperature=1.0)[0].sum().backward()
     planned = time_plan(model.config, 1, T, longest, 0, T // longest, flops=1.0)[1]
-    print(f"tied {tied}, sequences of {longest}: planned {planned:.4g}, counted {counted.total:.4g}, off by {planned / counted.total - 1:+.1%}, tolerance 4%")
+    print(f"tied {tied}, sequences of {longest}: planned {planned:.4g}, counted {counted.total:.4g}, off by "
+          f"{planned / counted.total - 1:+.1%}, tolerance 4%")  # fmt: skip
     assert abs(planned / counted.total - 1) < 0.04
 
 
 def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
-    cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm", prompts_per_step=128, group_size=8)
+    cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
+                                prompts_per_step=128, group_size=8)  # fmt: skip
     for free, moment in ((20e9, "load needs about 32.8 GB"), (50e9, "update needs about"), (200e9, None)):
         monkeypatch.setattr(common, "free_memory", lambda device, world, free=free: free)
         if moment is None:

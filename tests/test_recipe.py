@@ -6,8 +6,6 @@ import json
 import math
 import random
 import statistics
-import sys
-import types
 
 import pytest
 

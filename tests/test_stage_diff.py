@@ -46,7 +46,8 @@ EXPECTED = {
     "swerl.py": {
         "changed": {"verdict", "reward"},
         "absent": {"normalize", "judge"},
-        "own": {"NoPatch", "read_files", "source_files", "as_patch", "choose_files", "parse_edits", "replace_lines", "apply_edits", "apply_patch", "edited", "changes",
+        "own": {"NoPatch", "read_files", "source_files", "as_patch", "choose_files", "parse_edits", "replace_lines", "apply_edits",
+                "apply_patch", "edited", "changes",
                 "unified", "same_code", "as_response", "judge_rollout", "lexical_judge", "ask_judge", "similarity", "ratio"},
     },
     # No reward at all: teachers speak about each token (Cascade 2, 4.4).
