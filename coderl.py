@@ -8,9 +8,11 @@ Deviations from the paper:
   1. Its 9.8K problems are not public: load_rows() reads the public sets they came from, in six schemas.
   2. Its verifier descends from LiveCodeBench's, which gives full marks to programs that look up the answer inside the
      runner. Kept are its comparison rules; not kept: `==` between Python objects (results are JSON: a tuple is a list,
-     True is not 1) and the whole-problem time limit. Idioms that its rewriting breaks (open(0), globals) pass.
+     True is not 1), the whole-problem time limit, and one process for all calls of a program (here one a test). Idioms
+     that its rewriting breaks (open(0), globals) pass.
   3. Time limits are CPU seconds, so that a busy machine fails nobody.
   4. Interactive and special-judge problems are found by their fields, else by their wording.
+  5. Mixed language is a test on Unicode scripts, as in mathrl.py.
 torchrun --nproc_per_node=8 coderl.py --init_from=out/mathrl/final --out_dir=out/coderl
 """
 
@@ -22,7 +24,6 @@ import random
 import re
 import statistics
 import time
-import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import common
 import sandbox
 from common import fail, print0
-from data import BadRow, chat, field, load_table
+from data import BadRow, chat, field, language_ok, load_table
 from engine import Rollout, make_engine, request_seed
 from model import render_chat
 
@@ -59,7 +60,7 @@ class Config:
     top_k: int = 0  # sampler only; 0: off
     overlong_filter: bool = False  # truncated completions earn 0; paper 4.6.2
     max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
-    test_seconds: float = 6.0  # CPU time of one test, a problem's own limit if that is longer; LiveCodeBench's default
+    test_seconds: float = 6.0  # CPU time of one test [dev 3], a problem's own limit if that is longer; LiveCodeBench's default
     memory_mb: int = 1024  # of one test
     lr: float = 4e-6  # AdamW; paper T19
     final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
@@ -109,7 +110,7 @@ def loads(text):
 
 
 def find_tests(row):
-    """The raw tests of a row in any of the six schemas: {"inputs", "outputs", "fn_name"} or a list of single tests."""
+    """The raw tests of a row in any of the six schemas [dev 1]: {"inputs", "outputs", "fn_name"} or a list of single tests."""
     for holder in ("verifier_metadata", "responses_create_params"):  # Nemotron-RL-coding, new and old
         if isinstance(row.get(holder), dict) and row[holder].get("unit_tests"):
             return row[holder]["unit_tests"]
@@ -174,7 +175,7 @@ def normalize(row, where):
     if not problem:
         raise BadRow("no problem statement")
     if row.get("input_mode") == "interactive" or INTERACTIVE.search(problem):
-        raise BadRow("interactive")
+        raise BadRow("interactive")  # [dev 4]
     if row.get("generated_checker") or ANY_ANSWER.search(problem):
         raise BadRow("several answers are right (special judge)")
     if row.get("official_tests_complete") is False or row.get("input_mode") == "file":
@@ -237,7 +238,7 @@ def same_output(got, expected):
 
 
 def same_value(got, expected):
-    """Rule for calls: the same JSON value, exact types; where one side is a float, 1e-5 relative or 1e-8 absolute."""
+    """Rule for calls [dev 2]: the same JSON value, exact types; where one side is a float, 1e-5 relative or 1e-8 absolute."""
     if isinstance(expected, float) or isinstance(got, float):
         numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (got, expected))
         return numbers and (got == expected or abs(got - expected) <= 1e-8 + 1e-5 * abs(expected))
@@ -271,21 +272,10 @@ def run_tests(code, tests, timeout=6.0, memory_mb=1024, stop=False):
     return verdicts
 
 
-def language_ok(prompt, response):
-    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
-
-    def scripts(text):
-        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
-        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
-        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
-
-    return scripts(response) <= scripts(prompt)
-
-
 def verdict(response, tests, prompt=None, timeout=6.0, memory_mb=1024):
     """(reward, status, share of tests passed before the first failure) of one response with its reasoning."""
     reasoning, closed, final = response.rpartition("</think>")
-    if prompt is not None and not language_ok(prompt, reasoning if closed else response):
+    if prompt is not None and not language_ok(prompt, reasoning if closed else response):  # [dev 5]
         return 0, "language", 0.0
     code = extract_code(final) if closed else None
     if code is None:

@@ -22,7 +22,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from model import Qwen3, load_tokenizer, memory_plan, read_config, save_tokenizer
+from model import Qwen3, load_tokenizer, memory_plan, read_config, save_tokenizer, time_plan
 
 
 def fail(message, note="Nothing was trained."):
@@ -179,7 +179,7 @@ def longest_sequence(cfg):
 
 
 def check_memory(folder, cfg, world, device):
-    """Prints the memory plan of a run that starts from `folder`, in a line or two, and ends a run that cannot fit."""
+    """Prints the plan of memory and time of a run that starts from `folder`, in two or three lines, and ends a run that cannot fit."""
     if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
         return  # loading says what is wrong with the folder
     nll, longest = hasattr(cfg, "max_seq_len"), longest_sequence(cfg)
@@ -189,6 +189,10 @@ def check_memory(folder, cfg, world, device):
     for moment in list(plan)[1:]:
         parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
         print0(f"{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
+    rows, new_tokens = (cfg.samples_per_step, 0) if nll else (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens)
+    rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
+    gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
+    print0(f"time: a step takes at most about {gen:.3g} s of rollouts and {update:.3g} s of update, if every sequence has {longest} tokens")
     for moment, parts in plan.items():
         if sum(parts.values()) > free:
             most = max(parts, key=parts.get)
@@ -215,8 +219,10 @@ def load_policy(cfg, world, device):
 def check_step(step, metrics, state, cfg):
     """Ends a run whose rewards or gradients are broken. A gradient that is not finite was not applied (train_step); three in a row end it."""
     whole = "The last checkpoint is whole."
-    if metrics.get("status/infra", 0) > getattr(cfg, "max_infra", 1):
-        fail(f"step {step}: {metrics['status/infra']:.0%} of the rewards are infrastructure failures (limit {cfg.max_infra:.0%}).", note=whole)
+    if (share := metrics.get("status/infra", 0)) and share > cfg.max_infra:
+        fail(f"step {step}: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g}).", note=whole)
+    if hasattr(cfg, "max_timeout") and metrics["status/timeout"] > cfg.max_timeout:
+        fail(f"step {step}: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g}).", note=whole)
     state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
     if state["skipped"] >= 3:
         fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note=whole)

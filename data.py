@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 
 from common import fail, parse_config, print0
 
@@ -155,6 +156,17 @@ def normal_rows(items, normalize, path):
 def load_table(path, normalize, limit=0):
     """Normal rows of a data set, all at once."""
     return list(normal_rows(read_rows(path, limit), normalize, path))
+
+
+def language_ok(prompt, response):
+    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
+
+    def scripts(text):
+        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
+        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
+        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
+
+    return scripts(response) <= scripts(prompt)
 
 
 # ---- Decontamination -------------------------------------------------------------------------------------------------

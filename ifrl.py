@@ -57,7 +57,7 @@ class Config:
     eval_data: str = ""  # same schemas, e.g. google/IFEval; "": no held-out metric
     engine: str = "auto"  # rollouts: auto, torch or vllm
     think: bool = False  # False: unified model, rules only; True: thinking model, rules and reward model
-    rm: str = "out/rm/final"  # reward model, read only with --think=True
+    rm: str = "out/rlhf/rm"  # reward model (folder or URL, as in rlhf.py), read only with --think=True
     taxonomy: str = "all"  # ifeval: prompts with the 25 ids only (s1); iftrain: with any of the 29 others (s2); all
     need_letters: bool = True  # a reply without letters is in no language [dev 3]; training only
     prompts_per_step: int = 256  # over all ranks; paper T16 [dev 1]
@@ -192,7 +192,7 @@ def select_rows(rows, epoch, history, cfg):
 # ids) and open-instruct's IFEvalG (29 ids) decide, quirks included: a keyword is an unescaped, case-blind pattern.
 
 langdetect.DetectorFactory.seed = 0  # detection samples n-grams: without a seed one reply gets two verdicts
-MAX_CHARS = 50_000  # a longer answer follows nothing: some patterns take quadratic time
+MAX_CHARS = 50_000  # a longer answer follows nothing [dev 5]: some patterns take quadratic time
 VERDICT_SECONDS = 60  # for the verdicts still open when the last completion is done; they take milliseconds
 
 
@@ -432,10 +432,11 @@ def add_preference(rollouts, scores):
     """Thinking model: reward = 1 + sigmoid(z) where all rules hold, z = score normalised over its whole group."""
     for _, members in itertools.groupby(zip(rollouts, scores, strict=True), key=lambda pair: pair[0].group):
         members = list(members)
-        mean = statistics.fmean(score for _, score in members)
-        std = statistics.stdev(score for _, score in members) if len(members) > 1 else 0.0
+        known = [score for _, score in members if score is not None]  # None: the endpoint failed
+        std = statistics.stdev(known) if len(known) > 1 else 0.0
         for rollout, score in members:
-            z = (score - mean) / std if std > 0 else 0.0  # [dev 2]
+            rollout.status = "infra" if score is None else rollout.status
+            z = (score - statistics.fmean(known)) / std if std > 0 and score is not None else 0.0  # [dev 2]
             rollout.reward = 1 + 1 / (1 + math.exp(-z)) if rollout.status == "ok" else 0.0
 
 
@@ -450,12 +451,6 @@ def make_reward(cfg):
         return pool
 
     pool, rounds = start() if cfg.reward_workers else None, itertools.count(1)
-
-    @functools.cache
-    def reward_model():  # loaded when first needed: by then this rank has chosen its device
-        from rlhf import load_reward_model
-
-        return load_reward_model(cfg.rm, "cuda" if torch.cuda.is_available() else "cpu")
 
     def submit(rollout):
         row = rollout.row
@@ -479,8 +474,11 @@ def make_reward(cfg):
             pool.terminate()
             pool = start()
         if cfg.think:
+            import rlhf
+
+            score = rlhf.load_reward_model(cfg.rm, rlhf.rm_device(), cfg.reward_workers)  # once: it is cached
             answers = [rollout.text.rpartition("</think>")[2] for rollout in rollouts]  # no tag: the whole text
-            add_preference(rollouts, reward_model()([rollout.row["messages"] for rollout in rollouts], answers))
+            add_preference(rollouts, score([rollout.row["messages"] for rollout in rollouts], answers))
         if cfg.sample_every and next(rounds) % cfg.sample_every == 0:
             print0(extremes(monitor(rollouts)))
 
@@ -514,6 +512,10 @@ def self_test(rows, cfg):
         ids, kwargs = row["instruction_id_list"], row["kwargs"]
         if reward("", ids, kwargs) or any(map(unusable, ids, kwargs)):
             fail(f"verifier self test: {ids} with {kwargs} rewards an empty reply or cannot be decided.")
+    if cfg.think:
+        import rlhf
+
+        rlhf.self_test(rows, cfg)  # and the reward model answers
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import re
 import statistics
 import threading
 import time
-import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import common
 import sandbox
 from common import fail, print0
-from data import BadRow, chat, field, load_table
+from data import BadRow, chat, field, language_ok, load_table
 from engine import Rollout, make_engine, request_seed
 from model import render_chat
 
@@ -72,6 +71,7 @@ class Config:
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     reward_workers: int = 8  # verifier processes per rank
     max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
+    max_timeout: float = 0.02  # or are verifications cut off: they earn 0 (masked, LaTeX that stalls would be a way out) and may hide right answers
     eval_every: int = 20  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps
@@ -139,7 +139,8 @@ def select_rows(rows, epoch, history, cfg):
 for name in ("math_verify", "latex2sympy2_extended"):  # they warn about every answer that does not parse
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
-LIMIT_S = 9.5  # wall seconds of one verification; parsing the gold, parsing the answer and comparing have 3 each
+LIMIT_S = 9.5  # wall seconds of one verification
+PART_S = 3  # of them for parsing the gold, for parsing the answer and for comparing
 MAX_ANSWER = 512  # characters inside the box
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
@@ -200,7 +201,7 @@ def literal(text):
 
 
 def refused(gold, given):
-    """True if gold is a number and given is not written as one (deviation 2): hedges, chains, work left undone."""
+    """True if gold is a number and given is not written as one [dev 2]: hedges, chains, work left undone."""
     given = re.sub(r"\\(times|cdot)\s*10\s*\^", "E", strip(given))
     if literal(gold) is not None:
         return not VALUE.fullmatch(given)
@@ -211,48 +212,39 @@ def refused(gold, given):
 
 
 def equal(gold, given):
-    """math-verify on gold (default reading) and answer (LaTeX only). It uses SIGALRM and can hang: only in a child."""
+    """math-verify on gold (default reading) and answer (LaTeX only) [dev 1]; None if it gave up, about which it keeps silent.
+    It uses SIGALRM and can hang: only in a child."""
+    start, same = time.monotonic(), False
     try:
-        gold_forms = parse(boxed(gold), parsing_timeout=3)
-        given_forms = parse(boxed(given), [LatexExtractionConfig()], parsing_timeout=3)
-        if not verify(gold_forms, given_forms, timeout_seconds=3):
-            return False
-        a, b = gold_forms[0], given_forms[0]
-        if a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b)):
-            return True
-        if a.is_Integer:
-            return (a - b).equals(0) is True
-        return bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30)))  # verify() rounds: tiny numbers are all equal
+        gold_forms = parse(boxed(gold), parsing_timeout=PART_S)
+        given_forms = parse(boxed(given), [LatexExtractionConfig()], parsing_timeout=PART_S)
+        if verify(gold_forms, given_forms, timeout_seconds=PART_S):
+            a, b = gold_forms[0], given_forms[0]
+            same = a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b))
+            if not same and a.is_Integer:
+                same = (a - b).equals(0) is True
+            elif not same:  # verify() rounds: tiny numbers are all equal
+                same = bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30)))
     except BaseException:  # whatever sympy throws at hostile LaTeX; math-verify's own timeout is no Exception
-        return False
+        pass
+    return same or (False if time.monotonic() - start < PART_S else None)
 
 
 equal_in_child = sandbox.killable(equal, LIMIT_S)
 
 
 def same_answer(gold, given):
-    """True or False, None if the verifier had to be killed. Integers and equal literals never leave this process."""
+    """True or False, None if the verifier gave up or had to be killed. Integers and equal literals never leave this process."""
     a, b = literal(gold), literal(given)
     if "%" not in gold and a is not None and b is not None and (a == b or a.denominator == 1):
         return a == b
     return False if refused(gold, given) else equal_in_child(gold, given.removesuffix("."))
 
 
-def language_ok(prompt, response):
-    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
-
-    def scripts(text):
-        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
-        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
-        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
-
-    return scripts(response) <= scripts(prompt)
-
-
 def verdict(response, answer, prompt=None):
     """(reward, status) of one response: text up to the last </think> is reasoning, the last box after it counts."""
     reasoning, closed, final = response.rpartition("</think>")
-    if prompt is not None and not language_ok(prompt, reasoning if closed else response):
+    if prompt is not None and not language_ok(prompt, reasoning if closed else response):  # [dev 3]
         return -1, "language"
     given = last_box(final) if closed else None
     if not given:

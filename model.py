@@ -336,9 +336,11 @@ def time_plan(config, world, tokens, longest, new_tokens, rows, flops=400e12, ba
     """(seconds of generation, seconds of the update) of one step if every completion ran to its limit: an upper end, at rates that
     well-kept code reaches on an H100 (40% of its peak arithmetic, 60% of its bandwidth). tokens, rows: of the whole step."""
     with torch.device("meta"):
-        total = sum(p.numel() for p in Qwen3(config).parameters()) - config.vocab_size * config.hidden_size  # looking up is no product
+        total = sum(p.numel() for p in Qwen3(config).parameters())
+    total -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # looking up is no product
+    again = total - config.num_hidden_layers * config.hidden_size * config.intermediate_size  # checkpointing: all but each last product
     attention = 2 * longest * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    update = tokens * (8 * total + 4.5 * attention) / (world * flops)  # forward twice (checkpointing), backward 2 and 2.5 of one
+    update = tokens * (6 * total + 2 * again + 4.5 * attention) / (world * flops)  # attention: forward twice, backward 2.5 of one
     cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     read = new_tokens * (2 * total + rows / world * cache * (longest - new_tokens / 2))  # all weights and all caches, every token
     return read / bandwidth, update

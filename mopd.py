@@ -86,7 +86,7 @@ def load_rows(cfg, path=None, limit=0):
 
 
 def select_rows(rows, epoch, history, cfg):
-    """All of them, in every epoch."""
+    """All of them, in every epoch [dev 1]."""
     return list(range(len(rows)))
 
 
@@ -95,6 +95,7 @@ def select_rows(rows, epoch, history, cfg):
 
 @functools.cache
 def load_teacher(folder, rope_factor, device):
+    """A frozen checkpoint, whole on every rank [dev 2]."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor).requires_grad_(False)
 

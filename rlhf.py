@@ -20,7 +20,6 @@ import math
 import os
 import statistics
 import time
-import unicodedata
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from data import BadRow, chat, field, load_table
+from data import BadRow, chat, field, language_ok, load_table
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
 
@@ -48,14 +47,14 @@ class Config:
     eval_data: str = ""  # same schemas; "": no held-out metric
     think_share: float = 0.5  # of the prompts answered in think mode; 1.0 for thinking-only models. Paper 4.3.2
     rm: str = ""  # reward model folder or http(s) URL; "": train one
-    rm_init_from: str = ""  # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct
+    rm_init_from: str = ""  # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct [dev 1]
     rm_data: str = "nvidia/Nemotron-Cascade-RM-Training"  # chosen/rejected or HelpSteer rows
     rm_eval_data: str = ""  # same schemas, for the pair accuracy
     rm_samples_per_step: int = 256  # pairs per update; paper 4.2.2
     rm_epochs: int = 1  # paper 4.2.2: longer was worse
     rm_lr: float = 2e-6  # AdamW, 3% warm-up, then linear to 0 (gap G6); paper 4.2.2
     rm_max_len: int = 8192  # tokens of question and answer; longer pairs are dropped (gap G6)
-    kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3
+    kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3 [dev 2]
     sequence_level: bool = False  # mean over sequences of their token means; paper 6.3
     shape_reward: bool = False  # tanh of the group z-score; paper 6.3
     engine: str = "auto"  # rollouts: auto, torch or vllm
@@ -240,9 +239,9 @@ def sum_gradients(model, world):
 @functools.cache
 def load_reward_model(path, device, workers=8):
     """score(messages_list, answers) -> list of floats (None where an endpoint failed). path: a folder written by this
-    script, any Hugging Face sequence classifier with one label, or the URL of a vLLM-style /score endpoint."""
+    script, any Hugging Face sequence classifier with one label, or the URL of an endpoint such as http://host:8000/pooling (vLLM)."""
     if path.startswith(("http://", "https://")):
-        pool = ThreadPoolExecutor(workers)
+        pool = ThreadPoolExecutor(max(workers, 1))
         return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
     if not os.path.exists(os.path.join(path, "config.json")):
         common.fail(f"--rm={path}: no reward model there (config.json is missing).")
@@ -289,28 +288,20 @@ def load_classifier(path, device):
 
 
 def ask_endpoint(url, messages, answer):
-    """Score of one answer from a pooling server that takes chat messages; None after three failures."""
-    body = json.dumps({"messages": [*messages, {"role": "assistant", "content": answer}]}).encode()
+    """Raw score of one answer from a pooling server that takes chat messages and renders them itself; None after three failures."""
+    turns = [*messages, {"role": "assistant", "content": answer}]
+    body = json.dumps({"messages": turns, "use_activation": False}).encode()  # vLLM would take a sigmoid of a single label
     for _ in range(3):
         try:
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             data = json.load(urllib.request.urlopen(request, timeout=60))["data"][0]
             value = data.get("score", data.get("data"))
-            return float(value[0] if isinstance(value, list) else value)
-        except (OSError, KeyError, ValueError, TypeError):
+            while isinstance(value, list):  # [score], or [[score] of each token]: the last token's
+                value = value[-1]
+            return float(value)
+        except (OSError, LookupError, ValueError, TypeError, AttributeError):
             time.sleep(1.0)
     return None
-
-
-def language_ok(prompt, response):
-    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
-
-    def scripts(text):
-        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
-        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
-        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
-
-    return scripts(response) <= scripts(prompt)
 
 
 @functools.cache
@@ -345,7 +336,7 @@ def make_reward(cfg):
         for r, s in zip(rollouts, scores, strict=True):
             r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
             r.verify_s = seconds / len(rollouts)
-            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"
+            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"  # [dev 3]
         lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
         lowest = -common.all_reduce({"lowest": -lowest}, "max")["lowest"]
         lowest = lowest if math.isfinite(lowest) else 0.0
@@ -364,15 +355,15 @@ def make_reward(cfg):
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: the reward model's own score (the reward may be a shaped one), its spread in a group."""
+    """This stage's numbers for the log: mean and spread of the reward model's own score (the reward may be a shaped one) over all
+    prompts, and its spread in a group. Spreads are of a rank's rollouts, averaged over the ranks."""
     groups = {}
     for r in rollouts:
-        groups.setdefault(r.group, []).append(r.score)
-    finite = [[s for s in scores if math.isfinite(s)] for scores in groups.values()]
-    stds = [statistics.pstdev(scores) for scores in finite if scores]
-    scores, n = [s for scores in finite for s in scores], max(len(rollouts), 1)
-    squares = sum(s * s for s in scores)  # their mean, not a std: ranks' shares can be averaged
-    return {"rm_score": sum(scores) / n, "rm_score_squared": squares / n, "rm_group_std": sum(stds) / max(len(stds), 1)}
+        if math.isfinite(r.score):
+            groups.setdefault(r.group, []).append(r.score)
+    scores = [s for group in groups.values() for s in group] or [0.0]
+    stds = [statistics.pstdev(group) for group in groups.values()] or [0.0]
+    return {"rm_score": statistics.fmean(scores), "rm_std": statistics.pstdev(scores), "rm_group_std": statistics.fmean(stds)}
 
 
 def self_test(rows, cfg):

@@ -78,12 +78,12 @@ toy() {
 control() {  # beside each RL stage: as many seconds of SFT on the same demonstrations, from the same checkpoint
     local before=sft2 name steps TASKS=all-toy LIMIT=260
     for name in rlhf ifrl mathrl coderl swerl; do
-        steps=$(.venv/bin/python evaluate.py --same_compute="$OUT/$name,$OUT/sft2")
+        steps=$([ "${DRY_RUN:-}" = 1 ] && echo 1 || .venv/bin/python evaluate.py --same_compute="$OUT/$name,$OUT/sft2")
         stage ${name}_control sft "$OUT/$before/final" --data="$OUT/data/sft_stage2.jsonl" --lr=2e-3 --num_steps="$steps" \
             --schedule_steps="$steps" --samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=10 --eval_every=0
         before=$name
     done
-    .venv/bin/python evaluate.py --matrix="$OUT"
+    run .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
 mopd() {  # teachers are the cascade's own checkpoints, each for the skill that it taught
@@ -95,7 +95,10 @@ mopd() {  # teachers are the cascade's own checkpoints, each for the skill that 
     run .venv/bin/python evaluate.py --matrix="$OUT"
 }
 
-real() {  # the paper's runs; where its text and its appendix tables disagree the tables win (T14-T20). Sizes differ in these lines:
+# The paper's runs. Where its text and its appendix tables (T14-T20) disagree, the tables win: RLHF and IF-RL take 256 prompts a step (text:
+# 128), IF-RL the steps below (text: 2000 + 1000, thinking 500 + 300) and no overlong filter in stage 1 (text: thinking filters), Math its own
+# temperatures (text: 1), Code its lengths and temperatures by model (text: 44-48K at 1), the 24K stage of SWE no filter (text: filters).
+real() {  # sizes differ in these lines:
     local base=$BASE hub=nvidia/Nemotron-Cascade n=nvidia/Nemotron-RL-coding-competitive_coding
     local sft1=20000 sft2="--num_steps=32000 --lr=2e-5" share=0.5 rlhf=800 if1="--num_steps=2300" if2="--num_steps=800" code="" swe2=""
     [ "$PRESET" = 8b-thinking ] && if1="--num_steps=550 --think=true" && if2="--num_steps=300 --think=true --max_new_tokens=16384 --overlong_filter=true"

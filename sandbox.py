@@ -13,8 +13,8 @@
 Choices:
   1. Limits are CPU seconds, read from outside: a busy machine turns no right answer into a time-out. A wall limit of
      WALL_FACTOR * timeout + WALL_EXTRA ends sleepers. SLOTS programs run at once, two for each core; the rest queue.
-  2. Every stdin test gets its own leaf. The calls of one program share a leaf while they succeed, module-level state
-     included, as in LiveCodeBench's runner; after a failure the next call starts from a fresh leaf.
+  2. Every test, a call included, gets its own leaf, so that no test can leave anything to the next. LiveCodeBench's runner
+     makes all calls of a program in one process: there a list that a function never empties fails a right program.
   3. A leaf is one process, threads are free: a fork bomb cannot start, memory_mb bounds the whole program. Programs
      that start others fail, as in LiveCodeBench's runner.
   4. The network namespace (empty) belongs to the zygote: one per leaf would add 1.2 ms, and no leaf can open a socket.
@@ -74,25 +74,22 @@ def run_each(source, tests, timeout=6.0, memory_mb=1024):
     """
     if NUMBERS is None:
         raise RuntimeError("the sandbox needs Linux on x86_64 or aarch64")
-    leaf, job = None, (source.encode("utf-8", "replace"), timeout, memory_mb)
+    job = (source.encode("utf-8", "replace"), timeout, memory_mb)
     with _slots:
-        try:
-            for test in tests:
-                for tries in range(3):
-                    zygote, fresh = _zygote, leaf is None
-                    try:
-                        leaf = leaf or _start_leaf(job, test)
-                        result = _finish(leaf, test, fresh, timeout)
-                        break
-                    except (OSError, EOFError):  # nothing a program can cause: see _finish
-                        leaf, result = _hang_up(leaf), Result("infra", "", None, 0.0)
-                        _retire(zygote)
-                        time.sleep(0.1 * tries)
-                if result.status != "ok" or isinstance(test, str):
-                    leaf = _hang_up(leaf)
-                yield result
-        finally:
-            _hang_up(leaf)
+        for test in tests:
+            for tries in range(3):
+                zygote, leaf = _zygote, None
+                try:
+                    leaf = _start_leaf(job, test)
+                    result = _finish(leaf, timeout)
+                    break
+                except (OSError, EOFError):  # nothing a program can cause: see _finish
+                    result = Result("infra", "", None, 0.0)
+                    _retire(zygote)
+                    time.sleep(0.1 * tries)
+                finally:
+                    _hang_up(leaf)
+            yield result
 
 
 def close():
@@ -162,7 +159,7 @@ def killable(function, limit_s):
 
 
 def _start_leaf(job, test):
-    """Start a program on its stdin, or up to its first call. Whatever goes wrong in here is infrastructure."""
+    """Start a program on its stdin or for its call. Whatever goes wrong in here is infrastructure."""
     global _zygote
     (source, timeout, memory_mb), is_call = job, not isinstance(test, str)
     output = os.memfd_create("output")
@@ -177,8 +174,8 @@ def _start_leaf(job, test):
         ready, pid = struct.unpack("!cI", _read(ours.recv, 5))
         if ready != b"r":
             raise EOFError("a leaf could not be set up")
-        stdin = b"" if is_call else test.encode("utf-8", "replace")
-        for part in json.dumps([is_call, memory_mb]).encode(), source, stdin:
+        given = json.dumps(list(test)).encode() if is_call else test.encode("utf-8", "replace")
+        for part in json.dumps([is_call, memory_mb]).encode(), source, given:
             ours.sendall(struct.pack("!I", len(part)) + part)
         ours.settimeout(WALL_FACTOR * timeout + WALL_EXTRA)
     except BaseException:
@@ -188,18 +185,14 @@ def _start_leaf(job, test):
     return Leaf(ours, process, pid, output, is_call)
 
 
-def _finish(leaf, test, fresh, timeout):
-    """Result of a test in a leaf just started, or of one more call. Raises only if the zygote is gone."""
-    before = 0.0 if fresh else _cpu_seconds(leaf)
+def _finish(leaf, timeout):
+    """Result of a test in a leaf just started. Raises only if the zygote is gone."""
     try:
-        if leaf.is_call:
-            call = json.dumps(list(test)).encode()
-            leaf.sock.sendall(struct.pack("!I", len(call)) + call)
-        late = _wait(leaf, before, timeout)
+        late = _wait(leaf, timeout)
         if late:
             return Result("timeout", "", None, late)
         if leaf.sock.recv(1) == b"v":
-            seconds = _cpu_seconds(leaf) - before
+            seconds = _cpu_seconds(leaf)
             (size,) = struct.unpack("!I", _read(leaf.sock.recv, 4))
             if size > OUTPUT_BYTES:
                 return Result("output", "", None, seconds)
@@ -217,7 +210,7 @@ def _finish(leaf, test, fresh, timeout):
     code, size, stdout = os.waitstatus_to_exitcode(ended), os.fstat(leaf.output).st_size, ""
     if size >= OUTPUT_BYTES:
         status = "output"
-    elif seconds - before > timeout:
+    elif seconds > timeout:
         status = "timeout"
     elif code in (OUT_OF_MEMORY, -signal.SIGKILL):  # its own limit, or the host's
         status = "memory"
@@ -225,15 +218,15 @@ def _finish(leaf, test, fresh, timeout):
         status = "crash"
     else:
         status, stdout = "ok", os.pread(leaf.output, size, 0).decode("utf-8", "replace")
-    return Result(status, stdout, None, seconds - before)
+    return Result(status, stdout, None, seconds)
 
 
-def _wait(leaf, before, timeout):
+def _wait(leaf, timeout):
     """Wait until the leaf or the zygote has something to say: 0.0, or the CPU seconds at which a limit was passed."""
     start, left, poll = time.monotonic(), timeout, select.poll()
     poll.register(leaf.sock, select.POLLIN)
     while not poll.poll(1000 * left + 1):
-        used, waited = _cpu_seconds(leaf) - before, time.monotonic() - start
+        used, waited = _cpu_seconds(leaf), time.monotonic() - start
         left = min(timeout - used, leaf.sock.gettimeout() - waited)
         if left <= 0:
             return max(used, 1e-9)
@@ -249,7 +242,7 @@ def _cpu_seconds(leaf):
 
 
 def _hang_up(leaf):
-    """Close the caller's end: the zygote sees it and kills the leaf. Returns None, the leaf that is left."""
+    """Close the caller's end: the zygote sees it and kills the leaf."""
     if leaf is not None:
         try:
             leaf.sock.shutdown(socket.SHUT_RDWR)  # arrives even if a forked child holds a copy of the socket
@@ -548,6 +541,7 @@ def _leaf_main(sock, output, pid, isolated):
     os.write(3, struct.pack("!cI", b"r", pid))
     is_call, memory_mb = json.loads(_receive())
     source, stdin = _receive(), _receive()
+    call, stdin = (json.loads(stdin), b"") if is_call else (None, stdin)
     if isolated and len(stdin) > OUTPUT_BYTES:
         _mount("none", "/tmp", None, 0x26, b"size=%d" % (len(stdin) + OUTPUT_BYTES))  # remount
     given = os.open("/tmp/stdin", os.O_CREAT | os.O_RDWR) if isolated else os.memfd_create("stdin")
@@ -567,20 +561,20 @@ def _leaf_main(sock, output, pid, isolated):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     _seal()
     random.seed(0)
-    return _run_program(source, is_call)
+    return _run_program(source, call)
 
 
-def _run_program(source, is_call):
-    """Run a script to its end, or define its functions and answer calls until the caller hangs up."""
+def _run_program(source, call):
+    """Run a script to its end, or define its functions and answer the call."""
     scope = sys.modules["__main__"].__dict__
-    scope["__name__"] = "solution" if is_call else "__main__"
+    scope["__name__"] = "solution" if call else "__main__"
     try:
         try:
             exec(compile(source, "<program>", "exec", dont_inherit=True), scope)
-            while is_call:
-                _answer(scope)
+            if call:
+                return _answer(scope, *call)
         except SystemExit:
-            if is_call:
+            if call:
                 return 1
         threading._shutdown()  # the main thread may end before the thread that does the work
         atexit._run_exitfuncs()
@@ -593,15 +587,15 @@ def _run_program(source, is_call):
     return 0
 
 
-def _answer(scope):
-    """Receive one call, make it, send its result as JSON."""
-    name, args = json.loads(_receive())
+def _answer(scope, name, args):
+    """Make one call, send its result as JSON. Returns the exit code."""
     owner = scope.get("Solution")
     function = getattr(owner(), name) if hasattr(owner, name) else scope[name]
     result = json.dumps(function(*args), default=lambda item: item.tolist()).encode()  # numpy scalars and arrays
     result = memoryview(b"v" + struct.pack("!I", len(result)) + result)
     while result:
         result = result[os.write(3, result) :]
+    return 0
 
 
 def _receive():

@@ -1,7 +1,9 @@
-"""Test-time scaling of the paper: majority vote over patches (7.4) and the submit-and-learn loop for contest problems (5.1).
+"""Many samples of one problem: majority vote over patches (paper 7.4), the submit-and-learn loop for contest problems (5.1), and
+answers of a teacher that name the right files, as SFT data (3.3.2).
 
     python scaling.py --model=out/toy/swerl/final --vote=out/toy/data/swe_test.jsonl --samples=16
     python scaling.py --model=... --ioi=problems.jsonl --rounds=50 --samples=20 --max_new_tokens=131072
+    python scaling.py --model=teacher --localise=nebius/SWE-rebench --repos=clones --out=localisation.jsonl --samples=8 --temperature=1
 
 A row of --ioi: {"name", "statement", "samples": tests, "subtasks": [{"name", "points", "statement", "tests", "partial"}]}, tests
 as {"inputs", "outputs"}. Deviations from the paper: 1. A patch is voted on after a syntax check; regression and reproduction
@@ -9,6 +11,7 @@ tests need the containers of SWE-bench's harness. 2. Tail confidence is the mean
 """
 
 import ast
+import json
 import os
 import sys
 from collections import Counter
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import benchmarks
 import coderl
 import common
 import data
@@ -31,6 +35,9 @@ class Config:
     model: str = ""  # checkpoint folder
     vote: str = ""  # rows of swerl.py: sample patches, take the majority's
     ioi: str = ""  # contest problems, see above
+    localise: str = ""  # rows of SWE-bench's form: which files have to change, for SFT
+    repos: str = ""  # their repositories: a folder of git clones named owner__name
+    out: str = ""  # where the rows for sft.py go
     samples: int = 20  # completions of a problem, or candidates of a subtask in a round; paper: 32, 20
     rounds: int = 50  # submissions a problem; IOI's limit
     max_new_tokens: int = 32768  # paper: 128K for IOI
@@ -126,10 +133,28 @@ def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
     return points, submissions
 
 
-# ---- 3. main ---------------------------------------------------------------------------------------------------------
+# ---- 3. Localisation demonstrations ----------------------------------------------------------------------------------
+def run_localise(cfg, sample):
+    """(answers kept, rows): Agentless-mini's first step. The prompt has the issue and all Python files of the repository; of the teacher's answers
+    those stay that name every file of the golden patch (recall 1)."""
+    rows, kept = benchmarks.load_swebench_files(cfg.localise, {"repos": cfg.repos})[0], 0
+    rows = [row for row in rows[: cfg.limit or None] if row["golden"]]
+    with open(cfg.out + ".tmp", "w") as f:
+        for n, row in enumerate(rows, 1):
+            for r in sample([row["messages"]] * cfg.samples, n, row):
+                named = benchmarks.named(r.text.rpartition("</think>")[2]) if "</think>" in r.text and r.finish_reason == "stop" else []
+                if set(row["golden"]) <= set(named):
+                    messages, kept = [*row["messages"], {"role": "assistant", "content": r.text}], kept + 1
+                    f.write(json.dumps({"messages": messages, "category": "swe_localization", "generator": cfg.model, "thinking": True}) + "\n")
+    os.rename(cfg.out + ".tmp", cfg.out)
+    print(f"{cfg.localise}: {kept} of {len(rows) * cfg.samples} answers name every file of their golden patch -> {cfg.out}")
+    return kept, len(rows)
+
+
+# ---- 4. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
-    if not (cfg.vote or cfg.ioi) or not os.path.exists(os.path.join(cfg.model, "config.json")):
-        common.fail("--model=folder and one of --vote=file, --ioi=file are needed.", note="Nothing was sampled.")
+    if not (cfg.vote or cfg.ioi or cfg.localise and cfg.out) or not os.path.exists(os.path.join(cfg.model, "config.json")):
+        common.fail("--model=folder and one of --vote=file, --ioi=file, --localise=file --out=file are needed.", note="Nothing was sampled.")
     _, _, device = common.init_distributed(cfg.seed)
     tokenizer, dtype = load_tokenizer(cfg.model), torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = make_engine(cfg.engine, Qwen3.from_pretrained(cfg.model, device=device, dtype=dtype, rope_factor=cfg.rope_factor), tokenizer)
@@ -141,8 +166,8 @@ def main(cfg):
         engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
         return rollouts
 
-    if cfg.vote:
-        return run_vote(cfg, sample)
+    if cfg.vote or cfg.localise:
+        return run_vote(cfg, sample) if cfg.vote else run_localise(cfg, sample)
     problems = data.read_rows(cfg.ioi, cfg.limit)
     for where, problem in problems:
         for name, kind in (("statement", str), ("samples", dict), ("subtasks", list)):

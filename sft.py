@@ -36,11 +36,11 @@ class Config:
     data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"  # hub id, folder, parquet, .json or .jsonl with `messages` rows
     eval_data: str = ""  # same form; "": no held-out loss
     limit: int = 0  # rows read from data; 0: all
-    block_rows: int = 32768  # rows read, tokenized and shuffled at a time; smaller sets are held whole
-    samples_per_step: int = 256  # conversations per update, over all ranks; paper T14
+    block_rows: int = 32768  # rows read, tokenized and shuffled at a time [dev 3]; smaller sets are held whole
+    samples_per_step: int = 256  # conversations per update, over all ranks [dev 1]; paper T14
     num_steps: int = 20000  # paper T14: 20K, then 32K (8B)
-    schedule_steps: int = 100000  # where the cosine reaches 0; paper T14
-    warmup_steps: int = 200  # linear; 1%, not stated in the paper
+    schedule_steps: int = 100000  # where the cosine reaches 0; paper T14 [dev 4]
+    warmup_steps: int = 200  # linear; 1%, not stated in the paper [dev 2]
     max_seq_len: int = 16384  # tokens; longer conversations are dropped. Paper 3.1.1: 16K, then 32K
     micro_batch_tokens: int = 16384  # tokens of one packed forward pass on one rank
     lr: float = 5e-5  # paper T14: 5e-5, then 2e-5 (8B)

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import fail
+from common import fail, print0
 from data import BadRow, chat, field, load_table
 from engine import Rollout, make_engine, request_seed
 from model import render_chat
@@ -219,22 +219,17 @@ class NoPatch(ValueError):
     """The edits or the patch cannot be read or applied; the message is the reason that the log counts."""
 
 
-def find_lines(lines, wanted, at=None):
-    """Index of the one place where wanted occurs as whole lines. With `at`, that place is taken if it fits."""
-    if at is not None and lines[at : at + len(wanted)] == wanted:
-        return at
-    hits = [i for i in range(len(lines) - len(wanted) + 1) if lines[i : i + len(wanted)] == wanted]
+def replace_lines(text, old, new, at=None):
+    """Replace the one place of text where `old` occurs as whole lines by `new`, whose lines end the way the old ones do. With `at`, that place
+    is taken if it fits."""
+    lines = text.split("\n")
+    bare = [line.rstrip("\r") for line in lines]
+    fits = lambda i: bare[i : i + len(old)] == old
+    hits = [at] if at is not None and fits(at) else list(filter(fits, range(len(lines) - len(old) + 1)))
     if len(hits) != 1:
         raise NoPatch("text found more than once" if hits else "text not found")
-    return hits[0]
-
-
-def replace_lines(text, old, new, at=None):
-    """Replace the whole lines `old` of text by `new`; new lines end the way the old ones do."""
-    lines = text.split("\n")
-    i = find_lines([line.rstrip("\r") for line in lines], old, at)
-    end = "\r" if lines[min(i, len(lines) - 1)].endswith("\r") else ""
-    lines[i : i + len(old)] = [line + end for line in new]
+    end = "\r" if lines[min(hits[0], len(lines) - 1)].endswith("\r") else ""
+    lines[hits[0] : hits[0] + len(old)] = [line + end for line in new]
     return "\n".join(lines)
 
 
@@ -359,7 +354,7 @@ def lexical_judge(files, predicted, oracle, floor=0.5):
 
 
 def same_code(path, old, new):
-    """True if two versions of a Python file differ in comments, blank lines and the width of indentation only."""
+    """True if two versions of a Python file differ in comments, blank lines and the width of indentation only [dev 3]."""
     if not path.endswith(".py") or len({re.sub(r"#.*|\s", "", text) for text in (old, new)}) > 1:  # cheap
         return False
     try:
@@ -416,8 +411,7 @@ def ask_judge(cfg, issue, files, predicted, oracle):
     body = {"model": cfg.judge_model, "messages": [{"role": role, "content": text} for role, text in turns]}
     body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
     body |= {"add_generation_prompt": False, "continue_final_message": True}
-    request = urllib.request.Request(cfg.judge + "/chat/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
+    request = urllib.request.Request(cfg.judge + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     for attempt in range(3):
         try:
             with urllib.request.urlopen(request, timeout=120) as reply:
@@ -467,7 +461,8 @@ def make_reward(cfg):
     return submit, collect
 
 
-REASONS = ("exact", "judged", "unchanged", "no block", "text not found", "text found more than once", "truncated")
+REASONS = ("exact", "judged", "unchanged", "truncated", "thinking not closed", "no block", "block not closed", "text not found",
+           "text found more than once", "blank search text", "unknown file", "new file", "test or CI file")  # fmt: skip
 
 
 def monitor(rollouts):
@@ -488,7 +483,7 @@ def as_response(files, after):
 
 
 def self_test(rows, cfg):
-    """Before training: the golden change earns 1, with one more line less, prose -1. The endpoint is not asked."""
+    """Before training: the golden change earns 1, with one more line less, prose -1, and the endpoint answers a question."""
     marks = re.compile(r"^(=======|<<<<<<< |>>>>>>> )", re.M)
     plain = [row for row in rows if not any(map(marks.search, row["files"].values()))]
     for row in random.Random(cfg.seed).sample(plain, min(16, len(plain))):
@@ -499,6 +494,13 @@ def self_test(rows, cfg):
         earned = [reward(text, files, row["golden_patch"]) for text in texts]
         if not (earned[0] == 1 and earned[1] < 1 and earned[2] == -1):
             fail(f"reward self test: golden, corrupted and no patch of {path} earn {earned}, not 1, less and -1.")
+    if cfg.judge != "lexical":
+        oracle = apply_patch(rows[0]["golden_patch"], rows[0]["files"])
+        try:
+            yes, mass = ask_judge(cfg, rows[0]["issue"], rows[0]["files"], oracle, oracle)
+        except OSError as error:
+            fail(f"--judge={cfg.judge}: {error}.")
+        print0(f"judge: a golden patch itself is P(YES) {yes:.2f}, P(YES) + P(NO) {mass:.2f}")
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------

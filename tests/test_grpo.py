@@ -11,8 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import coderl
+import ifrl
 import mathrl
 import rlhf
+import swerl
 from conftest import make_tiny
 from engine import Rollout
 
@@ -431,13 +434,35 @@ def test_summary_by_hand():
     assert sum(v for k, v in summary.items() if k.startswith("status/")) == 1
 
 
+LOGGED = {  # what a step of a stage has to say besides what every stage says: names in metrics.jsonl
+    mathrl: {"box", "two_boxes", "box_wrong"},
+    coderl: {"wrong", "timeout", "crash", "no_answer", "language", "passed"},
+    swerl: {reason.replace(" ", "_") for reason in swerl.REASONS} | {"other", "p_yes", "p_yes_or_no"},
+    ifrl: {"under_20_words"} | {f"{what}/{name}" for what in ("given", "followed") for name in ifrl.CHECKS},
+    rlhf: {"rm_score", "rm_std", "rm_group_std"},
+}
+EVERYWHERE = {"reward", "flat", "trunc", "unclosed", "len", "time/verifiers", "status/infra", "status/timeout", "status/language", "status/no_answer"}
+
+
+@pytest.mark.parametrize("stage", LOGGED, ids=lambda stage: stage.__name__)
+def test_every_step_logs_what_shows_a_broken_or_a_farmed_verifier(stage):
+    rollouts = [rollout(1.0), rollout(0.0, status="wrong")]
+    for r in rollouts:
+        r.row, r.text = {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]}, "<think>x</think>y"
+        r.followed, r.passed, r.reason, r.score = [True], 1.0, "exact", 1.0
+    logged = stage.summarize(rollouts)
+    assert {name for name in logged if not name.startswith("reward/")} >= EVERYWHERE
+    assert {name.removeprefix("reward/") for name in logged if name.startswith("reward/")} == LOGGED[stage]
+
+
 def test_rlhf_logs_the_reward_model_s_mean_and_spreads():
-    """Groups with scores (1, 3) and (5, 5, nan): an endpoint that failed has no score."""
+    """Groups with scores (1, 3) and (5, 5, nan): an endpoint that failed has no score. Mean 3.5, variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
     rollouts = [rollout(0.0, group=g) for g in (0, 0, 1, 1, 1)]
     for r, score in zip(rollouts, (1.0, 3.0, 5.0, 5.0, float("nan")), strict=True):
         r.score = score
     logged = rlhf.monitor(rollouts)
-    assert logged == pytest.approx({"rm_score": 14 / 5, "rm_score_squared": 60 / 5, "rm_group_std": 0.5})
+    assert logged == pytest.approx({"rm_score": 3.5, "rm_std": math.sqrt(2.75), "rm_group_std": 0.5})
+    assert rlhf.monitor(rollouts[4:]) == {"rm_score": 0.0, "rm_std": 0.0, "rm_group_std": 0.0}
 
 
 def test_importance_weights_by_hand():

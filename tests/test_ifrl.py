@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 import ifrl
+import rlhf
 
 LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
 FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
@@ -401,10 +402,7 @@ def test_thinking_reward_by_hand(monkeypatch):
     """Scores 1 2 3 6: mean 3, unbiased std 2.1602; the third breaks a rule but counts in mean and std."""
     scores = {"w": 1.0, "x": 2.0, "a,b": 3.0, "z": 6.0, "p": 5.0, "q": 5.0}
     seen = []
-    model = types.SimpleNamespace(
-        load_reward_model=lambda path, device: lambda m, answers: seen.append(answers) or [scores[a] for a in answers]
-    )
-    monkeypatch.setitem(sys.modules, "rlhf", model)
+    monkeypatch.setattr(rlhf, "load_reward_model", lambda *args: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
     rollouts = make_rollouts([f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True)
     rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)  # equal scores; "p" never closed its reasoning
     _, collect = ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))
@@ -526,12 +524,13 @@ EXAMPLES = {name: kwargs for name, kwargs, _, _ in TABLE if name not in ifrl.NEE
 
 
 def every_check_returns_a_bool_at_once(text):
-    start = time.perf_counter()
+    """Seconds of this process: a busy machine is nobody's slow rule."""
+    start = time.process_time()
     for name, kwargs in EXAMPLES.items():
         assert ifrl.check(name, kwargs, text) in (True, False)
         if ifrl.check(name, kwargs, text):
             assert text.strip() and ifrl.check_loose(name, kwargs, text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
@@ -552,9 +551,9 @@ def test_hostile_repetition_takes_bounded_time(unit):
     """10,000 characters of it; the slowest rule is quadratic, so MAX_CHARS costs 25 times this."""
     text, slowest = (unit * 10_000)[:10_000] + "x", (0.0, "")
     for name, kwargs in EXAMPLES.items():
-        start = time.perf_counter()
+        start = time.process_time()
         ifrl.check(name, kwargs, text)
-        slowest = max(slowest, (time.perf_counter() - start, name))
+        slowest = max(slowest, (time.process_time() - start, name))
     print(f"slowest {slowest[1]} {slowest[0]:.2f} s")
     assert slowest[0] < 5
 

@@ -7,6 +7,8 @@ import logging
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -15,8 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from math_verify import LatexExtractionConfig, parse, verify
 
+import coderl
+import common
+import ifrl
 import mathrl
+import rlhf
 import sandbox
+import swerl
 
 HONEST = {  # gold: answers that are right
     "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
@@ -207,6 +214,49 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
     assert (cut.reward, cut.status) == (0, "no_answer") and mathrl.metric(free) == 1.0
 
 
+def test_verifier_children_end_with_a_killed_parent():
+    """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself within two seconds."""
+    code = ("import os, time, mathrl; mathrl.equal_in_child.start(); "
+            "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)")  # fmt: skip
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(mathrl.__file__))
+    child = int(parent.stdout.readline().split()[0])
+    parent.kill()
+    parent.wait()
+    alive = lambda: os.path.exists(f"/proc/{child}/stat") and open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    deadline = time.time() + 20  # of a busy machine; an idle one takes one
+    while alive() and time.time() < deadline:
+        time.sleep(0.05)
+    assert not alive()
+
+
+# ---- a broken verifier -----------------------------------------------------------------------------------------------
+
+
+def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_answer():
+    """math-verify returns False when its own clock has run out: an overloaded machine would look like a policy that is wrong."""
+    start = time.time()
+    assert mathrl.verdict(mathrl.boxed("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout") and time.time() - start < 10.5
+    assert mathrl.verdict(mathrl.boxed(r"\frac{\pi}{3}"), r"\frac{\pi}{4}") == (0, "wrong")
+
+
+@pytest.mark.parametrize("stage, metrics, sentence", [
+    (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),  # at the limit, not over it
+    (mathrl, {"status/infra": 0.021}, "2.1% of the rewards are infrastructure failures (--max_infra=0.02)"),
+    (mathrl, {"status/timeout": 0.03}, "3.0% of the verifications were cut off (--max_timeout=0.02)"),
+    (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),  # of code, a time-out is the program's own fault
+    (coderl, {"status/infra": 0.03}, "infrastructure failures"), (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
+    (swerl, {"status/infra": 0.03}, "infrastructure failures"), (rlhf, {"status/infra": 0.03}, "infrastructure failures"),
+])  # fmt: skip
+def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(stage, metrics, sentence, capsys):
+    step = lambda: common.check_step(7, {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics}, {"skipped": 0}, stage.Config())
+    if not sentence:
+        return step()
+    with pytest.raises(SystemExit) as stop:
+        step()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and sentence in error and "step 7" in error and "The last checkpoint is whole." in error
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 DAPO_PROMPT = (
@@ -264,9 +314,10 @@ RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)
 
 
 def never_fails(response, gold="34"):
+    """The verifier's own limit is 9.5 s (test_every_answer...); 30 s leave room for a machine that stalls under other work."""
     start = time.time()
     value, status = mathrl.verdict(response, gold)
-    assert value in (0, 1) and (value == 1) == (status == "ok") and time.time() - start < 10.5
+    assert value in (0, 1) and (value == 1) == (status == "ok") and time.time() - start < 30
     assert value == 0 or "</think>" in response
 
 
@@ -296,6 +347,30 @@ def test_integers_are_compared_exactly_and_symmetrically(gold, off):
     a, b = str(gold), str(gold + off)
     assert mathrl.reward(mathrl.boxed(a), b) == mathrl.reward(mathrl.boxed(b), a) == (off == 0)
     assert mathrl.reward(mathrl.boxed(f"{gold:,}"), a) == 1
+
+
+LETTERS = st.text(alphabet="ab \u00e9\u03b1\u0436\u4e2d\u3042\u0627\u211d\U0001d431\u00b5\u2192\n</think>12", max_size=40)
+
+
+def language_rule_holds(prompt, response, more):
+    """A response in the prompt's own letters is fine; longer responses only get worse, longer prompts only forgive more; Latin is always fine."""
+    fine = mathrl.language_ok(prompt, response)
+    assert fine in (True, False) and mathrl.language_ok(prompt, prompt) and mathrl.language_ok(prompt, response + " plain text") is fine
+    assert fine or not mathrl.language_ok(prompt, response + more)
+    assert not fine or mathrl.language_ok(prompt + more, response)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LETTERS | st.text(max_size=20), LETTERS | st.text(max_size=20), LETTERS)
+def test_the_language_rule_is_monotone(prompt, response, more):
+    language_rule_holds(prompt, response, more)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=20_000, deadline=None)
+@given(LETTERS | st.text(max_size=20), LETTERS | st.text(max_size=20), LETTERS)
+def test_the_language_rule_is_monotone_on_twenty_thousand_texts(prompt, response, more):
+    language_rule_holds(prompt, response, more)
 
 
 def test_an_integer_answer_costs_microseconds():

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import test_presets
@@ -116,17 +117,51 @@ def test_shapes_of_the_8b_model_by_hand():
 
 
 def test_time_by_hand():
-    """8 * params * tokens / (ranks * rate) without attention; all weights once for every new token."""
+    """(8 * params - 2 * down projections) * tokens / (ranks * rate) without attention; all weights once for every new token."""
     config = Qwen3Config(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8, vocab_size=10)
     params = 10 * 8 + 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8 + 2 * 8 + 8  # head; q k v o; mlp; norms
     gen, update = time_plan(config, 2, tokens=100, longest=20, new_tokens=10, rows=4, flops=1.0, bandwidth=1.0)
-    assert update == 100 * (8 * params + 4.5 * 2 * 20 * 8) / 2
+    assert update == 100 * (8 * params - 2 * 8 * 16 + 4.5 * 2 * 20 * 8) / 2
     assert gen == 10 * (2 * params + 2 * 4 * 8 * (20 - 5))  # two rows a rank, at the mean length of 15
+
+
+class CountProducts(TorchDispatchMode):
+    """Adds up the arithmetic of every matrix product and attention that is really called, 2 for a multiply and add."""
+
+    total = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name, tensors = op.__name__, [a for a in args if isinstance(a, torch.Tensor)]
+        if name.startswith(("mm", "addmm")):
+            a, b = tensors[-2:]
+            self.total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        elif "attention" in name:
+            q = tensors[1 if "backward" in name else 0]  # [rows, heads, tokens, width]; causal: half of two (five) squares
+            self.total += (2.5 if "backward" in name else 1) * 2 * q.shape[0] * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("longest", [16, 128])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, monkeypatch):
+    """Products counted as they are called, with checkpointing and without kept probabilities, as on a GPU. The plan has the norm weights and each
+    sequence's first token (which is scored by nobody) besides, and knows nothing of the last layer's rows that nobody reads."""
+    monkeypatch.setattr("kernels.linear_logprob.CPU_KEEP", 0)
+    model = make_tiny(hidden_size=64, intermediate_size=192, num_hidden_layers=4, head_dim=16, vocab_size=512, tie_word_embeddings=tied)
+    model.gradient_checkpointing, T = True, 256
+    scored = torch.arange(T)[torch.arange(T) % longest > 0]
+    with CountProducts() as counted:
+        model(torch.arange(T), torch.arange(0, T + 1, longest, dtype=torch.int32), longest, scored, temperature=1.0)[0].sum().backward()
+    planned = time_plan(model.config, 1, T, longest, 0, T // longest, flops=1.0)[1]
+    print(f"tied {tied}, sequences of {longest}: planned {planned:.4g}, counted {counted.total:.4g}, off by "
+          f"{planned / counted.total - 1:+.1%}, tolerance 4%")  # fmt: skip
+    assert abs(planned / counted.total - 1) < 0.04
 
 
 def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
-    cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm")
+    cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
+                                prompts_per_step=128, group_size=8)  # fmt: skip
     for free, moment in ((20e9, "load needs about 32.8 GB"), (50e9, "update needs about"), (200e9, None)):
         monkeypatch.setattr(common, "free_memory", lambda device, world, free=free: free)
         if moment is None:
@@ -138,6 +173,8 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(t
             assert stop.value.code == 2 and error.count("\n") == 1 and moment in error and "Nothing was trained." in error
     printed = capsys.readouterr().out
     assert "update: " in printed and "rollouts: " in printed and "of 200 GB a rank" in printed
+    gen, update = time_plan(Qwen3Config(), 8, 1024 * 26624, 26624, 24576, 1024)
+    assert f"at most about {gen:.3g} s of rollouts and {update:.3g} s of update" in printed
 
 
 def test_the_plan_is_printed_at_start_up_of_a_stage(world, tmp_path):
@@ -145,6 +182,7 @@ def test_the_plan_is_printed_at_start_up_of_a_stage(world, tmp_path):
                                "--samples_per_step=4", "--max_seq_len=512", "--micro_batch_tokens=512", "--eval_every=0")  # fmt: skip
     line = next(line for line in printed.splitlines() if line.startswith("update: "))
     assert "GB a rank (weights 0.00" in line and "free" not in line
+    assert "time: a step takes at most about 0 s of rollouts and " in printed
 
 
 @pytest.mark.parametrize("preset, size", [("8b", "8b"), ("14b-thinking", "14b")])

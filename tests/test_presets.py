@@ -1,8 +1,9 @@
 """The presets of run_cascade.sh against the paper's appendix tables (T14-T20).
 DRY_RUN=1 prints one command a sub-stage; every flag has to be one the script's own parser takes,
-and the values that make the recipe have to be the table's."""
+and the values that make the recipe have to be the table's (of the toy: those that were run)."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -16,17 +17,19 @@ import common
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 K = 1024
+STAGES = ("sft.py", "rlhf.py", "ifrl.py", "mathrl.py", "coderl.py", "swerl.py", "mopd.py")
 
 
-def commands(preset):
-    """[(script, Config)] of a preset, parsed by the scripts' own parser."""
-    env = {**os.environ, "DRY_RUN": "1", "BASE": "models/base", "OUT": "out/x", "NPROC": "8"}
+@functools.cache
+def commands(preset, stages=True):
+    """[(script, Config)] of a preset's stages (or of everything else it starts), parsed by the scripts' own parser."""
+    env = {**os.environ, "DRY_RUN": "1", "BASE": "models/base", "OUT": "out/no_such_run", "NPROC": "8"}
     printed = subprocess.run(["bash", "run_cascade.sh", preset], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     found = []
     for line in printed.stdout.splitlines():
         words = shlex.split(line)
         script = next((w for w in words if w.endswith(".py")), None)
-        if script and not line.startswith("=="):
+        if script and not line.startswith("==") and (script in STAGES) == stages:
             argv, sys.argv = sys.argv, words[words.index(script) :]
             try:
                 found.append((script.removesuffix(".py"), common.parse_config(importlib.import_module(script.removesuffix(".py")).Config)))
@@ -47,12 +50,13 @@ def sft(steps1, steps2, lr2):
 
 
 def rlhf(steps, share):
-    return [row("rlhf", num_steps=steps, think_share=share, prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, lr=2e-6,
+    return [row("rlhf", num_steps=steps, think_share=share, prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, top_k=0, lr=2e-6,
                 max_new_tokens=12 * K, overlong_filter=False, rm_samples_per_step=256, rm_lr=2e-6, rm_epochs=1, kl_coef=0.0)]  # fmt: skip
 
 
 def ifrl(steps1, steps2, think):
-    same = dict(prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, lr=2e-6, think=think)
+    same = dict(prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, top_k=20, lr=2e-6, think=think)  # top-k: text 4.4.2, T16 has none
+    same |= dict(rm="out/no_such_run/rlhf/rm") if think else {}
     return [
         row("ifrl", taxonomy="ifeval", num_steps=steps1, max_new_tokens=8 * K, overlong_filter=False, **same),
         row("ifrl", taxonomy="iftrain", num_steps=steps2, max_new_tokens=(16 if think else 8) * K, overlong_filter=think, **same),
@@ -61,23 +65,35 @@ def ifrl(steps1, steps2, think):
 
 def math(length, steps, temperature, overlong, lr=2e-6, rope=0.0):
     return row("mathrl", max_new_tokens=length * K, num_steps=steps, temperature=temperature, overlong_filter=overlong, lr=lr, rope_factor=rope,
-               prompts_per_step=128, group_size=8, top_p=0.95, readmit_hard=0.1, readmit_easy=0.01)  # fmt: skip
+               prompts_per_step=128, group_size=8, top_p=0.95, top_k=0, readmit_hard=0.1, readmit_easy=0.01)  # fmt: skip
 
 
 def code(length, steps, temperature):
     return row("coderl", max_new_tokens=length * K, num_steps=steps, temperature=temperature, overlong_filter=False, lr=4e-6,
-               prompts_per_step=128, group_size=8, top_p=0.95, rope_factor=2.0)  # fmt: skip
+               prompts_per_step=128, group_size=8, top_p=0.95, top_k=0, rope_factor=2.0)  # fmt: skip
 
 
 def swe(prompt, steps, overlong):
     return row("swerl", max_prompt_tokens=prompt * K, max_new_tokens=16 * K, num_steps=steps, overlong_filter=overlong, lr=2.5e-6,
-               prompts_per_step=128, group_size=16, temperature=1.0, top_p=0.95, rope_factor=2.0)  # fmt: skip
+               prompts_per_step=128, group_size=16, temperature=1.0, top_p=0.95, top_k=0, rope_factor=2.0)  # fmt: skip
 
 
 MATH_8B = [math(24, 190, 1.0, True), math(32, 240, 1.0, False, rope=2.0), math(40, 70, 0.8, False, rope=2.0)]
 SWE_8B = [swe(16, 30, True), swe(24, 30, False)]
 UNIFIED = sft(20000, 32000, 2e-5) + rlhf(800, 0.5) + ifrl(2300, 800, False) + MATH_8B + [code(44, 60, 1.0), code(48, 30, 0.8)] + SWE_8B
+
+
+def toy(script, steps, lr, **values):
+    """Not the paper's values: those under which every stage of the tiny model learns, pinned so that a change of them is seen."""
+    sampled = dict(prompts_per_step=16, group_size=8, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=80, final_lr=0.1)
+    return row(script, num_steps=steps, lr=lr, **({} if script == "sft" else sampled | values))
+
+
+TOY = [toy("sft", 140, 6e-3), toy("sft", 300, 5e-3), toy("rlhf", 40, 3e-4, kl_coef=0.1, shape_reward=True, think_share=0.5),
+       toy("ifrl", 90, 6e-4, max_refill_rounds=1, think=False, taxonomy="all"), toy("mathrl", 50, 6e-4, overlong_filter=True),
+       toy("coderl", 60, 5e-4, overlong_filter=False), toy("swerl", 90, 3e-4, overlong_filter=False, lexical_floor=0.98)]  # fmt: skip
 TABLE = {
+    "toy": TOY,
     "8b": UNIFIED,
     "0.6b": UNIFIED,
     "8b-thinking": sft(20000, 32000, 2e-5) + rlhf(800, 1.0) + ifrl(550, 300, True) + MATH_8B + [code(44, 64, 1.2)] + SWE_8B,
@@ -97,7 +113,7 @@ def test_a_preset_is_the_papers_table(preset):
 
 @pytest.mark.parametrize("preset", TABLE)
 def test_each_sub_stage_starts_from_the_one_before(preset):
-    previous = "models/base"
+    previous = "out/no_such_run/data/base" if preset == "toy" else "models/base"
     for _, cfg in commands(preset):
         assert cfg.init_from == previous
         previous = f"{cfg.out_dir}/final"
@@ -107,9 +123,17 @@ def test_each_sub_stage_starts_from_the_one_before(preset):
 def test_prompt_and_response_fit_the_positions_of_qwen3(preset):
     for script, cfg in commands(preset):
         length = cfg.max_seq_len if script == "sft" else cfg.max_prompt_tokens + cfg.max_new_tokens
-        room = int(32 * K * cfg.rope_factor) if cfg.rope_factor else 40 * K  # max_position_embeddings of Qwen3
-        assert length <= room, f"{script}: {length} tokens, {room} positions"
-        assert cfg.rope_factor or length <= 32 * K or script in ("rlhf", "ifrl", "mathrl"), f"{script}: YaRN past 32K"
+        room = int(32 * K * cfg.rope_factor) if cfg.rope_factor else 32 * K
+        assert length <= room, f"{script}: {length} tokens, {room} positions: YaRN is on whenever prompt and response can pass 32K"
+        assert cfg.rope_factor in (0.0, 2.0)
+
+
+@pytest.mark.parametrize("preset", ["toy", "control", "mopd"])
+def test_every_flag_of_the_other_commands_is_one_of_their_scripts(preset):
+    """commands() parses them; evaluate.py and report.py beside the stages, and the two additions to the toy run."""
+    scripts = {script for script, _ in commands(preset, stages=False)}
+    assert "evaluate" in scripts and (preset != "toy" or {"toy", "report"} <= scripts)
+    assert len(commands(preset)) == {"toy": 7, "control": 5, "mopd": 1}[preset]
 
 
 def test_an_unknown_preset_prints_the_usage_and_exits_with_2():

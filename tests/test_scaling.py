@@ -2,10 +2,15 @@
 verdicts, and stops at the limit of submissions. Programs really run; only what the model would write is scripted.
 """
 
+import json
+
 import pytest
 
+import data
 import scaling
+import sft
 from engine import Rollout
+from test_benchmarks import swebench  # noqa: F401  a repository with calc.py to mend, other.py, and a test file
 
 FILES = {"app.py": "def f(x):\n    return x - 1\n", "note.txt": "hi\n"}
 
@@ -96,3 +101,24 @@ def make_sample(folder):
         return rollouts
 
     return sample
+
+
+def test_localisation_answers_that_name_every_golden_file_become_rows_for_sft(tmp_path, swebench, capsys):  # noqa: F811
+    """Five answers: right, right among others, wrong, no closed thought, cut off. Two are kept, and sft.py reads them."""
+    said = ["calc.py", "1. `other.py`\n2. `calc.py`", "other.py", None, "calc.py"]
+    asked = []
+
+    def sample(conversations, key, row):
+        asked.append(conversations[0][0]["content"])
+        return [Rollout(row=row, group=0, prompt_ids=[], seed=0, text=f"<think>hm</think>{t}" if t else "<think>calc.py",
+                        finish_reason="length" if i == 4 else "stop") for i, t in enumerate(said)]  # fmt: skip
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(swebench) + "\n")
+    out = tmp_path / "sft.jsonl"
+    cfg = scaling.Config(localise=str(tmp_path / "rows.jsonl"), repos=str(tmp_path), out=str(out), samples=5, model="teacher")
+    assert scaling.run_localise(cfg, sample) == (2, 1)
+    assert "add subtracts" in asked[0] and "\nother.py\n" in asked[0] and "test_calc.py" not in asked[0]
+    assert "2 of 5 answers name every file" in capsys.readouterr().out
+    rows = data.load_table(str(out), sft.normalize)
+    assert [r["messages"][-1]["content"] for r in rows] == ["<think>hm</think>calc.py", "<think>hm</think>1. `other.py`\n2. `calc.py`"]
+    assert {(r["category"], r["think"]) for r in rows} == {("swe_localization", True)} and rows[0]["messages"][0]["content"] == asked[0]

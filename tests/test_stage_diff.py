@@ -31,7 +31,7 @@ EXPECTED = {
     # Reward: all constraints of the prompt hold, and for thinking models the reward model's preference on top (4.4).
     "ifrl.py": {
         "changed": {"reward"},
-        "absent": {"normalize", "verdict", "judge", "language_ok"},
+        "absent": {"normalize", "verdict", "judge"},
         "own": {"check", "check_loose", "verify", "add_preference", "read_constraints", "clean_kwargs", "unusable"}
         | {"hits", "compare", "letters", "first", "last", "extremes", "tokens", "same", "punkt", "split_sentences", "composition", "count_pieces",
            "count_highlights", "is_json", "is_language", "no_consecutive_initials", "nth_paragraph_first_word", "repeat_phrase"},
@@ -45,14 +45,15 @@ EXPECTED = {
     # Reward: edits against the golden patch, nothing is run; -1 for edits that do not apply (4.7).
     "swerl.py": {
         "changed": {"verdict", "reward"},
-        "absent": {"normalize", "judge", "language_ok"},
-        "own": {"NoPatch", "read_files", "source_files", "as_patch", "choose_files", "parse_edits", "find_lines", "replace_lines", "apply_edits", "apply_patch", "edited", "changes",
+        "absent": {"normalize", "judge"},
+        "own": {"NoPatch", "read_files", "source_files", "as_patch", "choose_files", "parse_edits", "replace_lines", "apply_edits",
+                "apply_patch", "edited", "changes",
                 "unified", "same_code", "as_response", "judge_rollout", "lexical_judge", "ask_judge", "similarity", "ratio"},
     },
     # No reward at all: teachers speak about each token (Cascade 2, 4.4).
     "mopd.py": {
         "changed": DISTILL,
-        "absent": {"normalize", "verdict", "reward", "judge", "language_ok"},
+        "absent": {"normalize", "verdict", "reward", "judge"},
         "own": {"load_teacher", "ask_teacher"},
     },
 }  # fmt: skip

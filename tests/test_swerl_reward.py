@@ -312,6 +312,27 @@ def test_the_self_test_stops_a_run_whose_golden_patch_does_not_earn_one(monkeypa
         swerl.self_test([row], swerl.Config())
 
 
+def test_the_self_test_asks_the_judge_before_anything_is_trained(endpoint, monkeypatch, capsys):
+    """A dead or deaf endpoint would be noticed after the first hour of rollouts otherwise."""
+    monkeypatch.setattr(swerl.time, "sleep", lambda seconds: None)
+    row, endpoint.top = {"files": FILES, "golden_patch": GOLDEN, "issue": "The tax is subtracted."}, [("YES", 0.75), ("NO", 0.125)]
+    swerl.self_test([row], swerl.Config(judge=endpoint.url))
+    assert "P(YES) 0.75, P(YES) + P(NO) 0.88" in capsys.readouterr().out and len(endpoint.asked) == 1
+    endpoint.top = [("I", 0.9)]
+    for url in (endpoint.url, "http://127.0.0.1:9/v1"):
+        with pytest.raises(SystemExit) as stop:
+            swerl.self_test([row], swerl.Config(judge=url))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and f"--judge={url}: no judgement" in error and "Nothing was trained." in error
+
+
+def test_every_reason_for_minus_one_is_counted_by_itself():
+    reasons = {swerl.verdict(response, FILES, GOLDEN, lambda *v: 0.5)[1] for response, _ in ATTACKS.values()}
+    print(sorted(reasons))
+    named = {reason for reason in reasons if reason in swerl.REASONS}
+    assert reasons - named == {"block without a path, or inside another"} and named == set(swerl.REASONS) - {"truncated"}
+
+
 def test_truncated_and_unclosed_rollouts_earn_minus_one_and_the_log_counts_reasons():
     rollouts = [rollout(ATTACKS[name][0]) for name in ATTACKS] + [
         rollout(EXACT),
@@ -362,9 +383,9 @@ SOURCES = st.lists(st.sampled_from(["", "x", "  x", "y", "# c", "-", "+z", "@@ -
 
 
 def never_fails(response):
-    start = time.time()
+    start = time.process_time()  # a busy machine is nobody's slow rule
     value, patched = swerl.reward(response, FILES, GOLDEN), swerl.apply_edits(response, FILES)
-    assert -1 <= value <= 1 and (value < 0 or patched is not None) and time.time() - start < 10
+    assert -1 <= value <= 1 and (value < 0 or patched is not None) and time.process_time() - start < 10
     assert value < 1 or swerl.similarity(FILES, patched, FIXED) == 1
 
 

@@ -1,0 +1,134 @@
+"""Guards: every form of a reward model that --rm takes gives the number that its own library gives for the same text: a folder written by
+rlhf.py (opened here by transformers too), any other Hugging Face sequence classifier, and a scoring endpoint. RLHF and the thinking
+IF-RL read them alike, and an endpoint that fails is masked, never a score.
+"""
+
+import http.server
+import json
+import threading
+import types
+
+import pytest
+import torch
+
+import ifrl
+import rlhf
+from conftest import make_tiny
+from model import save_tokenizer
+
+ASK = [{"role": "user", "content": "What is 2 + 2?"}]
+ANSWERS = ["4", "It is four, I think.", "5", "4"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """Folder of a reward model as rlhf.py writes it, with a head that is not zero."""
+    folder, body = tmp_path_factory.mktemp("rm") / "rm", make_tiny(vocab_size=640, std=0.1)
+    model = rlhf.RewardModel(body)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(folder)
+    save_tokenizer(str(world / "base"), str(folder))
+    return folder
+
+
+def test_transformers_opens_our_reward_model_and_gives_the_same_scores(trained):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    theirs, tokenizer = AutoModelForSequenceClassification.from_pretrained(trained).eval(), AutoTokenizer.from_pretrained(trained)
+    assert type(theirs).__name__ == "Qwen3ForSequenceClassification" and theirs.num_labels == 1
+    ours = rlhf.load_reward_model(str(trained), CPU)([ASK] * 4, ANSWERS)
+    with torch.no_grad():
+        ids = [rlhf.score_ids(rlhf.load_tokenizer(trained), ASK, a) for a in ANSWERS]
+        expected = [theirs(torch.tensor([x])).logits[0, 0].item() for x in ids]
+    text = tokenizer.apply_chat_template([*ASK, {"role": "assistant", "content": "4"}], tokenize=False, enable_thinking=False)
+    assert tokenizer(text, add_special_tokens=False).input_ids[: len(ids[0])] == ids[0], "a server that renders the chat itself reads the same tokens"
+    error = max(abs(a - b) for a, b in zip(ours, expected, strict=True)) / max(map(abs, expected))
+    print(f"scores {[round(s, 4) for s in ours]}, relative error to transformers {error:.1e}, tolerance 1e-05")
+    assert error < 1e-5 and ours[0] == ours[3] and len(set(ours)) == 3
+
+
+def test_any_other_classifier_is_scored_through_its_own_template(tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate("[U] user assistant : What is 2 + ? 4 5 It four , I think . <pad>".split())}
+    raw = Tokenizer(models.WordLevel(words, unk_token="[U]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="[U]")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=1, pad_token_id=words["<pad>"])
+    GPT2ForSequenceClassification(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    scores = rlhf.load_reward_model(str(tmp_path), CPU)([ASK] * 4, ANSWERS)
+    model, read = GPT2ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = [model(**read(f"user : What is 2 + 2? assistant : {a} ", return_tensors="pt")).logits[0, 0].item() for a in ANSWERS]
+    assert scores == expected and len(set(scores)) == 3
+
+
+@pytest.fixture()
+def endpoint(monkeypatch):
+    """A scoring server that answers with state.reply(answer text), or fails where that is None."""
+    state = types.SimpleNamespace(asked=[], reply=None, url="")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            state.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            data = state.reply(state.asked[-1]["messages"][-1]["content"])
+            self.send_response(500 if data is None else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [data]}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_port}/pooling"
+    monkeypatch.setattr(rlhf.time, "sleep", lambda seconds: None)
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("form", [
+    lambda s: {"index": 0, "object": "pooling", "data": [s]}, lambda s: {"data": [[9.0], [8.0], [s]]}, lambda s: {"score": s}, lambda s: {"data": s},
+])  # fmt: skip
+def test_an_endpoint_is_asked_for_the_raw_score_of_question_and_answer(endpoint, form):
+    """One number for the sequence, or one for each token, of which the last is the reward."""
+    endpoint.reply = lambda answer: form(float(len(answer)))
+    assert rlhf.load_reward_model(endpoint.url, CPU)([ASK] * 4, ANSWERS) == [float(len(a)) for a in ANSWERS]
+    assert all(asked["use_activation"] is False for asked in endpoint.asked)
+    assert sorted(asked["messages"][-1]["content"] for asked in endpoint.asked) == sorted(ANSWERS) and endpoint.asked[0]["messages"][0] == ASK[0]
+
+
+def rollouts(texts, constraints):
+    row = {"messages": ASK, "think": True, "instruction_id_list": constraints, "kwargs": [{}] * len(constraints)}
+    return [types.SimpleNamespace(text=f"<think>x</think>{t}", row=row, group=0, pending=None, status="", reward=None) for t in texts]
+
+
+def test_an_endpoint_that_fails_is_masked_in_rlhf_and_in_thinking_if_rl(endpoint):
+    replies = {"four": {"data": [1.0]}, "five": {"data": [3.0]}, "lost": None, "odd": {"data": []}, "so, so": {"data": [2.0]}}
+    endpoint.reply = replies.get
+    mine = rollouts(["four", "five", "lost", "odd"], [])
+    rlhf.make_reward(rlhf.Config(rm=endpoint.url))[1](mine)
+    assert [r.status for r in mine] == ["ok", "ok", "infra", "infra"] and [r.reward for r in mine[:2]] == [1.0, 3.0]
+    mine = rollouts(["four", "five", "lost", "so, so"], ["punctuation:no_comma"])
+    ifrl.make_reward(ifrl.Config(think=True, rm=endpoint.url, reward_workers=0))[1](mine)
+    assert [r.status for r in mine] == ["ok", "ok", "infra", "wrong"]
+    assert [r.reward for r in mine] == pytest.approx([1.268941, 1.731059, 0, 0], abs=1e-6)  # z of 1 3 2: mean 2, std 1
+    assert len(endpoint.asked) == 4 + 4 + 4 + 2  # two tries more for each that failed
+
+
+def test_thinking_if_rl_scores_with_a_folder_that_rlhf_wrote_and_tests_it_before_training(trained, tmp_path, capsys):
+    mine = rollouts(["4", "5", "so, so"], ["punctuation:no_comma"])
+    cfg = ifrl.Config(think=True, rm=str(trained), reward_workers=0)
+    ifrl.make_reward(cfg)[1](mine)
+    scores = rlhf.load_reward_model(str(trained), CPU)([ASK] * 3, ["4", "5", "so, so"])
+    assert 1 < mine[0].reward < 2 and (mine[0].reward > mine[1].reward) == (scores[0] > scores[1]) and mine[2].reward == 0
+    ifrl.self_test([mine[0].row], cfg)
+    with pytest.raises(SystemExit) as stop:
+        ifrl.self_test([mine[0].row], ifrl.Config(think=True, rm=str(tmp_path)))
+    assert stop.value.code == 2 and "no reward model there" in capsys.readouterr().err
