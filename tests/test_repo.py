@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
     "engine.py": 335,  # two engines behind one call
-    "common.py": 360,  # (220) locks, checksums and one-sentence errors are 110 lines, what a run will take and how it starts 60
+    "common.py": 371,  # (220) locks, checksums and one-sentence errors are 110 lines, what a run will take and how it starts 60, its gates 20
+    "guard.py": 80,  # threads, signals and stacks, which nothing else here is about; not planned
     "data.py": 215,  # streams of any size are 90 lines, decontamination 45; not planned
     "sft.py": 320,
     "mathrl.py": 580,  # (450) a verifier that a policy cannot farm is 180 lines
