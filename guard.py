@@ -65,6 +65,10 @@ def guard(limit_s):
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)  # gets the number of a signal at once, whatever the main thread does
     signal.signal(signal.SIGTERM, lambda *_: None)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # reward workers just end
+    # Reward workers just end. SIGTERM waits while one is forked: in its first moment it still has this process's pipe.
+    mask, term = signal.pthread_sigmask, {signal.SIGTERM}
+    release = lambda: mask(signal.SIG_UNBLOCK, term)
+    in_child = lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), release())
+    os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK, term), after_in_parent=release, after_in_child=in_child)
     sys.excepthook = uncaught
     threading.Thread(target=watch, args=(signals, limit_s), daemon=True).start()
