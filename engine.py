@@ -72,14 +72,10 @@ def hand_on(rollout, reason, tokenizer, on_finished):
         on_finished(rollout)
 
 
-def gap_limit(model):
-    """Mean |log-prob difference| of engine and trainer that rounding does not explain. Usual are 0.01 in bf16, which GPUs use, and 1e-6 in fp32."""
-    return 0.05 if next(model.parameters()).is_cuda else 1e-3
-
-
 @torch.no_grad()
 def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one sentence."):
-    """Mean |log-prob difference| to the trainer over 4 x 16 tokens that this rank's engine draws; RuntimeError over engine.limit."""
+    """Mean |log-prob difference| to the trainer over 4 x 16 tokens that this rank's engine draws. Rounding makes 0.01 in bf16, which GPUs
+    use, 1e-6 in fp32; RuntimeError if it is more than that."""
     prompt_ids = render_chat(engine.tokenizer, [{"role": "user", "content": prompt}], think=True)[0]
     rollouts = [Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(sample)) for sample in range(4)]
     engine.generate(rollouts, 16, 1.0)
@@ -92,8 +88,8 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
         model.reshard()  # a forward without backward leaves the root gathered
     sampled_M = tensor(np.concatenate([r.sampler_logprobs for r in rollouts]))
     gap = (logprobs_T[tensor(index_M)] - sampled_M).abs().mean().item()
-    if not gap < engine.limit:
-        raise RuntimeError(f"weight sync {engine.syncs}: the engine's log-probs are {gap:.1e} a token off the trainer's (limit {engine.limit}): "
+    if not gap < (limit := 0.05 if logprobs_T.is_cuda else 1e-3):
+        raise RuntimeError(f"weight sync {engine.syncs}: the engine's log-probs are {gap:.1e} a token off the trainer's (limit {limit}): "
                            "it does not sample from the policy that is trained")  # fmt: skip
     engine.syncs += 1
     return gap
@@ -107,7 +103,7 @@ class TorchEngine:
         self.tokenizer, self.max_rows = tokenizer, max_rows  # rows decoded together; 0: as many as the cache has room for
         self.stops = torch.tensor(stop_ids(tokenizer))
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-        self.model, self.syncs, self.limit = model, 0, gap_limit(model)
+        self.model, self.syncs = model, 0
         if self.sharded:
             device = next(model.parameters()).device
             with torch.device("meta"):
@@ -245,7 +241,7 @@ class VLLMEngine:
 
         self.tokenizer, self.stops, self.syncs = tokenizer, stop_ids(tokenizer), 0
         self.on_gpu = next(model.parameters()).device.type == "cuda"
-        self.dtype, self.limit = torch.bfloat16 if self.on_gpu else torch.float32, gap_limit(model)  # the trainer's compute precision
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # the trainer's compute precision
         place = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_share, max_model_len=model.max_positions())
         if not self.on_gpu:
             from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend

@@ -146,14 +146,13 @@ def killable(function, limit_s):
         if getattr(mine, "owner", None) != os.getpid():  # first call of this thread, or of a fork of it
             start()
         for _ in range(2):
-            late = False
             try:
                 mine.pipe.send(args)
-                if mine.pipe.poll(limit_s):
-                    return mine.pipe.recv()
-                late = True
-            except (EOFError, OSError):
-                pass  # the child died
+                if not mine.pipe.poll(limit_s):
+                    raise TimeoutError
+                return mine.pipe.recv()
+            except (EOFError, OSError) as error:  # the child died, or takes too long
+                late = isinstance(error, TimeoutError)
             os.kill(mine.child, signal.SIGKILL)
             ended = os.waitstatus_to_exitcode(os.waitpid(mine.child, 0)[1])
             mine.pipe.close()

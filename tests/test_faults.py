@@ -164,7 +164,7 @@ def run_drill(folder, world, taught, faults, stage="mathrl", ranks=2, **flags):
     said = [line for line in stderr.splitlines() if line.startswith(f"{stage}.py: ")]
     steps = [m["step"] for m in metrics(out)] if (out / "metrics.jsonl").exists() else []
     print(f"{stage}, {faults}: code {code}, all gone {seconds:.1f} s after the fault, steps done {steps}", *said, sep="\n  ")
-    assert (code == 0) == (not said), stdout[-1000:] + stderr[-3000:]
+    assert (code == 0) == (not said) or "Timeout (" in stderr, stdout[-1000:] + stderr[-3000:]
     return SimpleNamespace(code=code, said=said, stdout=stdout, stderr=stderr, seconds=seconds, steps=steps, out=out)
 
 
@@ -229,4 +229,5 @@ def test_code_rl_outlives_its_zygote_and_one_process_ends_alike(drill):
     assert drill({2: "raise"}, ranks=1).said == [f"mathrl.py: rank 0, step 2, rollout: ValueError: a row that nobody expected. {AGAIN}"]
     run = drill({3: "hung reward"}, ranks=1, phase_timeout=20)
     assert [line.partition(" (")[0] for line in run.said] == ["mathrl.py: rank 0, step 3, rollout: not done after 20 s"]
-    assert drill({4: "stuck in C"}, ranks=1, phase_timeout=10, num_steps=4).code
+    run = drill({4: "stuck in C"}, ranks=1, phase_timeout=10)
+    assert run.code and "Timeout (0:00:40)!" in run.stderr and "in rollout" in run.stderr, "no sentence here: Python cannot run, but C prints the stack"
