@@ -22,6 +22,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from guard import guard
 from model import Qwen3, load_tokenizer, memory_plan, read_config, save_tokenizer, time_plan
 
 
@@ -86,7 +87,14 @@ def boolean(text):
 
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
-def init_distributed(seed):
+def start(cfg):
+    """(rank, world, device) of a run that holds out_dir and says why when it ends early."""
+    lock(cfg.out_dir)
+    guard(cfg.phase_timeout)
+    return init_distributed(cfg.seed, 2 * cfg.phase_timeout)  # whoever waits in a collective outlasts the rank that it waits for
+
+
+def init_distributed(seed, timeout_s=1800):
     """(rank, world, device). torchrun's variables decide; without them it is one process. Seeds everything."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -103,7 +111,7 @@ def init_distributed(seed):
                 libc.mallopt(option, value)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)))
     if world > 1 or device.type == "cuda":
-        timeout = datetime.timedelta(minutes=30)
+        timeout = datetime.timedelta(seconds=timeout_s)
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):  # taken, or nobody answers
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
@@ -217,15 +225,23 @@ def load_policy(cfg, world, device):
 
 
 def check_step(step, metrics, state, cfg):
-    """Ends a run whose rewards or gradients are broken. A gradient that is not finite was not applied (train_step); three in a row end it."""
-    whole = "The last checkpoint is whole."
+    """Ends a run whose rewards, gradients or rollouts are broken. A loss or gradient that is not finite was not applied (train_step); three in a row
+    end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update by more."""
+    end, gpu = lambda reason: fail(f"step {step}, {reason}.", note="The last checkpoint is whole."), torch.cuda.is_available()
     if (share := metrics.get("status/infra", 0)) and share > cfg.max_infra:
-        fail(f"step {step}: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g}).", note=whole)
+        end(f"rollout: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g})")
     if hasattr(cfg, "max_timeout") and metrics["status/timeout"] > cfg.max_timeout:
-        fail(f"step {step}: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g}).", note=whole)
-    state["skipped"] = 0 if math.isfinite(metrics["grad_norm"]) else state["skipped"] + 1
+        end(f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g})")
+    finite = math.isfinite(metrics["grad_norm"] + metrics["loss"])
+    metrics["skipped"] = state["skipped"] = 0 if finite else state["skipped"] + 1
     if state["skipped"] >= 3:
-        fail(f"step {step}: the gradient was not finite three times in a row (lr {cfg.lr}, loss {metrics['loss']}).", note=whole)
+        end(f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) was not finite three times in a row (lr {cfg.lr})")
+    if finite and "gap" in metrics:
+        limit = 0.05 if gpu else 1e-3
+        if cfg.engine == "vllm" or cfg.engine == "auto" and gpu:  # its log-probs are of what top_p and top_k leave; it has a gate of its own
+            limit += math.inf if cfg.top_k > 0 else -math.log(cfg.top_p)
+        if not metrics["gap"] <= limit:
+            end(f"rollout: the sampler's log-probs are {metrics['gap']:.1e} a token off the trainer's (limit {limit:.1e}): it draws from another policy")
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class Config:
     eval_every: int = 10  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps
+    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
     sample_every: int = 10  # steps between printed samples
     seed: int = 0
 
@@ -261,7 +262,7 @@ def importance(old_logprobs_T, batch, cfg):
 
 
 def train_step(model, optimizer, rollouts, cfg, device, world):
-    """One gradient update from the rollouts of all ranks; returns the metrics. A gradient that is not finite is not applied."""
+    """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
     counts = common.all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
     batches = collate(rollouts, cfg, device)
@@ -281,10 +282,10 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
             sums["scored"] += len(batch["loss_index"])
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-    if math.isfinite(grad_norm) and most:
+    sums = common.all_reduce(sums)
+    if math.isfinite(grad_norm + sums["loss"]) and most:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    sums = common.all_reduce(sums)
     per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
     return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
 
@@ -324,8 +325,7 @@ STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
 
 
 def main(cfg):
-    common.lock(cfg.out_dir)
-    rank, world, device = common.init_distributed(cfg.seed)
+    rank, world, device = common.start(cfg)
     if cfg.prompts_per_step % world:
         common.fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
     reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small

@@ -142,17 +142,21 @@ def killable(function, limit_s):
     def call(*args):
         if getattr(mine, "owner", None) != os.getpid():  # first call of this thread, or of a fork of it
             start()
-        try:
-            mine.pipe.send(args)
-            if mine.pipe.poll(limit_s):
+        for _ in range(2):
+            try:
+                mine.pipe.send(args)
+                if not mine.pipe.poll(limit_s):
+                    raise TimeoutError
                 return mine.pipe.recv()
-        except (EOFError, OSError):
-            pass  # the child died
-        os.kill(mine.child, signal.SIGKILL)
-        os.waitpid(mine.child, 0)
-        mine.pipe.close()
-        ends.remove(mine.pipe)
-        start()
+            except (EOFError, OSError) as error:  # the child died, or takes too long
+                late = isinstance(error, TimeoutError)
+            os.kill(mine.child, signal.SIGKILL)
+            ended = os.waitstatus_to_exitcode(os.waitpid(mine.child, 0)[1])
+            mine.pipe.close()
+            ends.remove(mine.pipe)
+            start()
+            if late or ended != -signal.SIGKILL:
+                return  # else somebody killed the child, which is not the input's doing: once more
 
     call.start = start
     return call

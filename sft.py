@@ -51,6 +51,7 @@ class Config:
     rope_factor: float = 0.0  # YaRN factor; 2.0 once sequences can pass 32K
     eval_every: int = 500  # steps; 0: never
     save_every: int = 1000  # steps
+    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
     seed: int = 0
 
 
@@ -192,10 +193,11 @@ def train_step(model, optimizer, samples, cfg, device, world):
         total += loss.item()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-    if math.isfinite(grad_norm):
+    loss = common.all_reduce({"loss": total})["loss"]
+    if math.isfinite(grad_norm + loss):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": common.all_reduce({"loss": total})["loss"], "grad_norm": grad_norm, "num_tokens": num_tokens}
+    return {"loss": loss, "grad_norm": grad_norm, "num_tokens": num_tokens}
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------
@@ -219,8 +221,7 @@ def evaluate(model, samples, cfg, device, rank, world):
 
 # ---- 5. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
-    common.lock(cfg.out_dir)
-    rank, world, device = common.init_distributed(cfg.seed)
+    rank, world, device = common.start(cfg)
     if cfg.samples_per_step < world:
         common.fail(f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks.")
     tokenizer, model, resume = common.load_policy(cfg, world, device)

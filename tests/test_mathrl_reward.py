@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -185,6 +186,22 @@ def test_a_hanging_or_dying_verifier_is_killed_and_replaced():
     assert call(100) is None and time.time() - start < 2 and call(0.01) == 0.01
     call = sandbox.killable(allocate, 5.0)
     assert call(4 << 30) is None and call(10) == 10  # 2 GiB is the limit
+
+
+def die_once(path, always):
+    """Killed from outside, as by the machine's memory guard."""
+    if always or not os.path.exists(path):
+        open(path, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def test_a_verifier_killed_from_outside_is_asked_once_more(tmp_path):
+    call = sandbox.killable(die_once, 5.0)
+    assert call(tmp_path / "struck", False) == "alive"
+    start = time.time()
+    assert call(tmp_path / "struck", True) is None and time.time() - start < 4, "asked again and again"
+    assert call(tmp_path / "struck", False) == "alive"
 
 
 def half_pi(i):

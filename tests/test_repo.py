@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
-    "engine.py": 345,  # two engines behind one call, greedy rows beside sampled ones
-    "common.py": 430,  # (220) locks, checksums, ranges of flags and one-sentence errors are 150 lines, what a run will take and how it starts 60
+    "engine.py": 355,  # two engines behind one call, greedy rows beside sampled ones
+    "common.py": 445,  # (220) locks, checksums, ranges of flags and one-sentence errors are 150 lines, what a run will take and how it starts 60
+    "guard.py": 80,  # threads, signals and stacks, which nothing else here is about; not planned
     "data.py": 222,  # streams of any size are 90 lines, decontamination 45, the language rule of three stages 11; not planned
     "sft.py": 320,
     "mathrl.py": 570,  # (450) a verifier that a policy cannot farm is 180 lines

@@ -1,0 +1,263 @@
+"""How the time and memory of one GRPO step grow with response length, group size, model size and ranks, on CPU.
+
+    python bench/growth.py [--quick]      # writes bench/growth.json and .png; about six minutes, --quick one
+
+The toy's shape and prompts, untrained, fp32, one thread a rank. Stop tokens are banned, so lengths are exact; the reward is how rare the
+letter e is, so every group has a signal and every token is trained on. Every point is a process of its own, forked from one that has
+imported everything: its memory is the peak over what it had after the fork. CPU seconds, summed over ranks, since they mean the same on a busy machine.
+Each curve is fitted by a + b x + c x^2 (least squares of relative errors, no negative coefficient); shares are those at the largest x.
+
+`padding` is measured on completions of very unequal lengths (one token in 48 ends them): rows that went through the layers against
+rows that some prompt, draw or loss needs, and the same for the slots that attention looks at.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import resource
+import socket
+import statistics
+import sys
+import time
+import traceback
+
+import numpy as np
+import torch
+from grpo import rarity
+from side_by_side import OUT, ROOT, machine, toy_folder, versions
+
+import common
+import engine
+import mathrl
+from kernels import attention
+from model import Qwen3, load_tokenizer, read_config
+
+BASE = dict(prompts=2, group=4, length=128, width=96, ranks=1)
+SWEEPS = {
+    "length": ("response length (tokens), 2 prompts x 4", [dict(length=n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]),
+    "group": ("completions a prompt, 2 prompts x 128 tokens", [dict(group=n) for n in (2, 4, 8, 16, 32, 64)]),
+    "parameters": ("parameters, 2 prompts x 4 x 128 tokens", [dict(width=n) for n in (48, 96, 192, 384, 768)]),
+    "ranks": ("ranks, 8 prompts x 8 x 128 tokens", [dict(prompts=8, group=8, ranks=n) for n in (1, 2)]),
+}
+MICRO = 8192  # tokens of a packed micro-batch
+
+
+# ---- One point -------------------------------------------------------------------------------------------------------
+def build(point, stops):
+    """A stage's own parts, for a model of this width: (cfg, rows, model, optimizer, engine, rank, world, device)."""
+    rank, world, device = common.init_distributed(0)
+    folder, width = OUT / "data" / "base", point["width"]
+    cfg = mathrl.Config(init_from=str(folder), prompts_per_step=point["prompts"], group_size=point["group"], max_new_tokens=point["length"], lr=1e-4,
+                        max_prompt_tokens=256, top_p=1.0, micro_batch_tokens=MICRO, overlong_filter=False, importance_limit=0.0)  # fmt: skip
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    config.max_position_embeddings, config.intermediate_size = 8192, config.intermediate_size * width // config.hidden_size
+    config.num_attention_heads, config.num_key_value_heads = max(width // 24, 2), max(width // 48, 1)
+    config.hidden_size = width
+    model = common.shard(Qwen3.from_config(config, seed=0), device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, fused=True)
+    with open(OUT / "data" / "math_rl.jsonl") as f:
+        rows = [mathrl.normalize(json.loads(line), "") for _, line in zip(range(64), f)]
+    sampler = engine.TorchEngine(model, tokenizer)
+    sampler.stops = torch.tensor(stops(config.vocab_size))
+    return cfg, mathrl.encode_prompts(rows, tokenizer, cfg), model, optimizer, sampler, rank, world, device
+
+
+HOOK = (lambda r: vars(r).update(reward=rarity(r.text), status="ok")), (lambda rollouts: None)
+
+
+def peak_mb():
+    """Peak of this process since the last call."""
+    with open("/proc/self/status") as f:
+        peak = next(int(line.split()[1]) / 1024 for line in f if line.startswith("VmHWM"))
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    return peak
+
+
+def measure(point, repeats):
+    """Medians over `repeats` steps of this rank, the first left out if there are more."""
+    peak_mb()
+    before = peak_mb()
+    cfg, rows, model, optimizer, sampler, rank, world, device = build(point, lambda vocab: [-1])
+    turns, gaps = [], []
+    for step in range(1, 1 + repeats):
+        marks = [(time.process_time(), time.perf_counter())]
+        indices = [(step * cfg.prompts_per_step + i) % len(rows) for i in range(cfg.prompts_per_step)]
+        trained, _ = mathrl.rollout(sampler, rows, indices, step, cfg, HOOK, rank, world)
+        marks.append((time.process_time(), time.perf_counter()))
+        metrics = mathrl.train_step(model, optimizer, trained, cfg, device, world)
+        sampler.sync(model)
+        marks.append((time.process_time(), time.perf_counter()))
+        (gen_cpu, gen_wall), (update_cpu, update_wall) = ([b - a for a, b in zip(*pair)] for pair in zip(marks, marks[1:]))
+        assert metrics["num_tokens"] == cfg.prompts_per_step * cfg.group_size * cfg.max_new_tokens
+        turns.append((gen_cpu, update_cpu, gen_wall, update_wall))
+        gaps.append(metrics["gap"])
+    medians = [statistics.median(column) for column in zip(*(turns[1:] or turns))]
+    return dict(zip(("rollout", "update", "rollout_wall", "update_wall"), medians)) | {
+        "memory_mb": peak_mb() - before, "parameters": sum(p.numel() for p in model.parameters()), "gap": max(gaps)}  # fmt: skip
+
+
+def measure_padding(point, repeats):
+    """{"rollout", "update"}: [rows computed, rows needed], and the same of attention's slots, over steps with ragged completions."""
+    cfg, rows, model, optimizer, sampler, rank, world, device = build(point, lambda vocab: list(range(0, vocab, 48)))
+    counts, where = {k: [0, 0] for k in ("rollout rows", "rollout slots", "update rows", "update slots")}, {"now": "rollout"}
+    hidden_states, decode, sdpa = Qwen3.hidden_states, engine.TorchEngine._decode, attention.attention_sdpa
+
+    def counting_hidden_states(self, input_ids_T, *args, **kwargs):
+        counts[f"{where['now']} rows"][0] += len(input_ids_T)
+        return hidden_states(self, input_ids_T, *args, **kwargs)
+
+    def counting_decode(self, token_B, position_B, cache, bias_B1S, slot):
+        counts["rollout slots"][0] += len(token_B) * (slot + 1)
+        counts["rollout slots"][1] += int((position_B + 1).sum())
+        return decode(self, token_B, position_B, cache, bias_B1S, slot)
+
+    def counting_sdpa(q, k, v, scale):
+        if where["now"] == "update":
+            counts["update slots"][0] += q.shape[0] * q.shape[1] ** 2 // 2
+        return sdpa(q, k, v, scale)
+
+    Qwen3.hidden_states, engine.TorchEngine._decode, attention.attention_sdpa = counting_hidden_states, counting_decode, counting_sdpa
+    lengths = []
+    for step in range(1, 1 + repeats):
+        indices, where["now"] = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step), "rollout"
+        trained, sampled = mathrl.rollout(sampler, rows, [i % len(rows) for i in indices], step, cfg, HOOK, rank, world)
+        distinct = {tuple(r.prompt_ids) for r in sampled}
+        counts["rollout rows"][1] += sum(map(len, distinct)) + sum(len(r.completion_ids) - 1 for r in sampled)  # the last token is not read
+        where["now"] = "update"
+        mathrl.train_step(model, optimizer, trained, cfg, device, world)
+        whole = [len(r.prompt_ids) + len(r.completion_ids) for r in trained if r.advantage]
+        counts["update rows"][1] += sum(whole)
+        counts["update slots"][1] += model.config.num_hidden_layers * sum(n * n // 2 for n in whole)
+        lengths += [len(r.completion_ids) for r in sampled]
+    return {"counts": counts, "lengths": [min(lengths), statistics.median(lengths), max(lengths)]}
+
+
+def in_children(function, point, repeats):
+    """function(point, repeats) in a forked process for each rank; the list of what they return."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port, pipes = s.getsockname()[1], []
+    for rank in range(point["ranks"]):
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            if point["ranks"] > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(point["ranks"]), "MASTER_ADDR": "127.0.0.1",
+                               "MASTER_PORT": str(port)}  # fmt: skip
+            try:
+                os.write(writer, pickle.dumps(function(point, repeats)))
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        os.close(writer)
+        pipes.append(os.fdopen(reader, "rb"))
+    answers = [pipe.read() for pipe in pipes]
+    for _ in pipes:
+        os.wait()
+    return [pickle.loads(answer) for answer in answers] if all(answers) else sys.exit("growth.py: a point failed")
+
+
+# ---- Fit and report --------------------------------------------------------------------------------------------------
+def fit(x, y):
+    """(a, b, c) of a + b x + c x^2, least squares of relative errors, none negative; the largest relative error."""
+    x, y = np.array(x, float), np.array(y, float)
+    terms, best = np.stack([np.ones_like(x), x, x * x], 1) / y[:, None], None
+    for used in range(1, 8):  # every subset of the terms: exact, and there are seven
+        columns = [i for i in range(3) if used >> i & 1]
+        found, *_ = np.linalg.lstsq(terms[:, columns], np.ones_like(y), rcond=None)
+        error = np.square(terms[:, columns] @ found - 1).sum()
+        if (found >= 0).all() and (best is None or error < best[0] * 0.99):
+            best = error, columns, found
+    whole = np.zeros(3)
+    whole[best[1]] = best[2]
+    return whole, float(np.abs(terms @ whole - 1).max())
+
+
+def describe(name, x, row):
+    line, fits = f"{name:>11s}", {}
+    for key in ("rollout", "update", "memory_mb"):
+        coefficients, worst = fit(x, row[key])
+        parts = coefficients * [1, x[-1], x[-1] ** 2]
+        share = parts / parts.sum()
+        fits[key] = {"a": coefficients[0], "b": coefficients[1], "c": coefficients[2], "share_at_largest": list(share), "worst_relative_error": worst}
+        line += f" | {key} {coefficients[0]:.3g} + {coefficients[1]:.3g} x + {coefficients[2]:.3g} x^2 ({share[0]:.0%} {share[1]:.0%} {share[2]:.0%}, off by <= {worst:.0%})"
+    print(line, flush=True)
+    return fits
+
+
+def plot(sweeps, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.6), sharex="col")
+    for (time_axis, memory_axis), (name, sweep) in zip(axes.T, sweeps.items(), strict=True):
+        x, bars = np.array(sweep["x"], float), name == "ranks"
+        for axis, keys in ((time_axis, {"rollout": "tab:orange", "update": "tab:blue"}), (memory_axis, {"memory_mb": "tab:green"})):
+            for place, (key, colour) in enumerate(keys.items()):
+                if bars:
+                    axis.bar(x + 0.3 * (place - 0.5 * (len(keys) - 1)), sweep[key], 0.28, color=colour, label=key)
+                    continue
+                coefficients = [sweep["fit"][key][k] for k in "abc"]
+                smooth = np.geomspace(x[0], x[-1], 100)
+                axis.plot(smooth, np.polyval(coefficients[::-1], smooth), color=colour, linewidth=1)
+                axis.plot(x, sweep[key], "o", color=colour, markersize=5, label=key)
+                axis.plot(smooth, sweep[key][0] * smooth / x[0], ":", color=colour, linewidth=1)
+            if bars:
+                axis.set_xticks(x)
+            else:
+                axis.set_xscale("log", base=2)
+                axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+        time_axis.set_ylabel("CPU seconds a step, all ranks" if name == "length" else "")
+        memory_axis.set_ylabel("peak MB a rank" if name == "length" else "")
+        time_axis.set_title(sweep["title"], fontsize=9)
+        memory_axis.set_xlabel(name)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle("Growth of one GRPO step (toy shape, fp32): dots measured, lines a + b x + c x^2, dotted: proportional from the first point", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="one step a point, no length over 512")
+    parser.add_argument("--out", default=str(ROOT / "bench" / "growth"), help="path without suffix")
+    args = parser.parse_args()
+    toy_folder("base")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    began, sweeps = time.time(), {}
+    for name, (title, points) in SWEEPS.items():
+        row = {"title": title, "x": []}
+        for changes in points:
+            point = BASE | changes
+            size = point["length"] * point["group"] * point["prompts"] * point["width"]
+            if args.quick and size > 500_000:
+                continue
+            ranks = in_children(measure, point, 1 if args.quick or size > 500_000 else 3)
+            combined = {key: (max if key.endswith(("wall", "mb", "gap")) else sum)(r[key] for r in ranks) for key in ranks[0]} | {"parameters": ranks[0]["parameters"]}
+            row["x"].append(combined["parameters"] if name == "parameters" else point[name])
+            for key, value in combined.items():
+                row.setdefault(key, []).append(value)
+            print(f"{name:>11s} {row['x'][-1]:>9}: rollout {combined['rollout']:7.2f} update {combined['update']:7.2f} CPU s (wall {combined['rollout_wall']:.2f} "
+                  f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}", flush=True)  # fmt: skip
+        sweeps[name] = row | ({"fit": describe(name, row["x"], row)} if name != "ranks" else {})
+    ragged = {n: in_children(measure_padding, BASE | dict(prompts=8, group=8, length=512, ranks=n), 4) for n in (1, 2)}
+    padding = {}
+    for n, ranks in ragged.items():
+        totals = {key: [sum(r["counts"][key][i] for r in ranks) for i in (0, 1)] for key in ranks[0]["counts"]}
+        padding[f"{n} ranks"] = {key: {"computed": c, "needed": need, "share": 1 - need / c} for key, (c, need) in totals.items()}
+        padding[f"{n} ranks"]["completion lengths, min median max"] = ranks[0]["lengths"]
+        print(f"padding, {n} ranks, lengths {ranks[0]['lengths']}: " + ", ".join(f"{k} {1 - need / c:.2%}" for k, (c, need) in totals.items()), flush=True)
+    head = {"command": ["bench/growth.py", *sys.argv[1:]], "git": common.git_hash(), "machine": machine(), "threads_each": 1, **versions("torch"),
+            "settings": BASE | {"micro_batch_tokens": MICRO, "dtype": "float32"}, "seconds": time.time() - began}  # fmt: skip
+    with open(args.out + ".json", "w") as f:
+        f.write(json.dumps(head | {"sweeps": sweeps, "padding": padding}, indent=1) + "\n")
+    plot(sweeps, args.out + ".png")
+
+
+if __name__ == "__main__":
+    main()
