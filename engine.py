@@ -114,6 +114,8 @@ class TorchEngine:
     """The built-in sampler. In a single CPU process it decodes with the trained module itself; beside sharded weights (several
     ranks, any GPU) it keeps a whole replica that sync() refreshes and compares with the trainer."""
 
+    shrink_at = 0.85  # share of the rows that are left when the others leave the batch
+
     def __init__(self, model, tokenizer, max_rows=0):
         self.tokenizer, self.max_rows = tokenizer, max_rows  # rows decoded together; 0: as many as the cache has room for
         self.stops = torch.tensor(stop_ids(tokenizer))
@@ -183,7 +185,7 @@ class TorchEngine:
             keep = [b for b, i in enumerate(alive) if not rollouts[i].finish_reason]
             if not keep:
                 return
-            if len(keep) <= 0.85 * len(alive):  # copying the caches of those who stay costs as much as decoding a few tokens
+            if len(keep) <= self.shrink_at * len(alive):  # copying the caches of those who stay costs as much as decoding a few tokens
                 index = torch.tensor(keep, device=device)
                 alive = [alive[b] for b in keep]
                 token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]

@@ -76,6 +76,7 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
         return logits_BV
 
     monkeypatch.setattr(engine, "_decode", record)
+    monkeypatch.setattr(engine, "shrink_at", 1.0)  # rows leave at once, so that it is known whose the logits are
     rollouts, worst, compared = ask(tokenizer, samples=2), 0.0, 0
     engine.generate(rollouts, 24, temperature=1.0)
     with torch.no_grad():
