@@ -23,7 +23,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "data.py": 222,  # streams of any size are 90 lines, decontamination 45, the language rule of three stages 11; not planned
     "sft.py": 320,
     "mathrl.py": 570,  # (450) a verifier that a policy cannot farm is 180 lines
-    "rlhf.py": 640,  # (480) trains the reward model too
+    "rlhf.py": 645,  # (480) trains the reward model too
     "coderl.py": 615,  # (480) reads six public schemas instead of one private set
     "ifrl.py": 780,  # (600) 54 constraint checks
     "swerl.py": 775,  # (520) edits, patches, two judges, and sets whose files lie in git clones
