@@ -341,9 +341,14 @@ def make_reward(cfg):
         lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
         lowest = -common.all_reduce({"lowest": -lowest}, "max")["lowest"]
         lowest = lowest if math.isfinite(lowest) else 0.0
+        known = [s for s in scores if s is not None]
+        sums = common.all_reduce({"n": len(known), "sum": sum(known), "squares": sum(s * s for s in known)})
+        mean = sums["sum"] / max(sums["n"], 1)
+        std = math.sqrt(max(sums["squares"] / max(sums["n"], 1) - mean**2, 0.0))
         floors = {"infra": math.nan, "no_answer": lowest, "language": lowest - 10.0}  # [dev 4], paper 4.3.2
         for r, s in zip(rollouts, scores, strict=True):
             r.reward = r.score = floors.get(r.status, s)
+            r.batch_mean, r.batch_std = mean, std
         for group in {r.group for r in rollouts} if cfg.shape_reward else ():
             members = [r for r in rollouts if r.group == group and r.status != "infra"]
             if len(members) < 2:
@@ -356,15 +361,14 @@ def make_reward(cfg):
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: mean and spread of the reward model's own score (the reward may be a shaped one) over all
-    prompts, and its spread in a group. Spreads are of a rank's rollouts, averaged over the ranks."""
-    groups = {}
+    """This stage's numbers for the log: mean and spread of the reward model's raw scores over the batch of all ranks (the reward may be a
+    shaped one), and the spread of the scores in a group."""
+    groups, mean = {}, lambda values: sum(values) / max(len(values), 1)
     for r in rollouts:
         if math.isfinite(r.score):
             groups.setdefault(r.group, []).append(r.score)
-    scores = [s for group in groups.values() for s in group] or [0.0]
-    stds = [statistics.pstdev(group) for group in groups.values()] or [0.0]
-    return {"rm_score": statistics.fmean(scores), "rm_std": statistics.pstdev(scores), "rm_group_std": statistics.fmean(stds)}
+    batch = {"rm_score": mean([r.batch_mean for r in rollouts]), "rm_std": mean([r.batch_std for r in rollouts])}
+    return batch | {"rm_group_std": mean([statistics.pstdev(group) for group in groups.values()])}
 
 
 def self_test(rows, cfg):

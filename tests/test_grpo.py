@@ -449,20 +449,21 @@ def test_every_step_logs_what_shows_a_broken_or_a_farmed_verifier(stage):
     rollouts = [rollout(1.0), rollout(0.0, status="wrong")]
     for r in rollouts:
         r.row, r.text = {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]}, "<think>x</think>y"
-        r.followed, r.passed, r.reason, r.score = [True], 1.0, "exact", 1.0
+        r.followed, r.passed, r.reason, r.score, r.batch_mean, r.batch_std = [True], 1.0, "exact", 1.0, 1.0, 0.0
     logged = stage.summarize(rollouts)
     assert {name for name in logged if not name.startswith("reward/")} >= EVERYWHERE
     assert {name.removeprefix("reward/") for name in logged if name.startswith("reward/")} == LOGGED[stage]
 
 
-def test_rlhf_logs_the_reward_model_s_mean_and_spreads():
-    """Groups with scores (1, 3) and (5, 5, nan): an endpoint that failed has no score. Mean 3.5, variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
-    rollouts = [rollout(0.0, group=g) for g in (0, 0, 1, 1, 1)]
-    for r, score in zip(rollouts, (1.0, 3.0, 5.0, 5.0, float("nan")), strict=True):
-        r.score = score
-    logged = rlhf.monitor(rollouts)
-    assert logged == pytest.approx({"rm_score": 3.5, "rm_std": math.sqrt(2.75), "rm_group_std": 0.5})
-    assert rlhf.monitor(rollouts[4:]) == {"rm_score": 0.0, "rm_std": 0.0, "rm_group_std": 0.0}
+def test_rlhf_logs_the_reward_model_s_mean_and_spreads(monkeypatch):
+    """Groups with scores (1, 3) and (5, 5, nothing): an endpoint that failed has no score. Mean 3.5, variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
+    collect = table_reward(monkeypatch, {"a": 1.0, "b": 3.0, "c": 5.0, "lost": None})
+    rollouts = replies(["a", "b"]) + replies(["c", "c", "lost"], group=1)
+    collect(rollouts)
+    assert rlhf.monitor(rollouts) == pytest.approx({"rm_score": 3.5, "rm_std": math.sqrt(2.75), "rm_group_std": 0.5})
+    lost = replies(["lost"])
+    collect(lost)
+    assert rlhf.monitor(lost) == {"rm_score": 0.0, "rm_std": 0.0, "rm_group_std": 0.0}
 
 
 def test_importance_weights_by_hand():
