@@ -5,8 +5,8 @@
 The command is the real run_cascade.sh: toy data, SFT in two parts, five RL stages, held-out scores, gates, report. It runs on a copy of
 the repository whose .venv/bin/python adds flags that make everything small (MINI); model, steps and rows shrink, the code is the same.
 Every kill is SIGKILL to all processes of the run, and the next start follows at once. Two of three kills come at an instant drawn
-uniformly from zero to a few start-up times; every third waits until something half-written lies on the disk (*.tmp, or data without
-data/done). A cascade that comes to its end before there were enough kills is compared, and another is begun.
+uniformly from zero to a few start-up times; every third, and the first of a cascade, wait until something half-written lies on the
+disk (*.tmp, or data without data/done). A cascade that comes to its end before there were enough kills is compared, and another is begun.
 In the log, "scoring" a stage: it is final, and what follows it, its scores or the next stage's first file, is not there yet.
 
 Equal, byte for byte: the data, the final weights of all stages and of the reward model. Equal, value for value: metrics.jsonl without
@@ -98,8 +98,9 @@ def live(folder, life, aimed):
     process, began = start(folder), time.time()
     seen = 0.0
     while process.poll() is None:
-        seen = seen or (time.time() if aimed and half_written(folder) else 0.0)
-        if seen and time.time() - seen > 0.02 * (life % 1) or time.time() - began > life * (4 if aimed else 1):
+        if aimed and not seen and (rest := half_written(folder)):
+            seen = time.time() + (life % 1) * (3 if rest == "data" else 0.02)
+        if seen and time.time() > seen or time.time() - began > life * (4 if aimed else 1):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return False
@@ -147,7 +148,8 @@ def main(flags):
         folder, done = make_copy(scratch / f"killed{cascades}"), False
         while not done:
             life = rng.uniform(0, longest) if kills < flags.kills else float("inf")
-            done = live(folder, life, aimed=kills % 3 == 2 and kills < flags.kills)
+            aimed = kills % 3 == 2 or not (folder / "out").exists()  # the first of a cascade: while its data are being made
+            done = live(folder, life, aimed and kills < flags.kills)
             if not done:
                 kills, rest = kills + 1, half_written(folder)
                 say(f"kill {kills:2d}: {where(folder)}" + (f"; half-written: {rest}" if rest else ""))
