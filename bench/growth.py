@@ -1,11 +1,14 @@
 """How the time and memory of one GRPO step grow with response length, group size, model size and ranks, on CPU.
 
-    python bench/growth.py [--quick]      # writes bench/growth.json and .png; about six minutes, --quick one
+    python bench/growth.py              # writes bench/growth.json and .png; four minutes on an idle machine
+    python bench/growth.py --quick      # one step a point and no length over 512: a minute
+    python bench/growth.py --sweeps=ranks,padding      # these alone, the others stay; --sweeps= fits and plots once more
 
 The toy's shape and prompts, untrained, fp32, one thread a rank. Stop tokens are banned, so lengths are exact; the reward is how rare the
 letter e is, so every group has a signal and every token is trained on. Every point is a process of its own, forked from one that has
 imported everything: its memory is the peak over what it had after the fork. CPU seconds, summed over ranks, since they mean the same on a busy machine.
-Each curve is fitted by a + b x + c x^2 (least squares of relative errors, no negative coefficient); shares are those at the largest x.
+Each curve is fitted by a + b x + c x^2 (least squares of relative errors, no negative coefficient); shares are those at the largest x. Memory is
+fitted while the step is a single micro-batch: from then on more tokens are more micro-batches, not larger ones.
 
 `padding` is measured on completions of very unequal lengths (one token in 48 ends them): rows that went through the layers against
 rows that some prompt, draw or loss needs, and the same for the slots that attention looks at.
@@ -37,7 +40,7 @@ BASE = dict(prompts=2, group=4, length=128, width=96, ranks=1)
 SWEEPS = {
     "length": ("response length (tokens), 2 prompts x 4", [dict(length=n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]),
     "group": ("completions a prompt, 2 prompts x 128 tokens", [dict(group=n) for n in (2, 4, 8, 16, 32, 64)]),
-    "parameters": ("parameters, 2 prompts x 4 x 128 tokens", [dict(width=n) for n in (48, 96, 192, 384, 768)]),
+    "width": ("model width (0.17M to 31M parameters), 2 x 4 x 128 tokens", [dict(width=n) for n in (48, 96, 192, 384, 768)]),
     "ranks": ("ranks, 8 prompts x 8 x 128 tokens", [dict(prompts=8, group=8, ranks=n) for n in (1, 2)]),
 }
 MICRO = 8192  # tokens of a packed micro-batch
@@ -158,6 +161,31 @@ def in_children(function, point, repeats):
     return [pickle.loads(answer) for answer in answers] if all(answers) else sys.exit("growth.py: a point failed")
 
 
+def sweep(name, quick):
+    title, points = SWEEPS[name]
+    row = {"title": title, "x": []}
+    for point in (BASE | changes for changes in points):
+        size = point["length"] * point["group"] * point["prompts"] * point["width"] / point["ranks"]
+        if quick and size > 500_000:
+            continue
+        ranks = in_children(measure, point, 1 if quick or size > 800_000 else 3)
+        combined = {key: (max if key.endswith(("wall", "mb", "gap", "parameters")) else sum)(r[key] for r in ranks) for key in ranks[0]}
+        row["x"].append(point[name])
+        for key, value in combined.items():
+            row.setdefault(key, []).append(value)
+        print(f"{name:>8s} {point[name]:5}: rollout {combined['rollout']:7.2f} update {combined['update']:7.2f} CPU s (wall {combined['rollout_wall']:.2f} "
+              f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}", flush=True)  # fmt: skip
+    return row
+
+
+def padding(world):
+    ranks = in_children(measure_padding, BASE | dict(prompts=8, group=8, length=512, ranks=world), 4)
+    totals = {key: [sum(r["counts"][key][i] for r in ranks) for i in (0, 1)] for key in ranks[0]["counts"]}
+    print(f"padding, {world} ranks: " + ", ".join(f"{key} {1 - needed / computed:.2%}" for key, (computed, needed) in totals.items()), flush=True)
+    shares = {key: {"computed": computed, "needed": needed, "share": 1 - needed / computed} for key, (computed, needed) in totals.items()}
+    return shares | {"completion lengths, min median max": ranks[0]["lengths"]}
+
+
 # ---- Fit and report --------------------------------------------------------------------------------------------------
 def fit(x, y):
     """(a, b, c) of a + b x + c x^2, least squares of relative errors, none negative; the largest relative error."""
@@ -174,16 +202,24 @@ def fit(x, y):
     return whole, float(np.abs(terms @ whole - 1).max())
 
 
-def describe(name, x, row):
+def describe(name, sweep):
+    """Fits of a sweep's curves, printed."""
     line, fits = f"{name:>11s}", {}
     for key in ("rollout", "update", "memory_mb"):
-        coefficients, worst = fit(x, row[key])
-        parts = coefficients * [1, x[-1], x[-1] ** 2]
-        share = parts / parts.sum()
-        fits[key] = {"a": coefficients[0], "b": coefficients[1], "c": coefficients[2], "share_at_largest": list(share), "worst_relative_error": worst}
-        line += f" | {key} {coefficients[0]:.3g} + {coefficients[1]:.3g} x + {coefficients[2]:.3g} x^2 ({share[0]:.0%} {share[1]:.0%} {share[2]:.0%}, off by <= {worst:.0%})"
+        points = list(zip(sweep["x"], sweep[key], SWEEPS[name][1]))
+        if key == "memory_mb":
+            points = [p for p in points if micro_batch_tokens(BASE | p[2]) <= MICRO]
+        x, y, _ = zip(*points)
+        (a, b, c), worst = fit(x, y)
+        share = np.array([a, b * x[-1], c * x[-1] ** 2]) / (a + b * x[-1] + c * x[-1] ** 2)
+        fits[key] = {"a": a, "b": b, "c": c, "up_to": x[-1], "share_at_largest": list(share), "worst_relative_error": worst}
+        line += f"\n{key:>22s} = {a:.3g} + {b:.3g} x + {c:.3g} x^2 up to {x[-1]}: there {share[0]:.0%} {share[1]:.0%} {share[2]:.0%}, off by at most {worst:.0%}"
     print(line, flush=True)
     return fits
+
+
+def micro_batch_tokens(point):
+    return point["prompts"] * point["group"] * (point["length"] + 60) / point["ranks"]  # 60: a prompt
 
 
 def plot(sweeps, path):
@@ -191,6 +227,7 @@ def plot(sweeps, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.6), sharex="col")
     for (time_axis, memory_axis), (name, sweep) in zip(axes.T, sweeps.items(), strict=True):
@@ -201,21 +238,28 @@ def plot(sweeps, path):
                     axis.bar(x + 0.3 * (place - 0.5 * (len(keys) - 1)), sweep[key], 0.28, color=colour, label=key)
                     continue
                 coefficients = [sweep["fit"][key][k] for k in "abc"]
-                smooth = np.geomspace(x[0], x[-1], 100)
+                smooth = np.geomspace(x[0], sweep["fit"][key]["up_to"], 100)
                 axis.plot(smooth, np.polyval(coefficients[::-1], smooth), color=colour, linewidth=1)
-                axis.plot(x, sweep[key], "o", color=colour, markersize=5, label=key)
-                axis.plot(smooth, sweep[key][0] * smooth / x[0], ":", color=colour, linewidth=1)
-            if bars:
-                axis.set_xticks(x)
-            else:
-                axis.set_xscale("log", base=2)
+                axis.plot(x, sweep[key], "o", color=colour, markersize=5, label=key.replace("memory_mb", "memory"))
+                axis.plot(x, sweep[key][0] * x / x[0], ":", color=colour, linewidth=1, label="proportional" if key != "rollout" else None)
+                if smooth[-1] < x[-1]:
+                    axis.axvline(np.sqrt(smooth[-1] * x[list(x).index(round(smooth[-1])) + 1]), color="0.6", linewidth=1)
+                    axis.text(0.98, 0.03, "several micro-batches", transform=axis.transAxes, fontsize=7, color="0.4", ha="right")
+            if not bars:
+                axis.set_xscale("log")
                 axis.set_yscale("log")
+                axis.set_ylim(min(sweep[k][0] for k in keys) / 1.5, max(max(sweep[k]) for k in keys) * 2)
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if key == "memory_mb" and f"{value:g}"[0] in "235" else ""))
+            axis.set_xticks(x, [f"{n:.0f}" for n in x], fontsize=8)
+            axis.minorticks_off() if bars else axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
         time_axis.set_ylabel("CPU seconds a step, all ranks" if name == "length" else "")
         memory_axis.set_ylabel("peak MB a rank" if name == "length" else "")
         time_axis.set_title(sweep["title"], fontsize=9)
         memory_axis.set_xlabel(name)
     axes[0][0].legend(fontsize=8)
+    axes[1][0].legend(fontsize=8)
     figure.suptitle("Growth of one GRPO step (toy shape, fp32): dots measured, lines a + b x + c x^2, dotted: proportional from the first point", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -224,39 +268,32 @@ def plot(sweeps, path):
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="one step a point, no length over 512")
+    parser.add_argument("--sweeps", default=",".join([*SWEEPS, "padding"]), help="what to measure; the rest is kept")
     parser.add_argument("--out", default=str(ROOT / "bench" / "growth"), help="path without suffix")
     args = parser.parse_args()
     toy_folder("base")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    began, sweeps = time.time(), {}
-    for name, (title, points) in SWEEPS.items():
-        row = {"title": title, "x": []}
-        for changes in points:
-            point = BASE | changes
-            size = point["length"] * point["group"] * point["prompts"] * point["width"]
-            if args.quick and size > 500_000:
-                continue
-            ranks = in_children(measure, point, 1 if args.quick or size > 500_000 else 3)
-            combined = {key: (max if key.endswith(("wall", "mb", "gap")) else sum)(r[key] for r in ranks) for key in ranks[0]} | {"parameters": ranks[0]["parameters"]}
-            row["x"].append(combined["parameters"] if name == "parameters" else point[name])
-            for key, value in combined.items():
-                row.setdefault(key, []).append(value)
-            print(f"{name:>11s} {row['x'][-1]:>9}: rollout {combined['rollout']:7.2f} update {combined['update']:7.2f} CPU s (wall {combined['rollout_wall']:.2f} "
-                  f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}", flush=True)  # fmt: skip
-        sweeps[name] = row | ({"fit": describe(name, row["x"], row)} if name != "ranks" else {})
-    ragged = {n: in_children(measure_padding, BASE | dict(prompts=8, group=8, length=512, ranks=n), 4) for n in (1, 2)}
-    padding = {}
-    for n, ranks in ragged.items():
-        totals = {key: [sum(r["counts"][key][i] for r in ranks) for i in (0, 1)] for key in ranks[0]["counts"]}
-        padding[f"{n} ranks"] = {key: {"computed": c, "needed": need, "share": 1 - need / c} for key, (c, need) in totals.items()}
-        padding[f"{n} ranks"]["completion lengths, min median max"] = ranks[0]["lengths"]
-        print(f"padding, {n} ranks, lengths {ranks[0]['lengths']}: " + ", ".join(f"{k} {1 - need / c:.2%}" for k, (c, need) in totals.items()), flush=True)
-    head = {"command": ["bench/growth.py", *sys.argv[1:]], "git": common.git_hash(), "machine": machine(), "threads_each": 1, **versions("torch"),
-            "settings": BASE | {"micro_batch_tokens": MICRO, "dtype": "float32"}, "seconds": time.time() - began}  # fmt: skip
+    began, found = time.time(), {"sweeps": {}}
+    if os.path.exists(args.out + ".json"):
+        with open(args.out + ".json") as f:
+            found = json.load(f)
+    for name in args.sweeps.split(",") if args.sweeps else ():
+        if name == "padding":
+            found["padding"] = {f"{n} ranks": padding(n) for n in (1, 2)}
+        else:
+            found["sweeps"][name] = sweep(name, args.quick)
+    if args.sweeps:
+        found.setdefault("runs", []).append({
+            "command": ["bench/growth.py", *sys.argv[1:]], "git": common.git_hash(), "machine": machine(), "threads_each": 1, **versions("torch"),
+            "settings": BASE | {"micro_batch_tokens": MICRO, "dtype": "float32"}, "seconds": time.time() - began,
+        })  # fmt: skip
+    for name, one in found["sweeps"].items():
+        if name != "ranks":
+            one["fit"] = describe(name, one)
     with open(args.out + ".json", "w") as f:
-        f.write(json.dumps(head | {"sweeps": sweeps, "padding": padding}, indent=1) + "\n")
-    plot(sweeps, args.out + ".png")
+        f.write(json.dumps(found, indent=1) + "\n")
+    plot(found["sweeps"], args.out + ".png")
 
 
 if __name__ == "__main__":
