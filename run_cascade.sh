@@ -62,7 +62,7 @@ toy() {
     [ -e "$OUT/data/done" ] || { run .venv/bin/python toy.py --out="$OUT/data" --seed="$SEED"; run touch "$OUT/data/done"; }
     local d=$OUT/data TASKS=all-toy LIMIT=260
     local sft="--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --eval_every=0 --save_every=100"
-    local rl="--prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0 --max_prompt_tokens=256 --max_new_tokens=80
+    local rl="--rope_factor=0 --prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0 --max_prompt_tokens=256 --max_new_tokens=80
         --micro_batch_tokens=8192 --reward_workers=2 --final_lr=0.1 --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20"
     stage sft1 sft "$d/base" --data="$d/sft_stage1.jsonl" --lr=6e-3 --num_steps=140 --schedule_steps=400 $sft
     stage sft2 sft "$OUT/sft1/final" --data="$d/sft_stage2.jsonl" --lr=5e-3 --num_steps=300 --schedule_steps=300 $sft
