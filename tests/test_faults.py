@@ -81,6 +81,8 @@ def break_judge(*args):
 def break_loss(**kwargs):
     loss = grpo_loss(**kwargs)
     broken = faults.get(str(now["step"]))  # on both ranks: one alone may have nothing to learn from at this step
+    if broken in ("nan", "inf"):
+        open(os.path.join(out, "struck"), "w").close()
     return loss * torch.nan if broken == "nan" else loss + torch.inf if broken == "inf" else loss  # the gradient of the second is finite
 
 stage.rollout, stage.judge, stage.grpo_loss, stage.collate = noting_rollout, break_judge, break_loss, break_collate
