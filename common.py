@@ -114,7 +114,7 @@ def init_distributed(seed, timeout_s=1800):
         timeout = datetime.timedelta(seconds=timeout_s)
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):  # taken, or nobody answers
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
     torch.manual_seed(seed)
     return rank, world, device
 
@@ -128,8 +128,7 @@ def all_reduce(values, op="sum"):
     """{name: number} reduced over ranks, in one collective; keys must be equal on every rank."""
     if not dist.is_initialized():
         return dict(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    t = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    t = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
     dist.all_reduce(t, dict(sum=dist.ReduceOp.SUM, max=dist.ReduceOp.MAX)[op])
     return dict(zip(values, t.tolist()))
 
@@ -146,19 +145,25 @@ def all_gather(value):
 SMALLEST_SHARE = 1 << 20  # parameters of a layer that is gathered alone: below, the latency of a collective costs more than its bytes
 
 
-def shard(model, device):
-    """FSDP2 over all ranks: fp32 master weights, bf16 compute on GPUs, fp32 gradient reduction. Every layer is a collective of its own
-    where that is worth it; a small model travels in one piece. A single process keeps the plain module."""
+def shard(model, device, how="full"):
+    """FSDP2: fp32 master weights, bf16 compute on GPUs, fp32 gradient reduction; how: see the stages' --shard. Every layer is a collective
+    of its own where that is worth it; a small model travels in one piece. A single process keeps the plain module."""
+    if how not in ("full", "hybrid", "offload"):
+        fail(f"--shard={how}: expected full, hybrid or offload.")
     if dist.is_initialized():
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype, local = torch.bfloat16 if device.type == "cuda" else torch.float32, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place use of layer outputs: there is none
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE stays fp32
+        options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}  # RoPE stays fp32
+        if how == "hybrid":
+            options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size() // local, local), mesh_dim_names=("replicate", "shard"))
+        if how == "offload":
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for layer in model.model.layers:
             if sum(p.numel() for p in layer.parameters()) >= SMALLEST_SHARE:
-                fully_shard(layer, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+                fully_shard(layer, **options)
+        fully_shard(model, **options)
     return model
 
 
@@ -221,7 +226,7 @@ def load_policy(cfg, world, device):
         flags = "--max_seq_len" if hasattr(cfg, "max_seq_len") else "--max_prompt_tokens + --max_new_tokens"
         fail(f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor=2.")
     model.gradient_checkpointing = device.type == "cuda"
-    return tokenizer, shard(model, device), resume
+    return tokenizer, shard(model, device, cfg.shard), resume
 
 
 def check_step(step, metrics, state, cfg):
@@ -387,6 +392,26 @@ def console_line(step, num_steps, m):
             f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
             f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")  # fmt: skip
     return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
+
+
+def summarize(rollouts, shares, statuses):
+    """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
+    n = len(rollouts)
+    groups = {}
+    for r in rollouts:
+        groups.setdefault(r.group, set()).add(r.reward)
+    sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
+    sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
+    sums["len"] = sum(len(r.completion_ids) for r in rollouts)
+    sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
+    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
+    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
+    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in statuses}
+    sums |= {f"reward/{name}": share * n for name, share in shares.items()}
+    sums = all_reduce(sums)
+    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
+    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
 
 
 def peak_memory():

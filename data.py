@@ -1,4 +1,5 @@
-"""Data sets: reads any of them row by row, says what it dropped and why, and takes out of a training set what a held-out one asks.
+"""Data sets: reads any of them row by row, says what it dropped and why, deals out prompts, and takes out of a training set what a
+held-out one asks.
 
 A stage gives its normalize(row, where); what comes back are normal rows. As a script it removes the rows of a training set that
 share 9 words in a row with a held-out set, as in the paper's curation:
@@ -14,7 +15,10 @@ import os
 import re
 import unicodedata
 
+import numpy as np
+
 from common import fail, parse_config, print0
+from model import render_chat
 
 
 # ---- Data files ------------------------------------------------------------------------------------------------------
@@ -167,6 +171,43 @@ def language_ok(prompt, response):
         return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
 
     return scripts(response) <= scripts(prompt)
+
+
+# ---- Prompts of an RL stage ------------------------------------------------------------------------------------------
+def encode_prompts(rows, tokenizer, cfg):
+    """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
+    for row in rows:
+        row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
+    kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
+    for index, row in enumerate(kept):
+        row["index"] = index
+    if len(kept) < len(rows):
+        print0(f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens")
+    return kept if kept else fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
+
+
+def next_prompts(rows, state, cfg, select_rows):
+    """Row indices of the next step: a walk through a permutation of what select_rows picks for the epoch. Advances the cursor in `state`."""
+    chosen = []
+    while len(chosen) < cfg.prompts_per_step:
+        if state["position"] >= len(state["pool"]):
+            pool = select_rows(rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg)
+            order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
+            state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
+        taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]
+        state["position"] += len(taken)
+        chosen += taken
+    return chosen
+
+
+def count_correct(rollouts):
+    """{row index: [num_correct, num_rollouts]} of one rank, rollouts that are not trained on left out."""
+    counts = {}
+    for r in rollouts:
+        if r.trained:
+            correct, total = counts.get(str(r.row["index"]), (0, 0))
+            counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
+    return counts
 
 
 # ---- Decontamination -------------------------------------------------------------------------------------------------

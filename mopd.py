@@ -25,8 +25,9 @@ import torch
 from tqdm import tqdm
 
 import common
+from data import count_correct, encode_prompts, next_prompts
 from engine import Rollout, make_engine, request_seed
-from model import Qwen3, load_tokenizer, render_chat
+from model import Qwen3, load_tokenizer
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -61,6 +62,7 @@ class Config:
     eval_every: int = 10  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps
+    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory
     phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
     sample_every: int = 10  # steps between printed samples
     seed: int = 0
@@ -152,32 +154,6 @@ def metric(rollout):
 
 # ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
 # T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
-def encode_prompts(rows, tokenizer, cfg):
-    """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
-    for row in rows:
-        row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
-    kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
-    for index, row in enumerate(kept):
-        row["index"] = index
-    if len(kept) < len(rows):
-        common.print0(f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens")
-    return kept if kept else common.fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
-
-
-def next_prompts(rows, state, cfg):
-    """Row indices of the next step: a walk through a permutation of the epoch's pool. Advances the cursor in `state`."""
-    chosen = []
-    while len(chosen) < cfg.prompts_per_step:
-        if state["position"] >= len(state["pool"]):
-            pool = select_rows(rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg)
-            order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
-            state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
-        taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]
-        state["position"] += len(taken)
-        chosen += taken
-    return chosen
-
-
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
     groups of equal rewards make room for fresh prompts (DAPO dynamic sampling, paper 4.4.2): `trained` are the groups kept,
@@ -210,6 +186,19 @@ def compute_advantages(rollouts, cfg):
     # CHANGED: no group, no reward; the teacher speaks about each token (Cascade 2 paper 4.4)"""
     for r in rollouts:
         r.trained, r.advantage = True, 1.0
+
+
+def balance(rollouts, world):
+    """This rank's share of all ranks' rollouts with a gradient: the longest goes first, each to the rank that has the fewest tokens so far."""
+    if world == 1:
+        return rollouts
+    slim = [replace(r, row={}, text="", pending=None) for r in rollouts if r.advantage]
+    everyone, shares, tokens = [r for part in common.all_gather(slim) for r in part], [[] for _ in range(world)], [0] * world
+    for r in sorted(everyone, key=lambda r: (-len(r.prompt_ids) - len(r.completion_ids), r.seed)):
+        rank = tokens.index(min(tokens))
+        shares[rank].append(r)
+        tokens[rank] += len(r.prompt_ids) + len(r.completion_ids)
+    return shares[torch.distributed.get_rank()]
 
 
 def collate(rollouts, cfg, device):
@@ -265,7 +254,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
     counts = common.all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
-    batches = collate(rollouts, cfg, device)
+    batches = collate(balance(rollouts, world), cfg, device)
     most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
     idle = most - len(batches)
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
@@ -288,26 +277,6 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     optimizer.zero_grad(set_to_none=True)
     per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
     return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
-
-
-def summarize(rollouts):
-    """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
-    n = len(rollouts)
-    groups = {}
-    for r in rollouts:
-        groups.setdefault(r.group, set()).add(r.reward)
-    sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
-    sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
-    sums["len"] = sum(len(r.completion_ids) for r in rollouts)
-    sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
-    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
-    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
-    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
-    sums |= {f"reward/{name}": share * n for name, share in monitor(rollouts).items()}
-    sums = common.all_reduce(sums)
-    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
-    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
-    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
@@ -351,12 +320,12 @@ def main(cfg):
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg), step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg, select_rows), step, cfg, reward_hook, rank, world)
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = summarize(sampled) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = common.summarize(sampled, monitor(sampled), STATUSES) | train_step(model, optimizer, trained, cfg, device, world)
         engine.sync(model)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
         for counts in common.all_gather(count_correct(sampled)):
@@ -371,16 +340,6 @@ def main(cfg):
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
-
-
-def count_correct(rollouts):
-    """{row index: [num_correct, num_rollouts]} of one rank, rollouts that are not trained on left out."""
-    counts = {}
-    for r in rollouts:
-        if r.trained:
-            correct, total = counts.get(str(r.row["index"]), (0, 0))
-            counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
-    return counts
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Config:
     rope_factor: float = 0.0  # YaRN factor; 2.0 once sequences can pass 32K
     eval_every: int = 500  # steps; 0: never
     save_every: int = 1000  # steps
+    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory
     phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
     seed: int = 0
 
@@ -243,7 +244,7 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         samples = next(steps)
-        mine, began = samples[rank::world], time.time()
+        mine, began = sorted(samples, key=lambda s: -len(s[0]))[rank::world], time.time()  # about as many tokens on every rank
         if step == 1:
             ids, mask, _ = samples[0]
             common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))

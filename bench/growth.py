@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import pickle
-import resource
 import socket
 import statistics
 import sys

@@ -53,7 +53,7 @@ def trl(batch, packing):
 
     torch.set_num_threads(1)
     cfg, samples = conversations()
-    tokens, seen = sum(len(ids) for ids, _, _ in samples), {}
+    tokens = sum(len(ids) for ids, _, _ in samples)
     rows = [{"input_ids": ids.tolist(), "labels": [i if m else -100 for i, m in zip(ids.tolist(), mask)]} for ids, mask, _ in samples]
 
     class Turns(TrainerCallback):

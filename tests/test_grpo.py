@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import coderl
+import common
 import ifrl
 import mathrl
 import rlhf
@@ -320,7 +321,7 @@ def fresh_state():
 
 def test_every_epoch_is_a_permutation_of_the_rows():
     rows, state, cfg = [{} for _ in range(12)], fresh_state(), config(prompts_per_step=4)
-    epochs = [sum((mathrl.next_prompts(rows, state, cfg) for _ in range(3)), []) for _ in range(2)]
+    epochs = [sum((mathrl.next_prompts(rows, state, cfg, mathrl.select_rows) for _ in range(3)), []) for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
 
 
@@ -328,10 +329,10 @@ def test_next_prompts_goes_on_from_a_state_that_was_saved_as_json():
     rows, cfg = [{} for _ in range(10)], config(prompts_per_step=4)
     straight, state = [], fresh_state()
     for _ in range(9):
-        straight.append(mathrl.next_prompts(rows, state, cfg))
+        straight.append(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows))
     resumed, state = [], fresh_state()
     for step in range(9):
-        resumed.append(mathrl.next_prompts(rows, state, cfg))
+        resumed.append(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows))
         state = json.loads(json.dumps(state))
     assert straight == resumed
 
@@ -340,12 +341,12 @@ def test_the_epoch_filter_drops_solved_and_hopeless_problems_and_lets_some_retur
     """Paper 4.5.2, through next_prompts: rows 0-9 always solved, 10-19 never, the others sometimes."""
     rows, cfg = [{} for _ in range(30)], config(prompts_per_step=10, readmit_easy=0.0, readmit_hard=0.0)
     state = fresh_state()
-    first = sum((mathrl.next_prompts(rows, state, cfg) for _ in range(3)), [])
+    first = sum((mathrl.next_prompts(rows, state, cfg, mathrl.select_rows) for _ in range(3)), [])
     assert sorted(first) == list(range(30))
     state["history"] = {str(i): [4 if i < 10 else 0 if i < 20 else 2, 4] for i in range(30)}
-    assert sorted(mathrl.next_prompts(rows, state, cfg)) == list(range(20, 30))
+    assert sorted(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)) == list(range(20, 30))
     state, cfg = fresh_state() | {"history": state["history"], "epoch": 1}, config(prompts_per_step=20, readmit_easy=0.0, readmit_hard=1.0)
-    assert sorted(mathrl.next_prompts(rows, state, cfg)) == list(range(10, 30))
+    assert sorted(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)) == list(range(10, 30))
 
 
 def test_what_the_epoch_filter_counts():
@@ -426,7 +427,7 @@ def test_summary_by_hand():
     rollouts += [rollout(1.0, group=1) for _ in range(4)]
     for r, (think, text, verify_s) in zip(rollouts, ((True, "a", 0.5), (True, "</think>b", 0.25), (True, "", 0.25)), strict=False):
         r.row, r.text, r.verify_s = {**r.row, "think": think}, text, verify_s
-    summary = mathrl.summarize(rollouts)
+    summary = common.summarize(rollouts, mathrl.monitor(rollouts), mathrl.STATUSES)
     assert summary["reward"] == pytest.approx(5 / 7), "of the seven that have a reward"
     assert summary["flat"] == 0.5 and summary["trunc"] == 1 / 8 and summary["len"] == 15 / 8
     assert summary["unclosed"] == 2 / 8 and summary["time/verifiers"] == 1.0
@@ -450,7 +451,7 @@ def test_every_step_logs_what_shows_a_broken_or_a_farmed_verifier(stage):
     for r in rollouts:
         r.row, r.text = {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]}, "<think>x</think>y"
         r.followed, r.passed, r.reason, r.score, r.batch_mean, r.batch_std = [True], 1.0, "exact", 1.0, 1.0, 0.0
-    logged = stage.summarize(rollouts)
+    logged = common.summarize(rollouts, stage.monitor(rollouts), stage.STATUSES)
     assert {name for name in logged if not name.startswith("reward/")} >= EVERYWHERE
     assert {name.removeprefix("reward/") for name in logged if name.startswith("reward/")} == LOGGED[stage]
 

@@ -1,0 +1,65 @@
+"""Guards: weights sharded inside a node and replicated across nodes, or kept in host memory, train as in one process; and every rank
+gets about as many tokens. Four gloo processes play two nodes of two ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+PROGRAM = """
+import json, random, torch
+import common, mathrl
+from conftest import make_tiny
+from engine import Rollout, whole_parameters
+
+rank, world, device = common.init_distributed(0)
+common.SMALLEST_SHARE = 1000  # layers are groups of their own, as at real sizes
+ids_BT = torch.randint(61, (8, 12), generator=torch.Generator().manual_seed(1))
+for how in ("full", "hybrid", "offload"):
+    one, many = make_tiny(), common.shard(make_tiny(), device, how)
+    for step in range(3):
+        for model, rows in ((one, ids_BT), (many, ids_BT[rank::world])):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer.zero_grad()
+            model(rows).square().mean().backward()
+            optimizer.step()
+    moved = max((p - q).abs().max().item() for p, q in zip(one.parameters(), make_tiny().parameters()))
+    whole = {name: p.clone() for name, p in whole_parameters(many)}  # each is valid until the next is asked for
+    error = max((p - whole[name]).abs().max().item() for name, p in one.named_parameters())
+    places = str(next(many.parameters()).placements)
+    common.print0(f"{how} {places}: weights moved by up to {moved:.1e}, off one process by {error:.1e}, tolerance 1e-6")
+    assert error < 1e-6 < 1e-3 < moved and ("Replicate" in places) == (how == "hybrid")
+
+draw = random.Random(rank)
+mine = [Rollout(row={"big": "row"}, group=0, prompt_ids=[1] * 20, seed=1000 * rank + i, completion_ids=[2] * int(draw.paretovariate(1.2) * 30 % 1500),
+                advantage=float(i % 3)) for i in range(48)]  # long tails, and a third without a gradient
+dealt = mathrl.balance(mine, world)
+tokens = [sum(len(r.prompt_ids) + len(r.completion_ids) for r in part) for part in common.all_gather(dealt)]
+before = [sum(len(r.prompt_ids) + len(r.completion_ids) for r in part if r.advantage) for part in common.all_gather(mine)]
+seeds = sorted(r.seed for part in common.all_gather(dealt) for r in part)
+assert seeds == sorted(r.seed for part in common.all_gather(mine) for r in part if r.advantage), "each of them once, somewhere"
+common.print0(f"tokens of the ranks before {before}, dealt out {tokens}: the longest wait is {max(tokens) / (sum(tokens) / world) - 1:.1%}, before "
+              f"{max(before) / (sum(before) / world) - 1:.1%}")
+assert max(tokens) < 1.1 * sum(tokens) / world < max(before)
+common.finish()
+"""
+
+
+@pytest.mark.slow
+def test_hybrid_and_offloaded_shards_train_as_one_process_and_ranks_have_as_many_tokens(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--master-addr=localhost", f"--master-port={port}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    nodes = [subprocess.Popen([*launch, f"--node-rank={i}", tmp_path / "program.py"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+             for i in (0, 1)]  # fmt: skip
+    printed = [node.communicate(timeout=200) for node in nodes]
+    print(printed[0][0])
+    assert [node.returncode for node in nodes] == [0, 0], "".join(err[-2000:] for _, err in printed)
+    assert printed[0][0].count("tolerance") == 3
