@@ -6,13 +6,17 @@ answers of a teacher that name the right files, as SFT data (3.3.2).
     python scaling.py --model=teacher --localise=nebius/SWE-rebench --repos=clones --out=localisation.jsonl --samples=8 --temperature=1
 
 A row of --ioi: {"name", "statement", "samples": tests, "subtasks": [{"name", "points", "statement", "tests", "partial"}]}, tests
-as {"inputs", "outputs"}. Deviations from the paper: 1. A patch is voted on after a syntax check; regression and reproduction
-tests need the containers of SWE-bench's harness. 2. Tail confidence is the mean log-prob of the drawn tokens, not of the top 20.
+as {"inputs", "outputs"}. The repository tests of --vote need its container, so they are a command of yours: --check=COMMAND is run as
+`COMMAND instance_id` and gets {"patch": git diff, "scripts": [...]} on standard input; it applies the patch and prints {"regression":
+how many of the repository's tests pass, "scripts": [whether each ends without an error]}. Without it a syntax check is all.
+Deviation from the paper: tail confidence is the mean log-prob of the drawn tokens, not of the top 20.
 """
 
 import ast
 import json
 import os
+import shlex
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +38,8 @@ from model import Qwen3, load_tokenizer, render_chat
 class Config:
     model: str = ""  # checkpoint folder
     vote: str = ""  # rows of swerl.py: sample patches, take the majority's
+    check: str = ""  # command that tests a patch in the repository's container, see above
+    reproductions: int = 10  # with --check: scripts the model writes that fail while the bug is there; paper 3.3.1: 10, 7.4: 40
     ioi: str = ""  # contest problems, see above
     localise: str = ""  # rows of SWE-bench's form: which files have to change, for SFT
     repos: str = ""  # their repositories: a folder of git clones named owner__name
@@ -59,21 +65,63 @@ def normal_patch(files, after):
         return None
 
 
-def vote(texts, files):
-    """Index of the response whose patch most responses agree on; of equals, the shortest patch; None if no patch applies."""
-    afters = [swerl.apply_edits(text, files) for text in texts]
+def vote(texts, files, fit=None):
+    """Index of the response whose patch most responses agree on; of equals, the shortest patch; None if no patch applies. fit: the
+    indices that may be chosen and have a vote."""
+    afters = [swerl.apply_edits(text, files) if fit is None or i in fit else None for i, text in enumerate(texts)]
     keys = [after and normal_patch(files, after) for after in afters]
     counts = Counter(key for key in keys if key)
     size = lambda i: sum(len(diff) for diff in swerl.changes(files, afters[i]).values())
     return min((i for i, key in enumerate(keys) if key), key=lambda i: (-counts[keys[i]], size(i), i), default=None)
 
 
+REPRODUCE = """Write a Python script that reproduces this issue. It is run in the repository: it has to end with an error while the issue is
+there, and without one as soon as it is solved. Please p{format}
+
+{issue}"""
+
+
+def reproduction_scripts(row, n, sample, count):
+    """The distinct scripts among `count` that the model writes for the issue."""
+    messages = [{"role": "user", "content": REPRODUCE.format(format=coderl.FORMAT, issue=row["issue"])}]
+    texts = [r.text.rpartition("</think>")[2] for r in sample([messages] * count, (n, 1), row)]
+    return list(dict.fromkeys(filter(None, map(coderl.extract_code, texts))))
+
+
+def survivors(texts, row, scripts, check):
+    """Indices of the patches that pass most regression tests and, of these, most reproduction scripts; scripts that the unpatched
+    repository passes show no bug and are left out (Agentless's order, paper 3.3.1). Equal patches are tested once."""
+    afters = [swerl.apply_edits(text, row["files"]) for text in texts]
+    diffs = [after and normal_patch(row["files"], after) and benchmarks.git_patch(row["files"], after) for after in afters]
+    scripts = [script for script, passes in zip(scripts, check(row, "", scripts)["scripts"], strict=True) if not passes]
+    found = {diff: check(row, diff, scripts) for diff in dict.fromkeys(filter(None, diffs))}
+    rank = {diff: (result["regression"], sum(result["scripts"])) for diff, result in found.items()}
+    return {i for i, diff in enumerate(diffs) if diff and rank[diff] == max(rank.values())}
+
+
+def run_check(command, row, patch, scripts):
+    """What the user's command says of a patch."""
+    given = json.dumps({"patch": patch, "scripts": scripts})
+    done = subprocess.run([*shlex.split(command), row["instance_id"]], input=given, capture_output=True, text=True)
+    try:
+        result = json.loads(done.stdout)
+        assert isinstance(result["regression"], int) and len(result["scripts"]) == len(scripts)
+        return result
+    except (ValueError, KeyError, TypeError, AssertionError):
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1][:200]
+        common.fail(f'--check: on {row["instance_id"]} it ended with {done.returncode} and said "{said}"; expected {{"regression": number, "scripts": '
+                    f"[{len(scripts)} booleans]}}.", note="Votes so far stand above.")  # fmt: skip
+
+
 def run_vote(cfg, sample):
     rows = swerl.load_rows(swerl.Config(data=cfg.vote, min_prompt_tokens=0))
     rows, sums = rows[: cfg.limit] if cfg.limit else rows, np.zeros(3)
+    check = lambda *args: run_check(cfg.check, *args)
     for n, row in enumerate(rows, 1):
         rollouts = sample([row["messages"]] * cfg.samples, n, row)
-        right, chosen = [swerl.metric(r) for r in rollouts], vote([r.text for r in rollouts], row["files"])
+        texts = [r.text for r in rollouts]
+        fit = survivors(texts, row, reproduction_scripts(row, n, sample, cfg.reproductions), check) if cfg.check else None
+        right, chosen = [swerl.metric(r) for r in rollouts], vote(texts, row["files"], fit)
         sums += [np.mean(right), 0.0 if chosen is None else right[chosen], max(right)]
         if n % 10 == 0 or n == len(rows):
             mean, voted, best = 100 * sums / n

@@ -196,7 +196,7 @@ def load_rows(cfg, path=None, limit=0):
         text = PROMPT.format(issue=issue, files=text)
         if len(text) < cfg.min_prompt_tokens * cfg.chars_per_token:
             raise BadRow("prompt shorter than min_prompt_tokens")
-        normal = {"messages": [{"role": "user", "content": text}], "think": True, "issue": issue, "files": shown}
+        normal = {"messages": [{"role": "user", "content": text}], "think": True, "issue": issue, "files": shown, "instance_id": str(row.get("instance_id", ""))}
         tests = row.get("tests")
         tests = {"tests": json.loads(tests) if isinstance(tests, str) else tests} if tests else {}
         return {**normal, "golden_patch": patch, **tests}

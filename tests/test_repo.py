@@ -32,7 +32,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "sandbox.py": 640,
     "evaluate.py": 465,  # (300) resumable samples, the gates between stages, a terminal chat, and bad input said before hours of sampling
     "benchmarks.py": 442,  # (400) LiveCodeBench Pro with its judge came later; sixteen public benchmarks, 25 lines each with their schemas and traps
-    "scaling.py": 185,  # majority vote, contest loop and localisation answers of the paper; measures nothing that evaluate.py does
+    "scaling.py": 250,  # vote with tests, contest loop and localisation answers of the paper; measures nothing that evaluate.py does
     "report.py": 250,  # the page a run ends with
     "toy.py": 500,
     "run_cascade.sh": 141,  # (100) the paper's three model variants are 38 lines with its contradictions, control and mopd 25

@@ -3,6 +3,7 @@ verdicts, and stops at the limit of submissions. Programs really run; only what 
 """
 
 import json
+import sys
 
 import pytest
 
@@ -25,6 +26,44 @@ def test_the_vote_by_hand():
     assert scaling.vote([patch("x + 2000"), patch("x + 3")], FILES) == 1  # a tie: the shorter one
     assert scaling.vote([patch("x +"), patch("x +"), patch("x + 3")], FILES) == 2  # what does not parse has no vote
     assert scaling.vote([patch("x - 1"), "no patch"], FILES) is None  # nothing changed, nothing said
+
+
+CHECK = """
+import json, sys
+given = json.load(sys.stdin)
+open(sys.argv[1], "a").write(sys.argv[2] + " " + json.dumps(given) + chr(10))
+patch = given["patch"]
+passes = lambda script: {"always": True, "never": False, "plus": "+    return x + " in patch}[script]
+print(json.dumps({"regression": 0 if "x + 7" in patch else 5, "scripts": [passes(s) for s in given["scripts"]]}))
+"""
+
+
+def test_3_3_1_regression_then_reproduction_then_the_vote(tmp_path):
+    """A repository whose tests x + 7 breaks; of the model's scripts, one shows the bug, one passes before, one never. The command really runs."""
+    (tmp_path / "check.py").write_text(CHECK)
+    command = f"{sys.executable} {tmp_path / 'check.py'} {tmp_path / 'calls'}"
+    texts = [patch("x + 7"), patch("x + 7"), patch("x * 2"), patch("x * 2"), patch("x + 1"), "no patch", patch("x - 1"), patch("x +")]
+    row = {"files": FILES, "instance_id": "a__b-1"}
+    fit = scaling.survivors(texts, row, ["always", "never", "plus"], lambda *args: scaling.run_check(command, *args))
+    assert fit == {4} and scaling.vote(texts, FILES, fit) == 4
+    assert scaling.vote(texts, FILES) == 0, "the majority alone takes what breaks the repository"
+    calls = [json.loads(line.partition(" ")[2]) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [(c["patch"] != "", c["scripts"]) for c in calls] == [(False, ["always", "never", "plus"])] + [(True, ["never", "plus"])] * 3
+    assert calls[1]["patch"].startswith("diff --git a/app.py b/app.py\n--- a/app.py\n+++ b/app.py\n@@")
+
+
+@pytest.mark.parametrize("program, said", [("print(3)", '"3"'), ("import sys; sys.exit('no docker')", '"no docker"'), ("print('{}')", "expected")])
+def test_a_check_that_does_not_answer_is_one_sentence(program, said, tmp_path, capsys):
+    (tmp_path / "check.py").write_text(program)
+    with pytest.raises(SystemExit) as stop:
+        scaling.run_check(f"{sys.executable} {tmp_path / 'check.py'}", {"instance_id": "a__b-1"}, "", [])
+    assert stop.value.code == 2 and said in (printed := capsys.readouterr().err) and "a__b-1" in printed
+
+
+def test_scripts_that_reproduce_are_the_distinct_ones_the_model_writes():
+    sample, prompts = scripted([("assert f(1) == 2", 0.0), ("assert f(1) == 2", 0.0), (None, 0.0)])
+    row = {"issue": "f is off by two", "messages": [{"content": "unused"}]}
+    assert scaling.reproduction_scripts(row, 1, sample, 3) == ["assert f(1) == 2\n"]
 
 
 PROBLEM = {"name": "sum", "statement": "Read two numbers.", "samples": {"inputs": ["1 1\n"], "outputs": ["2\n"]}, "subtasks": [
