@@ -68,7 +68,7 @@ toy() {
     stage sft2 sft "$OUT/sft1/final" --data="$d/sft_stage2.jsonl" --lr=5e-3 --num_steps=300 --schedule_steps=300 $sft
     stage rlhf rlhf "$OUT/sft2/final" --data="$d/chat_rl.jsonl" --eval_data="$d/chat_dev.jsonl" --rm_data="$d/preference.jsonl" \
         --rm_eval_data="$d/preference_dev.jsonl" --rm_lr=2e-3 --rm_samples_per_step=32 --rm_epochs=2 --lr=3e-4 --num_steps=40 --kl_coef=0.1 --shape_reward=true $rl
-    stage ifrl ifrl "$OUT/rlhf/final" --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=6e-4 --num_steps=90 $rl --max_refill_rounds=1
+    stage ifrl ifrl "$OUT/rlhf/final" --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=4e-4 --num_steps=90 $rl --max_refill_rounds=1
     stage mathrl mathrl "$OUT/ifrl/final" --data="$d/math_rl.jsonl" --eval_data="$d/math_dev.jsonl" --lr=6e-4 --num_steps=50 $rl
     stage coderl coderl "$OUT/mathrl/final" --data="$d/code_rl.jsonl" --eval_data="$d/code_dev.jsonl" --lr=5e-4 --num_steps=60 $rl
     stage swerl swerl "$OUT/coderl/final" --data="$d/swe_rl.jsonl" --eval_data="$d/swe_dev.jsonl" --min_prompt_tokens=0 --lexical_floor=0.98 \
