@@ -135,7 +135,7 @@ def test_check_step_stops_what_is_broken_and_nothing_else(capsys):
         common.check_step(3, metrics_, state, cfg)
         assert state["skipped"] == metrics_["skipped"] == skipped
     for broken, sentence in (({"gap": 0.06}, "step 3, rollout: the sampler's log-probs are 6.0e-02 a token off"), ({"gap": nan}, "nan a token off"),
-                             ({"status/infra": 0.2}, "step 3, rollout: 20% of the rewards are infrastructure failures (limit 10%)")):  # fmt: skip
+                             ({"status/infra": 0.2}, "step 3, rollout: 20.0% of the rewards are infrastructure failures (--max_infra=0.1)")):  # fmt: skip
         with pytest.raises(SystemExit):
             common.check_step(3, good | broken, {"skipped": 0}, cfg)
         assert sentence in capsys.readouterr().err
