@@ -205,7 +205,8 @@ def check_memory(folder, cfg, world, device):
     rows, new_tokens = (cfg.samples_per_step, 0) if nll else (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens)
     rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
     gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
-    print0(f"time: a step takes at most about {gen:.3g} s of rollouts and {update:.3g} s of update, if every sequence has {longest} tokens")
+    parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"
+    print0(f"time: a step takes at most about {parts}, if every sequence has {longest} tokens")
     for moment, parts in plan.items():
         if sum(parts.values()) > free:
             most = max(parts, key=parts.get)

@@ -182,7 +182,7 @@ def test_the_plan_is_printed_at_start_up_of_a_stage(world, tmp_path):
                                "--samples_per_step=4", "--max_seq_len=512", "--micro_batch_tokens=512", "--eval_every=0")  # fmt: skip
     line = next(line for line in printed.splitlines() if line.startswith("update: "))
     assert "GB a rank (weights 0.00" in line and "free" not in line
-    assert "time: a step takes at most about 0 s of rollouts and " in printed
+    assert "time: a step takes at most about " in printed and "rollouts" not in printed.partition("time: ")[2].partition("\n")[0]
 
 
 @pytest.mark.parametrize("preset, size", [("8b", "8b"), ("14b-thinking", "14b")])
