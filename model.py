@@ -25,7 +25,7 @@ from kernels.attention import flash_attention_varlen
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
 from kernels.qk_norm_rope import qk_norm_rope
-from kernels.rms_norm import add_rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.swiglu import swiglu
 
 
@@ -163,7 +163,10 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = Norm(config.hidden_size), Norm(config.hidden_size)
 
     def forward(self, x_TD, residual_TD, rope, attend, keep_M=None):
-        h_TD, residual_TD = add_rms_norm(x_TD, residual_TD, self.input_layernorm.weight, self.eps)
+        if x_TD is None:  # the sum has been made outside, so that a checkpoint keeps one tensor and not two
+            h_TD = rms_norm(residual_TD, self.input_layernorm.weight, self.eps)
+        else:
+            h_TD, residual_TD = add_rms_norm(x_TD, residual_TD, self.input_layernorm.weight, self.eps)
         h_TD, residual_TD = self.self_attn(h_TD, rope, attend, keep_M), rows(residual_TD, keep_M)
         h_TD, residual_TD = add_rms_norm(h_TD, residual_TD, self.post_attention_layernorm.weight, self.eps)
         return self.mlp(h_TD), residual_TD
@@ -204,11 +207,11 @@ class Qwen3(nn.Module):
         residual_TD = torch.zeros_like(x_TD)
         for i, layer in enumerate(self.model.layers):
             last = i + 1 == len(self.model.layers)
-            args = (x_TD, residual_TD, rope, lambda q, k, v, i=i: attend(i, q, k, v), keep_M if last else None)
+            args = (rope, lambda q, k, v, i=i: attend(i, q, k, v), keep_M if last else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_TD, residual_TD = checkpoint(layer, *args, use_reentrant=False)
+                x_TD, residual_TD = checkpoint(layer, None, x_TD + residual_TD, *args, use_reentrant=False)
             else:
-                x_TD, residual_TD = layer(*args)
+                x_TD, residual_TD = layer(x_TD, residual_TD, *args)
         return add_rms_norm(x_TD, residual_TD, self.model.norm.weight, self.config.rms_norm_eps)[0]
 
     def max_positions(self):
@@ -304,7 +307,7 @@ def activation_elements(config, checkpointing):
     D, F_ = config.hidden_size, config.intermediate_size
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     layer = 4 * D + 3 * heads + 3 * F_  # 2 sums, 2 normed; q k before and after RoPE, v, out; gate, up, their product
-    return 2 * D * config.num_hidden_layers + layer if checkpointing else layer * config.num_hidden_layers
+    return D * (config.num_hidden_layers + 1) + layer if checkpointing else layer * config.num_hidden_layers
 
 
 def memory_plan(config, world, tokens, longest, gpu=True, nll=False, engine="vllm", reference=False):
