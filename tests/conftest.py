@@ -25,7 +25,7 @@ toy.common.finish()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs whole stages, seconds each; left out by `bash tests/run.sh fast`")
+    config.addinivalue_line("markers", "slow: runs whole stages or an interpreter, seconds each; left out by `bash tests/run.sh fast`")
     config.addinivalue_line("markers", "exhaustive: minutes each (20,000 random inputs, 2,000 programs); only in `bash tests/run.sh all`")
 
 

@@ -158,6 +158,7 @@ def test_livecodebench_by_hand(tmp_path):
     assert graded(rows[0], "</think>print(sum(map(int, input().split())))")[0] == 0  # no block
 
 
+@pytest.mark.slow
 def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
     """The judge's protocol: POST submit -> sid; GET result: 404, queued, done or error. Here it accepts programs that say 42."""
     asked, seen = {}, []

@@ -245,6 +245,7 @@ def test_junk_in_the_place_of_tests_drops_the_row_and_nothing_else(value, name, 
         pass
 
 
+@pytest.mark.slow
 def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
     """Paper 4.6.2, measured: 12 completions leave an engine one after another, each program needs its CPU time; the same rollouts, verified
     as they finish and verified when the last is done. Prints the seconds saved."""

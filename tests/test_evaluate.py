@@ -28,6 +28,7 @@ def samples(out):
 
 
 # ---- Samples on the disk ---------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_same_table(world, tmp_path):
     """Cut the files of a whole run back to what a kill leaves: some verdicts missing, a line half written, a file not begun."""
     whole = run(world, tmp_path / "a", check=True) if (tmp_path / "a").mkdir() is None else None
@@ -244,6 +245,7 @@ def cascade(tmp_path, **environment):
     return out, subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
 
 
+@pytest.mark.slow
 def test_a_broken_gate_stops_the_cascade_and_keep_best_goes_on_from_the_best_checkpoint(tmp_path):
     out, done = cascade(tmp_path)
     assert done.returncode == 2 and "went on" not in done.stdout and "gate: math (think) is at 40.0 after coderl" in done.stderr

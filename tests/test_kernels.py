@@ -68,6 +68,7 @@ def interpreted():
     return run_python(HERE / "kernel_checks.py")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_kernel_matches_float64_reference_forward_and_every_gradient(interpreted, name):
@@ -75,6 +76,7 @@ def test_kernel_matches_float64_reference_forward_and_every_gradient(interpreted
     assert interpreted[name] <= TOLERANCES[name]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_deliberately_broken_kernel_fails(interpreted):
     broken = {name: error for name, error in interpreted.items() if name.startswith("broken")}
@@ -82,6 +84,7 @@ def test_a_deliberately_broken_kernel_fails(interpreted):
     assert len(broken) == 20 and not any(error <= 0.1 for error in broken.values())
 
 
+@pytest.mark.slow
 @needs_triton
 def test_rows_beyond_two_billion_elements_are_found(interpreted):
     far = {name: error for name, error in interpreted.items() if name.startswith("int64")}
@@ -275,6 +278,7 @@ def test_bf16_head_on_cpu_keeps_fp32_logits():
     assert error < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_head_and_loss_take_a_tenth_of_the_memory_of_materialised_logits():
     bench = HERE.parent / "bench" / "kernels.py"

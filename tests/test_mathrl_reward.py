@@ -120,6 +120,7 @@ TABLE = [(gold, answer, 1) for gold, answers in HONEST.items() for answer in ans
 TABLE += [(gold, answer, 0) for gold, answers in DISHONEST.items() for answer in answers.split("|")]
 
 
+@pytest.mark.slow
 def test_every_answer_earns_the_verdict_written_beside_it():
     slowest, wrong = 0, []
     for gold, answer, expected in TABLE:
