@@ -201,6 +201,8 @@ def test_an_engine_that_missed_an_update_stops_the_run(drill):
     run = drill({2: "garbage"})
     (culprit,) = said_by(run, 1)
     assert culprit.startswith("mathrl.py: rank 1, step 2, sync: RuntimeError: weight sync 2: the engine's log-probs are ") and run.steps == [1]
+    again = drill({}, num_steps=3)
+    assert "steps 2..3" in again.stdout and again.steps == [1, 2, 3]
 
 
 @pytest.mark.exhaustive
@@ -222,6 +224,8 @@ def test_three_steps_without_a_finite_gradient_are_enough(drill):
     run = drill({2: "nan", 3: "inf", 5: "nan", 6: "nan", 7: "nan"})
     assert run.code and [m["skipped"] for m in metrics(run.out)] == [0, 1, 2, 0, 1, 2]
     assert "step 7, train_step: loss (nan) or gradient (nan) was not finite three times in a row" in run.said[0]
+    again = drill({}, num_steps=8)
+    assert "steps 7..8" in again.stdout and again.steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.exhaustive
