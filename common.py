@@ -420,12 +420,6 @@ def peak_memory():
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def timed(function, *args):
-    """(function(*args), its seconds): what a verifier worker runs."""
-    clock = time.perf_counter()
-    return function(*args), time.perf_counter() - clock
-
-
 def load_history(folder, data):
     """{"history", "epoch"} of the run that wrote this checkpoint if it was on the same rows (checksum `data`), else {}: the epoch
     filter of paper 4.5.2 goes on over the length stages of Math RL."""

@@ -16,8 +16,9 @@ import re
 import unicodedata
 
 import numpy as np
+import torch
 
-from common import fail, parse_config, print0
+from common import all_gather, fail, parse_config, print0
 from model import render_chat
 
 
@@ -208,6 +209,52 @@ def count_correct(rollouts):
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts
+
+
+# ---- Rollouts into packed batches ------------------------------------------------------------------------------------
+# T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
+def balance(rollouts, world):
+    """This rank's share of all ranks' rollouts with a gradient: the longest goes first, each to the rank that has the fewest tokens so far."""
+    if world == 1:
+        return rollouts
+    slim = [dataclasses.replace(r, row={}, text="", pending=None) for r in rollouts if r.advantage]
+    everyone, shares, tokens = [r for part in all_gather(slim) for r in part], [[] for _ in range(world)], [0] * world
+    for r in sorted(everyone, key=lambda r: (-len(r.prompt_ids) - len(r.completion_ids), r.seed)):
+        rank = tokens.index(min(tokens))
+        shares[rank].append(r)
+        tokens[rank] += len(r.prompt_ids) + len(r.completion_ids)
+    return shares[torch.distributed.get_rank()]
+
+
+def collate(rollouts, cfg, device):
+    """Packed micro-batches of at most micro_batch_tokens each, long sequences first. Rollouts with advantage 0 have no
+    gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
+    rollouts = sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
+    packs, room = [], 0
+    for r in rollouts:
+        length = len(r.prompt_ids) + len(r.completion_ids)
+        if length > room:
+            packs.append([])
+            room = cfg.micro_batch_tokens
+        packs[-1].append(r)
+        room -= length
+    return [pack_rollouts(pack, device) for pack in packs]
+
+
+def pack_rollouts(rollouts, device):
+    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens."""
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
+    advantages_T, sampler_logprobs_T, teacher_logprobs_T = np.zeros((3, cu_seqlens[-1]), np.float32)
+    for r, where in zip(rollouts, index, strict=True):
+        advantages_T[where], sampler_logprobs_T[where], teacher_logprobs_T[where] = r.advantage, r.sampler_logprobs, r.teacher_logprobs or 0.0
+    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
+    return {
+        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
+        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
+        "advantages_T": tensor(advantages_T), "sampler_logprobs_T": tensor(sampler_logprobs_T), "teacher_logprobs_T": tensor(teacher_logprobs_T),
+    }  # fmt: skip
 
 
 # ---- Decontamination -------------------------------------------------------------------------------------------------

@@ -75,6 +75,27 @@ def hand_on(rollout, reason, tokenizer, on_finished):
         on_finished(rollout)
 
 
+def timed(function, *args):
+    """(function(*args), its seconds): what a verifier worker runs."""
+    clock = time.perf_counter()
+    return function(*args), time.perf_counter() - clock
+
+
+def in_background(pool, judge, names):
+    """The reward hook of a verifier: submit(rollout) starts judge(rollout) in the pool, collect(rollouts) waits for the verdicts and sets `names`."""
+
+    def submit(rollout):
+        rollout.pending = pool.submit(timed, judge, rollout)
+        return rollout.pending
+
+    def collect(rollouts):
+        for r in rollouts:
+            verdict, r.verify_s = (r.pending or submit(r)).result()
+            vars(r).update(zip(names, verdict, strict=True), pending=None)
+
+    return submit, collect
+
+
 def whole_parameters(model):
     """(name, tensor) of every parameter, whole and in compute precision. FSDP2 gathers them group by group: one collective for a
     layer, and no rank ever holds more than a layer and the root. A tensor is valid until the next one is asked for."""

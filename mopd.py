@@ -3,7 +3,7 @@
 A later stage costs some of what an earlier one taught. The policy samples from the prompts of every domain; on each token it
 drew, the checkpoint that was best at that domain says how likely it finds it, and the difference of the two log-probs is the
 token's advantage (the reverse KL, on sampled tokens). No verifier and no reward model: the teachers are the cascade's own
-earlier checkpoints, frozen. Below the waterline three functions differ from Math RL's.
+earlier checkpoints, frozen. Below the waterline two functions differ from Math RL's.
 Deviations from the paper:
   1. A domain is drawn as often as it has prompts; the paper does not give its mixture.
   2. Every rank holds every teacher whole, in bf16 on a GPU.
@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 import common
-from data import count_correct, encode_prompts, next_prompts
-from engine import Rollout, make_engine, request_seed
+from data import balance, collate, count_correct, encode_prompts, next_prompts, pack_rollouts
+from engine import Rollout, make_engine, request_seed, timed
 from model import Qwen3, load_tokenizer
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def make_reward(cfg):
 
     def collect(rollouts):
         for r in rollouts:
-            r.teacher_logprobs, r.verify_s = common.timed(ask_teacher, r, cfg)
+            r.teacher_logprobs, r.verify_s = timed(ask_teacher, r, cfg)
             r.reward = statistics.fmean(t - s for t, s in zip(r.teacher_logprobs, r.sampler_logprobs, strict=True))
             r.status = "ok"
 
@@ -186,51 +186,6 @@ def compute_advantages(rollouts, cfg):
     # CHANGED: no group, no reward; the teacher speaks about each token (Cascade 2 paper 4.4)"""
     for r in rollouts:
         r.trained, r.advantage = True, 1.0
-
-
-def balance(rollouts, world):
-    """This rank's share of all ranks' rollouts with a gradient: the longest goes first, each to the rank that has the fewest tokens so far."""
-    if world == 1:
-        return rollouts
-    slim = [replace(r, row={}, text="", pending=None) for r in rollouts if r.advantage]
-    everyone, shares, tokens = [r for part in common.all_gather(slim) for r in part], [[] for _ in range(world)], [0] * world
-    for r in sorted(everyone, key=lambda r: (-len(r.prompt_ids) - len(r.completion_ids), r.seed)):
-        rank = tokens.index(min(tokens))
-        shares[rank].append(r)
-        tokens[rank] += len(r.prompt_ids) + len(r.completion_ids)
-    return shares[torch.distributed.get_rank()]
-
-
-def collate(rollouts, cfg, device):
-    """Packed micro-batches of at most micro_batch_tokens each, long sequences first. Rollouts with advantage 0 have no
-    gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
-    rollouts = sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
-    packs, room = [], 0
-    for r in rollouts:
-        length = len(r.prompt_ids) + len(r.completion_ids)
-        if length > room:
-            packs.append([])
-            room = cfg.micro_batch_tokens
-        packs[-1].append(r)
-        room -= length
-    return [pack_rollouts(pack, device) for pack in packs]
-
-
-def pack_rollouts(rollouts, device):
-    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens.
-    # CHANGED: carries what the teachers said, not the advantages (Cascade 2 paper 4.4)"""
-    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
-    teacher_logprobs_T, sampler_logprobs_T = np.zeros(cu_seqlens[-1], np.float32), np.zeros(cu_seqlens[-1], np.float32)
-    for r, where in zip(rollouts, index, strict=True):
-        teacher_logprobs_T[where], sampler_logprobs_T[where] = r.teacher_logprobs, r.sampler_logprobs
-    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
-    return {
-        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
-        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
-        "teacher_logprobs_T": tensor(teacher_logprobs_T), "sampler_logprobs_T": tensor(sampler_logprobs_T),
-    }  # fmt: skip
 
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):

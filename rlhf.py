@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from data import BadRow, chat, count_correct, encode_prompts, field, language_ok, load_table, next_prompts
-from engine import Rollout, make_engine, request_seed
+from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, language_ok, load_table, next_prompts, pack_rollouts
+from engine import Rollout, make_engine, request_seed, timed
 from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
 
 
@@ -334,7 +334,7 @@ def make_reward(cfg):
     score = load_reward_model(path, rm_device(), cfg.reward_workers)
 
     def collect(rollouts):
-        scores, seconds = common.timed(score, [r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
+        scores, seconds = timed(score, [r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
         for r, s in zip(rollouts, scores, strict=True):
             r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
             r.verify_s = seconds / len(rollouts)
@@ -434,50 +434,6 @@ def compute_advantages(rollouts, cfg):
         for r in group:
             r.trained = r.trained and len(rewards) > 1
             r.advantage = 0.0 if even or not r.trained else (r.reward - mean) / (std + 1e-6)
-
-
-def balance(rollouts, world):
-    """This rank's share of all ranks' rollouts with a gradient: the longest goes first, each to the rank that has the fewest tokens so far."""
-    if world == 1:
-        return rollouts
-    slim = [replace(r, row={}, text="", pending=None) for r in rollouts if r.advantage]
-    everyone, shares, tokens = [r for part in common.all_gather(slim) for r in part], [[] for _ in range(world)], [0] * world
-    for r in sorted(everyone, key=lambda r: (-len(r.prompt_ids) - len(r.completion_ids), r.seed)):
-        rank = tokens.index(min(tokens))
-        shares[rank].append(r)
-        tokens[rank] += len(r.prompt_ids) + len(r.completion_ids)
-    return shares[torch.distributed.get_rank()]
-
-
-def collate(rollouts, cfg, device):
-    """Packed micro-batches of at most micro_batch_tokens each, long sequences first. Rollouts with advantage 0 have no
-    gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
-    rollouts = sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids))
-    packs, room = [], 0
-    for r in rollouts:
-        length = len(r.prompt_ids) + len(r.completion_ids)
-        if length > room:
-            packs.append([])
-            room = cfg.micro_batch_tokens
-        packs[-1].append(r)
-        room -= length
-    return [pack_rollouts(pack, device) for pack in packs]
-
-
-def pack_rollouts(rollouts, device):
-    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens."""
-    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
-    advantages_T, sampler_logprobs_T = np.zeros(cu_seqlens[-1], np.float32), np.zeros(cu_seqlens[-1], np.float32)
-    for r, where in zip(rollouts, index, strict=True):
-        advantages_T[where], sampler_logprobs_T[where] = r.advantage, r.sampler_logprobs
-    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
-    return {
-        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
-        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
-        "advantages_T": tensor(advantages_T), "sampler_logprobs_T": tensor(sampler_logprobs_T),
-    }  # fmt: skip
 
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):

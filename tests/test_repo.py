@@ -18,17 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
-    "engine.py": 355,  # two engines behind one call, greedy rows beside sampled ones
-    "common.py": 465,  # (220) locks, checksums, ranges of flags, gates and one-sentence errors are 190 lines, what a run will take and how it starts 70
+    "engine.py": 370,  # two engines behind one call, greedy rows beside sampled ones
+    "common.py": 456,  # (220) locks, checksums, ranges of flags, gates and one-sentence errors are 190 lines, what a run will take and how it starts 70
     "guard.py": 80,  # threads, signals and stacks, which nothing else here is about; not planned
-    "data.py": 270,  # streams of any size are 90 lines, decontamination 45, the prompts of an RL stage 40; not planned
+    "data.py": 315,  # streams of any size are 90 lines, decontamination 45, prompts of an RL stage 40 and their packed batches 45; not planned
     "sft.py": 320,
-    "mathrl.py": 530,  # (450) a verifier that a policy cannot farm is 180 lines
-    "rlhf.py": 605,  # (480) trains the reward model too, and refuses what is none
-    "coderl.py": 570,  # (480) reads six public schemas instead of one private set
-    "ifrl.py": 740,  # (600) 54 constraint checks
-    "swerl.py": 735,  # (520) edits, patches, two judges, and sets whose files lie in git clones
-    "mopd.py": 350,
+    "mathrl.py": 475,  # (450) a verifier that a policy cannot farm is 180 lines
+    "rlhf.py": 560,  # (480) trains the reward model too, and refuses what is none
+    "coderl.py": 515,  # (480) reads six public schemas instead of one private set
+    "ifrl.py": 692,  # (600) 54 constraint checks
+    "swerl.py": 678,  # (520) edits, patches, two judges, and sets whose files lie in git clones
+    "mopd.py": 305,
     "sandbox.py": 640,
     "evaluate.py": 465,  # (300) resumable samples, the gates between stages, a terminal chat, and bad input said before hours of sampling
     "benchmarks.py": 442,  # (400) LiveCodeBench Pro with its judge came later; sixteen public benchmarks, 25 lines each with their schemas and traps

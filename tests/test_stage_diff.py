@@ -18,7 +18,7 @@ EVERY_STAGE = {"Config", "load_rows", "select_rows", "make_reward", "monitor", "
 # What only Math RL has: the answer in a box, and symbolic equality in processes that can be killed.
 MATH_VERIFIER = {"boxed", "last_box", "strip", "literal", "refused", "equal", "same_answer", "verifiers"}
 
-DISTILL = {"compute_advantages", "pack_rollouts", "grpo_loss"}
+DISTILL = {"compute_advantages", "grpo_loss"}
 
 EXPECTED = {
     # Reward: a Bradley-Terry model, trained here first, or somebody's endpoint. Loss: stabilisers for small reward models (6.3).
