@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import common
 from kernels.attention import flash_attention_varlen
-from kernels.decode_attention import decode_attention, start_bias
+from kernels.decode_attention import decode_attention, slot_bias
 from kernels.sampling import sample_tokens
 from model import hf_config, render_chat, stop_ids
 
@@ -82,16 +82,25 @@ def timed(function, *args):
 
 
 def in_background(pool, judge, names):
-    """The reward hook of a verifier: submit(rollout) starts judge(rollout) in the pool, collect(rollouts) waits for the verdicts and sets `names`."""
+    """The reward hook of a verifier: submit(rollout) starts judge(rollout) in the pool, collect(rollouts) waits for the verdicts and sets
+    `names`. Equal completions of a prompt have one verdict, which is worked out once."""
+    running = {}
+
+    def work(rollout):
+        verdict, rollout.verify_s = timed(judge, rollout)
+        return verdict
 
     def submit(rollout):
-        rollout.pending = pool.submit(timed, judge, rollout)
+        same = id(rollout.row), rollout.text, rollout.finish_reason
+        if same not in running:
+            running[same] = pool.submit(work, rollout)
+        rollout.pending = running[same]
         return rollout.pending
 
     def collect(rollouts):
         for r in rollouts:
-            verdict, r.verify_s = (r.pending or submit(r)).result()
-            vars(r).update(zip(names, verdict, strict=True), pending=None)
+            vars(r).update(zip(names, (r.pending or submit(r)).result(), strict=True), pending=None)
+        running.clear()
 
     return submit, collect
 
@@ -185,9 +194,9 @@ class TorchEngine:
         device = self.model.model.embed_tokens.weight.device
         lengths_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
         width = int(lengths_B.max())  # prompts are right-aligned, so that every row writes the same slot
-        logits_BV, cache = self._prefill(rollouts, width, max_new_tokens, device)
+        logits_BV, cache = self._prefill(rollouts, width, device)
         position_B = lengths_B.to(device)
-        bias_B1S = start_bias(width - position_B, width + max_new_tokens)
+        bias_B1S = slot_bias(width - position_B, width, width)
         alive = list(range(len(rollouts)))  # batch row -> rollout
         uniform_BS = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens)).float()
         for step in range(max_new_tokens):
@@ -210,19 +219,18 @@ class TorchEngine:
                 index = torch.tensor(keep, device=device)
                 alive = [alive[b] for b in keep]
                 token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
-                slots = width + step  # only the slots in use are copied
-                cache = [tuple(self._shrink(t, index, slots) for t in layer) for layer in cache]
-            logits_BV = self._decode(token_B, position_B, cache, bias_B1S, width + step)
+                cache = [tuple(t[index] for t in layer) for layer in cache]
+            slot = width + step
+            if slot == cache[0][0].shape[2]:  # it grows as it fills: a cache with few empty slots is read fastest
+                more = min(max(16, slot // 8), max_new_tokens - step)
+                cache = [tuple(torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2) for t in layer) for layer in cache]
+                bias_B1S = slot_bias(slot - position_B, slot, slot + more)
+            bias_B1S[..., slot] = 0.0
+            logits_BV = self._decode(token_B, position_B, cache, bias_B1S, slot)
             position_B = position_B + 1
 
-    @staticmethod
-    def _shrink(t_BKSH, index, slots):
-        smaller = t_BKSH.new_empty(len(index), *t_BKSH.shape[1:])
-        smaller[:, :, :slots] = t_BKSH[index, :, :slots]
-        return smaller
-
-    def _prefill(self, rollouts, width, max_new_tokens, device):
-        """Last-token logits [B, V] and the cache [(k, v)] * layers, each [B, K, width + max_new_tokens, H]."""
+    def _prefill(self, rollouts, width, device):
+        """Last-token logits [B, V] and the cache [(k, v)] * layers, each [B, K, width, H]."""
         first_of, prompts = {}, []
         for r in rollouts:
             if first_of.setdefault(tuple(r.prompt_ids), len(prompts)) == len(prompts):
@@ -240,9 +248,7 @@ class TorchEngine:
             for t_TKH in (k_TKH, v_TKH):
                 t_PKSH = t_TKH.new_zeros(len(prompts), t_TKH.shape[1], width, t_TKH.shape[2])
                 t_PKSH[row_T, :, slot_T] = t_TKH
-                t_BKSH = t_TKH.new_empty(len(rollouts), t_TKH.shape[1], width + max_new_tokens, t_TKH.shape[2])
-                t_BKSH[:, :, :width] = t_PKSH[prompt_B]
-                both.append(t_BKSH)
+                both.append(t_PKSH[prompt_B])
             cache.append(tuple(both))
             return flash_attention_varlen(q_TNH, k_TKH, v_TKH, cu_seqlens, max(lengths))
 

@@ -456,7 +456,7 @@ def make_reward(cfg):
     def submit(rollout):
         row = rollout.row
         job = (verify, rollout.text, row["think"], row["instruction_id_list"], row["kwargs"], cfg.need_letters)
-        rollout.pending = pool.apply_async(timed, job) if pool else common.timed(*job)
+        rollout.pending = pool.apply_async(timed, job) if pool else timed(*job)
         return rollout.pending
 
     def collect(rollouts):

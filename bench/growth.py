@@ -111,7 +111,7 @@ def measure_padding(point, repeats):
         return hidden_states(self, input_ids_T, *args, **kwargs)
 
     def counting_decode(self, token_B, position_B, cache, bias_B1S, slot):
-        counts["rollout slots"][0] += len(token_B) * (slot + 1)
+        counts["rollout slots"][0] += len(token_B) * cache[0][0].shape[2]
         counts["rollout slots"][1] += int((position_B + 1).sum())
         return decode(self, token_B, position_B, cache, bias_B1S, slot)
 

@@ -119,7 +119,7 @@ def cases(device, s):
     logits, uniform = torch.randn(s["B"], V, device=device) * 2, torch.rand(s["B"], device=device)
     start = torch.randint(s["S"] // 4, (s["B"],), device=device)
     cache = [torch.randn(s["B"], K, s["S"], H, device=device).to(dtype) for _ in range(2)]
-    decode_args = start, s["S"] - 1, decode_attention.start_bias(start, s["S"])
+    decode_args = start, s["S"] - 1, decode_attention.slot_bias(start, s["S"] - 1, s["S"])
     slots = int((s["S"] - 1 - start).sum())
     ce = lambda h, w: F.cross_entropy((h @ w.T).float(), target, reduction="sum")  # noqa: E731
     table = {

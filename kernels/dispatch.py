@@ -34,3 +34,14 @@ def use_triton(*tensors):
 def num_programs(device, per_sm=4):
     """How many programs to launch for a kernel whose programs loop over rows: a few for each multiprocessor."""
     return 3 if device.type == "cpu" else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class NoBackward:
+    """Stands in for autograd's ctx where there will be no backward."""
+
+    save_for_backward = set_materialize_grads = staticmethod(lambda *_: None)
+
+
+def apply(function, *args):
+    """function.apply(*args), without autograd's bookkeeping where nobody asks for a gradient: it costs the sampler 4% of its time."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(NoBackward(), *args)

@@ -9,7 +9,7 @@ q and k may be views into one fused projection: a token's heads lie side by side
 
 import torch
 
-from kernels.dispatch import num_programs, tl, triton, use_triton
+from kernels.dispatch import apply, num_programs, tl, triton, use_triton
 from kernels.rms_norm import rms_norm_ref
 
 # T tokens   N query heads   K key heads   H head width
@@ -215,4 +215,4 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6):
     q_weight, k_weight [H]; cos, sin [max_pos, H/2] fp32 with YaRN's attention factor already in; position_ids [T] int.
     """
     q, k = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k))
-    return QKNormRope.apply(q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), position_ids, eps)
+    return apply(QKNormRope, q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), position_ids, eps)

@@ -38,7 +38,7 @@ repeats bit for bit; the PyTorch line that a group of Triton lines computes stan
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import num_programs, tl, triton, use_triton
+from kernels.dispatch import apply, num_programs, tl, triton, use_triton
 
 # T rows (tokens)   D row width. The tests hold every implementation below against rms_norm_ref in float64.
 
@@ -211,10 +211,10 @@ def as_rows(x):
 
 def rms_norm(x, weight, eps=1e-6):
     """RMSNorm over the last axis: x [..., D], weight [D] -> [..., D]."""
-    return RMSNorm.apply(as_rows(x), None, weight, eps).view(x.shape)
+    return apply(RMSNorm, as_rows(x), None, weight, eps).view(x.shape)
 
 
 def add_rms_norm(x, residual, weight, eps=1e-6):
     """Residual addition, then RMSNorm: x, residual [..., D], weight [D] -> (y, summed) with summed = x + residual."""
-    y, summed = RMSNorm.apply(as_rows(x), as_rows(residual), weight, eps)
+    y, summed = apply(RMSNorm, as_rows(x), as_rows(residual), weight, eps)
     return y.view(x.shape), summed.view(x.shape)

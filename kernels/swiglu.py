@@ -7,7 +7,7 @@ and up and computes silu again. gate and up may be the two halves of one fused p
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import tl, triton, use_triton
+from kernels.dispatch import apply, tl, triton, use_triton
 
 
 def swiglu_ref(gate, up):
@@ -96,4 +96,4 @@ def swiglu(gate, up):
     shape, width = gate.shape, gate.shape[-1]
     gate, up = (x.reshape(-1, width) for x in (gate, up))
     gate, up = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, up))
-    return SwiGLU.apply(gate, up).view(shape)
+    return apply(SwiGLU, gate, up).view(shape)

@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 
 from kernels.adamw import AdamW, adamw_bf16_, hash_torch, round_torch
 from kernels.attention import flash_attention_varlen
-from kernels.decode_attention import decode_attention, start_bias
+from kernels.decode_attention import decode_attention, slot_bias
 from kernels.dispatch import use_triton
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from kernels.linear_logprob import linear_logprob, linear_logprob_ref
@@ -206,7 +206,7 @@ def test_decode_attention_is_the_last_row_of_full_attention(starts, length):
     torch.manual_seed(0)
     start = torch.tensor(starts)
     inputs = double(len(starts), 4, 8), double(len(starts), 2, 45, 8), double(len(starts), 2, 45, 8), start, length
-    for bias in (None, start_bias(start, 45)):
+    for bias in (None, slot_bias(start, length, 45)):
         out, expected = decode_attention(*inputs, bias), decode_naive(*inputs)
         print(f"error {(out - expected).abs().max():.1e}, tolerance 1e-12")
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
