@@ -29,6 +29,7 @@ import benchmarks
 import coderl
 import common
 import data
+import patches
 import swerl
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
@@ -68,10 +69,10 @@ def normal_patch(files, after):
 def vote(texts, files, fit=None):
     """Index of the response whose patch most responses agree on; of equals, the shortest patch; None if no patch applies. fit: the
     indices that may be chosen and have a vote."""
-    afters = [swerl.apply_edits(text, files) if fit is None or i in fit else None for i, text in enumerate(texts)]
+    afters = [patches.apply_edits(text, files) if fit is None or i in fit else None for i, text in enumerate(texts)]
     keys = [after and normal_patch(files, after) for after in afters]
     counts = Counter(key for key in keys if key)
-    size = lambda i: sum(len(diff) for diff in swerl.changes(files, afters[i]).values())
+    size = lambda i: sum(len(diff) for diff in patches.changes(files, afters[i]).values())
     return min((i for i, key in enumerate(keys) if key), key=lambda i: (-counts[keys[i]], size(i), i), default=None)
 
 
@@ -91,7 +92,7 @@ def reproduction_scripts(row, n, sample, count):
 def survivors(texts, row, scripts, check):
     """Indices of the patches that pass most regression tests and, of these, most reproduction scripts; scripts that the unpatched
     repository passes show no bug and are left out (Agentless's order, paper 3.3.1). Equal patches are tested once."""
-    afters = [swerl.apply_edits(text, row["files"]) for text in texts]
+    afters = [patches.apply_edits(text, row["files"]) for text in texts]
     diffs = [after and normal_patch(row["files"], after) and benchmarks.git_patch(row["files"], after) for after in afters]
     scripts = [script for script, passes in zip(scripts, check(row, "", scripts)["scripts"], strict=True) if not passes]
     found = {diff: check(row, diff, scripts) for diff in dict.fromkeys(filter(None, diffs))}

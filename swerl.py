@@ -7,15 +7,12 @@ Deviations from the paper:
      only deletes where the golden one writes: similarity alone pays 0.9 for removing the faulty line.
   2. What the paper leaves open is -1: SEARCH text that is missing, blank or not unique (whole lines are compared), an
      unknown file, a new file that the golden patch does not make, a test or CI file that the golden patch leaves alone.
-     Paths are normalised; CRLF and the last line's end do not matter.
+     Paths are normalised; CRLF and the last line's end do not matter (patches.py).
   3. "Changes nothing" is read as code: comments and blank lines in Python earn 0 like an edit and its revert.
   4. Files are fitted into the prompt by characters (chars_per_token): rows are built before a tokenizer is loaded.
 torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/swerl --judge=http://judge:8000/v1
 """
 
-import difflib
-import functools
-import io
 import json
 import math
 import os
@@ -25,7 +22,6 @@ import re
 import statistics
 import subprocess
 import time
-import tokenize
 import urllib.request
 import zlib
 from collections import Counter
@@ -40,6 +36,7 @@ import common
 from common import fail, print0
 from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, load_table, next_prompts, pack_rollouts
 from engine import Rollout, in_background, make_engine, request_seed
+from patches import NoPatch, apply_edits, apply_patch, as_patch, as_response, changes, edited, same_code, similarity
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -127,12 +124,6 @@ def read_files(contents):
     return {posixpath.normpath(path): text for path, text in contents.items() if isinstance(text, str)}
 
 
-def as_patch(before, after):
-    """Unified diff of {path: text} against another, in the form that apply_patch reads."""
-    head = lambda path: f"--- {'a/' + path if path in before else '/dev/null'}\n+++ b/{path}\n"
-    return "".join(head(path) + diff + "\n" for path, diff in changes(before, after).items())
-
-
 def source_files(row, where, cfg, draw):
     """(files before the repair, golden patch): in the row, in R2E-Gym's parsed commit, or from a clone in cfg.repos."""
     if "golden_patch" in row or "relevant_file_contents" in row:
@@ -211,138 +202,7 @@ def select_rows(rows, epoch, history, cfg):
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
 
-TESTS = re.compile(
-    r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*_test\.\w+|conftest\.py|(tox|pytest)\.ini)$)"
-)
-
-
-class NoPatch(ValueError):
-    """The edits or the patch cannot be read or applied; the message is the reason that the log counts."""
-
-
-def replace_lines(text, old, new, at=None):
-    """Replace the one place of text where `old` occurs as whole lines by `new`, whose lines end the way the old ones do. With `at`, that place
-    is taken if it fits."""
-    lines = text.split("\n")
-    bare = [line.rstrip("\r") for line in lines]
-    fits = lambda i: bare[i : i + len(old)] == old
-    hits = [at] if at is not None and fits(at) else list(filter(fits, range(len(lines) - len(old) + 1)))
-    if len(hits) != 1:
-        raise NoPatch("text found more than once" if hits else "text not found")
-    end = "\r" if lines[min(hits[0], len(lines) - 1)].endswith("\r") else ""
-    lines[hits[0] : hits[0] + len(old)] = [line + end for line in new]
-    return "\n".join(lines)
-
-
-def parse_edits(text):
-    """[(path, old lines, new lines)] of all SEARCH/REPLACE blocks; prose and fences around them are free."""
-    edits, path, part = [], None, None
-    for line in text.replace("\r\n", "\n").split("\n"):
-        mark = line.rstrip()
-        if part is None and line.startswith("### "):
-            path = mark[4:].strip(" `*")
-        elif mark == "<<<<<<< SEARCH":
-            if path is None or part is not None:
-                raise NoPatch("block without a path, or inside another")
-            old, new = [], []
-            part = old
-        elif part is not None and part is old and mark == "=======":
-            part = new
-        elif part is not None and part is new and mark == ">>>>>>> REPLACE":
-            edits.append((path, old, new))
-            part = None
-        elif part is not None:
-            part.append(line)
-    if part is not None or not edits:
-        raise NoPatch("block not closed" if part is not None else "no block")
-    return edits
-
-
-def edited(response, files):
-    """Files after the edits of a response, or NoPatch. Edits see the result of those before them."""
-    head, closed, answer = response.rpartition("</think>")
-    if not closed and "<think>" in response:
-        raise NoPatch("thinking not closed")
-    files, known = dict(files), {posixpath.normpath(path): path for path in files}
-    for path, old, new in parse_edits(answer):
-        path = posixpath.normpath(path)
-        key = next((known[p] for p in (path, re.sub("^[ab]/", "", path)) if p in known), None)
-        blank = not any(line.strip() for line in old)
-        if key is not None and not blank:
-            files[key] = replace_lines(files[key], old, new)
-        elif key is None and blank and not re.match(r"/|\.\.?(/|$)", path):
-            known[path], files[path] = path, "\n".join(new) + "\n"
-        else:
-            raise NoPatch("blank search text" if blank else "unknown file")
-    return files
-
-
-def apply_edits(response, files):
-    """{path: text} after the edits of a response, or None if they do not parse or apply [dev 2]."""
-    try:
-        return edited(response, files)
-    except NoPatch:
-        return None
-
-
-def apply_patch(patch, files):
-    """{path: text} after a unified diff, as git writes it; a deleted file becomes "". NoPatch if it does not apply."""
-    files, lines, source, target = dict(files), iter(patch.replace("\r\n", "\n").split("\n")), None, None
-    for line in lines:
-        if name := re.match(r"(---|rename from) (?:a/)?([^\t]+)", line):
-            source = name[2]
-        elif name := re.match(r"(\+\+\+|rename to) (?:b/)?([^\t]+)", line):
-            target = source if name[2] == "/dev/null" else name[2]
-            if source not in files and source not in ("/dev/null", target):
-                raise NoPatch("golden patch needs a file that is not given")
-            if source not in ("/dev/null", target) and name[1] == "rename to":
-                files[target], files[source] = files[source], ""
-            if target not in files and source == "/dev/null":
-                files[target] = ""
-        elif hunk := re.match(r"@@ -\d+(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", line):
-            num_old, num_new = (1 if n is None else int(n) for n in hunk.group(1, 3))
-            old, new = [], []
-            while len(old) < num_old or len(new) < num_new:
-                body = next(lines, None)
-                if body is None or body[:1] not in " +-\\":
-                    raise NoPatch("golden patch is cut off")
-                old += [body[1:]] if body[:1] in " -" else []  # an empty line is context whose blank was stripped
-                new += [body[1:]] if body[:1] in " +" else []
-            if target not in files:
-                raise NoPatch("golden patch needs a file that is not given")
-            files[target] = replace_lines(files[target], old, new, at=int(hunk[2]) - (num_new > 0))
-        elif line.startswith(("Binary files", "GIT binary")):
-            raise NoPatch("binary patch")
-    return files
-
-
-@functools.lru_cache(256)  # the golden diff is asked for once a rollout, the candidate's three times
-def unified(old, new):
-    """Unified diff of two texts without its header: 3 lines of context, line ends not compared."""
-    return "\n".join(list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))[2:])
-
-
-def changes(files, other):
-    """{path: unified diff} of the files that differ; a missing file counts as an empty one."""
-    diffs = {path: unified(files.get(path, ""), other.get(path, "")) for path in sorted({*files, *other})}
-    return {path: diff for path, diff in diffs.items() if diff}
-
-
-def ratio(a, b):
-    """difflib's ratio of two diffs by character; by line where that would take seconds (floods of one character)."""
-    for x, y in ((a, b), (a.split("\n"), b.split("\n"))):
-        left, right = Counter(x), Counter(y)
-        if sum(n * right[item] for item, n in left.items()) < 2e7:  # inner steps of difflib's first search
-            return difflib.SequenceMatcher(None, x, y, autojunk=False).ratio()
-    return 0.0
-
-
-def similarity(files, predicted, oracle):
-    """Lexical similarity in [0, 1]: mean ratio of the two diffs over all files touched by either side."""
-    ours, golden = changes(files, predicted), changes(files, oracle)
-    both, touched = ours.keys() & golden.keys(), ours.keys() | golden.keys()
-    ratios = [ratio(ours[path], golden[path]) if path in both else 0.0 for path in touched]
-    return sum(ratios) / len(ratios) if ratios else 1.0
+TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*_test\.\w+|conftest\.py|(tox|pytest)\.ini)$)")
 
 
 def lexical_judge(files, predicted, oracle, floor=0.5):
@@ -354,33 +214,20 @@ def lexical_judge(files, predicted, oracle, floor=0.5):
     return value if value >= floor else 0.0
 
 
-def same_code(path, old, new):
-    """True if two versions of a Python file differ in comments, blank lines and the width of indentation only [dev 3]."""
-    if not path.endswith(".py") or len({re.sub(r"#.*|\s", "", text) for text in (old, new)}) > 1:  # cheap
-        return False
-    try:
-        versions = [list(tokenize.generate_tokens(io.StringIO(text).readline)) for text in (old, new)]
-    except (SyntaxError, tokenize.TokenError):
-        return False
-    blank, layout = (tokenize.COMMENT, tokenize.NL), (tokenize.INDENT, tokenize.NEWLINE)
-    a, b = ([(t.type, t.type in layout or t.string) for t in tokens if t.type not in blank] for tokens in versions)
-    return a == b
-
-
 def verdict(response, files, golden_patch, judge=None):
     """(reward, reason). Reasons: why it is -1, "unchanged" (0), "exact" (1) or "judged"."""
     oracle = apply_patch(golden_patch, files)
     try:
         predicted = edited(response, files)
         ours, golden = changes(files, predicted), changes(files, oracle)
-        for path in set(ours) - set(golden):
+        for path in set(ours) - set(golden):  # [dev 2]
             if path not in files or TESTS.search(path):
                 raise NoPatch("test or CI file" if path in files else "new file")
     except NoPatch as reason:
         return -1.0, str(reason)
     if ours == golden:
         return 1.0, "exact"
-    if all(same_code(path, files.get(path, ""), predicted[path]) for path in ours):
+    if all(same_code(path, files.get(path, ""), predicted[path]) for path in ours):  # [dev 3]
         return 0.0, "unchanged"
     return float((judge if callable(judge) else lexical_judge)(files, predicted, oracle)), "judged"
 
@@ -462,15 +309,6 @@ def monitor(rollouts):
     n, judged = max(len(rollouts), 1), [r for r in rollouts if r.reason == "judged"]
     shares = {name.replace(" ", "_"): counts[name] / n for name in (*REASONS, "other")}
     return {**shares, "p_yes": sum(r.reward for r in judged) / n, "p_yes_or_no": sum(getattr(r, "mass", 0.0) for r in judged) / n}
-
-
-def as_response(files, after):
-    """The response that makes this change: one block a file, the whole file searched and replaced."""
-    blocks = []
-    for path in changes(files, after):
-        old, new = (version.get(path, "").replace("\r", "").rstrip("\n") for version in (files, after))
-        blocks.append(f"### {path}\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE")
-    return "</think>\n" + "\n".join(blocks)
 
 
 def self_test(rows, cfg):

@@ -19,6 +19,7 @@ import coderl
 import data
 import ifrl
 import mathrl
+import patches
 import rlhf
 import sft
 import swerl
@@ -151,7 +152,7 @@ SETS = {
     "SWE-Gym/SWE-Gym": ("swerl", BENCH | {"base_commit": "COMMIT"}, SWE_FORM, ["problem_statement", "patch", "repo"]),
     "nebius/SWE-rebench": ("swerl", BENCH | {"base_commit": "COMMIT", "install_config": {"python": "3.9"}, "meta": {"num_modified_files": 1}}, SWE_FORM,
         ["problem_statement", "patch", "repo"]),
-    "SWE-bench/SWE-smith": ("swerl", BENCH | {"repo": "swesmith/shop__cart.0a1b2c3d", "patch": swerl.as_patch(FIXED, FILES), "image_name": "i"}, SWE_FORM,
+    "SWE-bench/SWE-smith": ("swerl", BENCH | {"repo": "swesmith/shop__cart.0a1b2c3d", "patch": patches.as_patch(FIXED, FILES), "image_name": "i"}, SWE_FORM,
         ["problem_statement", "patch", "repo"]),
     "R2E-Gym/R2E-Gym-Subset": ("swerl", {"repo_name": "shop", "docker_image": "i", "commit_hash": "0" * 40, "problem_statement": f"[ISSUE]\n{ISSUE}\n[/ISSUE]",
         "parsed_commit_content": json.dumps({"file_diffs": DIFFS, "old_commit_hash": "0" * 40, "new_commit_hash": "1" * 40, "commit_message": "m"}),
@@ -188,8 +189,8 @@ def load(clones, monkeypatch):
             cfg = swerl.Config(data=path, min_prompt_tokens=0, noisy_share=0.0, repos=clones[0])
             rows = swerl.load_rows(cfg)
             for row in rows:
-                golden = swerl.changes(row["files"], swerl.apply_patch(row["golden_patch"], row["files"]))
-                assert golden == swerl.changes(SHOWN, {"shop/cart.py": FIXED["shop/cart.py"]})
+                golden = patches.changes(row["files"], patches.apply_patch(row["golden_patch"], row["files"]))
+                assert golden == patches.changes(SHOWN, {"shop/cart.py": FIXED["shop/cart.py"]})
             return [{"issue": r["issue"].strip("[ISUE]\n/"), "golden": sorted(r["files"]), "think": r["think"]} for r in rows]
         if stage == "coderl":
             rows = coderl.load_rows(coderl.Config(data=path))

@@ -42,13 +42,11 @@ EXPECTED = {
         "absent": set(),
         "own": {"statement", "find_tests", "normal_tests", "loads", "unfence", "extract_code", "table_program", "run_tests", "same_output", "same_value"},
     },
-    # Reward: edits against the golden patch, nothing is run; -1 for edits that do not apply (4.7).
+    # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not apply (4.7).
     "swerl.py": {
         "changed": {"verdict", "reward"},
         "absent": {"normalize", "judge"},
-        "own": {"NoPatch", "read_files", "source_files", "as_patch", "choose_files", "parse_edits", "replace_lines", "apply_edits",
-                "apply_patch", "edited", "changes",
-                "unified", "same_code", "as_response", "judge_rollout", "lexical_judge", "ask_judge", "similarity", "ratio"},
+        "own": {"read_files", "source_files", "choose_files", "judge_rollout", "lexical_judge", "ask_judge"},
     },
     # No reward at all: teachers speak about each token (Cascade 2, 4.4).
     "mopd.py": {

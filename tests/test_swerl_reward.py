@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import patches
 import swerl
 
 BUGGY = """import os
@@ -131,7 +132,7 @@ def test_every_answer_earns_what_is_written(name):
         value,
         asked,
     )
-    assert (swerl.apply_edits(response, FILES) is not None) >= (value >= 0)
+    assert (patches.apply_edits(response, FILES) is not None) >= (value >= 0)
 
 
 def test_the_lexical_judge_pays_for_closeness_but_not_for_deleting():
@@ -147,25 +148,25 @@ def test_similarity_agrees_with_the_published_observations_where_our_decisions_d
     several times, empty search text, a new file the golden patch does not make; a dot path is normalised instead."""
     change = lambda old, new: {**FILES, "shop/cart.py": BUGGY.replace(old, new)}  # noqa: E731
     near, deleted = change(BUG, "    result = sum(prices) * tax"), change(BUG + "\n", "")
-    assert swerl.similarity(FILES, FIXED, FIXED) == 1.0
-    assert 0.9 < swerl.similarity(FILES, near, FIXED) < 1.0
-    assert 0.8 < swerl.similarity(FILES, deleted, FIXED) < 0.95
-    assert swerl.similarity(FILES, {**FIXED, "new.py": "x = 1\n"}, FIXED) == 0.5  # mean over the union of touched files
-    assert swerl.similarity(FILES, {**FILES, "new.py": "x = 1\n"}, FIXED) == 0.0
-    assert swerl.similarity(FILES, FILES, FIXED) == 0.0
-    assert swerl.similarity(FILES, FILES, FILES) == 1.0
+    assert patches.similarity(FILES, FIXED, FIXED) == 1.0
+    assert 0.9 < patches.similarity(FILES, near, FIXED) < 1.0
+    assert 0.8 < patches.similarity(FILES, deleted, FIXED) < 0.95
+    assert patches.similarity(FILES, {**FIXED, "new.py": "x = 1\n"}, FIXED) == 0.5  # mean over the union of touched files
+    assert patches.similarity(FILES, {**FILES, "new.py": "x = 1\n"}, FIXED) == 0.0
+    assert patches.similarity(FILES, FILES, FIXED) == 0.0
+    assert patches.similarity(FILES, FILES, FILES) == 1.0
 
 
 def test_similarity_is_the_character_ratio_of_the_two_diffs():
     files, ours, golden = {"a": "one\n"}, {"a": "two\n"}, {"a": "six\n"}
     # "@@ -1 +1 @@\n-one\n+two" and "...+six" share 18 of 21 characters each
-    assert swerl.similarity(files, ours, golden) == pytest.approx(2 * 18 / 42)
-    assert swerl.similarity(files, ours, golden) == swerl.similarity(files, golden, ours)
+    assert patches.similarity(files, ours, golden) == pytest.approx(2 * 18 / 42)
+    assert patches.similarity(files, ours, golden) == patches.similarity(files, golden, ours)
 
 
 def test_crlf_files_stay_crlf_and_the_last_newline_is_free():
     crlf = {path: text.replace("\n", "\r\n") for path, text in FILES.items()}
-    assert swerl.apply_edits(EXACT, crlf)["shop/cart.py"] == FIXED["shop/cart.py"].replace("\n", "\r\n")
+    assert patches.apply_edits(EXACT, crlf)["shop/cart.py"] == FIXED["shop/cart.py"].replace("\n", "\r\n")
     assert swerl.reward(EXACT, crlf, GOLDEN) == 1.0
     bare = {path: text.rstrip("\n") for path, text in FILES.items()}
     assert swerl.reward(EXACT, bare, GOLDEN) == 1.0
@@ -175,18 +176,18 @@ def test_new_deleted_and_renamed_files_of_the_golden_patch():
     after = {**FILES, "shop/tax.py": "RATE = 0.2\n"}
     assert swerl.reward(THINK + block("shop/tax.py", "", "RATE = 0.2"), FILES, diff_of(FILES, after)) == 1.0
     gone = "--- a/shop/util.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-LIMIT = 10\n"
-    assert swerl.apply_patch(gone, FILES)["shop/util.py"] == ""
+    assert patches.apply_patch(gone, FILES)["shop/util.py"] == ""
     moved = "diff --git a/shop/util.py b/shop/limits.py\nsimilarity index 100%\nrename from shop/util.py\nrename to shop/limits.py\n"
-    assert swerl.apply_patch(moved, FILES)["shop/limits.py"] == "LIMIT = 10\n"
+    assert patches.apply_patch(moved, FILES)["shop/limits.py"] == "LIMIT = 10\n"
     unended = "--- a/x\n+++ b/x\n@@ -1,2 +1,2 @@\n one\n-two\n\\ No newline at end of file\n+three\n\\ No newline at end of file\n"
-    assert swerl.apply_patch(unended, {"x": "one\ntwo"}) == {"x": "one\nthree"}
+    assert patches.apply_patch(unended, {"x": "one\ntwo"}) == {"x": "one\nthree"}
     for broken in ("@@ -1 +1 @@\n-a\n+b\n", unended[:45], "+++ b/x\n@@ -1 +1 @@\n-a\n+b\n", "Binary files a/x and b/x differ"):
-        with pytest.raises(swerl.NoPatch):
-            swerl.apply_patch(broken, {"y": "a\n"})
-    with pytest.raises(swerl.NoPatch):
-        swerl.apply_patch(GOLDEN, {"shop/util.py": ""})
-    with pytest.raises(swerl.NoPatch):
-        swerl.apply_patch(GOLDEN.replace("return result", "return it"), FILES)
+        with pytest.raises(patches.NoPatch):
+            patches.apply_patch(broken, {"y": "a\n"})
+    with pytest.raises(patches.NoPatch):
+        patches.apply_patch(GOLDEN, {"shop/util.py": ""})
+    with pytest.raises(patches.NoPatch):
+        patches.apply_patch(GOLDEN.replace("return result", "return it"), FILES)
 
 
 def test_a_flood_of_equal_characters_is_scored_in_bounded_time():
@@ -384,9 +385,9 @@ SOURCES = st.lists(st.sampled_from(["", "x", "  x", "y", "# c", "-", "+z", "@@ -
 
 def never_fails(response):
     start = time.process_time()  # a busy machine is nobody's slow rule
-    value, patched = swerl.reward(response, FILES, GOLDEN), swerl.apply_edits(response, FILES)
+    value, patched = swerl.reward(response, FILES, GOLDEN), patches.apply_edits(response, FILES)
     assert -1 <= value <= 1 and (value < 0 or patched is not None) and time.process_time() - start < 10
-    assert value < 1 or swerl.similarity(FILES, patched, FIXED) == 1
+    assert value < 1 or patches.similarity(FILES, patched, FIXED) == 1
 
 
 @settings(max_examples=200, deadline=None)
@@ -413,6 +414,6 @@ def test_twenty_thousand_texts_neither_raise_nor_stall(response):
 def test_apply_patch_undoes_difflib_and_similarity_is_symmetric(files, after):
     files = {path: text + "\n" for path, text in files.items()}
     after = files | {path: text + "\n" for path, text in after.items()}
-    assert swerl.changes(swerl.apply_patch(diff_of(files, after), files), after) == {}
-    ours = swerl.similarity(files, files, after)
-    assert ours == swerl.similarity(files, after, files) == float(not swerl.changes(files, after))
+    assert patches.changes(patches.apply_patch(diff_of(files, after), files), after) == {}
+    ours = patches.similarity(files, files, after)
+    assert ours == patches.similarity(files, after, files) == float(not patches.changes(files, after))
