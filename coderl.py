@@ -6,10 +6,9 @@ What changes relative to mathrl.py:
   3. One stage at 44K tokens, lr 4e-6, no overlong filter (truncated: 0), no epoch-wise filter.
 Deviations from the paper:
   1. Its 9.8K problems are not public: load_rows() reads the public sets they came from, in six schemas.
-  2. Its verifier descends from LiveCodeBench's, which gives full marks to programs that look up the answer inside the
-     runner. Kept are its comparison rules; not kept: `==` between Python objects (results are JSON: a tuple is a list,
-     True is not 1), the whole-problem time limit, and one process for all calls of a program (here one a test). Idioms
-     that its rewriting breaks (open(0), globals) pass.
+  2. Its verifier descends from LiveCodeBench's, which gives full marks to programs that look up the answer in the runner. Kept are
+     its comparison rules; not kept: `==` between Python objects (results are JSON: a tuple is a list, True is not 1), the whole-problem
+     time limit, and one process for all calls of a program (here one a test). Idioms that its rewriting breaks (open(0), globals) pass.
   3. Time limits are CPU seconds, so that a busy machine fails nobody.
   4. Interactive and special-judge problems are found by their fields, else by their wording.
   5. Mixed language is a test on Unicode scripts, as in mathrl.py.
@@ -87,16 +86,10 @@ class Config:
 
 FORMAT = "lace the solution code in the following format:\n```python\n# Your solution code here\n```"  # AceReason's
 PLAIN = "{problem}\n\nWrite Python code to solve the problem. Please p" + FORMAT
-HEADER = (
-    "{problem}\n\nSolve the problem starting with the provided function header.\n\n"
-    "Function header:\n```\n{header}\n```\n\nP" + FORMAT
-)
+HEADER = "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\nP" + FORMAT
 INTERACTIVE = re.compile(r"this is an interactive (problem|task)|interactor|flush the output", re.I)
-ANY_ANSWER = re.compile(
-    r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?"
-    r".{0,60}(accepted|print any|output any|return any|any of them)|(print|output|return) any of them",
-    re.I | re.S,
-)
+ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?"
+                        r".{0,60}(accepted|print any|output any|return any|any of them)|(print|output|return) any of them", re.I | re.S)  # fmt: skip
 
 
 def loads(text):
@@ -110,20 +103,13 @@ def loads(text):
             raise BadRow("tests that are neither JSON nor Python literals")
 
 
-def find_tests(row):
-    """The raw tests of a row in any of the six schemas [dev 1]: {"inputs", "outputs", "fn_name"} or a list of single tests."""
-    for holder in ("verifier_metadata", "responses_create_params"):  # Nemotron-RL-coding, new and old
-        if isinstance(row.get(holder), dict) and row[holder].get("unit_tests"):
-            return row[holder]["unit_tests"]
-    for name in ("unit_tests", "tests", "verification_info", "input_output", "official_tests"):
-        if row.get(name):
-            return row[name]  # DeepCoder; PrimeIntellect; TACO and APPS; open-r1/codeforces
-    raise BadRow("no tests")
-
-
 def normal_tests(row):
-    """{"inputs": [str], "outputs": [str], "fn_name", "time_limit"}; a call's input is one JSON value per line."""
-    tests = find_tests(row)
+    """{"inputs": [str], "outputs": [str], "fn_name", "time_limit"} from any of the six schemas [dev 1]; a call's input is one JSON value per line."""
+    holders = [row[name] for name in ("verifier_metadata", "responses_create_params") if isinstance(row.get(name), dict)]  # Nemotron, new and old
+    fields = ("unit_tests", "tests", "verification_info", "input_output", "official_tests")  # DeepCoder; PrimeIntellect; TACO and APPS; codeforces
+    tests = next(filter(None, [holder.get("unit_tests") for holder in holders] + [row.get(name) for name in fields]), None)
+    if not tests:
+        raise BadRow("no tests")
     tests = loads(tests) if isinstance(tests, str) else tests
     if isinstance(tests, dict) and "test_cases" in tests:
         if tests.get("language", "python") != "python":
@@ -156,18 +142,17 @@ def normal_tests(row):
 def statement(row, where):
     """The problem text of a row; open-r1/codeforces keeps it in parts."""
     if row.get("description") and isinstance(row["description"], str):
-        parts = [("", row["description"]), ("Input\n", row.get("input_format")), ("Output\n", row.get("output_format")),
-                 ("Note\n", row.get("note"))]  # fmt: skip
+        titles = {"description": "", "input_format": "Input\n", "output_format": "Output\n", "note": "Note\n"}
+        parts = [f"{title}{row[name]}" for name, title in titles.items() if row.get(name)]
         examples = row.get("examples") if isinstance(row.get("examples"), list) else []
-        parts += [("Example\n", f"Input:\n{e.get('input')}\nOutput:\n{e.get('output')}") for e in examples if isinstance(e, dict)]
-        return "\n\n".join(f"{title}{text}" for title, text in parts if text)
+        parts += [f"Example\nInput:\n{e.get('input')}\nOutput:\n{e.get('output')}" for e in examples if isinstance(e, dict)]
+        return "\n\n".join(parts)
     nested = row.get("responses_create_params")
-    nested = {"input": nested.get("input")} if isinstance(nested, dict) else {}
-    named = {k: v for k, v in {**row, **nested}.items() if k in ("problem", "question", "prompt", "input", "description")}
-    name = next((k for k in ("problem", "question", "prompt", "input") if named.get(k)), "problem")
-    if not named:
+    asked = {**row, "input": nested.get("input")} if isinstance(nested, dict) else row
+    if not {"problem", "question", "prompt", "input", "description"} & asked.keys():
         field(row, where, "problem")  # stops the run and names the fields that are there
-    return ([{"content": ""}] + chat(named.get(name) or "", name))[-1]["content"]
+    name = next((k for k in ("problem", "question", "prompt", "input") if asked.get(k)), "problem")
+    return ([{"content": ""}] + chat(asked.get(name) or "", name))[-1]["content"]
 
 
 def normalize(row, where):
@@ -185,16 +170,14 @@ def normalize(row, where):
         tests = normal_tests(row)
     except (AttributeError, KeyError, TypeError, RecursionError):
         raise BadRow("tests of an unknown form")
-    name, header = tests["fn_name"], row.get("starter_code")
-    if name and not header and name not in problem:
-        header = f"def {name}(...):"
+    name = tests["fn_name"]
+    header = row.get("starter_code") or (f"def {name}(...):" if name and name not in problem else "")
     if "```python" not in problem:
-        problem = (HEADER if header else PLAIN).format(problem=problem, header=(header or "").rstrip())
+        problem = (HEADER if header else PLAIN).format(problem=problem, header=header.rstrip())
     gold = row.get("solution") or row.get("gold_standard_solution") or row.get("solutions") or ""
-    gold = (loads(gold) if gold.startswith("[") else gold) if isinstance(gold, str) else gold
+    gold = loads(gold) if isinstance(gold, str) and gold.startswith("[") else gold
     gold = gold if isinstance(gold, str) else next((s for s in gold if isinstance(s, str)), "")
-    messages = [{"role": "user", "content": problem}]
-    return {"messages": messages, "think": True, "tests": tests, "solution": unfence(gold)}
+    return {"messages": [{"role": "user", "content": problem}], "think": True, "tests": tests, "solution": extract_code(gold) or gold}
 
 
 def load_rows(cfg, path=None, limit=0):
@@ -214,28 +197,17 @@ BLOCK = re.compile(r"```(?:python3?|py)[^\S\n]*\n(.*?)```", re.S | re.I)
 
 def extract_code(text):
     """The last ```python block, or None."""
-    blocks = BLOCK.findall(text)
-    return blocks[-1] if blocks else None
-
-
-def unfence(text):
-    """A solution with or without its fence."""
-    return extract_code(text) or text
+    return (BLOCK.findall(text) or [None])[-1]
 
 
 def same_output(got, expected):
     """LiveCodeBench's rule for programs: equal stripped lines, each as text or as a list of exact decimals."""
     got, expected = ([line.strip() for line in text.strip().split("\n")] for text in (got, expected))
-    if len(got) != len(expected):
+    decimals = lambda line: [decimal.Decimal(x) for x in line.split()]
+    try:
+        return len(got) == len(expected) and all(a == b or decimals(a) == decimals(b) for a, b in zip(got, expected))
+    except decimal.InvalidOperation:
         return False
-    for line, wanted in zip(got, expected):
-        if line != wanted:
-            try:
-                if [decimal.Decimal(x) for x in line.split()] != [decimal.Decimal(x) for x in wanted.split()]:
-                    return False
-            except decimal.InvalidOperation:
-                return False
-    return True
 
 
 def same_value(got, expected):
@@ -255,8 +227,7 @@ def same_value(got, expected):
 def run_tests(code, tests, timeout=6.0, memory_mb=1024, stop=False):
     """One verdict per test: ok, wrong, timeout, memory, crash, output or infra; with stop, up to the first not ok."""
     name, verdicts = tests.get("fn_name"), []
-    arguments = lambda text: [json.loads(line) for line in text.split("\n") if line]
-    given = ((name, arguments(text)) if name else text for text in tests["inputs"])
+    given = ((name, [json.loads(line) for line in text.split("\n") if line]) if name else text for text in tests["inputs"])
     results = sandbox.run_each(code, given, timeout, memory_mb)
     for result, expected in zip(results, tests["outputs"]):
         verdict = result.status
@@ -303,26 +274,21 @@ def judge(rollout, cfg):
 def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its tests in the background, collect(rollouts) sets the rewards."""
     sandbox.run("pass")  # starts the zygote, and announces a host without namespaces, before there is a model
-    pool = ThreadPoolExecutor(cfg.reward_workers)
-    return in_background(pool, lambda r: judge(r, cfg), ("reward", "status", "passed"))
+    return in_background(ThreadPoolExecutor(cfg.reward_workers), lambda r: judge(r, cfg), ("reward", "status", "passed"))
 
 
 def monitor(rollouts):
     """This stage's numbers for the log, as shares of all rollouts; passed is never part of the reward."""
-    kinds = ("wrong", "timeout", "crash", "no_answer", "language")
-    shares = {kind: sum(r.status == kind for r in rollouts) for kind in kinds}
-    shares["passed"] = sum(getattr(r, "passed", 0.0) for r in rollouts)
-    return {name: total / max(len(rollouts), 1) for name, total in shares.items()}
+    mean = lambda values: sum(values) / max(len(rollouts), 1)
+    shares = {kind: mean(r.status == kind for r in rollouts) for kind in ("wrong", "timeout", "crash", "no_answer", "language")}
+    return {**shares, "passed": mean(getattr(r, "passed", 0.0) for r in rollouts)}
 
 
 def table_program(tests, spoil=False):
     """A program that knows every answer: the gold of rows without a solution. Spoiled, its last answer is wrong."""
-    answers = dict(zip(tests["inputs"], tests["outputs"]))
-    if spoil:
-        answers[tests["inputs"][-1]] = '"no such answer"'
+    answers = dict(zip(tests["inputs"], tests["outputs"])) | ({tests["inputs"][-1]: '"no such answer"'} if spoil else {})
     if tests["fn_name"]:
-        return f"import json\nTABLE = {answers!r}\ndef {tests['fn_name']}(*args):\n" \
-               f"    return json.loads(TABLE['\\n'.join(json.dumps(a) for a in args)])\n"  # fmt: skip
+        return f"import json\ndef {tests['fn_name']}(*args): return json.loads({answers!r}['\\n'.join(map(json.dumps, args))])\n"
     return f"import sys\nprint({answers!r}[sys.stdin.read()])\n"
 
 
@@ -331,10 +297,9 @@ def self_test(rows, cfg):
     fence = lambda code: f"</think>\n```python\n{code}\n```"
     sample = random.Random(cfg.seed).sample(rows, min(16, len(rows)))
     for row in sample:
-        earned = [reward(fence(table_program(row["tests"], spoil)), row["tests"]) for spoil in (False, True)]
-        if earned != [1, 0]:
-            fail(f"sandbox self test: the expected outputs earn {earned[0]} and spoiled ones {earned[1]}, not 1 and 0, for "
-                 f"{row['messages'][-1]['content'][:80]!r}.")  # fmt: skip
+        right, spoiled = (reward(fence(table_program(row["tests"], spoil)), row["tests"]) for spoil in (False, True))
+        if (right, spoiled) != (1, 0):
+            fail(f"sandbox self test: the expected outputs earn {right} and spoiled ones {spoiled}, not 1 and 0, for {row['messages'][-1]['content'][:80]!r}.")
     solved = [reward(fence(row["solution"]), row["tests"]) for row in sample if row["solution"]]
     print0(f"self test: {len(sample)} rows graded right, {sum(solved)} of {len(solved)} reference solutions pass"
            + ("" if solved else " (no row has one: whether the tests themselves are right was not checked)"))  # fmt: skip

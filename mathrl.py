@@ -93,15 +93,12 @@ def normalize(row, where):
     problem = DAPO.sub(r"\1", problem[-1]["content"].strip())  # DAPO-Math-17k asks for "Answer:" instead of a box
     nested = row.get("reward_model")
     named = {**row, "ground_truth": nested.get("ground_truth") if isinstance(nested, dict) else None}
-    names = [k for k in ("answer", "expected_answer", "ground_truth", "solution") if named.get(k) is not None]
-    if not names and not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
+    if not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
         field(row, where, "answer")  # stops the run and names the fields that are there
-    gold = named[names[0]] if names else ""
+    key, gold = next(((k, named[k]) for k in ("answer", "expected_answer", "ground_truth", "solution") if named.get(k) is not None), ("answer", ""))
     if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
-        raise BadRow(f'field "{names[0]}" is neither text nor a number')
-    gold = str(gold)
-    if "\\boxed" in gold:  # a written solution instead of a bare answer
-        gold = last_box(gold) or ""
+        raise BadRow(f'field "{key}" is neither text nor a number')
+    gold = last_box(gold) or "" if "\\boxed" in str(gold) else str(gold)  # a written solution instead of a bare answer
     if not problem or not gold.strip():
         raise BadRow("empty problem or answer")
     return {"messages": [{"role": "user", "content": INSTRUCTION + problem}], "think": True, "answer": gold}
@@ -114,25 +111,19 @@ def load_rows(cfg, path=None, limit=0):
     sound = verifiers(cfg.reward_workers).map(lambda row: reward(boxed(row["answer"]), row["answer"]) == 1, distinct)
     kept = [row for row, ok in zip(distinct, common.all_gather(list(sound))[0]) if ok]  # rank 0's clock decides for all
     if len(kept) < len(rows):
-        repeated, unsound = len(rows) - len(distinct), len(distinct) - len(kept)
-        print0(f"data {path or cfg.data}: dropped {repeated} repeated problems, {unsound} answers that do not verify")
+        print0(f"data {path or cfg.data}: dropped {len(rows) - len(distinct)} repeated problems, {len(distinct) - len(kept)} answers that do not verify")
     return kept or fail(f"data {path or cfg.data}: no answer that the verifier can read.")
 
 
 def select_rows(rows, epoch, history, cfg):
     """Indices of the rows in this epoch's pool: the epoch-wise filter of paper 4.5.2, always drawn from the full set.
 
-    history: {row index: [num_correct, num_rollouts]} of the last epoch that sampled the row, truncated rollouts left
-    out. Rows at 100% or 0% leave, and return with readmit_easy or readmit_hard; unseen rows stay. A pure function, the
-    same on every rank; each row has its own draw, so that its luck does not depend on the others.
-    """
-    draw, pool = random.Random(f"{cfg.seed} {epoch}"), []
-    for i in range(len(rows)):
-        luck, (correct, total) = draw.random(), history.get(i, (0, 0))
-        chance = {0: cfg.readmit_hard, total: cfg.readmit_easy}.get(correct, 1.0) if total else 1.0
-        if luck < chance:
-            pool.append(i)
-    return pool or list(range(len(rows)))
+    history: {row index: [num_correct, num_rollouts]} of the last epoch that sampled the row, truncated rollouts left out. Rows at 100% or 0%
+    leave, and return with readmit_easy or readmit_hard; unseen rows stay. A pure function, the same on every rank, with a draw for each row, so
+    that its luck does not depend on the others."""
+    draw = random.Random(f"{cfg.seed} {epoch}")
+    chance = lambda correct, total: {0: cfg.readmit_hard, total: cfg.readmit_easy}.get(correct, 1.0) if total else 1.0
+    return [i for i in range(len(rows)) if draw.random() < chance(*history.get(i, (0, 0)))] or list(range(len(rows)))
 
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
@@ -148,14 +139,9 @@ LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
 NAME = re.compile(r"\\?[A-Za-z]+(_\w|_\{\w+\}|\([A-Za-z]\))?\s*(=|\\(equiv|approx)(?![a-z]))\s*")  # "x = ", "a_{1}="
 UNIT = re.compile(r"\s*(\\?%|\^\{?\\circ\}?|\\degree|_\{?10\}?|\\(text\w*|mathrm|mbox)\{[^{}\d]*\}(\^\{?[23]\}?)?)$")
 # What a plain number may look like besides a literal: powers, fractions, roots, E for "\times 10^", a unit in words.
-VALUE = re.compile(
-    r"(\d(?!\s+\d)|[.^{}()/\s]|(?<![\w)}])-|\\[cdt]?frac|\\sqrt|\\(left|right)(?![a-z])|E)+([A-Za-z]{2}[A-Za-z ]*)?",
-    re.A,
-)
-RELATION = re.compile(
-    r"[=<>;]|\\\\|\\text\w*\{[^}]*\d|\\(equiv|approx|sim|simeq|cong|neq?|leq?|geq?|lt|gt|to|([Ll]eft)?[Rr]ightarrow"
-    r"|iff|implies|in|lor|land|vee|wedge|cup|cap|mid|pm|mp|l?dots|cdots|q?quad)(?![A-Za-z])"
-)
+VALUE = re.compile(r"(\d(?!\s+\d)|[.^{}()/\s]|(?<![\w)}])-|\\[cdt]?frac|\\sqrt|\\(left|right)(?![a-z])|E)+([A-Za-z]{2}[A-Za-z ]*)?", re.A)
+RELATION = re.compile(r"[=<>;]|\\\\|\\text\w*\{[^}]*\d|\\(equiv|approx|sim|simeq|cong|neq?|leq?|geq?|lt|gt|to|([Ll]eft)?[Rr]ightarrow"
+                      r"|iff|implies|in|lor|land|vee|wedge|cup|cap|mid|pm|mp|l?dots|cdots|q?quad)(?![A-Za-z])")  # fmt: skip
 UNDONE = re.compile(r"!|\\(sum|prod|i+nt|oint|lim|limsup|liminf|[dt]?binom|choose|max|min|sup|inf|gcd|det)(?![A-Za-z])")
 
 
@@ -165,10 +151,8 @@ def boxed(answer):
 
 
 def last_box(text):
-    """Content of the last outermost \\boxed{} or \\fbox{}; None if missing, unbalanced, too long or a hedge.
-
-    "\\boxed{33} so \\boxed{\\boxed{34}}" -> "34"; "\\boxed{33 \\boxed{34}}" -> None.
-    """
+    """Content of the last outermost \\boxed{} or \\fbox{}; None if missing, unbalanced, too long or a hedge:
+    "\\boxed{33} so \\boxed{\\boxed{34}}" -> "34"; "\\boxed{33 \\boxed{34}}" -> None."""
     content, end = None, 0
     for box in list(BOX.finditer(text))[-8:]:  # eight: bounded work on a flood of boxes
         if box.start() < end:
@@ -222,10 +206,8 @@ def equal(gold, given):
         if verify(gold_forms, given_forms, timeout_seconds=PART_S):
             a, b = gold_forms[0], given_forms[0]
             same = a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b))
-            if not same and a.is_Integer:
-                same = (a - b).equals(0) is True
-            elif not same:  # verify() rounds: tiny numbers are all equal
-                same = bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30)))
+            if not same:  # verify() rounds: tiny numbers are all equal
+                same = (a - b).equals(0) is True if a.is_Integer else bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30)))
     except BaseException:  # whatever sympy throws at hostile LaTeX; math-verify's own timeout is no Exception
         pass
     return same or (False if time.monotonic() - start < PART_S else None)
@@ -276,8 +258,7 @@ def verifiers(workers):
 
 def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its verdict in the background, collect(rollouts) waits and sets it."""
-    pool = verifiers(cfg.reward_workers)
-    return in_background(pool, judge, ("reward", "status"))
+    return in_background(verifiers(cfg.reward_workers), judge, ("reward", "status"))
 
 
 def monitor(rollouts):
@@ -290,10 +271,8 @@ def monitor(rollouts):
 
 def self_test(rows, cfg):
     """Before training: on a sample, the boxed gold earns 1, another number 0, and the gold inside the reasoning 0."""
-    for row in random.Random(cfg.seed).sample(rows, min(32, len(rows))):
-        gold = row["answer"]
-        tries = (boxed(gold), boxed("-7151623.5"), boxed(gold).removeprefix("</think>"))
-        earned = [reward(text, gold) for text in tries]
+    for gold in (row["answer"] for row in random.Random(cfg.seed).sample(rows, min(32, len(rows)))):
+        earned = [reward(text, gold) for text in (boxed(gold), boxed("-7151623.5"), boxed(gold).removeprefix("</think>"))]
         if earned != [1, 0, 0]:
             fail(f'verifier self test: answer "{gold}" earns {earned} where [1, 0, 0] is right.')
 

@@ -40,7 +40,7 @@ EXPECTED = {
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
-        "own": {"statement", "find_tests", "normal_tests", "loads", "unfence", "extract_code", "table_program", "run_tests", "same_output", "same_value"},
+        "own": {"statement", "normal_tests", "loads", "extract_code", "table_program", "run_tests", "same_output", "same_value"},
     },
     # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not apply (4.7).
     "swerl.py": {
