@@ -390,9 +390,11 @@ def load_swebench(path, outside):
 
 def git_patch(before, after):
     """The change as git would write it."""
-    text = lambda files, f: files.get(f, "").splitlines(keepends=True)
-    return "".join(f"diff --git a/{f} b/{f}\n" + "".join(difflib.unified_diff(text(before, f), text(after, f), f"a/{f}", f"b/{f}"))
-                   for f in after if before.get(f) != after[f])  # fmt: skip
+    lines = lambda files, f: re.findall(r"[^\n]*\n|[^\n]+$", files.get(f, ""))
+    head = lambda f: (f"diff --git a/{f} b/{f}\n", f"a/{f}") if f in before else (f"diff --git a/{f} b/{f}\nnew file mode 100644\n", "/dev/null")
+    diff = lambda f: difflib.unified_diff(lines(before, f), lines(after, f), head(f)[1], f"b/{f}")
+    whole = lambda line: line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
+    return "".join(head(f)[0] + "".join(map(whole, diff(f))) for f in after if before.get(f) != after[f])
 
 
 def grade_patches(rollouts, path, outside):

@@ -275,28 +275,29 @@ def ask_judge(cfg, issue, files, predicted, oracle):
 
 
 def judge_rollout(rollout, cfg):
-    """(reward, status, reason) of a rollout. A truncated one, or a thought that never ends, is no patch."""
-    row = rollout.row
+    """(reward, status, reason, the judge's P(YES) + P(NO)) of a rollout. A truncated one, or a thought that never ends, is no patch."""
+    row, mass = rollout.row, 0.0
     if rollout.finish_reason == "length" or (row["think"] and "</think>" not in rollout.text):
-        return -1.0, "no_answer", "truncated" if rollout.finish_reason == "length" else "thinking not closed"
+        return -1.0, "no_answer", "truncated" if rollout.finish_reason == "length" else "thinking not closed", mass
 
     def judge(*versions):
         if cfg.judge == "lexical":
             return lexical_judge(*versions, floor=cfg.lexical_floor)
-        value, rollout.mass = ask_judge(cfg, row["issue"], *versions)
+        nonlocal mass
+        value, mass = ask_judge(cfg, row["issue"], *versions)
         return value
 
     try:
         value, reason = verdict(rollout.text, row["files"], row["golden_patch"], judge)
     except OSError:
-        return 0.0, "infra", "no judgement"
-    return value, {-1.0: "no_answer", 1.0: "ok"}.get(value, "wrong"), reason
+        return 0.0, "infra", "no judgement", mass
+    return value, {-1.0: "no_answer", 1.0: "ok"}.get(value, "wrong"), reason, mass
 
 
 def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its verdict in the background, collect(rollouts) waits and sets it."""
     pool = ThreadPoolExecutor(cfg.reward_workers if cfg.judge != "lexical" else 1)
-    return in_background(pool, lambda r: judge_rollout(r, cfg), ("reward", "status", "reason"))
+    return in_background(pool, lambda r: judge_rollout(r, cfg), ("reward", "status", "reason", "mass"))
 
 
 REASONS = ("exact", "judged", "unchanged", "truncated", "thinking not closed", "no block", "block not closed", "text not found",

@@ -495,3 +495,14 @@ def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_har
     with pytest.raises(SystemExit):
         benchmarks.grade_patches(rollouts[:1], str(tmp_path / "swebench.jsonl"), dict(samples=str(tmp_path / "samples"), verifier_python=sys.executable))
     assert "pip install swebench" in capsys.readouterr().err
+
+
+def test_git_applies_the_patch_that_the_swe_bench_harness_gets(tmp_path):
+    """Last lines with and without their end, a form feed inside a line, a new file."""
+    before = {"a.py": "x = 1", "b.py": "y = 1\nz = 1\n", "c.py": "p = '\f'\nq = 1"}
+    after = {"a.py": "x = 2", "b.py": "y = 1\nz = 2", "c.py": "p = '\f'\nq = 2\n", "new.py": "w = 1\n"}
+    for name, text in before.items():
+        (tmp_path / name).write_bytes(text.encode())
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "apply", "-"], input=benchmarks.git_patch(before, after).encode(), check=True)
+    assert {name: (tmp_path / name).read_bytes().decode() for name in after} == after

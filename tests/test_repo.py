@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 500,
-    "engine.py": 370,  # two engines behind one call, greedy rows beside sampled ones
+    "engine.py": 375,  # two engines behind one call, greedy rows beside sampled ones
     "common.py": 456,  # (220) locks, checksums, ranges of flags, gates and one-sentence errors are 190 lines, what a run will take and how it starts 70
     "guard.py": 80,  # threads, signals and stacks, which nothing else here is about; not planned
     "data.py": 315,  # streams of any size are 90 lines, decontamination 45, prompts of an RL stage 40 and their packed batches 45; not planned
@@ -32,7 +32,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "mopd.py": 305,
     "sandbox.py": 640,
     "evaluate.py": 465,  # (300) resumable samples, the gates between stages, a terminal chat, and bad input said before hours of sampling
-    "benchmarks.py": 442,  # (400) LiveCodeBench Pro with its judge came later; sixteen public benchmarks, 25 lines each with their schemas and traps
+    "benchmarks.py": 445,  # (400) LiveCodeBench Pro with its judge came later; sixteen public benchmarks, 25 lines each with their schemas and traps
     "scaling.py": 250,  # vote with tests, contest loop and localisation answers of the paper; measures nothing that evaluate.py does
     "report.py": 250,  # the page a run ends with
     "toy.py": 500,
