@@ -119,16 +119,16 @@ def whole_parameters(model):
 
 @torch.no_grad()
 def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one sentence."):
-    """Mean |log-prob difference| to the trainer over 4 x 8 tokens that this rank's engine draws. Rounding makes 0.01 in bf16, which GPUs
+    """Mean |log-prob difference| to the trainer over 16 x 2 tokens that this rank's engine draws. Rounding makes 0.01 in bf16, which GPUs
     use, 1e-6 in fp32; RuntimeError if it is more than that."""
     prompt_ids = render_chat(engine.tokenizer, [{"role": "user", "content": prompt}], think=True)[0]
-    rollouts = [Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(sample)) for sample in range(4)]
-    engine.generate(rollouts, 8, 1.0)
+    rollouts = [Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(sample)) for sample in range(16)]
+    engine.generate(rollouts, 2, 1.0)
     ends = np.cumsum([len(prompt_ids) + len(r.completion_ids) for r in rollouts])
     index_M = np.concatenate([np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, ends, strict=True)])
     tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(next(model.parameters()).device)
     input_ids_T = tensor(np.concatenate([prompt_ids + r.completion_ids for r in rollouts]))
-    logprobs_T, _ = model(input_ids_T, tensor([0, *ends], torch.int32), len(prompt_ids) + 8, tensor(index_M))
+    logprobs_T, _ = model(input_ids_T, tensor([0, *ends], torch.int32), len(prompt_ids) + 2, tensor(index_M))
     if hasattr(model, "reshard"):
         model.reshard()  # a forward without backward leaves the root gathered
     sampled_M = tensor(np.concatenate([r.sampler_logprobs for r in rollouts]))
