@@ -29,6 +29,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import coderl
+import constraints
 import ifrl
 import mathrl
 import swerl
@@ -194,7 +195,7 @@ def load_ifbench(path, outside):
     checks = ifbench_checks()
 
     def normalize(row, where):
-        ids, kwargs = field(row, where, "instruction_id_list", list), [ifrl.clean_kwargs(k) for k in field(row, where, "kwargs", list)]
+        ids, kwargs = field(row, where, "instruction_id_list", list), [constraints.clean_kwargs(k) for k in field(row, where, "kwargs", list)]
         if unknown := [name for name in ids if name not in checks]:
             fail(f"data {where}: ifbench knows no {unknown[0]}.", note="Nothing was measured.")
         return {"messages": ask(field(row, where, "prompt")), "ids": ids, "kwargs": kwargs, "prompt": row["prompt"]}

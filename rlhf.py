@@ -15,27 +15,22 @@ A good run prints a reward-model pair accuracy well over 0.7 and then a reward t
 """
 
 import functools
-import json
 import math
 import os
 import statistics
 import time
-import urllib.request
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
 from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, language_ok, load_table, next_prompts, pack_rollouts
 from engine import Rollout, make_engine, request_seed, timed
-from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
+from model import Qwen3
+from reward_model import check_reward_model, load_reward_model, rm_device, train_reward_model
 
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
@@ -112,200 +107,12 @@ def load_rows(cfg, path=None, limit=0):
     return rows
 
 
-def load_pairs(path, tokenizer, cfg):
-    """[(chosen ids, rejected ids)] of preference rows: {chosen, rejected} chats, or HelpSteer's {context, response1,
-    response2, overall_preference} where negative prefers response1 and 0 is dropped (gap G7)."""
-
-    def normalize(row, where):
-        if "overall_preference" in row:
-            context = chat(row.get("context") or row.get("prompt") or [], "context")
-            replies = [field(row, where, "response1"), field(row, where, "response2")]
-            if row["overall_preference"] not in (-3, -2, -1, 1, 2, 3):
-                raise BadRow("no preference")
-            best, worst = replies if row["overall_preference"] < 0 else replies[::-1]
-        else:
-            chosen, rejected = (chat(field(row, where, name, (str, list)), name) for name in ("chosen", "rejected"))
-            context = chat(row["prompt"]) if row.get("prompt") else chosen[:-1]
-            best, worst = (([{"content": ""}] + reply)[-1]["content"] for reply in (chosen, rejected))
-        if best == worst or not context or not best or not worst:
-            raise BadRow("equal answers or no question")
-        return {"pair": [score_ids(tokenizer, context, best), score_ids(tokenizer, context, worst)]}
-
-    rows = load_table(path, normalize)
-    kept = [row["pair"] for row in rows if max(map(len, row["pair"])) <= cfg.rm_max_len]
-    if len(kept) < len(rows):
-        common.print0(f"data {path}: dropped {len(rows) - len(kept)} of {len(rows)} pairs, over {cfg.rm_max_len} tokens")
-    return kept
-
-
 def select_rows(rows, epoch, history, cfg):
     """Indices this epoch draws from: all of them."""
     return list(range(len(rows)))
 
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
-class RewardModel(nn.Module):
-    """Qwen3 body with a scalar head on the last token of each packed sequence (paper 4.2.2); on disk it is a
-    Qwen3ForSequenceClassification with one label, which transformers and vLLM open."""
-
-    def __init__(self, qwen3):
-        super().__init__()
-        self.model, self.qwen3 = qwen3.model, [qwen3]  # in a list: the language head is no part of this module
-        self.score = nn.Linear(qwen3.config.hidden_size, 1, bias=False)
-        nn.init.zeros_(self.score.weight)
-
-    def forward(self, input_ids_T, cu_seqlens, max_seqlen):
-        """Scores [num_seqs], fp32."""
-        hidden_TD = self.qwen3[0].packed_hidden(input_ids_T, cu_seqlens, max_seqlen)
-        return self.score(hidden_TD[cu_seqlens[1:].long() - 1].float()).squeeze(-1)
-
-    def save_pretrained(self, folder):
-        os.makedirs(folder, exist_ok=True)
-        config = hf_config(self.qwen3[0].config) | {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
-        with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump(config | {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}, f, indent=2)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-
-
-def score_ids(tokenizer, messages, answer):
-    """What the reward model reads: the conversation and the answer, ending with its <|im_end|>."""
-    turns = [*messages, {"role": "assistant", "content": answer}]
-    return render_chat(tokenizer, turns, think=False, add_generation_prompt=False)[0][:-1]
-
-
-def score_batch(model, sequences, budget, device):
-    """[num_seqs] scores, packed `budget` tokens at a time."""
-    order, scores, pack = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), {}, []
-    for n, i in enumerate(order):
-        pack.append(i)
-        if n + 1 == len(order) or sum(len(sequences[j]) for j in pack) + len(sequences[order[n + 1]]) > budget:
-            lengths = [len(sequences[j]) for j in pack]
-            ids = torch.tensor(np.concatenate([sequences[j] for j in pack]), device=device)
-            cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-            scores |= dict(zip(pack, model(ids, cu_seqlens, max(lengths)), strict=True))
-            pack = []
-    return torch.stack([scores[i] for i in range(len(sequences))])
-
-
-def rm_device():
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def train_reward_model(cfg, folder):
-    """Bradley-Terry: the mean over pairs of -log sigmoid(s_chosen - s_rejected), one epoch (paper 4.2.2). Every rank trains
-    on its share and averages gradients; rank 0 writes the folder."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, init_from = rm_device(), cfg.rm_init_from or cfg.init_from
-    with common.one_sentence(f"reward model from {init_from}"):
-        tokenizer, model = load_tokenizer(init_from), RewardModel(Qwen3.from_pretrained(init_from, device=device)).to(device)
-    pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
-    held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
-    steps = max(cfg.rm_epochs * len(pairs) // cfg.rm_samples_per_step, 1)
-    order = np.concatenate([np.random.default_rng([cfg.seed, 11, e]).permutation(len(pairs)) for e in range(cfg.rm_epochs)])
-    common.print0(f"reward model: {len(pairs)} pairs, {steps} steps of {cfg.rm_samples_per_step}, from {init_from}")
-    for step in tqdm(range(1, steps + 1), desc="reward model", leave=False, disable=None if rank == 0 else True):
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.rm_lr * min(step / (0.03 * steps + 1), 1 - (step - 1) / steps)
-        taken = order[(step - 1) * cfg.rm_samples_per_step : step * cfg.rm_samples_per_step]
-        for first in range(rank, len(taken), world * 64):
-            mine = [pairs[i] for i in taken[first : first + world * 64 : world]]
-            scores = score_batch(model, [ids for pair in mine for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
-            (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() / len(taken)).backward()
-        sum_gradients(model, world)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    for name, part in (("training", pairs[:512]), ("held-out", held_out)):
-        if part:
-            with torch.no_grad():
-                scores = score_batch(model, [ids for pair in part for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
-            common.print0(f"reward model: pair accuracy {(scores[:, 0] > scores[:, 1]).float().mean():.3f} on {len(part)} {name} pairs")
-    if rank == 0:
-        model.save_pretrained(folder + ".tmp")
-        save_tokenizer(init_from, folder + ".tmp")
-        os.rename(folder + ".tmp", folder)
-    common.all_gather(None)
-
-
-def sum_gradients(model, world):
-    """Sum the gradients of all ranks in one collective: their losses already carry the global denominator."""
-    if world > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for p, part, g in zip(model.parameters(), flat.split([g.numel() for g in grads]), grads, strict=True):
-            p.grad = part.view_as(g)
-
-
-@functools.cache
-def load_reward_model(path, device, workers=8):
-    """score(messages_list, answers) -> list of floats (None where an endpoint failed). path: a folder written by this
-    script, any Hugging Face sequence classifier with one label, or the URL of an endpoint such as http://host:8000/pooling (vLLM)."""
-    if path.startswith(("http://", "https://")):
-        pool = ThreadPoolExecutor(max(workers, 1))
-        return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
-    if not os.path.exists(os.path.join(path, "config.json")):
-        common.fail(f"--rm={path}: no reward model there (config.json is missing).")
-    with common.one_sentence(f"--rm={path}"):
-        architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
-    if not architecture.endswith("ForSequenceClassification"):  # transformers would give it a score head of random numbers
-        common.fail(f"--rm={path}: {architecture} is no sequence classifier.")
-    if architecture != "Qwen3ForSequenceClassification":
-        return load_classifier(path, device)
-    with common.one_sentence(f"--rm={path}"):
-        tokenizer, body = load_tokenizer(path), torch.bfloat16 if device.type == "cuda" else torch.float32
-        with torch.device("meta"):
-            model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
-        files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
-        state = {k: v for name in files for k, v in load_file(os.path.join(path, name), device=str(device)).items()}
-        state = {k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()}
-        model.load_state_dict(state, strict=True, assign=True)
-
-    def score(messages_list, answers):
-        sequences = [tuple(score_ids(tokenizer, m, a)) for m, a in zip(messages_list, answers, strict=True)]
-        distinct = list(dict.fromkeys(sequences))  # equal answers get equal scores: rounding in a batch must not rank them
-        with torch.no_grad():
-            scores = score_batch(model, distinct, 32768, device).tolist() if distinct else []
-        score_of = dict(zip(distinct, scores))
-        return [score_of[ids] for ids in sequences]
-
-    return score
-
-
-def load_classifier(path, device):
-    """Any other sequence classifier, through transformers and its own chat template, right-padded one by one."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.bfloat16).to(device).eval()
-
-    @torch.no_grad()
-    def score(messages_list, answers):
-        chats = [[*m, {"role": "assistant", "content": a}] for m, a in zip(messages_list, answers, strict=True)]
-        ids = (tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, return_tensors="pt") for chat in chats)
-        return [model(x.to(device)).logits[0, 0].item() for x in ids]
-
-    return score
-
-
-def ask_endpoint(url, messages, answer):
-    """Raw score of one answer from a pooling server that takes chat messages and renders them itself; None after three failures."""
-    turns = [*messages, {"role": "assistant", "content": answer}]
-    body = json.dumps({"messages": turns, "use_activation": False}).encode()  # vLLM would take a sigmoid of a single label
-    for _ in range(3):
-        try:
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            data = json.load(urllib.request.urlopen(request, timeout=60))["data"][0]
-            value = data.get("score", data.get("data"))
-            while isinstance(value, list):  # [score], or [[score] of each token]: the last token's
-                value = value[-1]
-            return float(value)
-        except (OSError, LookupError, ValueError, TypeError, AttributeError):
-            time.sleep(1.0)
-    return None
-
-
 @functools.cache
 def reference_model(folder, rope_factor, device):
     """The frozen policy this stage started from, whatever it was resumed from."""
@@ -373,12 +180,8 @@ def monitor(rollouts):
 
 
 def self_test(rows, cfg):
-    """Before training: the reward model answers with finite numbers, and not with one number for everything."""
-    score = load_reward_model(cfg.rm or os.path.join(cfg.out_dir, "rm"), rm_device(), cfg.reward_workers)
-    sample = rows[: min(8, len(rows))]
-    scores = [s for reply in ("", "Yes.", "a a a a") for s in score([r["messages"] for r in sample], [reply] * len(sample))]
-    if any(s is None or not math.isfinite(s) for s in scores) or len(set(scores)) < 2:
-        common.fail(f"reward model self test: scores {scores[:4]} of {cfg.rm or 'out_dir/rm'} are missing, not finite, or all equal.")
+    """Before training: the reward model answers, and not with one number for everything."""
+    check_reward_model(cfg.rm or os.path.join(cfg.out_dir, "rm"), rows, cfg.reward_workers)
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------

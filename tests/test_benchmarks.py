@@ -20,9 +20,9 @@ import zlib
 import pytest
 
 import benchmarks
+import constraints
 import data
 import evaluate
-import ifrl
 from engine import Rollout
 
 
@@ -270,9 +270,9 @@ def reference_world(monkeypatch):
     with contextlib.suppress(LookupError):
         return nltk.data.find("tokenizers/punkt_tab")
     monkeypatch.setattr(nltk.data, "find", lambda *a, **k: "")
-    monkeypatch.setattr(nltk.data, "load", lambda *a, **k: ifrl.punkt())
-    monkeypatch.setattr(nltk, "word_tokenize", ifrl.tokens)
-    monkeypatch.setattr(nltk, "sent_tokenize", lambda text, *a: ifrl.punkt().tokenize(text))
+    monkeypatch.setattr(nltk.data, "load", lambda *a, **k: constraints.punkt())
+    monkeypatch.setattr(nltk, "word_tokenize", constraints.tokens)
+    monkeypatch.setattr(nltk, "sent_tokenize", lambda text, *a: constraints.punkt().tokenize(text))
 
 
 def test_ifbench_scores_equal_the_packages_own_on_its_own_responses(tmp_path, monkeypatch):
@@ -293,7 +293,7 @@ def test_ifbench_scores_equal_the_packages_own_on_its_own_responses(tmp_path, mo
     compared, differ, without, passed = 0, [], 0, 0
     for row, mine in zip(rows, loaded, strict=True):
         for n, answer in enumerate((said[row["prompt"]], *SAID)):
-            kwargs = [ifrl.clean_kwargs(k) for k in row["kwargs"]]
+            kwargs = [constraints.clean_kwargs(k) for k in row["kwargs"]]
             example = evaluation_lib.InputExample(row["key"], row["instruction_id_list"], row["prompt"], kwargs)
             try:
                 theirs = evaluation_lib.test_instruction_following_loose(example, {row["prompt"]: answer}).follow_all_instructions
@@ -311,7 +311,7 @@ def test_ifeval_scores_equal_lm_evals_on_the_same_responses(tmp_path, monkeypatc
     from test_ifrl import TABLE, load_lm_eval
 
     reference, rng = load_lm_eval(monkeypatch), random.Random(0)
-    cases = [(name, kwargs, text) for name, kwargs, text, _ in TABLE if name in reference and not ifrl.unusable(name, kwargs) and kwargs.get("letter") != "#"]
+    cases = [(name, kwargs, text) for name, kwargs, text, _ in TABLE if name in reference and not constraints.unusable(name, kwargs) and kwargs.get("letter") != "#"]
     rows = [rng.sample(cases, rng.choice([1, 2, 3])) for _ in range(300)]
     rows = [{"key": i, "prompt": f"Write {i}.", "instruction_id_list": [c[0] for c in row], "kwargs": [c[1] for c in row], "said": row[0][2]}
             for i, row in enumerate(rows) if len({c[0] for c in row}) == len(row)]  # fmt: skip

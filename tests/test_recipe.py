@@ -94,7 +94,7 @@ def test_4_4_2_unified_reward_is_all_constraints_or_nothing():
 def test_4_4_2_thinking_reward_is_one_plus_the_sigmoid_of_the_z_score(monkeypatch):
     """Scores 0 0 3 (mean 1, unbiased std sqrt(3)): z = -0.57735, -0.57735, 1.1547, sigmoid 0.359543 and 0.760361; a broken rule earns 0."""
     scores = {"a": 0.0, "b,": 0.0, "c": 3.0}
-    monkeypatch.setattr(rlhf, "load_reward_model", lambda *args: lambda m, answers: [scores[a] for a in answers])
+    monkeypatch.setattr(ifrl, "load_reward_model", lambda *args: lambda m, answers: [scores[a] for a in answers])
     rollouts = [rollout(f"<think>x</think>{text}", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}) for text in scores]
     ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))[1](rollouts)
     z = [(s - statistics.mean(scores.values())) / statistics.stdev(scores.values()) for s in scores.values()]

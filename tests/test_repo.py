@@ -24,10 +24,12 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "data.py": 315,  # streams of any size are 90 lines, decontamination 45, prompts of an RL stage 40 and their packed batches 45; not planned
     "sft.py": 320,
     "mathrl.py": 450,
-    "rlhf.py": 560,  # (480) trains the reward model too, and refuses what is none
+    "rlhf.py": 480,
     "coderl.py": 480,
-    "ifrl.py": 692,  # (600) 54 constraint checks
+    "ifrl.py": 600,
     "swerl.py": 520,
+    "reward_model.py": 225,  # trains, opens and asks one for two stages, which would import each other; not planned
+    "constraints.py": 280,  # a table of 54 small checks, for learning and for measuring; not planned
     "patches.py": 175,  # SEARCH/REPLACE edits and unified diffs know nothing of RL; scaling.py applies and compares patches, too; not planned
     "mopd.py": 305,
     "sandbox.py": 640,
@@ -83,7 +85,7 @@ def test_every_config_field_is_read_in_its_script_and_explained(script):
     body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config").body
     fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
     assert len(fields) > 4
-    text += (ROOT / "common.py").read_text()
+    text += (ROOT / "common.py").read_text() + (ROOT / "reward_model.py").read_text() * (script == "rlhf")
     assert [name for name in fields if not re.search(rf"\bcfg\.{name}\b", text)] == []
     assert all(isinstance(n.annotation, ast.Name) and n.annotation.id in ("int", "float", "bool", "str") for n in body if isinstance(n, ast.AnnAssign))
 

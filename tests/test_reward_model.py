@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ifrl
+import reward_model
 import rlhf
 from conftest import make_tiny
 from model import save_tokenizer
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 def trained(world, tmp_path_factory):
     """Folder of a reward model as rlhf.py writes it, with a head that is not zero."""
     folder, body = tmp_path_factory.mktemp("rm") / "rm", make_tiny(vocab_size=640, std=0.1)
-    model = rlhf.RewardModel(body)
+    model = reward_model.RewardModel(body)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(3))
     model.save_pretrained(folder)
     save_tokenizer(str(world / "base"), str(folder))
@@ -37,9 +38,9 @@ def test_transformers_opens_our_reward_model_and_gives_the_same_scores(trained):
 
     theirs, tokenizer = AutoModelForSequenceClassification.from_pretrained(trained).eval(), AutoTokenizer.from_pretrained(trained)
     assert type(theirs).__name__ == "Qwen3ForSequenceClassification" and theirs.num_labels == 1
-    ours = rlhf.load_reward_model(str(trained), CPU)([ASK] * 4, ANSWERS)
+    ours = reward_model.load_reward_model(str(trained), CPU)([ASK] * 4, ANSWERS)
     with torch.no_grad():
-        ids = [rlhf.score_ids(rlhf.load_tokenizer(trained), ASK, a) for a in ANSWERS]
+        ids = [reward_model.score_ids(reward_model.load_tokenizer(trained), ASK, a) for a in ANSWERS]
         expected = [theirs(torch.tensor([x])).logits[0, 0].item() for x in ids]
     text = tokenizer.apply_chat_template([*ASK, {"role": "assistant", "content": "4"}], tokenize=False, enable_thinking=False)
     assert tokenizer(text, add_special_tokens=False).input_ids[: len(ids[0])] == ids[0], "a server that renders the chat itself reads the same tokens"
@@ -61,7 +62,7 @@ def test_any_other_classifier_is_scored_through_its_own_template(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=1, pad_token_id=words["<pad>"])
     GPT2ForSequenceClassification(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    scores = rlhf.load_reward_model(str(tmp_path), CPU)([ASK] * 4, ANSWERS)
+    scores = reward_model.load_reward_model(str(tmp_path), CPU)([ASK] * 4, ANSWERS)
     model, read = GPT2ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).eval(), AutoTokenizer.from_pretrained(tmp_path)
     with torch.no_grad():
         expected = [model(**read(f"user : What is 2 + 2? assistant : {a} ", return_tensors="pt")).logits[0, 0].item() for a in ANSWERS]
@@ -87,7 +88,7 @@ def endpoint(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     state.url = f"http://127.0.0.1:{server.server_port}/pooling"
-    monkeypatch.setattr(rlhf.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(reward_model.time, "sleep", lambda seconds: None)
     yield state
     server.shutdown()
     server.server_close()
@@ -99,7 +100,7 @@ def endpoint(monkeypatch):
 def test_an_endpoint_is_asked_for_the_raw_score_of_question_and_answer(endpoint, form):
     """One number for the sequence, or one for each token, of which the last is the reward."""
     endpoint.reply = lambda answer: form(float(len(answer)))
-    assert rlhf.load_reward_model(endpoint.url, CPU)([ASK] * 4, ANSWERS) == [float(len(a)) for a in ANSWERS]
+    assert reward_model.load_reward_model(endpoint.url, CPU)([ASK] * 4, ANSWERS) == [float(len(a)) for a in ANSWERS]
     assert all(asked["use_activation"] is False for asked in endpoint.asked)
     assert sorted(asked["messages"][-1]["content"] for asked in endpoint.asked) == sorted(ANSWERS) and endpoint.asked[0]["messages"][0] == ASK[0]
 
@@ -126,7 +127,7 @@ def test_thinking_if_rl_scores_with_a_folder_that_rlhf_wrote_and_tests_it_before
     mine = rollouts(["4", "5", "so, so"], ["punctuation:no_comma"])
     cfg = ifrl.Config(think=True, rm=str(trained), reward_workers=0)
     ifrl.make_reward(cfg)[1](mine)
-    scores = rlhf.load_reward_model(str(trained), CPU)([ASK] * 3, ["4", "5", "so, so"])
+    scores = reward_model.load_reward_model(str(trained), CPU)([ASK] * 3, ["4", "5", "so, so"])
     assert 1 < mine[0].reward < 2 and (mine[0].reward > mine[1].reward) == (scores[0] > scores[1]) and mine[2].reward == 0
     ifrl.self_test([mine[0].row], cfg)
     with pytest.raises(SystemExit) as stop:
