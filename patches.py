@@ -127,7 +127,8 @@ def apply_patch(patch, files):
 @functools.lru_cache(256)  # the golden diff is asked for once a rollout, the candidate's three times
 def unified(old, new):
     """Unified diff of two texts without its header: 3 lines of context, line ends not compared."""
-    return "\n".join(list(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=3))[2:])
+    lines = lambda text: text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []  # splitlines would cut at form feeds
+    return "\n".join(list(difflib.unified_diff(lines(old), lines(new), lineterm="", n=3))[2:])
 
 
 def changes(files, other):

@@ -417,3 +417,11 @@ def test_apply_patch_undoes_difflib_and_similarity_is_symmetric(files, after):
     assert patches.changes(patches.apply_patch(diff_of(files, after), files), after) == {}
     ours = patches.similarity(files, files, after)
     assert ours == patches.similarity(files, after, files) == float(not patches.changes(files, after))
+
+
+def test_a_patch_made_of_two_versions_leads_from_one_to_the_other():
+    """Form feeds, which GNU's and Python's sources have between their parts, and line separators inside a string are no line ends."""
+    before = {"a.py": "import os\n\f\nx = 1\n", "b.py": "s = '\u2028'\ny = 1\n"}
+    after = {"a.py": "import os\n\f\nx = 2\n", "b.py": "s = '\u2028'\ny = 2\n", "c.py": "z = 1\n"}
+    made = patches.apply_patch(patches.as_patch(before, after), before)
+    assert {path: text.rstrip("\n") for path, text in made.items()} == {path: text.rstrip("\n") for path, text in after.items()}
