@@ -5,11 +5,9 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
-import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -22,36 +20,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from guard import guard
+from guard import fail, file_trouble, first_line, guard, one_sentence
 from model import Qwen3, load_tokenizer, memory_plan, read_config, save_tokenizer, time_plan
-
-
-def fail(message, note="Nothing was trained."):
-    """One sentence and exit code 2, for everything that is the user's to mend."""
-    print(f"{os.path.basename(sys.argv[0])}: {message} {note}", file=sys.stderr, flush=True)
-    os._exit(2) if dist.is_initialized() else sys.exit(2)
-
-
-def first_line(error):
-    """What an exception says, in one line."""
-    text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
-
-
-@contextlib.contextmanager
-def one_sentence(what, note="Nothing was trained."):
-    """Whatever goes wrong inside is wrong with `what`, in the library's words."""
-    try:
-        yield
-    except Exception as e:
-        fail(f"{what}: {first_line(e)}.", note)
-
-
-def file_trouble(kind, error, trace):
-    """sys.excepthook: a full disk, missing rights, a file where a folder should be are the user's to mend, whoever met them."""
-    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-        fail(f"{first_line(error)}.", note="What was finished before is whole.")
-    sys.__excepthook__(kind, error, trace)
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
@@ -230,26 +200,6 @@ def load_policy(cfg, world, device):
     return tokenizer, shard(model, device, cfg.shard), resume
 
 
-def check_step(step, metrics, state, cfg):
-    """Ends a run whose rewards, gradients or rollouts are broken. A loss or gradient that is not finite was not applied (train_step); three in a row
-    end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update by more."""
-    end, gpu = lambda reason: fail(f"step {step}, {reason}.", note="The last checkpoint is whole."), torch.cuda.is_available()
-    if (share := metrics.get("status/infra", 0)) and share > cfg.max_infra:
-        end(f"rollout: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g})")
-    if hasattr(cfg, "max_timeout") and metrics["status/timeout"] > cfg.max_timeout:
-        end(f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g})")
-    finite = math.isfinite(metrics["grad_norm"] + metrics["loss"])
-    metrics["skipped"] = state["skipped"] = 0 if finite else state["skipped"] + 1
-    if state["skipped"] >= 3:
-        end(f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) was not finite three times in a row (lr {cfg.lr})")
-    if finite and "gap" in metrics:
-        limit = 0.05 if gpu else 1e-3
-        if cfg.engine == "vllm" or cfg.engine == "auto" and gpu:  # its log-probs are of what top_p and top_k leave; it has a gate of its own
-            limit += math.inf if cfg.top_k > 0 else -math.log(cfg.top_p)
-        if not metrics["gap"] <= limit:
-            end(f"rollout: the sampler's log-probs are {metrics['gap']:.1e} a token off the trainer's (limit {limit:.1e}): it draws from another policy")
-
-
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 def lock(out_dir):
     """Create out_dir and hold it: a second run on the same directory refuses."""
@@ -395,7 +345,10 @@ def console_line(step, num_steps, m):
     return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
 
 
-def summarize(rollouts, shares, statuses):
+STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")  # of a rollout's reward, in every stage
+
+
+def summarize(rollouts, shares):
     """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
     n = len(rollouts)
     groups = {}
@@ -407,7 +360,7 @@ def summarize(rollouts, shares, statuses):
     sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
     sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
     sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
-    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in statuses}
+    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
     sums |= {f"reward/{name}": share * n for name, share in shares.items()}
     sums = all_reduce(sums)
     n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")

@@ -1,4 +1,4 @@
-"""How a run ends that something broke: at once, and with a sentence that names rank, step and phase.
+"""How a run ends: at once, and with one sentence. What is the user's to mend ends with code 2 (fail). What broke names rank, step and phase:
 
     mathrl.py: rank 1, step 7, rollout: ValueError: boom. Run it again: it goes on from the last checkpoint.
 
@@ -6,7 +6,10 @@ Where it was is read off the stack of the main thread: what `main` has called is
 has to announce anything. torchrun ends the other ranks when one has ended; they get SIGTERM and say where that met them.
 """
 
+import contextlib
+import errno
 import faulthandler
+import math
 import os
 import select
 import signal
@@ -15,9 +18,42 @@ import threading
 import time
 import traceback
 
+import torch
+import torch.distributed as dist
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+# ---- The user's to mend ----------------------------------------------------------------------------------------------
+def fail(message, note="Nothing was trained."):
+    """One sentence and exit code 2, for everything that is the user's to mend."""
+    print(f"{os.path.basename(sys.argv[0])}: {message} {note}", file=sys.stderr, flush=True)
+    os._exit(2) if dist.is_initialized() else sys.exit(2)
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def one_sentence(what, note="Nothing was trained."):
+    """Whatever goes wrong inside is wrong with `what`, in the library's words."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{what}: {first_line(e)}.", note)
+
+
+def file_trouble(kind, error, trace):
+    """sys.excepthook: a full disk, missing rights, a file where a folder should be are the user's to mend, whoever met them."""
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        fail(f"{first_line(error)}.", note="What was finished before is whole.")
+    sys.__excepthook__(kind, error, trace)
+
+
+# ---- What broke ------------------------------------------------------------------------------------------------------
 def ours(walk):
     """The frames of this repository's scripts in what a traceback.walk_... function gives."""
     return [f for f, _ in walk if os.path.normpath(os.path.dirname(f.f_code.co_filename)) == HERE]
@@ -72,3 +108,24 @@ def guard(limit_s):
     os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK, term), after_in_parent=release, after_in_child=in_child)
     sys.excepthook = uncaught
     threading.Thread(target=watch, args=(signals, limit_s), daemon=True).start()
+
+
+# ---- What learns nothing, or the wrong thing -------------------------------------------------------------------------
+def check_step(step, metrics, state, cfg):
+    """Ends a run whose rewards, gradients or rollouts are broken. A loss or gradient that is not finite was not applied (train_step); three in a row
+    end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update by more."""
+    stop, gpu = lambda reason: fail(f"step {step}, {reason}.", note="The last checkpoint is whole."), torch.cuda.is_available()
+    if (share := metrics.get("status/infra", 0)) and share > cfg.max_infra:
+        stop(f"rollout: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g})")
+    if hasattr(cfg, "max_timeout") and metrics["status/timeout"] > cfg.max_timeout:
+        stop(f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g})")
+    finite = math.isfinite(metrics["grad_norm"] + metrics["loss"])
+    metrics["skipped"] = state["skipped"] = 0 if finite else state["skipped"] + 1
+    if state["skipped"] >= 3:
+        stop(f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) was not finite three times in a row (lr {cfg.lr})")
+    if finite and "gap" in metrics:
+        limit = 0.05 if gpu else 1e-3
+        if cfg.engine == "vllm" or cfg.engine == "auto" and gpu:  # its log-probs are of what top_p and top_k leave; it has a gate of its own
+            limit += math.inf if cfg.top_k > 0 else -math.log(cfg.top_p)
+        if not metrics["gap"] <= limit:
+            stop(f"rollout: the sampler's log-probs are {metrics['gap']:.1e} a token off the trainer's (limit {limit:.1e}): it draws from another policy")

@@ -33,6 +33,7 @@ import sandbox
 from common import fail, print0
 from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, language_ok, load_table, next_prompts, pack_rollouts
 from engine import Rollout, in_background, make_engine, request_seed
+from guard import check_step
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -393,9 +394,6 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
 
 
 # ---- 6. main ---------------------------------------------------------------------------------------------------------
-STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
-
-
 def main(cfg):
     rank, world, device = common.start(cfg)
     if cfg.prompts_per_step % world:
@@ -407,8 +405,7 @@ def main(cfg):
 
     tokenizer, model, resume = common.load_policy(cfg, world, device)
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    betas = (cfg.beta1, cfg.beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
     state |= common.load_history(cfg.init_from, data)
@@ -428,12 +425,12 @@ def main(cfg):
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = common.summarize(sampled, monitor(sampled), STATUSES) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = common.summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
         engine.sync(model)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
         for counts in common.all_gather(count_correct(sampled)):
             state["history"] |= counts
-        common.check_step(step, metrics, state, cfg)
+        check_step(step, metrics, state, cfg)
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))

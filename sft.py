@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import common
 from data import BadRow, chat, data_files, normal_rows, read_rows, stream_rows
+from guard import check_step
 from model import render_chat, show_tokens
 
 
@@ -227,8 +228,7 @@ def main(cfg):
         common.fail(f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks.")
     tokenizer, model, resume = common.load_policy(cfg, world, device)
     eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
-    betas = (cfg.beta1, cfg.beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"skipped": 0, "epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
     start, saved = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
     state |= saved
@@ -250,7 +250,7 @@ def main(cfg):
             common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
         metrics = train_step(model, optimizer, mine, cfg, device, world)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
-        common.check_step(step, metrics, state, cfg)
+        check_step(step, metrics, state, cfg)
         if cfg.eval_every and eval_samples and (step % cfg.eval_every == 0 or step == cfg.num_steps):
             metrics |= evaluate(model, eval_samples, cfg, device, rank, world)
         since = {"tokens": since["tokens"] + sum(len(ids) for ids, _, _ in mine) * world, "steps": since["steps"] + 1}

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import common
+import guard
 from conftest import ROOT, run_python
 from test_stages import command, metrics
 
@@ -132,17 +132,17 @@ def test_check_step_stops_what_is_broken_and_nothing_else(capsys):
     good, state = {"grad_norm": 1.0, "loss": 0.5, "gap": 1e-5, "status/infra": 0.05}, {"skipped": 0}
     nan, inf = float("nan"), float("inf")
     for metrics_, skipped in ((good, 0), ({"grad_norm": nan, "loss": 1.0}, 1), ({"grad_norm": 1.0, "loss": inf}, 2), (good, 0), (good | {"grad_norm": inf, "gap": nan}, 1)):
-        common.check_step(3, metrics_, state, cfg)
+        guard.check_step(3, metrics_, state, cfg)
         assert state["skipped"] == metrics_["skipped"] == skipped
     for broken, sentence in (({"gap": 0.06}, "step 3, rollout: the sampler's log-probs are 6.0e-02 a token off"), ({"gap": nan}, "nan a token off"),
                              ({"status/infra": 0.2}, "step 3, rollout: 20.0% of the rewards are infrastructure failures (--max_infra=0.1)")):  # fmt: skip
         with pytest.raises(SystemExit):
-            common.check_step(3, good | broken, {"skipped": 0}, cfg)
+            guard.check_step(3, good | broken, {"skipped": 0}, cfg)
         assert sentence in capsys.readouterr().err
     cfg.engine, cfg.top_p = "vllm", 0.9  # its log-probs are of the nine tenths that are left
-    common.check_step(3, good | {"gap": 0.1}, {"skipped": 0}, cfg)
+    guard.check_step(3, good | {"gap": 0.1}, {"skipped": 0}, cfg)
     with pytest.raises(SystemExit):
-        common.check_step(3, good | {"gap": 0.2}, {"skipped": 0}, cfg)
+        guard.check_step(3, good | {"gap": 0.2}, {"skipped": 0}, cfg)
 
 
 @pytest.fixture()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from math_verify import LatexExtractionConfig, parse, verify
 
 import coderl
-import common
+import guard
 import ifrl
 import mathrl
 import rlhf
@@ -266,7 +266,7 @@ def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_ans
     (swerl, {"status/infra": 0.03}, "infrastructure failures"), (rlhf, {"status/infra": 0.03}, "infrastructure failures"),
 ])  # fmt: skip
 def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(stage, metrics, sentence, capsys):
-    step = lambda: common.check_step(7, {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics}, {"skipped": 0}, stage.Config())
+    step = lambda: guard.check_step(7, {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics}, {"skipped": 0}, stage.Config())
     if not sentence:
         return step()
     with pytest.raises(SystemExit) as stop:
