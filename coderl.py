@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import common
 import sandbox
+from checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
 from common import fail, print0
 from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, language_ok, load_table, next_prompts, pack_rollouts
 from engine import Rollout, in_background, make_engine, request_seed
@@ -425,6 +426,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
 
 # ---- 6. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
+    lock(cfg.out_dir)
     rank, world, device = common.start(cfg)
     if cfg.prompts_per_step % world:
         common.fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
@@ -433,13 +435,13 @@ def main(cfg):
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
     self_test(rows, cfg)
 
-    tokenizer, model, resume = common.load_policy(cfg, world, device)
+    tokenizer, model, resume = load_policy(cfg, world, device)
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
     data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
-    state |= common.load_history(cfg.init_from, data)
-    start, state = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
+    state |= load_history(cfg.init_from, data)
+    start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:
         common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
     engine = make_engine(cfg.engine, model, tokenizer)
@@ -468,8 +470,8 @@ def main(cfg):
             r = sampled[0]
             common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
         if step % cfg.save_every == 0 or step == cfg.num_steps:
-            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
-    common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+            folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
+    mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 
 import common
 from benchmarks import BENCHMARKS
+from checkpoint import lock, mark_final
 from engine import Rollout, make_engine, request_seed
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -327,7 +328,7 @@ def keep_best(folder):
     means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
     if not means:
         common.fail(f"--keep_best={folder}: no candidates.jsonl with scores of checkpoints that are there.", note="")
-    common.mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
+    mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
     print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} (" + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items())) + ")")
 
 
@@ -435,7 +436,7 @@ def main(cfg):
     with common.one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         tokenizer, loaded = load_tokenizer(cfg.model), None
     if cfg.results:
-        common.lock(os.path.dirname(cfg.results) or ".")
+        lock(os.path.dirname(cfg.results) or ".")
         open(cfg.results, "a").close()  # what cannot be written is said now, not after hours
     if cfg.chat:
         return chat(*load(cfg, device, cfg.rope_factor), tokenizer, cfg)

@@ -301,55 +301,7 @@ class Qwen3(nn.Module):
         save_torch_state_dict(state, folder, max_shard_size="5GB")
 
 
-# ---- 3. What fits ----------------------------------------------------------------------------------------------------
-def activation_elements(config, checkpointing):
-    """Numbers that the layers keep for backward, per token, in the compute precision (a few fp32 statistics are left out)."""
-    D, F_ = config.hidden_size, config.intermediate_size
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = 4 * D + 3 * heads + 3 * F_  # 2 sums, 2 normed; q k before and after RoPE, v, out; gate, up, their product
-    return D * (config.num_hidden_layers + 1) + layer if checkpointing else layer * config.num_hidden_layers
-
-
-def memory_plan(config, world, tokens, longest, gpu=True, nll=False, engine="vllm", reference=False):
-    """{"load", "update", "rollouts"}: {part: bytes on one rank} at the three moments at which memory peaks. tokens: of a packed
-    micro-batch. longest: of a sequence, prompt included. Estimates where a part depends on the allocator: see its comment."""
-    with torch.device("meta"):
-        model = Qwen3(config)
-    total = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = total - layer * config.num_hidden_layers  # embedding, head, last norm: gathered from first forward to last backward
-    width, sharded, V, D = 2 if gpu else 4, gpu or world > 1, config.vocab_size, config.hidden_size
-    state = {"weights": 4 * total // world, "optimizer": 8 * total // world}  # fp32 master weights, two moments
-    copies = {"reference": width * total} if reference else {}
-    replica = {"engine weights": width * total} if sharded else {}
-    update = state | copies | {"gradients": 4 * total // world}
-    if sharded:  # two layers and the root whole; gradients of the root and a layer in flight, once more in fp32 for their reduction
-        update["gathered"] = width * (root + 2 * layer) + (width + 4) * (root + layer)
-    peak_layer = 3 * config.intermediate_size + 2 * D  # gradients alive beside what the layer kept
-    update["activations"] = width * tokens * (activation_elements(config, gpu) + peak_layer)
-    columns, rows = (V, min(2048, tokens)) if nll else (min(V, 8192), tokens)
-    update["logits"] = (columns * rows * (4 + width) if gpu else 2**21) + 4 * tokens * D + (4 * V * D if nll else 0)
-    update |= replica if engine == "torch" else {}  # vLLM sleeps meanwhile, its weights in host memory
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width * longest
-    rollouts = state | copies | replica | {"KV cache": cache}  # of one sequence, the least that goes on
-    return {"load": {"weights": 4 * total}, "update": update} | ({} if nll else {"rollouts": rollouts})
-
-
-def time_plan(config, world, tokens, longest, new_tokens, rows, flops=400e12, bandwidth=2e12):
-    """(seconds of generation, seconds of the update) of one step if every completion ran to its limit: an upper end, at rates that
-    well-kept code reaches on an H100 (40% of its peak arithmetic, 60% of its bandwidth). tokens, rows: of the whole step."""
-    with torch.device("meta"):
-        total = sum(p.numel() for p in Qwen3(config).parameters())
-    total -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # looking up is no product
-    again = total - config.num_hidden_layers * config.hidden_size * config.intermediate_size  # checkpointing: all but each last product
-    attention = 2 * longest * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    update = tokens * (6 * total + 2 * again + 4.5 * attention) / (world * flops)  # attention: forward twice, backward 2.5 of one
-    cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    read = new_tokens * (2 * total + rows / world * cache * (longest - new_tokens / 2))  # all weights and all caches, every token
-    return read / bandwidth, update
-
-
-# ---- 4. Tokenizer and chat -------------------------------------------------------------------------------------------
+# ---- 3. Tokenizer and chat -------------------------------------------------------------------------------------------
 SYSTEM = "You are a helpful and harmless assistant."
 TOOLS = """# Tools
 

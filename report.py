@@ -21,6 +21,7 @@ import numpy as np
 
 import common
 import evaluate
+from checkpoint import git_hash
 from evaluate import OWN, STAGES, base_of
 
 
@@ -117,7 +118,7 @@ def gather(cfg):
         "stages": stages, "columns": columns, "cells": measured, "own": OWN, "decodings": [d for d in ("sampled", "greedy") if any(c["decoding"] == d for c in measured)],
         "gates": [text for _, text in evaluate.broken_gates(cells, stages)], "runs": runs, "rollouts": read_rollouts(cfg.run, stages, cfg),
         "metrics": [m for m in CURVES.values() if any(m in r["curves"] for r in runs)], "versions": versions(),
-        "footer": f"Written by report.py at commit {common.git_hash()[:10]}.",
+        "footer": f"Written by report.py at commit {git_hash()[:10]}.",
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import common
+from checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from data import BadRow, chat, data_files, normal_rows, read_rows, stream_rows
 from guard import check_step
 from model import render_chat, show_tokens
@@ -223,14 +224,15 @@ def evaluate(model, samples, cfg, device, rank, world):
 
 # ---- 5. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
+    lock(cfg.out_dir)
     rank, world, device = common.start(cfg)
     if cfg.samples_per_step < world:
         common.fail(f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks.")
-    tokenizer, model, resume = common.load_policy(cfg, world, device)
+    tokenizer, model, resume = load_policy(cfg, world, device)
     eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"skipped": 0, "epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
-    start, saved = common.load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
+    start, saved = load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
     state |= saved
     steps = batches(tokenizer, state, cfg)
     steps = itertools.chain([next(steps)], steps)  # what is wrong with the data is said before the log is touched
@@ -263,8 +265,8 @@ def main(cfg):
             clock, since = time.time(), {"tokens": 0, "steps": 0}
         logger.log(step, metrics, line)
         if step % cfg.save_every == 0 or step == cfg.num_steps:
-            folder = common.save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
-    common.mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+            folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
+    mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 
 
 if __name__ == "__main__":

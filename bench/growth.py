@@ -32,6 +32,7 @@ from side_by_side import OUT, ROOT, machine, toy_folder, versions
 import common
 import engine
 import mathrl
+from checkpoint import git_hash
 from kernels import attention
 from model import Qwen3, load_tokenizer, read_config
 
@@ -284,7 +285,7 @@ def main():
             found["sweeps"][name] = sweep(name, args.quick)
     if args.sweeps:
         found.setdefault("runs", []).append({
-            "command": ["bench/growth.py", *sys.argv[1:]], "git": common.git_hash(), "machine": machine(), "threads_each": 1, **versions("torch"),
+            "command": ["bench/growth.py", *sys.argv[1:]], "git": git_hash(), "machine": machine(), "threads_each": 1, **versions("torch"),
             "settings": BASE | {"micro_batch_tokens": MICRO, "dtype": "float32"}, "seconds": time.time() - began,
         })  # fmt: skip
     for name, one in found["sweeps"].items():

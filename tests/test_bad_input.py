@@ -19,16 +19,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common
+import checkpoint
 from conftest import ROOT
 from sft import Config
 
 SERVER = """
 import sys; sys.path.insert(0, '.')
 import importlib, json, os, signal
-import coderl, data, evaluate, ifrl, mathrl, mopd, report, rlhf, scaling, sft, swerl, toy, common, model
+import coderl, data, evaluate, ifrl, mathrl, mopd, report, rlhf, scaling, sft, swerl, toy, common, model, plan
 import fsspec, pyarrow.parquet, torch
-model.memory_plan(model.Qwen3Config(), 1, 1, 1)  # imports a second's worth on its first call, as does an optimizer
+plan.memory_plan(model.Qwen3Config(), 1, 1, 1)  # imports a second's worth on its first call, as does an optimizer
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 def run(script, args, env, err):
     os.environ.update(env)
@@ -377,7 +377,7 @@ def test_a_port_in_use(server, world, tmp_path):
         refused(server, world, tmp_path, "sft.py", {}, f"rank 0 of 2 at MASTER_PORT={port}", ranks=2, MASTER_PORT=port)
 
 
-def checkpoint(world, out, changes):
+def saved(world, out, changes):
     """A checkpoint of step 1 in a run's folder, whole but for the changes in its run.json."""
     from model import Qwen3
 
@@ -386,7 +386,7 @@ def checkpoint(world, out, changes):
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     optimizer.step()
     out.mkdir()
-    folder = common.save_checkpoint(str(out), 1, model, optimizer, Config(init_from=str(world / "base")), {})
+    folder = checkpoint.save_checkpoint(str(out), 1, model, optimizer, Config(init_from=str(world / "base")), {})
     edit_json("run.json", **changes)(Path(folder))
 
 
@@ -399,7 +399,7 @@ CURSOR = {"epoch": 1, "position": 0, "skipped": 0}
     ("mathrl.py", {"state": {**CURSOR, "pool": [], "history": {}, "data": 1}}, "not those that T/out/step_000001 was trained on"),
 ])  # fmt: skip
 def test_checkpoints_of_another_run(script, changes, message, server, world, tmp_path):
-    checkpoint(world, tmp_path / "out", changes)
+    saved(world, tmp_path / "out", changes)
     refused(server, world, tmp_path, script, {"num_steps": 3}, message)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python
 
-import common
+import checkpoint
 import evaluate
 from bench.paper_table import PAPER, THINKING
 
@@ -224,7 +224,7 @@ def cascade(tmp_path, **environment):
     out = tmp_path / "out"
     for step in (25, 50, 75):
         (out / "coderl" / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
-    common.mark_final(str(out / "coderl"), str(out / "coderl" / "step_000075"))
+    checkpoint.mark_final(str(out / "coderl"), str(out / "coderl" / "step_000075"))
     (tmp_path / "launch.py").write_text(
         "import json, os, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
@@ -261,9 +261,9 @@ def test_a_broken_gate_stops_the_cascade_and_keep_best_goes_on_from_the_best_che
 def test_the_best_checkpoint_is_never_pruned(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"step_{step:06d}").mkdir()
-    assert common.best_checkpoint(str(tmp_path)) == ""
+    assert checkpoint.best_checkpoint(str(tmp_path)) == ""
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "eval": e}) + "\n" for s, e in ((1, 0.2), (2, 0.9), (4, 0.5), (9, 1.0))))
-    assert common.best_checkpoint(str(tmp_path)) == "step_000002"  # step 9 was not saved
+    assert checkpoint.best_checkpoint(str(tmp_path)) == "step_000002"  # step 9 was not saved
 
 
 # ---- Chat ------------------------------------------------------------------------------------------------------------

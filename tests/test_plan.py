@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import common
+import plan
 import test_presets
 from conftest import make_tiny, run_python
 from kernels.attention import flash_attention_varlen_ref
-from model import QWEN3_SIZES, Qwen3Config, activation_elements, hf_config, memory_plan, time_plan
+from model import QWEN3_SIZES, Qwen3Config, hf_config
+from plan import activation_elements, memory_plan, time_plan
 
 GB = 1e9
 
@@ -163,12 +164,12 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(t
     cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
                                 prompts_per_step=128, group_size=8)  # fmt: skip
     for free, moment in ((20e9, "load needs about 32.8 GB"), (45e9, "update needs about"), (200e9, None)):
-        monkeypatch.setattr(common, "free_memory", lambda device, world, free=free: free)
+        monkeypatch.setattr(plan, "free_memory", lambda device, world, free=free: free)
         if moment is None:
-            common.check_memory(str(tmp_path), cfg, 8, torch.device("cuda"))
+            plan.check_memory(str(tmp_path), cfg, 8, torch.device("cuda"))
         else:
             with pytest.raises(SystemExit) as stop:
-                common.check_memory(str(tmp_path), cfg, 8, torch.device("cuda"))
+                plan.check_memory(str(tmp_path), cfg, 8, torch.device("cuda"))
             error = capsys.readouterr().err
             assert stop.value.code == 2 and error.count("\n") == 1 and moment in error and "Nothing was trained." in error
     printed = capsys.readouterr().out

@@ -17,9 +17,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
-    "model.py": 500,
+    "model.py": 440,
     "engine.py": 375,  # two engines behind one call, greedy rows beside sampled ones
-    "common.py": 409,  # (220) locks, checksums and ranges of flags are 160 lines, what a run will take and how it starts 70
+    "common.py": 220,
+    "checkpoint.py": 190,  # one run a folder, whole or not there, checksums, pruning, resuming: one promise, and tests that kill it; not planned
+    "plan.py": 105,  # memory and time of a run, from a config alone; not planned
     "guard.py": 135,  # every way in which a run ends: the user's to mend, what broke (threads, signals, stacks), what learns nothing; not planned
     "data.py": 315,  # streams of any size are 90 lines, decontamination 45, prompts of an RL stage 40 and their packed batches 45; not planned
     "sft.py": 320,
@@ -45,7 +47,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
 }  # fmt: skip
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
 SCRIPTS = (*STAGES, "mopd", "evaluate", "report", "scaling", "toy")
-PLUMBING = ("guard.py", "common.py")
+PLUMBING = ("guard.py", "common.py", "plan.py", "checkpoint.py")
 
 
 def tracked(*suffixes):
@@ -161,6 +163,17 @@ def test_nothing_is_left_for_later_and_no_test_is_empty():
     found = [f"{name_of(p)}: {line}" for p in tracked(".py", ".sh", ".md") if p.name != "test_repo.py" for line in p.read_text().splitlines()
              if words.search(line)]  # fmt: skip
     assert found == []
+
+
+def test_the_arrows_of_the_plumbing_run_one_way():
+    """No import cycle, and no stage below another: what a file knows of this repository, wherever in it the import stands."""
+    local, arrows = {p.stem for p in ROOT.glob("*.py")}, {}
+    for name in (*PLUMBING, "model.py"):
+        nodes = list(ast.walk(ast.parse((ROOT / name).read_text())))
+        named = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+        arrows[name] = local & set(named)
+    assert arrows == {"guard.py": set(), "common.py": {"guard"}, "plan.py": {"guard", "common", "model"}, "model.py": set(),
+                      "checkpoint.py": {"guard", "common", "model", "plan"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)

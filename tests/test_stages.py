@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import common
 from conftest import ROOT, make_tiny, run_python
 from sft import Config
@@ -148,7 +149,7 @@ def lock_is_free(out):
 def test_a_killed_and_resumed_run_equals_a_straight_one_bit_for_bit(stage, world, taught, straight, tmp_path, request):
     args = command(stage, world, tmp_path, taught, **extra(stage, request))
     run_and_kill(args, tmp_path, at_step=3)
-    before = common.step_folders(tmp_path)
+    before = checkpoint.step_folders(tmp_path)
     assert before and not (tmp_path / "final").exists()
     _, stdout, _ = run_python(*args)
     start = int(before[-1].removeprefix("step_"))
@@ -195,12 +196,12 @@ def test_math_length_stages_share_the_epoch_filter_s_state(world, taught, tmp_pa
 def test_history_is_carried_over_for_the_same_rows_only(state, data, carried, tmp_path, capsys):
     """Paper 4.5.2."""
     (tmp_path / "run.json").write_text(json.dumps({"state": state}))
-    assert common.load_history(str(tmp_path), data) == carried
+    assert checkpoint.load_history(str(tmp_path), data) == carried
     assert ("goes on with what it knows of 1 of them" in capsys.readouterr().out) == bool(carried)
-    assert common.load_history(str(tmp_path / "none"), data) == {}  # a Hugging Face folder has no run.json
+    assert checkpoint.load_history(str(tmp_path / "none"), data) == {}  # a Hugging Face folder has no run.json
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(SystemExit):
-        common.load_history(str(tmp_path), data)
+        checkpoint.load_history(str(tmp_path), data)
 
 
 @pytest.mark.slow
@@ -265,13 +266,13 @@ def checkpoints(world, tmp_path, capsys):
     for step in (1, 2, 3):
         model(torch.tensor([[1, 2, 3]])).sum().backward()
         optimizer.step()
-        common.save_checkpoint(str(tmp_path), step, model, optimizer, cfg, {"cursor": step})
+        checkpoint.save_checkpoint(str(tmp_path), step, model, optimizer, cfg, {"cursor": step})
     return tmp_path
 
 
 def test_the_newest_two_checkpoints_are_kept(checkpoints):
-    assert common.step_folders(checkpoints) == ["step_000002", "step_000003"]
-    assert common.latest_checkpoint(checkpoints).endswith("step_000003")
+    assert checkpoint.step_folders(checkpoints) == ["step_000002", "step_000003"]
+    assert checkpoint.latest_checkpoint(checkpoints).endswith("step_000003")
 
 
 @pytest.mark.parametrize("file, damage", [
@@ -282,7 +283,7 @@ def test_the_newest_two_checkpoints_are_kept(checkpoints):
 ])  # fmt: skip
 def test_a_damaged_checkpoint_is_skipped_with_one_line(file, damage, checkpoints, capsys):
     damage(checkpoints / "step_000003" / file)
-    assert common.latest_checkpoint(checkpoints).endswith("step_000002")
+    assert checkpoint.latest_checkpoint(checkpoints).endswith("step_000002")
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 1 and "step_000003 is damaged" in out[0]
 
@@ -290,10 +291,10 @@ def test_a_damaged_checkpoint_is_skipped_with_one_line(file, damage, checkpoints
 def test_half_a_checkpoint_does_not_count(checkpoints):
     """What a run that was killed while saving leaves behind."""
     shutil.copytree(checkpoints / "step_000003", checkpoints / "step_000004.tmp")
-    assert common.latest_checkpoint(checkpoints).endswith("step_000003")
+    assert checkpoint.latest_checkpoint(checkpoints).endswith("step_000003")
     shutil.rmtree(checkpoints / "step_000003")
     shutil.rmtree(checkpoints / "step_000002")
-    assert common.latest_checkpoint(checkpoints) == "" == common.latest_checkpoint(checkpoints / "no_such_run")
+    assert checkpoint.latest_checkpoint(checkpoints) == "" == checkpoint.latest_checkpoint(checkpoints / "no_such_run")
 
 
 @pytest.mark.parametrize("file", ["optim_rank0.pt", "config.json", "tokenizer.json", "run.json"])
@@ -307,11 +308,11 @@ def test_a_full_disk_ends_a_save_with_one_sentence_and_the_last_checkpoint_intac
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     optimizer.step()  # its moments, too, have to be written
     with pytest.raises(SystemExit) as ended:
-        common.save_checkpoint(str(checkpoints), 4, model, optimizer, Config(init_from=str(world / "base")), {"cursor": 4})
+        checkpoint.save_checkpoint(str(checkpoints), 4, model, optimizer, Config(init_from=str(world / "base")), {"cursor": 4})
     said = capsys.readouterr().err
     print(said)
     assert ended.value.code == 2 and said.count("\n") == 1 and "step_000004 cannot be written" in said and "checkpoint before it is whole" in said
-    assert sorted(os.listdir(checkpoints)) == before and common.latest_checkpoint(checkpoints).endswith("step_000003")
+    assert sorted(os.listdir(checkpoints)) == before and checkpoint.latest_checkpoint(checkpoints).endswith("step_000003")
 
 
 def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
@@ -323,27 +324,27 @@ def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         model(torch.tensor([[1, 2, 3]])).sum().backward()
         optimizer.step()
-        common.save_checkpoint(str(tmp_path), 1, model, optimizer, cfg, {"cursor": 1})
+        checkpoint.save_checkpoint(str(tmp_path), 1, model, optimizer, cfg, {"cursor": 1})
         free = lambda: shutil.disk_usage(tmp_path).free
         for room in range(0, 2 << 20, 32 << 10):
             (tmp_path / "filler").write_bytes(bytes(free() - room))
             with contextlib.suppress(SystemExit):
-                common.save_checkpoint(str(tmp_path), 2, model, optimizer, cfg, {"cursor": 2})
+                checkpoint.save_checkpoint(str(tmp_path), 2, model, optimizer, cfg, {"cursor": 2})
                 break
             (tmp_path / "filler").unlink()
             rooms.append(room)
-            assert sorted(os.listdir(tmp_path)) == ["step_000001"] and common.latest_checkpoint(tmp_path).endswith("step_000001")
+            assert sorted(os.listdir(tmp_path)) == ["step_000001"] and checkpoint.latest_checkpoint(tmp_path).endswith("step_000001")
         said = capsys.readouterr().err.splitlines()
         print(f"{len(rooms)} sizes of a disk too small, up to {rooms[-1]} bytes:", *{line.partition(" cannot")[2] for line in said}, sep="\n")
         assert len(said) == len(rooms) > 5 and all("step_000002 cannot be written" in line for line in said)
-        assert common.latest_checkpoint(tmp_path).endswith("step_000002")
+        assert checkpoint.latest_checkpoint(tmp_path).endswith("step_000002")
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_verifier_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     """A child forked by the run, as verifiers are, still lives when the same command starts again."""
-    start = "import common, os, sys, time; common.lock(sys.argv[1]); os.fork() or time.sleep(20); os.kill(os.getpid(), 9)"
+    start = "import checkpoint, os, sys, time; checkpoint.lock(sys.argv[1]); os.fork() or time.sleep(20); os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", start, str(tmp_path)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL and lock_is_free(tmp_path)
 
@@ -353,14 +354,14 @@ def test_a_checkpoint_brings_back_optimizer_and_cursor(checkpoints):
 
     model = Qwen3.from_pretrained(checkpoints / "step_000003")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    assert common.load_checkpoint(checkpoints / "step_000003", optimizer, Config()) == (3, {"cursor": 3})
+    assert checkpoint.load_checkpoint(checkpoints / "step_000003", optimizer, Config()) == (3, {"cursor": 3})
     assert {int(s["step"]) for s in optimizer.state.values()} == {3} and len(optimizer.state) == len(list(model.parameters()))
 
 
 def test_another_number_of_ranks_is_refused(checkpoints, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        common.load_checkpoint(checkpoints / "step_000003", None, Config())
+        checkpoint.load_checkpoint(checkpoints / "step_000003", None, Config())
     assert "written by 1 ranks" in capsys.readouterr().err
 
 
@@ -373,5 +374,5 @@ def test_the_log_is_cut_back_to_the_step_resumed_from(tmp_path):
 
 def test_final_always_names_the_last_checkpoint(checkpoints):
     for name in ("step_000002", "step_000003"):
-        common.mark_final(str(checkpoints), str(checkpoints / name))
+        checkpoint.mark_final(str(checkpoints), str(checkpoints / name))
         assert os.readlink(checkpoints / "final") == name

@@ -1,0 +1,100 @@
+"""What a run will take, said before it starts: memory at the three moments at which it peaks, and the time of a step at most.
+
+A file of its own because it is arithmetic about the model and no part of it: model.py is Qwen3 alone, and common.py imports no model.
+check_memory prints the plan of a stage from its flags, and ends a run that cannot fit with a sentence before anything is loaded.
+tests/test_plan.py holds the plan against bytes and products counted as they happen.
+"""
+
+import contextlib
+import os
+
+import torch
+
+from common import print0
+from guard import fail
+from model import Qwen3, read_config
+
+
+def activation_elements(config, checkpointing):
+    """Numbers that the layers keep for backward, per token, in the compute precision (a few fp32 statistics are left out)."""
+    D, F_ = config.hidden_size, config.intermediate_size
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    layer = 4 * D + 3 * heads + 3 * F_  # 2 sums, 2 normed; q k before and after RoPE, v, out; gate, up, their product
+    return D * (config.num_hidden_layers + 1) + layer if checkpointing else layer * config.num_hidden_layers
+
+
+def memory_plan(config, world, tokens, longest, gpu=True, nll=False, engine="vllm", reference=False):
+    """{"load", "update", "rollouts"}: {part: bytes on one rank} at the three moments at which memory peaks. tokens: of a packed
+    micro-batch. longest: of a sequence, prompt included. Estimates where a part depends on the allocator: see its comment."""
+    with torch.device("meta"):
+        model = Qwen3(config)
+    total = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = total - layer * config.num_hidden_layers  # embedding, head, last norm: gathered from first forward to last backward
+    width, sharded, V, D = 2 if gpu else 4, gpu or world > 1, config.vocab_size, config.hidden_size
+    state = {"weights": 4 * total // world, "optimizer": 8 * total // world}  # fp32 master weights, two moments
+    copies = {"reference": width * total} if reference else {}
+    replica = {"engine weights": width * total} if sharded else {}
+    update = state | copies | {"gradients": 4 * total // world}
+    if sharded:  # two layers and the root whole; gradients of the root and a layer in flight, once more in fp32 for their reduction
+        update["gathered"] = width * (root + 2 * layer) + (width + 4) * (root + layer)
+    peak_layer = 3 * config.intermediate_size + 2 * D  # gradients alive beside what the layer kept
+    update["activations"] = width * tokens * (activation_elements(config, gpu) + peak_layer)
+    columns, rows = (V, min(2048, tokens)) if nll else (min(V, 8192), tokens)
+    update["logits"] = (columns * rows * (4 + width) if gpu else 2**21) + 4 * tokens * D + (4 * V * D if nll else 0)
+    update |= replica if engine == "torch" else {}  # vLLM sleeps meanwhile, its weights in host memory
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width * longest
+    rollouts = state | copies | replica | {"KV cache": cache}  # of one sequence, the least that goes on
+    return {"load": {"weights": 4 * total}, "update": update} | ({} if nll else {"rollouts": rollouts})
+
+
+def time_plan(config, world, tokens, longest, new_tokens, rows, flops=400e12, bandwidth=2e12):
+    """(seconds of generation, seconds of the update) of one step if every completion ran to its limit: an upper end, at rates that
+    well-kept code reaches on an H100 (40% of its peak arithmetic, 60% of its bandwidth). tokens, rows: of the whole step."""
+    with torch.device("meta"):
+        total = sum(p.numel() for p in Qwen3(config).parameters())
+    total -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # looking up is no product
+    again = total - config.num_hidden_layers * config.hidden_size * config.intermediate_size  # checkpointing: all but each last product
+    attention = 2 * longest * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    update = tokens * (6 * total + 2 * again + 4.5 * attention) / (world * flops)  # attention: forward twice, backward 2.5 of one
+    cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    read = new_tokens * (2 * total + rows / world * cache * (longest - new_tokens / 2))  # all weights and all caches, every token
+    return read / bandwidth, update
+
+
+def free_memory(device, world):
+    """Bytes that a rank may still take: of its GPU, or its share of what the machine or its container has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    with open("/proc/meminfo") as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def longest_sequence(cfg):
+    return cfg.max_seq_len if hasattr(cfg, "max_seq_len") else cfg.max_prompt_tokens + cfg.max_new_tokens
+
+
+def check_memory(folder, cfg, world, device):
+    """Prints the plan of memory and time of a run that starts from `folder`, in two or three lines, and ends a run that cannot fit."""
+    if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
+        return  # loading says what is wrong with the folder
+    nll, longest = hasattr(cfg, "max_seq_len"), longest_sequence(cfg)
+    tokens = max(cfg.micro_batch_tokens, longest)
+    plan = memory_plan(read_config(folder), world, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
+    free, GB = free_memory(device, world), 1e9
+    for moment in list(plan)[1:]:
+        parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
+        print0(f"{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
+    rows, new_tokens = (cfg.samples_per_step, 0) if nll else (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens)
+    rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
+    gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
+    parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"
+    print0(f"time: a step takes at most about {parts}, if every sequence has {longest} tokens")
+    for moment, parts in plan.items():
+        if sum(parts.values()) > free:
+            most = max(parts, key=parts.get)
+            fail(f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
+                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer --micro_batch_tokens (now {tokens} at a time).")  # fmt: skip
