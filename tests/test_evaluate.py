@@ -239,9 +239,8 @@ def cascade(tmp_path, **environment):
     )
     (out / "results.jsonl").write_text(json.dumps(cell("mathrl", "math", 91.0, 1040)) + "\n")
     text = (ROOT / "run_cascade.sh").read_text()
-    functions = text[text.index("run() {") : text.index("\nLAUNCH=$")] + "\n" + text[text.index("stage() {") : text.index("toy() {")]
-    functions = functions.replace(".venv/bin/python", sys.executable)
-    script = f"set -euo pipefail\nSEED=0 TASKS=math,code OUT={out} LAUNCH='{sys.executable} {tmp_path}/launch.py'\n{functions}\nstage coderl coderl x\necho went on\n"
+    functions = text[text.index("run() {") : text.index("toy() {")].replace(".venv/bin/python", sys.executable)
+    script = f"set -euo pipefail\nSEED=0 FROM=x TASKS=math,code OUT={out} LAUNCH='{sys.executable} {tmp_path}/launch.py'\n{functions}\nstage coderl coderl\necho went on\n"
     return out, subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
 
 

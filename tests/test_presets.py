@@ -24,7 +24,8 @@ STAGES = ("sft.py", "rlhf.py", "ifrl.py", "mathrl.py", "coderl.py", "swerl.py", 
 def commands(preset, stages=True):
     """[(script, Config)] of a preset's stages (or of everything else it starts), parsed by the scripts' own parser."""
     env = {**os.environ, "DRY_RUN": "1", "BASE": "models/base", "OUT": "out/no_such_run", "NPROC": "8"}
-    printed = subprocess.run(["bash", "run_cascade.sh", preset], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    command = [f"bench/{preset}.sh"] if preset in ("control", "mopd") else ["run_cascade.sh", preset]
+    printed = subprocess.run(["bash", *command], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     found = []
     for line in printed.stdout.splitlines():
         words = shlex.split(line)
@@ -130,7 +131,7 @@ def test_prompt_and_response_fit_the_positions_of_qwen3(preset):
 
 @pytest.mark.parametrize("preset", ["toy", "control", "mopd"])
 def test_every_flag_of_the_other_commands_is_one_of_their_scripts(preset):
-    """commands() parses them; evaluate.py and report.py beside the stages, and the two additions to the toy run."""
+    """commands() parses them; evaluate.py and report.py beside the stages, and bench/control.sh and bench/mopd.sh, which go on from the toy."""
     scripts = {script for script, _ in commands(preset, stages=False)}
     assert "evaluate" in scripts and (preset != "toy" or {"toy", "report"} <= scripts)
     assert len(commands(preset)) == {"toy": 7, "control": 5, "mopd": 1}[preset]
