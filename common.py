@@ -45,9 +45,7 @@ def parse_config(Config):
 
 
 def boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return bool(("false", "true").index(text.lower()))
 
 
 # ---- Ranks -----------------------------------------------------------------------------------------------------------
@@ -78,13 +76,21 @@ def init_distributed(seed, timeout_s=1800):
             for option, value in ((-3, 1 << 25), (-1, 1 << 30), (-2, 1 << 26)):  # mmap threshold, trim threshold, top pad
                 libc.mallopt(option, value)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)))
+        spare_compiler()
     if world > 1 or device.type == "cuda":
-        timeout = datetime.timedelta(seconds=timeout_s)
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):  # taken, or nobody answers
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone)
     torch.manual_seed(seed)
     return rank, world, device
+
+
+def spare_compiler():
+    """PyTorch's optimizers import its compiler (146 MB, 1.2 s a process) only to keep it off their methods. Nothing is compiled here."""
+    adamw = torch.optim.AdamW
+    for method in (adamw.add_param_group, adamw.zero_grad, adamw.state_dict, adamw.load_state_dict):
+        method.__wrapped__.__dict__["__dynamo_disable"] = method.__wrapped__
+    adamw.step = torch.no_grad()(adamw.step.__wrapped__)
 
 
 def print0(*args):
@@ -115,17 +121,17 @@ SMALLEST_SHARE = 1 << 20  # parameters of a layer that is gathered alone: below,
 
 def shard(model, device, how="full"):
     """FSDP2: fp32 master weights, bf16 compute on GPUs, fp32 gradient reduction; how: see the stages' --shard. Every layer is a collective
-    of its own where that is worth it; a small model travels in one piece. A single process keeps the plain module."""
-    if how not in ("full", "hybrid", "offload"):
-        fail(f"--shard={how}: expected full, hybrid or offload.")
-    if dist.is_initialized():
+    of its own where that is worth it; a small model travels in one piece. What is whole on every CPU stays the plain module."""
+    if how not in ("full", "hybrid", "offload", "replicate"):
+        fail(f"--shard={how}: expected full, hybrid, offload or replicate.")
+    if dist.is_initialized() and (how != "replicate" or device.type == "cuda"):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-        dtype, local = torch.bfloat16 if device.type == "cuda" else torch.float32, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        dtype, inside = torch.bfloat16 if device.type == "cuda" else torch.float32, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if how == "hybrid" else 1
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place use of layer outputs: there is none
         options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}  # RoPE stays fp32
-        if how == "hybrid":
-            options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size() // local, local), mesh_dim_names=("replicate", "shard"))
+        if how in ("hybrid", "replicate"):
+            options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size() // inside, inside), mesh_dim_names=("replicate", "shard"))
         if how == "offload":
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for layer in model.model.layers:
@@ -133,6 +139,16 @@ def shard(model, device, how="full"):
                 fully_shard(layer, **options)
         fully_shard(model, **options)
     return model
+
+
+def average_gradients(model):
+    """Over the ranks, in one collective, of parameters that are whole on each; sharded ones were averaged in backward."""
+    whole = [p for p in model.parameters() if not hasattr(p, "full_tensor")] if ranks()[1] > 1 else []
+    if whole:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in whole])
+        dist.all_reduce(flat)
+        for p, part in zip(whole, flat.div_(ranks()[1]).split([p.numel() for p in whole]), strict=True):
+            p.grad = part.view_as(p)
 
 
 def finish():
@@ -159,8 +175,7 @@ STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
 
 def summarize(rollouts, shares):
     """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
-    n = len(rollouts)
-    groups = {}
+    n, groups = len(rollouts), {}
     for r in rollouts:
         groups.setdefault(r.group, set()).add(r.reward)
     sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
@@ -202,5 +217,4 @@ class Logger:
         if ranks()[0] == 0:
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
-        if line:
-            print0(line)
+        line and print0(line)

@@ -248,7 +248,7 @@ def clean_kwargs(kwargs):
 
 
 def unusable(instruction_id, kwargs):
-    """Why a constraint cannot be verified as written, or None: never a random parameter."""
+    """Why a constraint cannot be verified as written, or None: never a random parameter (deviation 4 of ifrl.py)."""
     if instruction_id not in CHECKS:
         return f"unknown id {instruction_id}"
     function, names = CHECKS[instruction_id]

@@ -141,8 +141,8 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
 
 
 class TorchEngine:
-    """The built-in sampler. In a single CPU process it decodes with the trained module itself; beside sharded weights (several
-    ranks, any GPU) it keeps a whole replica that sync() refreshes and compares with the trainer."""
+    """The built-in sampler. Where the trained weights are whole (one process or --shard=replicate, on CPUs) it decodes with the trained
+    module itself; beside sharded ones it keeps a whole replica that sync() refreshes and compares with the trainer."""
 
     shrink_at = 0.85  # share of the rows that are left when the others leave the batch
 

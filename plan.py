@@ -83,7 +83,8 @@ def check_memory(folder, cfg, world, device):
         return  # loading says what is wrong with the folder
     nll, longest = hasattr(cfg, "max_seq_len"), longest_sequence(cfg)
     tokens = max(cfg.micro_batch_tokens, longest)
-    plan = memory_plan(read_config(folder), world, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
+    shares = 1 if cfg.shard == "replicate" else world
+    plan = memory_plan(read_config(folder), shares, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
     free, GB = free_memory(device, world), 1e9
     for moment in list(plan)[1:]:
         parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())

@@ -117,8 +117,8 @@ def train_reward_model(cfg, folder):
         for first in range(rank, len(taken), world * 64):
             mine = [pairs[i] for i in taken[first : first + world * 64 : world]]
             scores = score_batch(model, [ids for pair in mine for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
-            (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() / len(taken)).backward()
-        sum_gradients(model, world)
+            (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() * world / len(taken)).backward()
+        common.average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -132,16 +132,6 @@ def train_reward_model(cfg, folder):
         save_tokenizer(init_from, folder + ".tmp")
         os.rename(folder + ".tmp", folder)
     common.all_gather(None)
-
-
-def sum_gradients(model, world):
-    """Sum the gradients of all ranks in one collective: their losses already carry the global denominator."""
-    if world > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for p, part, g in zip(model.parameters(), flat.split([g.numel() for g in grads]), grads, strict=True):
-            p.grad = part.view_as(g)
 
 
 @functools.cache

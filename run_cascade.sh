@@ -54,9 +54,9 @@ score() {  # score NAME LABEL: held-out tasks of a finished stage; a broken gate
 toy() {
     [ -e "$OUT/data/done" ] || { run .venv/bin/python toy.py --out="$OUT/data" --seed="$SEED"; run touch "$OUT/data/done"; }
     local d=$OUT/data FROM=$OUT/data/base TASKS=all-toy LIMIT=260
-    local sft="--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --eval_every=0 --save_every=100"
+    local sft="--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --eval_every=0 --save_every=100 --shard=replicate"
     local rl="--rope_factor=0 --prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0 --max_prompt_tokens=256 --max_new_tokens=80
-        --micro_batch_tokens=8192 --reward_workers=2 --final_lr=0.1 --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20"
+        --micro_batch_tokens=8192 --reward_workers=2 --final_lr=0.1 --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20 --shard=replicate"
     stage sft1 sft --data="$d/sft_stage1.jsonl" --lr=6e-3 --num_steps=140 --schedule_steps=400 $sft
     stage sft2 sft --data="$d/sft_stage2.jsonl" --lr=5e-3 --num_steps=300 --schedule_steps=300 $sft
     stage rlhf rlhf --data="$d/chat_rl.jsonl" --eval_data="$d/chat_dev.jsonl" --rm_data="$d/preference.jsonl" --rm_eval_data="$d/preference_dev.jsonl" \

@@ -53,7 +53,7 @@ class Config:
     rope_factor: float = 0.0  # YaRN factor; 2.0 once sequences can pass 32K
     eval_every: int = 500  # steps; 0: never
     save_every: int = 1000  # steps
-    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory
+    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
     phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
     seed: int = 0
 
@@ -192,8 +192,9 @@ def train_step(model, optimizer, samples, cfg, device, world):
     total = 0.0
     for batch, weight in zip(batches, weights, strict=True):
         loss = weight * model(**dict(zip(("input_ids", "cu_seqlens", "max_seqlen", "loss_index"), batch.values())), nll=True) / num_tokens
-        (loss * world).backward()  # sharded gradients are averaged over ranks, and the denominator is global already
+        (loss * world).backward()  # ranks are averaged, and the denominator is global already
         total += loss.item()
+    common.average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
     loss = common.all_reduce({"loss": total})["loss"]

@@ -10,5 +10,5 @@ teachers=rlhf:$d/chat_SPLIT.jsonl:$OUT/rlhf/final,ifrl:$d/if_SPLIT.jsonl:$OUT/if
 teachers+=,coderl:$d/code_SPLIT.jsonl:$OUT/coderl/final,swerl:$d/swe_SPLIT.jsonl:$OUT/swerl/final
 setup
 stage mopd mopd --data="${teachers//SPLIT/rl}" --eval_data="${teachers//SPLIT/dev}" --lr=3e-4 --num_steps=40 --prompts_per_step=64 --warmup_steps=3 \
-    --final_lr=0.1 --max_prompt_tokens=256 --max_new_tokens=80 --micro_batch_tokens=8192 --save_every=20
+    --final_lr=0.1 --max_prompt_tokens=256 --max_new_tokens=80 --micro_batch_tokens=8192 --save_every=20 --shard=replicate
 run .venv/bin/python evaluate.py --matrix="$OUT"

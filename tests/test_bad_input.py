@@ -115,7 +115,7 @@ FLAGS = [
     ("mathrl.py", {"group": 3}, "unrecognized arguments: --group=3"),
     ("mathrl.py", {"num_steps": "many"}, "--num_steps: invalid int value: 'many'"),
     ("mathrl.py", {"group_size": 2.5}, "--group_size: invalid int value: '2.5'"),
-    ("mathrl.py", {"overlong_filter": "maybe"}, "--overlong_filter: 'maybe' is neither true nor false"),
+    ("mathrl.py", {"overlong_filter": "maybe"}, "--overlong_filter: invalid boolean value: 'maybe'"),
     ("mathrl.py", {"group_size": 0}, "--group_size=0: expected a number above 0"),
     ("mathrl.py", {"group_size": -8}, "--group_size=-8: expected a number above 0"),
     ("mathrl.py", {"prompts_per_step": 0}, "--prompts_per_step=0: expected"),
