@@ -52,15 +52,15 @@ for line in sys.stdin:
     jobs, pids = json.loads(line), []
     for job in jobs:
         pids.append(os.fork() or run(*job))
-    code = os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])
+    first, status = os.wait()  # any of them: the others may wait for it
     for pid in pids:
         try:
             os.killpg(pid, signal.SIGKILL)  # what torchrun does to the others
         except ProcessLookupError:
             pass
-    for pid in pids[1:]:
+    for pid in set(pids) - {first}:
         os.waitpid(pid, 0)
-    print(code, flush=True)
+    print(os.waitstatus_to_exitcode(status), pids.index(first), flush=True)
 """
 SHORT = dict(num_steps=1, micro_batch_tokens=512)
 RL = {**SHORT, **dict(prompts_per_step=2, group_size=2, max_prompt_tokens=256, max_new_tokens=8, reward_workers=1, rope_factor=0)}
@@ -85,7 +85,7 @@ def server():
 
 
 def answer(server, folder, script, flags, ranks=1, **env):
-    """(exit code, standard error of rank 0) of a script with these flags."""
+    """(exit code, standard error) of the rank that ends first, of a script with these flags."""
     args, jobs = [f"--{k}={v}" for k, v in flags.items()], []
     port = env.pop("MASTER_PORT", None) or str(free_port())
     for rank in range(ranks):
@@ -94,7 +94,8 @@ def answer(server, folder, script, flags, ranks=1, **env):
         jobs.append([script, args, dict(env), str(folder / f"err{rank}")])
     server.stdin.write(json.dumps(jobs) + "\n")
     server.stdin.flush()
-    return int(server.stdout.readline()), (folder / "err0").read_text()
+    code, rank = map(int, server.stdout.readline().split())
+    return code, (folder / f"err{rank}").read_text()
 
 
 def free_port():
