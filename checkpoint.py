@@ -83,8 +83,11 @@ def mark_final(out_dir, folder):
 
 # ---- Write -----------------------------------------------------------------------------------------------------------
 def checksum(path):
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as f:
-        return [os.path.getsize(path), hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return [os.path.getsize(path), digest.hexdigest()]
 
 
 def sync(path):
