@@ -162,7 +162,7 @@ def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, mo
 def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
     cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
-                                prompts_per_step=128, group_size=8)  # fmt: skip
+                                prompts_per_step=128, group_size=8, shard="full")  # fmt: skip
     for free, moment in ((20e9, "load needs about 32.8 GB"), (45e9, "update needs about"), (200e9, None)):
         monkeypatch.setattr(plan, "free_memory", lambda device, world, free=free: free)
         if moment is None:
@@ -206,3 +206,17 @@ def test_plan_of_the_paper_s_presets(preset, size):
               f"{gen:7.0f} {train:9.0f}")  # fmt: skip
         needs[script, longest] = peaks[0]
     assert all(need < 140 for need in needs.values()) and min(needs.values()) > 30
+
+
+def test_whole_copies_are_planned_as_whole(tmp_path, capsys):
+    """--shard=replicate: every rank holds all weights and moments, so that ranks do not make it smaller."""
+    config = Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=64)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
+    cfg = types.SimpleNamespace(max_prompt_tokens=8, max_new_tokens=8, micro_batch_tokens=64, engine="torch", prompts_per_step=8, group_size=8)
+    lines = {}
+    for how in ("full", "replicate"):
+        cfg.shard = how
+        for world in (1, 4):
+            plan.check_memory(str(tmp_path), cfg, world, torch.device("cpu"))
+            lines[how, world] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")][0].partition("GB a rank ")[2]
+    assert lines["replicate", 4] == lines["replicate", 1] == lines["full", 1] != lines["full", 4]
