@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,6 +185,19 @@ def test_importing_a_stage_is_light(stage):
              "torch.cuda.is_initialized(), torch.distributed.is_initialized())")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stdout.strip() == "[] False False", done.stdout + done.stderr[-1000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes")
+def test_a_process_on_cpus_imports_neither_the_compiler_nor_triton_and_its_adamw_is_pytorch_s():
+    check = ("import sys, sft, common, torch\n"
+             "step = lambda p, g: (o := torch.optim.AdamW([p], lr=0.1, fused=True), setattr(p, 'grad', g), o.step(), o.zero_grad(), p.detach())[-1]\n"
+             "common.init_distributed(0); light = step(torch.nn.Parameter(torch.ones(3)), torch.arange(3.0))\n"
+             "print([m for m in ('torch._dynamo', 'triton') if m in sys.modules], light.tolist())")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.arange(3.0)
+    torch.optim.AdamW([p], lr=0.1, fused=True).step()
+    assert done.stdout.strip() == f"[] {p.tolist()}", done.stdout + done.stderr[-1000:]
 
 
 def test_every_python_file_says_what_it_is():
