@@ -219,11 +219,13 @@ class TorchEngine:
                 index = torch.tensor(keep, device=device)
                 alive = [alive[b] for b in keep]
                 token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
-                cache = [tuple(t[index] for t in layer) for layer in cache]
+                for i, layer in enumerate(cache):  # one after the other: two caches at once might not fit
+                    cache[i] = tuple(t[index] for t in layer)
             slot = width + step
             if slot == cache[0][0].shape[2]:  # it grows as it fills: a cache with few empty slots is read fastest
                 more = min(max(16, slot // 8), max_new_tokens - step)
-                cache = [tuple(torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2) for t in layer) for layer in cache]
+                for i, layer in enumerate(cache):
+                    cache[i] = tuple(torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2) for t in layer)
                 bias_B1S = slot_bias(slot - position_B, slot, slot + more)
             bias_B1S[..., slot] = 0.0
             logits_BV = self._decode(token_B, position_B, cache, bias_B1S, slot)

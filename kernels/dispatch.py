@@ -45,5 +45,5 @@ class NoBackward:
 
 
 def apply(function, *args):
-    """function.apply(*args), without autograd's bookkeeping where nobody asks for a gradient: it costs the sampler 4% of its time."""
+    """function.apply(*args), without autograd's bookkeeping where nobody asks for a gradient, as in every small step of the sampler."""
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(NoBackward(), *args)

@@ -5,12 +5,13 @@ model is a briefly taught toy, so that rows finish at different times, with and 
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import Rollout, TorchEngine, make_engine, request_seed, uniforms
+from engine import Rollout, TorchEngine, in_background, make_engine, request_seed, uniforms
 from model import Qwen3, render_chat, stop_ids
 
 PROMPTS = ["Tell me about rain.", "Hi", "Start with 7, then add 2, times 3. What is the result?", "Why do people like old books and bread?"]
@@ -234,3 +235,19 @@ def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
 def test_an_unknown_engine_is_refused(model, tokenizer):
     with pytest.raises(SystemExit):
         make_engine("warp", model, tokenizer)
+
+
+def test_equal_completions_of_a_prompt_have_one_verdict_which_is_worked_out_once():
+    """Equal are the row, the text and how it ended; after collect() everything is asked anew."""
+    asked, row, other = [], {"a": 1}, {"a": 1}
+    submit, collect = in_background(ThreadPoolExecutor(2), lambda r: asked.append(r.text) or (float(len(r.text)), "ok"), ("reward", "status"))
+
+    def rollout(row, text, reason):
+        return Rollout(row=row, group=0, prompt_ids=[1], seed=0, text=text, finish_reason=reason)
+
+    for expected in (4, 8):
+        rollouts = [rollout(row, "ab", "stop"), rollout(row, "ab", "stop"), rollout(row, "ab", "length"), rollout(row, "abc", "stop"), rollout(other, "ab", "stop")]
+        list(map(submit, rollouts[:4]))  # the last is left to collect()
+        collect(rollouts)
+        assert [(r.reward, r.status, r.pending) for r in rollouts] == [(float(len(r.text)), "ok", None) for r in rollouts]
+        assert len(asked) == expected and rollouts[0].verify_s > 0 == rollouts[1].verify_s
