@@ -338,7 +338,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
     for i, batch in enumerate(batches):
-        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
+        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
         (loss * world * (i < most - idle)).backward()  # ranks are averaged, the denominator is global; idle batches weigh 0

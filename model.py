@@ -109,9 +109,10 @@ def rope_tables(config: Qwen3Config, length):
     return angle.cos() * scale, angle.sin() * scale
 
 
-def rows(x, keep_M):
-    """The rows of x that somebody reads; None: all."""
-    return x if keep_M is None else x.index_select(0, keep_M)
+def rows(x, index):
+    """Rows of x, some of them perhaps more than once; None: all. On GPUs the backward of indexing sorts, that of index_select adds
+    the gradients of equal rows in any order: a run would not repeat bit for bit."""
+    return x if index is None else x[index] if x.is_cuda else x.index_select(0, index)
 
 
 class Norm(nn.Module):
@@ -219,7 +220,7 @@ class Qwen3(nn.Module):
         stretched = int(scaling["factor"] * scaling.get("original_max_position_embeddings", 0)) if scaling else 0
         return max(self.config.max_position_embeddings, stretched)
 
-    def forward(self, input_ids, cu_seqlens=None, max_seqlen=None, loss_index=None, temperature=1.0, nll=False):
+    def forward(self, input_ids, cu_seqlens=None, max_seqlen=None, loss_index=None, shared=None, temperature=1.0, nll=False):
         """Logits or token log-probs.
 
         input_ids [B, T] alone             -> logits [B, T, V], fp32
@@ -227,6 +228,7 @@ class Qwen3(nn.Module):
         loss_index [M] int64 (positions of the tokens to score, none of them first in its sequence)
                                            -> (logprobs_T, entropy_T), fp32, entry t about token t, 0 elsewhere
         ... and nll=True                   -> summed negative log-likelihood, fp32 scalar, in one pass over the head (SFT)
+        shared: (first_U, copy_T) of data.shared_prefixes; what sequences begin with alike is then computed once
         temperature: float; both outputs are of softmax(logits / temperature) over the whole vocabulary.
         Scoring happens inside forward so that FSDP2's hooks see it and the head weight is whole.
         """
@@ -238,20 +240,26 @@ class Qwen3(nn.Module):
         if loss_index is None:
             return self.packed_hidden(input_ids, cu_seqlens, max_seqlen)
         # The one shift by one of this repository: token t is predicted by the hidden state of token t - 1.
-        hidden_MD, target_M = self.packed_hidden(input_ids, cu_seqlens, max_seqlen, loss_index - 1), input_ids[loss_index]
+        hidden_MD, target_M = self.packed_hidden(input_ids, cu_seqlens, max_seqlen, loss_index - 1, shared), input_ids[loss_index]
         if nll:
             return linear_cross_entropy(hidden_MD, self.head_weight, target_M)
         logprobs_M, entropy_M = linear_logprob(hidden_MD, self.head_weight, target_M, temperature=temperature)
         zeros_T = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=input_ids.device)
         return zeros_T.index_put((loss_index,), logprobs_M), zeros_T.index_put((loss_index,), entropy_M)
 
-    def packed_hidden(self, input_ids_T, cu_seqlens, max_seqlen, keep_M=None):
+    def packed_hidden(self, input_ids_T, cu_seqlens, max_seqlen, keep_M=None, shared=None):
+        """Final-norm output of the tokens keep_M, or of all. A token's output depends on what stands before it in its sequence alone, so
+        of tokens with equal pasts all layers compute one (G samples share their prompt); only attention sees every sequence whole."""
         longest = self.max_positions()
         assert max_seqlen <= longest, f"a sequence of {max_seqlen} tokens, {longest} positions; rope_factor=2 doubles them"
         start_T = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=input_ids_T.shape[0])
         position_ids_T = torch.arange(input_ids_T.shape[0], device=input_ids_T.device) - start_T
         attend = lambda layer, q, k, v: flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen)
-        return self.hidden_states(input_ids_T, position_ids_T, attend, keep_M)
+        if shared is None:
+            return self.hidden_states(input_ids_T, position_ids_T, attend, keep_M)
+        first_U, copy_T = shared
+        attend_U = lambda layer, *qkv: rows(attend(layer, *(rows(t_UNH, copy_T) for t_UNH in qkv)), first_U)
+        return self.hidden_states(input_ids_T[first_U], position_ids_T[first_U], attend_U, copy_T if keep_M is None else copy_T[keep_M])
 
     # ---- 2. Hugging Face folders -------------------------------------------------------------------------------------
     @classmethod

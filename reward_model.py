@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from data import BadRow, chat, field, load_table
+from data import BadRow, chat, field, load_table, shared_prefixes
 from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
 
 
@@ -34,10 +34,10 @@ class RewardModel(nn.Module):
         self.score = nn.Linear(qwen3.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
-    def forward(self, input_ids_T, cu_seqlens, max_seqlen):
-        """Scores [num_seqs], fp32."""
-        hidden_TD = self.qwen3[0].packed_hidden(input_ids_T, cu_seqlens, max_seqlen)
-        return self.score(hidden_TD[cu_seqlens[1:].long() - 1].float()).squeeze(-1)
+    def forward(self, input_ids_T, cu_seqlens, max_seqlen, shared=None):
+        """Scores [num_seqs], fp32; shared as in Qwen3.forward."""
+        hidden_MD = self.qwen3[0].packed_hidden(input_ids_T, cu_seqlens, max_seqlen, cu_seqlens[1:].long() - 1, shared)
+        return self.score(hidden_MD.float()).squeeze(-1)
 
     def save_pretrained(self, folder):
         os.makedirs(folder, exist_ok=True)
@@ -62,7 +62,8 @@ def score_batch(model, sequences, budget, device):
             lengths = [len(sequences[j]) for j in pack]
             ids = torch.tensor(np.concatenate([sequences[j] for j in pack]), device=device)
             cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-            scores |= dict(zip(pack, model(ids, cu_seqlens, max(lengths)), strict=True))
+            shared = shared_prefixes([sequences[j] for j in pack], device)  # a question and its answers
+            scores |= dict(zip(pack, model(ids, cu_seqlens, max(lengths), shared), strict=True))
             pack = []
     return torch.stack([scores[i] for i in range(len(sequences))])
 

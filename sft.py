@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import common
 from checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from data import BadRow, chat, data_files, normal_rows, read_rows, stream_rows
+from data import BadRow, chat, data_files, normal_rows, read_rows, shared_prefixes, stream_rows
 from guard import check_step
 from model import render_chat, show_tokens
 
@@ -170,6 +170,7 @@ def pack(samples, budget, device):
             "input_ids_T": torch.from_numpy(np.concatenate([ids for ids, _, _ in group])).long().to(device),
             "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), "max_seqlen": max(lengths),
             "loss_index": torch.from_numpy(np.flatnonzero(np.concatenate([mask for _, mask, _ in group]))).to(device),
+            "shared": shared_prefixes([ids.tolist() for ids, _, _ in group], device),  # system prompts, tool lists
         })  # fmt: skip
     return batches
 
@@ -191,7 +192,7 @@ def train_step(model, optimizer, samples, cfg, device, world):
     batches += [batches[-1]] * (most - len(batches))
     total = 0.0
     for batch, weight in zip(batches, weights, strict=True):
-        loss = weight * model(**dict(zip(("input_ids", "cu_seqlens", "max_seqlen", "loss_index"), batch.values())), nll=True) / num_tokens
+        loss = weight * model(*batch.values(), nll=True) / num_tokens
         (loss * world).backward()  # ranks are averaged, and the denominator is global already
         total += loss.item()
     common.average_gradients(model)
@@ -216,7 +217,7 @@ def evaluate(model, samples, cfg, device, rank, world):
         rounds = int(common.all_reduce({"n": len(batches)}, "max")["n"])
         nll = 0.0
         for i in range(rounds):
-            value = model(**dict(zip(("input_ids", "cu_seqlens", "max_seqlen", "loss_index"), batches[i % len(batches)].values())), nll=True)
+            value = model(*batches[i % len(batches)].values(), nll=True)
             nll += value.item() if i < len(batches) and part[rank::world] else 0.0
         sums[f"eval/{category}"] = nll / sum(int(mask.sum()) for _, mask, _ in part)
     assert len(sums) == most, "ranks read different eval data"

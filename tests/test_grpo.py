@@ -4,8 +4,10 @@ One step: sample G completions a prompt -> reward -> advantage inside the group 
 -> one update. The order of the tests is the order of the step; the last part is rlhf.py's stabilisers.
 """
 
+import itertools
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ import mathrl
 import rlhf
 import swerl
 from conftest import make_tiny
+from data import shared_prefixes
 from engine import Rollout
 
 CFG = dict(group_size=4, temperature=0.9, micro_batch_tokens=64, overlong_filter=True)
@@ -101,6 +104,23 @@ def test_a_packed_batch_by_hand():
     assert batch["sampler_logprobs_T"].tolist() == [0, 0, -1, -2, 0, -3, -4, -5]
 
 
+def test_shared_prefixes_by_hand_and_against_a_dictionary_of_all_prefixes():
+    first_U, copy_T = shared_prefixes([[5, 6, 7], [5, 6, 8]], "cpu")
+    assert first_U.tolist() == [0, 1, 2, 5] and copy_T.tolist() == [0, 1, 2, 0, 1, 3]
+    assert shared_prefixes([[5, 6, 7], [6, 6, 7]], "cpu") is None  # equal tokens, other pasts
+    draw = random.Random(0)
+    for _ in range(200):
+        sequences = [draw.choices((1, 2), k=draw.randint(1, 8)) for _ in range(draw.randint(2, 12))]
+        pasts = [tuple(s[: i + 1]) for s in sequences for i in range(len(s))]
+        shared = shared_prefixes(sequences, "cpu")
+        if shared is None:
+            assert len(set(pasts)) >= 0.9 * len(pasts)
+            continue
+        first_U, copy_T = shared
+        assert len(first_U) == len(set(pasts)), "each past once"
+        assert [pasts[i] for i in first_U[copy_T].tolist()] == pasts, "and every token finds its own"
+
+
 def test_micro_batches_hold_every_sequence_with_a_gradient_once_and_stay_in_their_budget():
     rollouts = [rollout(0, group=n, prompt=range(3, 3 + n % 5 + 1), completion=range(10, 11 + n % 7)) for n in range(40)]
     for n, r in enumerate(rollouts):
@@ -110,6 +130,16 @@ def test_micro_batches_hold_every_sequence_with_a_gradient_once_and_stay_in_thei
     seen = sorted(b["advantages_T"][b["loss_index"]].tolist() for b in batches)
     expected = sorted(r.advantage for r in rollouts if r.advantage for _ in r.completion_ids)
     assert sorted(x for part in seen for x in part) == expected
+
+
+def test_samples_of_a_prompt_share_a_micro_batch():
+    rollouts = [rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 11 + (3 * g + n) % 7)) for n in range(4) for g in range(5)]
+    for r in rollouts:
+        r.advantage = 1.0
+    batches = mathrl.collate(rollouts, config(micro_batch_tokens=80), "cpu")
+    groups = [b["input_ids_T"][b["cu_seqlens"][:-1].long()].tolist() for b in batches]
+    assert [len(set(part)) for part in groups] == [len([k for k, _ in itertools.groupby(part)]) for part in groups], "a group is not spread"
+    assert sum(len(set(part)) for part in groups) <= 5 + len(batches) - 1, "and cut at most where a micro-batch ends"
 
 
 def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():

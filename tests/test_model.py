@@ -15,6 +15,7 @@ from transformers import Qwen3Config as TheirConfig
 from transformers import Qwen3ForCausalLM
 
 from conftest import make_tiny
+from data import shared_prefixes
 from model import QWEN3_SIZES, Qwen3, Qwen3Config, read_config
 
 PUBLISHED = {"0.6b": 0.596049920e9, "1.7b": 1.720574976e9, "4b": 4.022468096e9, "8b": 8.19073536e9, "14b": 14.7683072e9}
@@ -219,6 +220,32 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(row, torch.tensor([0, 12], dtype=torch.int32), 12, torch.arange(1, 12))[0].sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(checkpointing):
+    """Two groups of samples of a prompt (one twice the same, one cut off inside another) and a lone sequence: log-probs, entropies,
+    the SFT loss and all gradients beside those of every token by itself. Tolerance 1e-5, relative."""
+    draw = lambda n, seed: random_ids(n, vocab=61, seed=seed).tolist()
+    prompts, tail = [draw(20, 1), draw(9, 2)], draw(7, 3)
+    sequences = [prompts[0] + tail, prompts[1] + draw(5, 4), prompts[0] + tail[:4], draw(6, 5), prompts[0] + tail, prompts[1] + draw(8, 6)]
+    index, cu_seqlens = [], [0]
+    for n in (7, 5, 4, 2, 7, 8):
+        cu_seqlens.append(cu_seqlens[-1] + len(sequences[len(cu_seqlens) - 1]))
+        index += range(cu_seqlens[-1] - n, cu_seqlens[-1])
+    weight_M, found = torch.randn(len(index), generator=torch.Generator().manual_seed(7)), []
+    packed = [torch.tensor(sum(sequences, [])), torch.tensor(cu_seqlens, dtype=torch.int32), 27, torch.tensor(index)]
+    shared = shared_prefixes(sequences, "cpu")
+    for given in (shared, None):
+        model = make_tiny()
+        model.gradient_checkpointing = checkpointing
+        logprobs_T, entropy_T = model(*packed, given, temperature=0.7)
+        nll = model(*packed, given, nll=True)
+        ((weight_M * (logprobs_T + entropy_T)[packed[3]]).sum() + nll).backward()
+        found.append((logprobs_T.detach(), entropy_T.detach(), nll.detach(), *(p.grad for p in model.parameters())))
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
+    print(f"{len(shared[0])} of {len(shared[1])} tokens computed: worst relative difference {worst:.1e} (limit 1e-5)")
+    assert worst < 1e-5 and len(shared[0]) == 20 + 7 + 9 + 5 + 8 + 6
 
 
 def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):

@@ -77,8 +77,8 @@ def test_each_rollout_is_scored_by_its_own_teacher_and_no_other(world, teachers)
 
 def run_flags(world, taught, teachers, out, **changes):
     data = f"rlhf:{world}/chat_rl.jsonl:{taught},mathrl:{world}/math_rl.jsonl:{taught},ifrl:{world}/if_rl.jsonl:{teachers}/teacher1"
-    flags = dict(data=data, eval_data=data, prompts_per_step=16, group_size=2, num_steps=8, max_prompt_tokens=128, max_new_tokens=12, lr=1e-2,
-                 warmup_steps=1, micro_batch_tokens=1024, eval_every=4, eval_rows=32, save_every=4, sample_every=0) | changes  # fmt: skip
+    flags = dict(data=data, eval_data=data, prompts_per_step=16, group_size=2, num_steps=16, max_prompt_tokens=128, max_new_tokens=12, lr=5e-3,
+                 warmup_steps=1, micro_batch_tokens=1024, eval_every=4, eval_rows=200, save_every=4, sample_every=0) | changes  # fmt: skip
     return ["mopd.py", f"--init_from={world}/base", f"--out_dir={out}", *(f"--{k}={v}" for k, v in flags.items())]
 
 
@@ -89,7 +89,7 @@ def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(world, t
     run_python(*run_flags(world, taught, teachers, tmp_path / "a"))
     logged = read(tmp_path / "a")
     print("eval (minus KL): " + " ".join(f"{r['eval']:.3f}" for r in logged if "eval" in r))
-    assert max(r["eval"] for r in logged[1:] if "eval" in r) > logged[0]["eval"] + 0.1  # 32 short samples: single values are noisy
+    assert logged[-1]["eval"] > logged[0]["eval"] + 0.1
     run_python(*run_flags(world, taught, teachers, tmp_path / "b", num_steps=4))
     run_python(*run_flags(world, taught, teachers, tmp_path / "b"))
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in "ab"]
