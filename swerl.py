@@ -347,8 +347,8 @@ def metric(rollout):
         return float(files is not None and changes(row["files"], files) == golden)
     import coderl  # the sandboxed runner; the reward above needs none of it
 
-    verdicts = coderl.run_tests(files[programs[0]], row["tests"], row["tests"].get("time_limit") or 6.0)
-    return float(all(v == "ok" for v in verdicts))
+    verdicts = coderl.run_tests(files[programs[0]], row["tests"], row["tests"].get("time_limit") or 6.0, stop=True)
+    return float(verdicts[-1] == "ok")
 
 
 # ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
