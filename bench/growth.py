@@ -130,9 +130,9 @@ def measure_padding(point, repeats):
         counts["rollout rows"][1] += sum(map(len, distinct)) + sum(len(r.completion_ids) - 1 for r in sampled)  # the last token is not read
         where["now"] = "update"
         mathrl.train_step(model, optimizer, trained, cfg, device, world)
-        whole = [len(r.prompt_ids) + len(r.completion_ids) for r in trained if r.advantage]
-        counts["update rows"][1] += sum(whole)
-        counts["update slots"][1] += model.config.num_hidden_layers * sum(n * n // 2 for n in whole)
+        whole = [tuple(r.prompt_ids + r.completion_ids) for r in trained if r.advantage]
+        counts["update rows"][1] += len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})  # of equal pasts one is needed
+        counts["update slots"][1] += model.config.num_hidden_layers * sum(len(ids) ** 2 // 2 for ids in whole)
         lengths += [len(r.completion_ids) for r in sampled]
     return {"counts": counts, "lengths": [min(lengths), statistics.median(lengths), max(lengths)]}
 
