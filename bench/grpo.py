@@ -7,7 +7,8 @@ Two settings, both fp32, one thread, temperature 1, no KL term, AdamW, one updat
            group has a signal, so both sides train on the very same number of tokens.
   math     the toy's SFT model on toy math with stop tokens, at most 80, and the math verifier. Here work can be saved: rows that
            have stopped leave the batch, nothing is padded, and rollouts without an advantage have no gradient.
-Both sides hide truncated completions in `math`. "trl, our malloc" gives TRL the memory settings of common.init_distributed.
+Both sides hide truncated completions in `math`. "trl, our malloc" gives TRL the memory settings of common.init_distributed;
+"ours, nothing shared" computes the prompt once for each of its completions, as TRL does.
 """
 
 import argparse
@@ -34,11 +35,12 @@ def toy_rows(setting):
     return cfg, mathrl.load_rows(cfg, limit=800)
 
 
-def ours(setting):
+def ours(setting, shared=True):
     """The stage's own functions, in the order of its main."""
     import torch
 
     import common
+    import data
     import mathrl
     from model import Qwen3, load_tokenizer
 
@@ -51,6 +53,8 @@ def ours(setting):
     if setting == "fixed":
         engine.stops = torch.tensor([-1])
         hook = (lambda r: vars(r).update(reward=rarity(r.text), status="ok")), (lambda rollouts: None)
+    if not shared:
+        data.shared_prefixes = lambda sequences, device: None
     take_turn(**versions("torch", "transformers"))
     for step in range(1, 10**6):
         began = time.perf_counter()
@@ -116,14 +120,14 @@ def main():
     parser.add_argument("--contestant", default="")
     args = parser.parse_args()
     if args.contestant:
-        return {"ours": ours, "trl": trl}[args.contestant](args.settings)
+        return {"ours": ours, "alone": lambda setting: ours(setting, shared=False), "trl": trl}[args.contestant](args.settings)
     python, groups = peer_python(), {}
     toy_folder("sft")
     for setting in args.settings.split(","):
         print(f"{setting}: {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens", flush=True)
         flags = lambda who, setting=setting: [f"--contestant={who}", f"--settings={setting}"]
-        contestants = {"ours": (sys.executable, flags("ours"), {}), "trl": (python, flags("trl"), {}),
-                       "trl, our malloc": (python, flags("trl"), KEEP_PAGES)}  # fmt: skip
+        contestants = {"ours": (sys.executable, flags("ours"), {}), "ours, nothing shared": (sys.executable, flags("alone"), {}),
+                       "trl": (python, flags("trl"), {}), "trl, our malloc": (python, flags("trl"), KEEP_PAGES)}  # fmt: skip
         groups[setting] = summarize(race("grpo", contestants, args.rounds))
     settings = {"prompts": PROMPTS, "group_size": GROUP, "max_new_tokens": LENGTH, "lr": LR, "dtype": "float32"}
     report("grpo", settings, groups, f"One GRPO step, {PROMPTS} prompts x {GROUP} completions, toy model, fp32")

@@ -38,12 +38,7 @@ def num_programs(device, per_sm=4):
     return 3 if device.type == "cpu" else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class NoBackward:
-    """Stands in for autograd's ctx where there will be no backward."""
-
-    save_for_backward = set_materialize_grads = staticmethod(lambda *_: None)
-
-
-def apply(function, *args):
-    """function.apply(*args), without autograd's bookkeeping where nobody asks for a gradient, as in every small step of the sampler."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(NoBackward(), *args)
+def bare(*tensors):
+    """True where an op is its forward_torch and nothing else: on CPUs without gradients, as in every small step of the sampler, in
+    which autograd's bookkeeping would take as long as the arithmetic."""
+    return not (torch.is_grad_enabled() or use_triton(*tensors))

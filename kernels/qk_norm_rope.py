@@ -9,7 +9,7 @@ q and k may be views into one fused projection: a token's heads lie side by side
 
 import torch
 
-from kernels.dispatch import apply, num_programs, tl, triton, use_triton
+from kernels.dispatch import bare, num_programs, tl, triton, use_triton
 from kernels.rms_norm import rms_norm_ref
 
 # T tokens   N query heads   K key heads   H head width
@@ -26,8 +26,21 @@ def qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6)
     return rotate(rms_norm_ref(q, q_weight, eps)), rotate(rms_norm_ref(k, k_weight, eps))
 
 
+last_angles = None  # (what was looked up, what was found): all layers of a forward pass ask for the same
+
+
+def angles(cos, sin, position_ids):
+    """The rows of these tokens for rotate_torch: cos [T, 1, H] holds both halves, sin [T, 1, H] carries the minus of the first."""
+    global last_angles
+    asked = (cos, sin, position_ids)
+    if last_angles is None or any(a is not b for a, b in zip(asked, last_angles[0])) or position_ids._version != last_angles[1]:
+        c, s = (x.index_select(0, position_ids)[:, None] for x in (cos, sin))
+        last_angles = asked, position_ids._version, (torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1))
+    return last_angles[2]
+
+
 def rotate_torch(z, cos, sin):
-    """cos [T, 1, H] holds both halves; sin [T, 1, H] carries the minus of the first half."""
+    """cos and sin as angles() gives them."""
     z1, z2 = z.chunk(2, dim=-1)
     return (z * cos).addcmul_(torch.cat((z2, z1), dim=-1), sin)
 
@@ -35,7 +48,7 @@ def rotate_torch(z, cos, sin):
 def forward_torch(x, weight, cos, sin, eps):
     """One of q, k on the CPU; returns y and 1 / rms [T, N, 1]."""
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+    rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     x_hat = (x * rstd).to(dtype)
     z = x_hat.mul_(weight) if dtype == weight.dtype else x_hat * weight
     return rotate_torch(z.to(x.dtype), cos, sin).to(dtype), rstd
@@ -183,9 +196,8 @@ class QKNormRope(torch.autograd.Function):
                 q, k, q_weight, k_weight, cos, sin, position_ids, *outs, *rstds, q.stride(0), k.stride(0), eps,
                 **launch_config(q, k),
             )  # fmt: skip
-        else:  # each angle is looked up once here, for q, k and both directions
-            cos, sin = (x.index_select(0, position_ids)[:, None] for x in (cos, sin))
-            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        else:
+            cos, sin = angles(cos, sin, position_ids)
             outs, rstds = zip(*(forward_torch(x, w, cos, sin, eps) for x, w in ((q, q_weight), (k, k_weight))))
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, position_ids, *rstds)
         return tuple(outs)
@@ -214,5 +226,8 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6):
 
     q_weight, k_weight [H]; cos, sin [max_pos, H/2] fp32 with YaRN's attention factor already in; position_ids [T] int.
     """
+    if bare(q, k, q_weight, k_weight, cos, sin, position_ids):
+        cos, sin = angles(cos, sin, position_ids)
+        return forward_torch(q, q_weight, cos, sin, eps)[0], forward_torch(k, k_weight, cos, sin, eps)[0]
     q, k = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k))
-    return apply(QKNormRope, q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), position_ids, eps)
+    return QKNormRope.apply(q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), position_ids, eps)

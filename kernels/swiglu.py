@@ -7,7 +7,7 @@ and up and computes silu again. gate and up may be the two halves of one fused p
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import apply, tl, triton, use_triton
+from kernels.dispatch import bare, tl, triton, use_triton
 
 
 def swiglu_ref(gate, up):
@@ -93,7 +93,9 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(gate, up):
     """silu(gate) * up, elementwise: gate and up [..., D] of one shape -> [..., D]."""
+    if bare(gate, up):
+        return forward_torch(gate, up)
     shape, width = gate.shape, gate.shape[-1]
     gate, up = (x.reshape(-1, width) for x in (gate, up))
     gate, up = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate, up))
-    return apply(SwiGLU, gate, up).view(shape)
+    return SwiGLU.apply(gate, up).view(shape)

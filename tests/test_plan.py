@@ -3,6 +3,7 @@ CPU, activations with what autograd really keeps; a run that cannot fit ends bef
 for 8 x 80 GB and 8 x 141 GB (pytest -s), beside the numbers that follow from the shapes by hand."""
 
 import json
+import random
 import types
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import plan
 import test_presets
 from conftest import make_tiny, run_python
+from data import shared_prefixes
 from kernels.attention import flash_attention_varlen_ref
 from model import QWEN3_SIZES, Qwen3Config, hf_config
 from plan import activation_elements, memory_plan, time_plan
@@ -88,6 +90,22 @@ def measure(checkpointing):
         measured += whole - kept_for_backward(model, lambda: model.packed_hidden(*packed))
         model.config.num_hidden_layers = 6
     return 4 * T * activation_elements(model.config, checkpointing), measured
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_prefixes_keep_less_than_the_plan_says(checkpointing):
+    """The plan is for sequences that have nothing in common. Attention holds a copy of q, k and v for every token, so sharing must save
+    more than these cost even where it is only just worth it (a tenth of the tokens)."""
+    model = make_tiny(hidden_size=64, intermediate_size=192, num_hidden_layers=6, head_dim=16)
+    model.gradient_checkpointing = checkpointing
+    draw = random.Random(0)
+    for common_tokens in (22, 80):
+        sequences = [[1] * common_tokens + draw.choices(range(2, 61), k=100 - common_tokens) for _ in range(2)]
+        shared = shared_prefixes(sequences, "cpu")
+        packed = torch.tensor(sum(sequences, [])), torch.tensor([0, 100, 200], dtype=torch.int32), 100, torch.arange(200)
+        alone, less = (kept_for_backward(model, lambda given=given: model.packed_hidden(*packed, given)) for given in (None, shared))
+        print(f"checkpointing {checkpointing}, {len(shared[0])} of 200 tokens computed: {less} of {alone} bytes, {less / alone:.1%}")
+        assert less < alone
 
 
 def test_kv_cache_is_what_the_sampler_allocates(world):
