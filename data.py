@@ -262,7 +262,8 @@ def shared_prefixes(sequences, device):
     starts = np.cumsum([0, *map(len, sequences)])
     copy_T, order = np.arange(starts[-1]), sorted(range(len(sequences)), key=lambda i: (sequences[i], i))
     for a, b in zip(order, order[1:]):  # sorted: nobody has a longer prefix in common with b than the one before it
-        length = len(os.path.commonprefix([sequences[a], sequences[b]]))
+        pairs = enumerate(zip(sequences[a], sequences[b]))
+        length = next((i for i, (x, y) in pairs if x != y), min(len(sequences[a]), len(sequences[b])))
         copy_T[starts[b] : starts[b] + length] = copy_T[starts[a] : starts[a] + length]
     first_U, copy_T = np.unique(copy_T, return_inverse=True)
     return (torch.from_numpy(first_U).to(device), torch.from_numpy(copy_T).to(device)) if len(first_U) < 0.9 * len(copy_T) else None
