@@ -1,6 +1,6 @@
 """One GRPO step -- rollouts, rewards, one update -- beside TRL's GRPOTrainer: same model, prompts, group size and reward.
 
-    python bench/grpo.py [--rounds=7]      # makes .venv-peers and out/bench, writes bench/grpo.json and .png
+    python bench/grpo.py [--rounds=15]      # makes .venv-peers and out/bench, writes bench/grpo.json and .png
 
 Two settings, both fp32, one thread, temperature 1, no KL term, AdamW, one update a batch:
   fixed    the toy's untrained model, every completion 80 tokens long (no stop token), reward: how rare the letter e is. Every
@@ -115,7 +115,7 @@ def trl(setting):
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--settings", default="fixed,math")
     parser.add_argument("--contestant", default="")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """The built-in sampler beside transformers' generate and vLLM's CPU build: same model, prompts, lengths and temperature.
 
-    python bench/sampler.py [--rounds=5]   # writes bench/sampler.json and .png; vLLM if .venv-vllm is there (see README)
+    python bench/sampler.py [--rounds=15]   # writes bench/sampler.json and .png; vLLM if .venv-vllm is there (see README)
 
 16 toy math prompts x 8 samples, fp32, one thread, temperature 1, nothing cut from the distribution. "fixed": 80 tokens each, no
 stop token, random weights. "eos": the toy's SFT model, which ends after 20 to 60 tokens. Ours returns the log-probs of what it
@@ -85,7 +85,7 @@ def vllm(setting, folder, logprobs):
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--settings", default="fixed,eos")
     parser.add_argument("--contestant", default="")
     args = parser.parse_args()

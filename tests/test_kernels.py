@@ -201,6 +201,25 @@ def test_cpu_path_equals_the_reference(name):
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"])
+def test_without_gradients_the_bits_are_the_same(name):
+    """The sampler's short way on CPUs; strided inputs, as views into a larger projection."""
+    function, _, inputs = cases()[name]
+    inputs = [torch.stack((x, x), -1)[..., 0].detach() if x.is_floating_point() else x for x in inputs]
+    as_list = lambda out: list(out) if isinstance(out, tuple) else [out]
+    with torch.no_grad():
+        bare = as_list(function(*inputs))
+    assert all(torch.equal(a, b) for a, b in zip(bare, as_list(function(*inputs)), strict=True))
+
+
+def test_angles_follow_position_ids_that_are_changed_in_place():
+    q, k, q_weight, k_weight, cos, sin, position_ids = rope_inputs()
+    for _ in range(2):
+        got, expected = (f(q, k, q_weight, k_weight, cos, sin, position_ids)[0] for f in (qk_norm_rope, qk_norm_rope_ref))
+        assert (got - expected).abs().max() < 1e-12
+        position_ids += 2 - position_ids // 7 * 2
+
+
 @pytest.mark.parametrize("starts, length", [((0,), 1), ((2, 0, 6), 7), ((0, 0), 40)])
 def test_decode_attention_is_the_last_row_of_full_attention(starts, length):
     torch.manual_seed(0)
