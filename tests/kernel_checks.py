@@ -336,7 +336,7 @@ def int64_offsets(modules):
         z, dz, target, ones3, logprob, logprob, lse, ones3, logprob, z.stride(0), dz.stride(0), 0, 8, 1,
         HAS_DENTROPY=False, BLOCK=8,
     )  # fmt: skip
-    token, drawn = draw.sample_tokens(z, torch.rand(3))
+    draws = [draw.sample_tokens(z, uniform_3) for uniform_3 in torch.rand(8, 3)]  # one might be right by chance
     logprobs = torch.log_softmax(z, dim=-1)
     yield "rms_norm", compare_far(norm.rms_norm, norm.rms_norm_ref, [x], ones)
     yield "qk_norm_rope", compare_far(rope.qk_norm_rope, rope.qk_norm_rope_ref, [q, k], ones, ones, angle, angle, rows)
@@ -348,7 +348,7 @@ def int64_offsets(modules):
     yield "decode_attention", (far - near).abs().max().item()
     exact = logprobs.gather(1, target[:, None])[:, 0], torch.nn.functional.one_hot(target, 8) - logprobs.exp()
     yield "linear_logprob", worst((a - b).abs().max().item() for a, b in zip((logprob, dz), exact))
-    yield "sampling", (drawn - logprobs.gather(1, token[:, None])[:, 0]).abs().max().item()
+    yield "sampling", worst((drawn - logprobs.gather(1, token[:, None])[:, 0]).abs().max().item() for token, drawn in draws)
 
 
 def compare_far(fn, ref, far, *rest):
@@ -380,5 +380,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     else:  # the name of a file: its kernels with int32 row offsets, which crash or read the wrong rows
+        torch.manual_seed(0)
         int32 = {sys.argv[1]: broken(sys.argv[1], "tl.int64", "tl.int32")}
         print(json.dumps(dict(int64_offsets(FAR_KERNELS | int32))))
