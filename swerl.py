@@ -343,7 +343,7 @@ def metric(rollout):
     files = apply_edits(rollout.text, row["files"])
     golden = changes(row["files"], apply_patch(row["golden_patch"], row["files"]))
     programs = [path for path in golden if path.endswith(".py")]
-    if files is None or "tests" not in row or len(programs) != 1:
+    if files is None or not row.get("tests", {}).get("inputs") or len(programs) != 1:
         return float(files is not None and changes(row["files"], files) == golden)
     import coderl  # the sandboxed runner; the reward above needs none of it
 

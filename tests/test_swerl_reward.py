@@ -362,6 +362,8 @@ def test_the_metric_runs_the_patched_program_where_the_row_has_tests():
     right = THINK + block("app.py", "    return a - b", "    return b + a  # the sum")
     wrong = THINK + block("app.py", "    return a - b", "    return a * b")
     assert [swerl.metric(rollout(text, **more)) for text in (right, wrong)] == [1.0, 0.0]
+    more["tests"] = {"inputs": [], "outputs": []}  # no program passes tests that are not there: the golden change again
+    assert [swerl.metric(rollout(text, **more)) for text in (THINK + block("app.py", "    return a - b", "    return a + b"), right, wrong)] == [1.0, 0.0, 0.0]
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------
