@@ -2,8 +2,8 @@
 
 The built-in sampler runs anywhere: one packed prefill that every sample of a prompt shares, then batched decoding with a KV
 cache. Finished rows leave the batch and are handed on at once, so that their rewards are computed while others still decode.
-Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with. There are no CUDA
-graphs: they want batch and cache of fixed addresses, where here rows leave and caches shrink, and nobody has measured what they save.
+Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with. On a GPU a decoding step
+is a CUDA graph, captured again when rows leave or the cache grows: launched op by op, 0.6B takes 22 ms where its work takes 3.
 
 vLLM takes the same calls. It lives in the training process and must agree with the trainer's log-probs after every update.
 
@@ -140,6 +140,27 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
     return gap
 
 
+class Replay:
+    """A function of tensors, whose shapes stay, as a CUDA graph: recorded once, then launched as a whole. The first calls run op by op: they
+    compile what is not compiled yet, and where shapes change soon no recording pays. On CPUs all do."""
+
+    def __init__(self, function, op_by_op=4):
+        self.function, self.left, self.graph = function, op_by_op, None
+
+    def __call__(self, *inputs):
+        if self.left or not inputs[0].is_cuda:
+            self.left = max(self.left - 1, 0)
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads (NCCL's) may ask the device something
+                self.output = self.function(*self.inputs)
+        for mine, x in zip(self.inputs, inputs, strict=True):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.output
+
+
 class TorchEngine:
     """The built-in sampler. Where the trained weights are whole (one process or --shard=replicate, on CPUs) it decodes with the trained
     module itself; beside sharded ones it keeps a whole replica that sync() refreshes and compares with the trainer."""
@@ -197,7 +218,7 @@ class TorchEngine:
         logits_BV, cache = self._prefill(rollouts, width, device)
         position_B = lengths_B.to(device)
         bias_B1S = slot_bias(width - position_B, width, width)
-        alive = list(range(len(rollouts)))  # batch row -> rollout
+        alive, decode = list(range(len(rollouts))), None  # batch row -> rollout
         uniform_BS = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens)).float()
         for step in range(max_new_tokens):
             token_B, logprob_B = sample_tokens(logits_BV, uniform_BS[alive, step].to(device), **sampling)
@@ -221,14 +242,16 @@ class TorchEngine:
                 token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
                 for i, layer in enumerate(cache):  # one after the other: two caches at once might not fit
                     cache[i] = tuple(t[index] for t in layer)
+                decode = None
             slot = width + step
             if slot == cache[0][0].shape[2]:  # it grows as it fills: a cache with few empty slots is read fastest
                 more = min(max(16, slot // 8), max_new_tokens - step)
                 for i, layer in enumerate(cache):
                     cache[i] = tuple(torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2) for t in layer)
-                bias_B1S = slot_bias(slot - position_B, slot, slot + more)
+                bias_B1S, decode = slot_bias(slot - position_B, slot, slot + more), None
             bias_B1S[..., slot] = 0.0
-            logits_BV = self._decode(token_B, position_B, cache, bias_B1S, slot)
+            decode = decode or Replay(lambda *now: self._decode(*now, cache, bias_B1S))
+            logits_BV = decode(token_B, position_B, torch.tensor([slot], device=device))
             position_B = position_B + 1
 
     def _prefill(self, rollouts, width, device):
@@ -259,14 +282,14 @@ class TorchEngine:
         logits_PV = F.linear(hidden_PD, self.model.head_weight).float()
         return logits_PV[prompt_B], cache
 
-    def _decode(self, token_B, position_B, cache, bias_B1S, slot):
-        """One token a row: write its key and value at `slot`, attend to the row's slots up to it, return logits [B, V]."""
-        start_B = slot - position_B
+    def _decode(self, token_B, position_B, slot_1, cache, bias_B1S):
+        """One token a row: write its key and value at the slot, attend to the row's slots up to it, return logits [B, V]."""
+        start_B, length_1 = slot_1 - position_B, slot_1 + 1
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
-            k_BKSH, v_BKSH = cache[layer]
-            k_BKSH[:, :, slot], v_BKSH[:, :, slot] = k_BKH, v_BKH
-            return decode_attention(q_BNH, k_BKSH, v_BKSH, start_B, slot + 1, bias_B1S)
+            for t_BKSH, new_BKH in zip(cache[layer], (k_BKH, v_BKH)):
+                t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])
+            return decode_attention(q_BNH, *cache[layer], start_B, length_1, bias_B1S)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)
         return F.linear(hidden_BD, self.model.head_weight).float()

@@ -111,10 +111,10 @@ def measure_padding(point, repeats):
         counts[f"{where['now']} rows"][0] += len(input_ids_T)
         return hidden_states(self, input_ids_T, *args, **kwargs)
 
-    def counting_decode(self, token_B, position_B, cache, bias_B1S, slot):
+    def counting_decode(self, token_B, position_B, slot_1, cache, bias_B1S):
         counts["rollout slots"][0] += len(token_B) * cache[0][0].shape[2]
         counts["rollout slots"][1] += int((position_B + 1).sum())
-        return decode(self, token_B, position_B, cache, bias_B1S, slot)
+        return decode(self, token_B, position_B, slot_1, cache, bias_B1S)
 
     def counting_sdpa(q, k, v, scale):
         if where["now"] == "update":

@@ -52,11 +52,13 @@ def flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale=No
 
 
 @triton.jit
-def load_rows(ptr, rows, length, token_stride, H: tl.constexpr, H_BLOCK: tl.constexpr):
-    """[rows, H] of one head of one sequence, zeros past its end; rows is int64, so no offset can wrap."""
+def load_rows(ptr, rows, length, token_stride, H: tl.constexpr, H_BLOCK: tl.constexpr, INSIDE: tl.constexpr = False):
+    """[rows, H] of one head of one sequence, zeros past its end (INSIDE: none is); rows is int64, so no offset can wrap."""
     cols = tl.arange(0, H_BLOCK)
-    mask = (rows[:, None] < length) & (cols[None, :] < H)
-    return tl.load(ptr + rows[:, None] * token_stride + cols[None, :], mask=mask, other=0.0)
+    place = ptr + rows[:, None] * token_stride + cols[None, :]
+    if INSIDE and H == H_BLOCK:
+        return tl.load(place)
+    return tl.load(place, mask=(rows[:, None] < length) & (cols[None, :] < H), other=0.0)
 
 
 @triton.jit
@@ -80,19 +82,19 @@ def locate(cu_seqlens_ptr, num_blocks, BLOCK: tl.constexpr):
 @triton.jit
 def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
            MASKED: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Takes the keys start .. stop into the online softmax of a block of queries; scale has log2(e) in it."""
+    """Takes the keys start .. stop into the online softmax of a block of queries; scale > 0 has log2(e) in it."""
     for first in range(start, stop, BLOCK_K):
         cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
-        k = load_rows(k_ptr, cols, length, k_stride, H, H_BLOCK)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        k = load_rows(k_ptr, cols, length, k_stride, H, H_BLOCK, not MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(cols[None, :] <= rows[:, None], scores, -float("inf"))
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        p = tl.exp2(scores - new_m[:, None])
+        new_m = tl.maximum(m, tl.max(scores, 1) * scale)  # scaled only here, so that below it is one multiply-add an entry
+        p = tl.exp2(scores * scale - new_m[:, None])
         shrink = tl.exp2(m - new_m)
         total = total * shrink + tl.sum(p, 1)
         m = new_m
-        v = load_rows(v_ptr, cols, length, v_stride, H, H_BLOCK)
+        v = load_rows(v_ptr, cols, length, v_stride, H, H_BLOCK, not MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, m, total
 
@@ -132,35 +134,58 @@ def attention_backward_kv(
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of keys of one key head; blocks are computed transposed, [keys, queries]."""
+    """One program per block of keys of one key head; blocks are computed transposed, [keys, queries]. Tensor descriptors (TMA: the
+    copy engine computes addresses and puts zeros past the end) leave registers to dk and dv: 4.3 ms where pointers took 5.8."""
     begin, length, first_col = locate(cu_seqlens_ptr, num_blocks, BLOCK_K)
     if first_col >= length:
         return
-    kv_head = tl.program_id(1)
-    cols = first_col + tl.arange(0, BLOCK_K).to(tl.int64)
-    k = load_rows(k_ptr + begin * k_stride + kv_head * H, cols, length, k_stride, H, H_BLOCK)
-    v = load_rows(v_ptr + begin * v_stride + kv_head * H, cols, length, v_stride, H, H_BLOCK)
+    kv_head, length, first_col = tl.program_id(1), length.to(tl.int32), first_col.to(tl.int32)
+    cols = first_col + tl.arange(0, BLOCK_K)
+    k_rows = tl.make_tensor_descriptor(k_ptr + begin * k_stride + kv_head * H, [length, H], [k_stride, 1], [BLOCK_K, H_BLOCK])
+    v_rows = tl.make_tensor_descriptor(v_ptr + begin * v_stride + kv_head * H, [length, H], [v_stride, 1], [BLOCK_K, H_BLOCK])
+    k, v = k_rows.load([first_col, 0]), v_rows.load([first_col, 0])
     dk = tl.zeros([BLOCK_K, H_BLOCK], tl.float32)
     dv = tl.zeros([BLOCK_K, H_BLOCK], tl.float32)
     for head in range(kv_head * (N // K), (kv_head + 1) * (N // K)):
+        q_rows = tl.make_tensor_descriptor(q_ptr + begin * q_stride + head * H, [length, H], [q_stride, 1], [BLOCK_Q, H_BLOCK])
+        dout_rows = tl.make_tensor_descriptor(dout_ptr + (begin * N + head) * H, [length, H], [N * H, 1], [BLOCK_Q, H_BLOCK])
+        per_row = begin + tl.cast(head, tl.int64) * num_tokens
         for first in range(first_col // BLOCK_Q * BLOCK_Q, length, BLOCK_Q):
-            rows = first + tl.arange(0, BLOCK_Q).to(tl.int64)
-            q = load_rows(q_ptr + begin * q_stride + head * H, rows, length, q_stride, H, H_BLOCK)
-            dout = load_rows(dout_ptr + (begin * N + head) * H, rows, length, N * H, H, H_BLOCK)
-            per_row = begin + rows + tl.cast(head, tl.int64) * num_tokens
-            lse = tl.load(lse_ptr + per_row, mask=rows < length, other=float("inf"))  # rows past the end: p = 0
-            delta = tl.load(delta_ptr + per_row, mask=rows < length, other=0.0)
+            rows = first + tl.arange(0, BLOCK_Q)
+            q = q_rows.load([first, 0])
+            lse = tl.load(lse_ptr + per_row + rows, mask=rows < length, other=float("inf"))  # rows past the end: p = 0
             # p = exp(scores - lse)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
             p = tl.where(cols[:, None] <= rows[None, :], p, 0.0)
             # dv += p^T dout
+            dout = dout_rows.load([first, 0])
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
             # ds = p * (dout v^T - delta)
+            delta = tl.load(delta_ptr + per_row + rows, mask=rows < length, other=0.0)
             ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
             # dk += ds^T q
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    store_rows(dk_ptr + (begin * K + kv_head) * H, dk * softmax_scale, cols, length, K * H, H, H_BLOCK)
-    store_rows(dv_ptr + (begin * K + kv_head) * H, dv, cols, length, K * H, H, H_BLOCK)
+    wide = cols.to(tl.int64)
+    store_rows(dk_ptr + (begin * K + kv_head) * H, dk * softmax_scale, wide, length, K * H, H, H_BLOCK)
+    store_rows(dv_ptr + (begin * K + kv_head) * H, dv, wide, length, K * H, H, H_BLOCK)
+
+
+@triton.jit
+def backward_keys(dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
+                  MASKED: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Adds what the keys start .. stop give to dq of a block of queries."""
+    for first in range(start, stop, BLOCK_K):
+        cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
+        k = load_rows(k_ptr, cols, length, k_stride, H, H_BLOCK, not MASKED)
+        v = load_rows(v_ptr, cols, length, v_stride, H, H_BLOCK, not MASKED)
+        # p = exp(scores - lse)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        if MASKED:
+            p = tl.where(cols[None, :] <= rows[:, None], p, 0.0)
+        # dq += (p * (dout v^T - delta)) k
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
 
 
 @triton.jit
@@ -187,16 +212,11 @@ def attention_backward_q(
     k_ptr += begin * k_stride + head // (N // K) * H
     v_ptr += begin * v_stride + head // (N // K) * H
     dq = tl.zeros([BLOCK_Q, H_BLOCK], tl.float32)
-    for first in range(0, tl.minimum(first_row + BLOCK_Q, length), BLOCK_K):
-        cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
-        k = load_rows(k_ptr, cols, length, k_stride, H, H_BLOCK)
-        v = load_rows(v_ptr, cols, length, v_stride, H, H_BLOCK)
-        # p = exp(scores - lse)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
-        p = tl.where(cols[None, :] <= rows[:, None], p, 0.0)
-        # dq += (p * (dout v^T - delta)) k
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    diagonal = first_row // BLOCK_K * BLOCK_K
+    for masked in tl.static_range(2):
+        start, stop = (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
+        dq = backward_keys(dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
+                           masked, H, H_BLOCK, BLOCK_K)  # fmt: skip
     store_rows(dq_ptr + (begin * N + head) * H, dq * softmax_scale, rows, length, N * H, H, H_BLOCK)
 
 
@@ -232,19 +252,23 @@ class FlashAttention(torch.autograd.Function):
         blocks_q, blocks_k = triton.cdiv(max_seqlen, 128), triton.cdiv(max_seqlen, 64)
         attention_backward_q[(blocks_q * num_seqs, n)](
             q, k, v, out, dout, lse, delta, dq, cu_seqlens, *strides, total, blocks_q, scale * LOG2E, scale,
-            **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=2,
+            **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3,
         )  # fmt: skip
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))  # descriptors; per thread
         attention_backward_kv[(blocks_k * num_seqs, k.shape[1])](
             q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *strides, total, blocks_k, scale * LOG2E, scale,
-            **model_constants(q, k), BLOCK_Q=64, BLOCK_K=64, num_warps=8, num_stages=2,
+            **model_constants(q, k), BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2,
         )  # fmt: skip
         return dq, dk, dv, None, None, None
 
 
 def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
-    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int."""
+    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int. On GPUs a head has a
+    multiple of 16 bytes, or the copy engine cannot take it (ValueError)."""
     if not use_triton(q, k, v, cu_seqlens):
         return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
     q, k, v = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    if q.shape[2] * q.element_size() % 16:
+        raise ValueError(f"a head of {q.shape[2]} numbers of {q.element_size()} bytes: on GPUs a multiple of 16 bytes is needed")
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, softmax_scale)

@@ -47,7 +47,7 @@ def decode_attention_ref(q, k_cache, v_cache, start, length, bias=None):
 @triton.jit
 def decode_split(
     q_ptr, k_ptr, v_ptr, start_ptr, out_ptr, acc_ptr, m_ptr, total_ptr,
-    k_row_stride, k_head_stride, k_slot_stride, v_row_stride, v_head_stride, v_slot_stride, length, num_splits, scale,
+    k_row_stride, k_head_stride, k_slot_stride, v_row_stride, v_head_stride, v_slot_stride, length_ptr, num_splits, scale,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr,
     G_BLOCK: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def decode_split(
     split = tl.program_id(0) % num_splits
     kv_head = tl.program_id(0) // num_splits % K
     row = (tl.program_id(0) // num_splits // K).to(tl.int64)
-    first = tl.load(start_ptr + row).to(tl.int64) + split * SPLIT
+    first, length = tl.load(start_ptr + row).to(tl.int64) + split * SPLIT, tl.load(length_ptr).to(tl.int64)
     if first >= length:  # a row with fewer splits than the longest
         return
     G: tl.constexpr = N // K
@@ -84,12 +84,12 @@ def decode_split(
 
 @triton.jit
 def decode_join(
-    acc_ptr, m_ptr, total_ptr, start_ptr, out_ptr, length, num_splits,
+    acc_ptr, m_ptr, total_ptr, start_ptr, out_ptr, length_ptr, num_splits,
     N: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPLITS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per query head of one row: its splits, each scaled from its own max to the common one, summed."""
     head = tl.program_id(0).to(tl.int64)
-    splits = tl.cdiv(length - tl.load(start_ptr + head // N), SPLIT)
+    splits = tl.cdiv(tl.load(length_ptr) - tl.load(start_ptr + head // N), SPLIT)
     acc = tl.zeros([H_BLOCK], tl.float32)
     m, total = -float("inf"), 0.0
     for first in range(0, splits, SPLITS_BLOCK):
@@ -107,8 +107,10 @@ def decode_join(
 
 
 def decode_attention_triton(q, k_cache, v_cache, start, length):
-    """Launches one program per row, key head and split of the longest row that is possible; then the join."""
-    (B, N, H), K, splits = q.shape, k_cache.shape[1], triton.cdiv(length, SPLIT)
+    """Launches one program per row, key head and split of the longest row that the cache can hold; then the join."""
+    (B, N, H), (K, S) = q.shape, k_cache.shape[1:3]
+    length = length if isinstance(length, torch.Tensor) else torch.full((1,), length, device=q.device)
+    splits = triton.cdiv(S, SPLIT)  # not of length, which only the GPU knows: programs past it end at once
     sizes, q = model_constants(q, k_cache), q.contiguous()
     out = torch.empty_like(q)
     acc = q.new_empty(B, N, splits, H, dtype=torch.float32) if splits > 1 else out  # unused pointers: any tensor
@@ -127,7 +129,8 @@ def decode_attention_triton(q, k_cache, v_cache, start, length):
 
 
 def decode_attention(q, k_cache, v_cache, start, length, bias=None):
-    """q [B, N, H]; k_cache, v_cache [B, K, S, H], any strides but the last; start [B] int, below length, a Python int.
+    """q [B, N, H]; k_cache, v_cache [B, K, S, H], any strides but the last; start [B] int, below length: an int, or a tensor [1]
+    that is read on the device, so that a captured CUDA graph can be replayed for the next token.
 
     Returns [B, N, H]. bias: slot_bias of all S slots, made once for many calls; only the CPU path reads it."""
     if not use_triton(q, k_cache, v_cache, start):

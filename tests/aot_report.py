@@ -30,7 +30,7 @@ ATTN_8B = dict(N=32, K=8, H=128, H_BLOCK=128, BLOCK_K=64)
 ATTN_TOY = dict(N=4, K=2, H=24, H_BLOCK=32, BLOCK_K=64)
 SCALARS = "i32 i32 i32 i32 i32 fp32"  # three strides, num_tokens, num_blocks, scale
 
-DECODE_IN = f"{BF} {BF} {BF} {INT} {BF} {FP} {FP} {FP} " + "i32 " * 8 + "fp32"  # six strides, length, num_splits, scale
+DECODE_IN = f"{BF} {BF} {BF} {INT} {BF} {FP} {FP} {FP} " + "i32 " * 6 + f"{INT} i32 fp32"  # six strides, length, num_splits, scale
 DECODE_8B = ATTN_8B | dict(G_BLOCK=16, SPLIT=256, BLOCK=64)
 DECODE_8B.pop("BLOCK_K")
 DECODE_TOY = DECODE_8B | dict(N=4, K=2, H=24, H_BLOCK=32)
@@ -41,9 +41,9 @@ CONFIGS = [
     (rms_norm.rms_norm_forward, f"{BF} {BF} {BF} {BF} {BF} {FP} i32 i32 fp32", dict(D=5120, ADD=True, BLOCK=8192), 16, 3),
     (rms_norm.rms_norm_backward, f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32", dict(D=4096, ADD=True, BLOCK=4096), 8, 3),
     (rms_norm.rms_norm_backward, f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32", dict(D=5120, ADD=True, BLOCK=8192), 16, 3),
-    (qk_norm_rope.qk_norm_rope_forward, f"{ROPE_IN} {BF} {BF} {FP} {FP} i32 i32 fp32", ROPE_8B, 8, 3),
+    (qk_norm_rope.qk_norm_rope_forward, f"{ROPE_IN} {BF} {BF} {FP} {FP} i32 i32 fp32", ROPE_8B, 4, 3),
     (qk_norm_rope.qk_norm_rope_forward, f"{ROPE_IN} {BF} {BF} {FP} {FP} i32 i32 fp32", ROPE_TOY, 1, 3),
-    (qk_norm_rope.qk_norm_rope_backward, f"{BF} {BF} {ROPE_IN} {FP} {FP} {BF} {BF} {FP} i32 i32 i32 i32", ROPE_8B, 8, 3),
+    (qk_norm_rope.qk_norm_rope_backward, f"{BF} {BF} {ROPE_IN} {FP} {FP} {BF} {BF} {FP} i32 i32 i32 i32", ROPE_8B, 2, 3),
     (swiglu.swiglu_forward, f"{BF} {BF} {BF} i32 i32", dict(D=12288, BLOCK=1024), 4, 3),
     (swiglu.swiglu_backward, f"{BF} {BF} {BF} {BF} {BF} i32 i32", dict(D=12288, BLOCK=1024), 4, 3),
     (linear_logprob.fold_chunk, f"{FP} {INT} {FP} {FP} i32 i32 i32 i32", dict(BLOCK=4096), 8, 3),
@@ -52,13 +52,15 @@ CONFIGS = [
     (attention.attention_forward, f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}", ATTN_8B | dict(BLOCK_Q=128), 8, 3),
     (attention.attention_forward, f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}", ATTN_TOY | dict(BLOCK_Q=128), 8, 3),
     (attention.attention_backward_q, f"{BF} {BF} {BF} {BF} {BF} {FP} {FP} {BF} *i32 {SCALARS} fp32",
-     ATTN_8B | dict(BLOCK_Q=128), 8, 2),
+     ATTN_8B | dict(BLOCK_Q=128), 8, 3),
     (attention.attention_backward_kv, f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
-     ATTN_8B | dict(BLOCK_Q=64), 8, 2),
+     ATTN_8B | dict(BLOCK_Q=64), 4, 2),
+    (attention.attention_backward_kv, f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
+     ATTN_TOY | dict(BLOCK_Q=64), 4, 2),
     (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=False), 4, 3),
     (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=True), 4, 3),
     (decode_attention.decode_split, DECODE_IN, DECODE_TOY | dict(WHOLE=True), 4, 3),
-    (decode_attention.decode_join, f"{FP} {FP} {FP} {INT} {BF} i32 i32",
+    (decode_attention.decode_join, f"{FP} {FP} {FP} {INT} {BF} {INT} i32",
      dict(N=32, H=128, H_BLOCK=128, SPLIT=256, SPLITS_BLOCK=16), 2, 3),
     (sampling.sample_kernel, f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
      dict(GREEDY=False, TOP_K=True, TOP_P=True, V=151936, BLOCK=4096), 8, 3),
@@ -95,7 +97,7 @@ def report(kernel, types, constants, num_warps, num_stages):
         "tensor_cores": (re.search(r"wgmma|mma\.sync", ptx) or [""])[0],
         "float_atomics": bool(re.search(r"(atom|red)\.\S*\.(f32|f16|bf16)", ptx)),
         "fp64": bool(re.search(r"(mul|add|fma|div)\S*\.f64", ptx)),
-        "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.\S*\s.*, 0x10\b", ptx)),
+        "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.\S*\s.*, 0x10\b|cp\.async\.bulk\.tensor", ptx)),
     }
 
 

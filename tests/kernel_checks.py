@@ -1,7 +1,10 @@
-"""Runs every Triton kernel in the interpreter on the CPU and prints its errors against float64 as one JSON object.
+"""Runs every Triton kernel and prints its errors against float64 as one JSON object: in the interpreter on the CPU, or on a GPU.
 
-Run by tests/test_kernels.py in a process of its own, because TRITON_INTERPRET has to be set before Triton is imported
-and the compiler does not work beside the interpreter. By hand: TRITON_INTERPRET=1 python tests/kernel_checks.py
+    python tests/kernel_checks.py            # run by tests/test_kernels.py
+    python tests/kernel_checks.py cuda       # run by tests/test_gpu.py
+
+A process of its own, because TRITON_INTERPRET has to be set before Triton is imported and the compiler does not work beside
+the interpreter.
 """
 
 import importlib.util
@@ -11,7 +14,8 @@ import pathlib
 import sys
 import tempfile
 
-os.environ["TRITON_INTERPRET"] = "1"
+ON_GPU = sys.argv[1:] == ["cuda"]
+os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -36,7 +40,7 @@ def poison_empty():
     def poisoned(make):
         def fill(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(2**30)
+            return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max // 2)
 
         return fill
 
@@ -163,8 +167,8 @@ def linear_cross_entropy_fp32(module=linear_cross_entropy):
 
 @check
 def linear_heads_bf16():
-    """bf16 operands with fp32 logits and sums, where PyTorch's CPU product for that pair is stood in for."""
-    for module in (linear_logprob, linear_cross_entropy):
+    """bf16 operands with fp32 logits and sums; PyTorch's CPU has no product for that pair, so there it is stood in for."""
+    for module in (linear_logprob, linear_cross_entropy) if not ON_GPU else ():
         module.mm_fp32 = lambda a, b, out: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
         module.addmm_fp32 = lambda out, a, b: out.addmm_(a.to(out.dtype), b.to(out.dtype))
     inputs, target = [randn(5, 8, dtype=torch.bfloat16), randn(300, 8, dtype=torch.bfloat16)], torch.randint(300, (5,))
@@ -249,10 +253,8 @@ def sampling_fp32(module=sampling):
         uniform = torch.rand(4)
         uniform[0], uniform[3] = 0.0, 1 - 2**-24
         token, logprob = module.sample_tokens(logits, uniform, temperature, top_p, top_k)
-        low, high = (
-            module.sample_tokens_ref(logits, (uniform + d).clamp(0, 1 - 2**-24), temperature, top_p, top_k)[0]
-            for d in (-1e-5, 1e-5)
-        )
+        at = lambda d, how=(temperature, top_p, top_k), uniform=uniform: ((uniform + d).clamp(0, 1 - 2**-24).cpu(), *how)
+        low, high = (module.sample_tokens_ref(logits.cpu(), *at(d))[0].to(token.device) for d in (-1e-5, 1e-5))
         exact = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1).gather(1, token[:, None])
         errors += [float(((token < low) | (token > high)).any()), (logprob - exact[:, 0]).abs().max().item()]
     return worst(errors)
@@ -285,7 +287,7 @@ def broken(name, right, wrong):
 
 MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("rms_norm", "(tl.sum(g * x_hat) / D)", "(tl.sum(g) / D)", rms_norm_fp32),
-    ("rms_norm", "dx += tl.load(dsummed_ptr", "dx += 0 * tl.load(dsummed_ptr", add_rms_norm_fp32),
+    ("rms_norm", "dx += dsummed", "dx += 0 * dsummed", add_rms_norm_fp32),
     ("rms_norm", "mask = cols < D", "mask = cols < D - 1", rms_norm_fp32),
     ("qk_norm_rope", "dy1 * cos + dy2 * sin", "dy1 * cos - dy2 * sin", qk_norm_rope_fp32),
     ("qk_norm_rope", "z2 * cos + z1 * sin, heads", "z2 * cos - z1 * sin, heads", qk_norm_rope_fp32),
@@ -309,13 +311,21 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
 
 
 def far_rows(*shape, rows=3, dtype=torch.float32):
-    """Rows 2^30 elements apart in a sparse file: 9 GB of addresses, a few KB on disk. Row 2 lies beyond int32."""
-    file = tempfile.NamedTemporaryFile(delete=False)
-    size = 2**30 * (rows - 1) + torch.Size(shape).numel()
-    far = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
-    os.unlink(file.name)
+    """Rows 2^30 elements apart, so that row 2 lies beyond int32: in a sparse file, 9 GB of addresses and a few KB on disk, or in
+    9 GB of a GPU, in which every call gets columns of its own."""
+    size = 2**30 * (rows - 1) + (first := far_rows.used * ON_GPU) + torch.Size(shape).numel()
+    if ON_GPU:
+        far_rows.memory = torch.zeros(2**31 + 2**20, dtype=dtype) if far_rows.memory is None else far_rows.memory
+        far, far_rows.used = far_rows.memory, -(-(size % 2**30) // 128) * 128
+    else:
+        file = tempfile.NamedTemporaryFile(delete=False)
+        far = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+        os.unlink(file.name)
     strides = torch.empty(shape).stride()
-    return far.as_strided((rows, *shape), (2**30, *strides)).copy_(torch.randn(rows, *shape))
+    return far.as_strided((rows, *shape), (2**30, *strides), first).copy_(torch.randn(rows, *shape))
+
+
+far_rows.memory, far_rows.used = None, 0
 
 
 def int64_offsets(modules):
@@ -377,7 +387,8 @@ FAR_KERNELS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
+    if ON_GPU or len(sys.argv) == 1:
+        torch.set_default_device("cuda" if ON_GPU else "cpu")
         main()
     else:  # the name of a file: its kernels with int32 row offsets, which crash or read the wrong rows
         torch.manual_seed(0)
