@@ -255,6 +255,7 @@ def plot(rows, title, path):
     for axis, key, label in zip(axes, ("mfu", "peak_gib"), ("share of this GPU's matmul rate (MFU)", "peak GiB")):
         bars = axis.barh(range(len(found)), [row[key] for row in found], color=["tab:blue" if row["who"] == "ours" else "0.7" for row in found])
         axis.bar_label(bars, fmt="%.2f" if key == "mfu" else "%.0f", fontsize=8, padding=2)
+        axis.margins(x=0.08)
         axis.set_xlabel(label)
     axes[0].set_yticks(range(len(found)), names, fontsize=8)
     axes[0].invert_yaxis()

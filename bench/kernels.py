@@ -96,6 +96,12 @@ def sorted_sampling(logits, uniform, temperature, top_p):
     return order.gather(1, place)[:, 0], torch.log_softmax(logits.float() / temperature, -1).gather(1, place)[:, 0]
 
 
+def logprob_entropy(hidden, weight, target):
+    """As trainers write it: bf16 logits, the softmax in fp32."""
+    logprobs = torch.log_softmax((hidden @ weight.T).float(), -1)
+    return logprobs.gather(1, target[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
 def cases(device, s):
     """name -> (inputs, contestants, bytes forward, bytes both, FLOPs forward, FLOPs both); ours comes first."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -122,12 +128,6 @@ def cases(device, s):
     cache = [torch.randn(s["B"], K, s["S"], H, device=device).to(dtype) for _ in range(2)]
     decode_args = start, s["S"] - 1, decode_attention.slot_bias(start, s["S"] - 1, s["S"])
     slots = int((s["S"] - 1 - start).sum())
-
-    def logprob_entropy(h, w, target):
-        """As trainers write it: bf16 logits, the softmax in fp32."""
-        logprobs = torch.log_softmax((h @ w.T).float(), -1)
-        return logprobs.gather(1, target[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
-
     ce = lambda h, w: F.cross_entropy((h @ w.T).float(), target, reduction="sum")  # noqa: E731
     table = {
         "rms_norm": ((x, norm_weight), dict(ours=rms_norm.rms_norm, eager=hf_rms_norm,

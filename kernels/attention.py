@@ -171,24 +171,6 @@ def attention_backward_kv(
 
 
 @triton.jit
-def backward_keys(dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
-                  MASKED: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """Adds what the keys start .. stop give to dq of a block of queries."""
-    for first in range(start, stop, BLOCK_K):
-        cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
-        k = load_rows(k_ptr, cols, length, k_stride, H, H_BLOCK, not MASKED)
-        v = load_rows(v_ptr, cols, length, v_stride, H, H_BLOCK, not MASKED)
-        # p = exp(scores - lse)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
-        if MASKED:
-            p = tl.where(cols[None, :] <= rows[:, None], p, 0.0)
-        # dq += (p * (dout v^T - delta)) k
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
-
-
-@triton.jit
 def attention_backward_q(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride,
     num_tokens, num_blocks, scale, softmax_scale,
@@ -213,10 +195,19 @@ def attention_backward_q(
     v_ptr += begin * v_stride + head // (N // K) * H
     dq = tl.zeros([BLOCK_Q, H_BLOCK], tl.float32)
     diagonal = first_row // BLOCK_K * BLOCK_K
-    for masked in tl.static_range(2):
+    for masked in tl.static_range(2):  # as in the forward kernel
         start, stop = (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
-        dq = backward_keys(dq, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
-                           masked, H, H_BLOCK, BLOCK_K)  # fmt: skip
+        for first in range(start, stop, BLOCK_K):
+            cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
+            k = load_rows(k_ptr, cols, length, k_stride, H, H_BLOCK, not masked)
+            v = load_rows(v_ptr, cols, length, v_stride, H, H_BLOCK, not masked)
+            # p = exp(scores - lse)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+            if masked:
+                p = tl.where(cols[None, :] <= rows[:, None], p, 0.0)
+            # dq += (p * (dout v^T - delta)) k
+            ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     store_rows(dq_ptr + (begin * N + head) * H, dq * softmax_scale, rows, length, N * H, H, H_BLOCK)
 
 

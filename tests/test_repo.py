@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file; in brackets what was planned, where it could not be held, and why
     "model.py": 445,
-    "engine.py": 375,  # two engines behind one call, greedy rows beside sampled ones
+    "engine.py": 400,  # (375) two engines behind one call, greedy rows beside sampled ones, and a decoding step as a CUDA graph
     "common.py": 220,
     "checkpoint.py": 190,  # one run a folder, whole or not there, checksums, pruning, resuming: one promise, and tests that kill it; not planned
     "plan.py": 105,  # memory and time of a run, from a config alone; not planned
@@ -43,7 +43,8 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "toy.py": 500,
     "run_cascade.sh": 100,
     "kernels/__init__.py": 20,
-    **{f"kernels/{name}.py": 250 for name in ("adamw", "attention", "decode_attention", "dispatch", "linear_cross_entropy", "linear_logprob",
+    "kernels/attention.py": 265,  # (250) the backward kernels end at the diagonal and read through descriptors: twice as fast on a GPU
+    **{f"kernels/{name}.py": 250 for name in ("adamw", "decode_attention", "dispatch", "linear_cross_entropy", "linear_logprob",
                                               "qk_norm_rope", "rms_norm", "sampling", "swiglu")},
 }  # fmt: skip
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
