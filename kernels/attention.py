@@ -254,12 +254,12 @@ class FlashAttention(torch.autograd.Function):
 
 
 def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
-    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int. On GPUs a head has a
-    multiple of 16 bytes, or the copy engine cannot take it (ValueError)."""
+    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int,
+    softmax_scale > 0. ValueError where a head is not a multiple of 16 bytes, as a GPU's copy engine wants it."""
     if not use_triton(q, k, v, cu_seqlens):
         return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
-    q, k, v = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    fits = lambda x: x.stride()[1:] == (x.shape[2], 1) and (x.stride(0) * x.element_size() | x.data_ptr()) % 16 == 0
+    q, k, v = (x if fits(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.shape[2] * q.element_size() % 16:
         raise ValueError(f"a head of {q.shape[2]} numbers of {q.element_size()} bytes: on GPUs a multiple of 16 bytes is needed")
-    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, softmax_scale or q.shape[-1] ** -0.5)
