@@ -115,7 +115,7 @@ def test_kv_cache_is_what_the_sampler_allocates(world):
     model = Qwen3.from_pretrained(world / "base")
     engine, seen = TorchEngine(model, load_tokenizer(world / "base")), []
     decode = engine._decode
-    engine._decode = lambda token, position, cache, *rest: (seen.append(sum(t.nbytes for pair in cache for t in pair)), decode(token, position, cache, *rest))[1]
+    engine._decode = lambda *args: (seen.append(sum(t.nbytes for pair in args[3] for t in pair)), decode(*args))[1]  # args[3]: the cache
     from engine import Rollout
 
     engine.generate([Rollout(row={}, group=0, prompt_ids=[5] * 11, seed=1)], 9, 1.0)
