@@ -288,7 +288,10 @@ class TorchEngine:
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
             for t_BKSH, new_BKH in zip(cache[layer], (k_BKH, v_BKH)):
-                t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])
+                if t_BKSH.is_cuda:  # where a graph has to find the slot on the device
+                    t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])
+                else:
+                    t_BKSH[:, :, slot_1.item()] = new_BKH
             return decode_attention(q_BNH, *cache[layer], start_B, length_1, bias_B1S)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)
