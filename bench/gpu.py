@@ -9,7 +9,8 @@ Random weights, random tokens, bf16 compute:
   pass     forward, cross-entropy and backward without activation checkpointing, on the same weights and tokens: ours, transformers
            (SDPA) and, where it is installed (pip install liger-kernel), transformers with Liger's kernels. Sequences of equal
            length, then of mixed lengths, which transformers has to pad. Contestants take turns; the losses have to agree.
-MFU counts 6 FLOPs a weight and token plus causal attention, nothing twice, over this GPU's own matmul rate, measured in the same run.
+MFU counts 6 FLOPs a weight and token plus causal attention, no recomputation, over this GPU's own matmul rate, measured in the same
+run; a prompt counts for each of its completions, shared or not.
 """
 
 import argparse
