@@ -53,7 +53,7 @@ def ceilings():
 
 
 def useful_flops(config, total, sequences):
-    """6 for a weight that multiplies and a token, 6 N H for a token and each token it attends to in a layer: forward and backward."""
+    """6 for a weight that multiplies and a token, 12 N H for a token and each of the n / 2 that it attends to in a layer: forward and backward."""
     weights = total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)  # looking up is no product
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return sum(6 * weights * n + attention * n * n for n in sequences)

@@ -238,14 +238,14 @@ class FlashAttention(torch.autograd.Function):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         (total, n, _), num_seqs, dout = q.shape, len(cu_seqlens) - 1, dout.contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        delta = torch.empty_like(lse)
+        delta, device = torch.empty_like(lse), q.device
         strides, (max_seqlen, scale) = (q.stride(0), k.stride(0), v.stride(0)), ctx.options
         blocks_q, blocks_k = triton.cdiv(max_seqlen, 128), triton.cdiv(max_seqlen, 64)
         attention_backward_q[(blocks_q * num_seqs, n)](
             q, k, v, out, dout, lse, delta, dq, cu_seqlens, *strides, total, blocks_q, scale * LOG2E, scale,
-            **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3,
+            **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3 if q.itemsize == 2 else 2,
         )  # fmt: skip
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=q.device))  # descriptors; per thread
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))  # descriptors; one a thread
         attention_backward_kv[(blocks_k * num_seqs, k.shape[1])](
             q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *strides, total, blocks_k, scale * LOG2E, scale,
             **model_constants(q, k), BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2,
@@ -255,11 +255,14 @@ class FlashAttention(torch.autograd.Function):
 
 def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
     """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int,
-    softmax_scale > 0. ValueError where a head is not a multiple of 16 bytes, as a GPU's copy engine wants it."""
+    softmax_scale > 0. ValueError where it is not, or on GPUs where a head is no multiple of 16 bytes, as the copy engine wants it."""
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not softmax_scale > 0:
+        raise ValueError(f"softmax_scale={softmax_scale}: expected a number above 0")
     if not use_triton(q, k, v, cu_seqlens):
         return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
     fits = lambda x: x.stride()[1:] == (x.shape[2], 1) and (x.stride(0) * x.element_size() | x.data_ptr()) % 16 == 0
     q, k, v = (x if fits(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.shape[2] * q.element_size() % 16:
         raise ValueError(f"a head of {q.shape[2]} numbers of {q.element_size()} bytes: on GPUs a multiple of 16 bytes is needed")
-    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, softmax_scale or q.shape[-1] ** -0.5)
+    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, softmax_scale)

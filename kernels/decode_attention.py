@@ -129,8 +129,8 @@ def decode_attention_triton(q, k_cache, v_cache, start, length):
 
 
 def decode_attention(q, k_cache, v_cache, start, length, bias=None):
-    """q [B, N, H]; k_cache, v_cache [B, K, S, H], any strides but the last; start [B] int, below length: an int, or a tensor [1]
-    that is read on the device, so that a captured CUDA graph can be replayed for the next token.
+    """q [B, N, H]; k_cache, v_cache [B, K, S, H], any strides but the last; start [B] int, below length. length: an int, or a
+    tensor [1] that is read on the device, so that a captured CUDA graph can be replayed for the next token.
 
     Returns [B, N, H]. bias: slot_bias of all S slots, made once for many calls; only the CPU path reads it."""
     if not use_triton(q, k_cache, v_cache, start):

@@ -57,6 +57,7 @@ CONFIGS = [
      ATTN_8B | dict(BLOCK_Q=64), 4, 2),
     (attention.attention_backward_kv, f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
      ATTN_TOY | dict(BLOCK_Q=64), 4, 2),
+    (attention.attention_backward_q, f"{FP} {FP} {FP} {FP} {FP} {FP} {FP} {FP} *i32 {SCALARS} fp32", ATTN_8B | dict(BLOCK_Q=128), 8, 2),
     (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=False), 4, 3),
     (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=True), 4, 3),
     (decode_attention.decode_split, DECODE_IN, DECODE_TOY | dict(WHOLE=True), 4, 3),
@@ -90,6 +91,7 @@ def report(kernel, types, constants, num_warps, num_stages):
     ptx = compiled.asm["ptx"]
     return {
         "kernel": f"{kernel.__name__} {constants}",
+        "fp32": all(kind in (FP, "*i32") for kind in types.split() if kind.startswith("*")),  # has to fit; nobody trains in it on a GPU
         "registers": regs,
         "spilled_bytes": stack + local,
         "shared_bytes": compiled.metadata.shared,

@@ -224,16 +224,18 @@ def test_the_sampler_s_log_probs_are_the_trainer_s(dtype, limit, tokenizer):
 
 
 def test_a_recorded_decoding_step_is_the_step(tokenizer, monkeypatch):
-    """Rows that end, and leave, at all times, and a cache that grows: the same tokens and the same log-probs with and without CUDA graphs."""
+    """Rows that end, and leave, at all times, a cache that grows, splits of it: the same tokens and log-probs with and without CUDA graphs."""
     model = make_tiny(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512, std=0.1).to("cuda", torch.bfloat16)
-    graph, runs = Replay.__init__, []
+    graph, runs, recorded = Replay.__init__, [], []
+    capture = torch.cuda.CUDAGraph.capture_end
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", lambda self: (recorded.append(len(runs)), capture(self))[1])
     for op_by_op in (4, 10**9):
         monkeypatch.setattr(Replay, "__init__", lambda self, function, calls=op_by_op: graph(self, function, calls))
         engine = TorchEngine(model, tokenizer)
         engine.stops = torch.arange(0, tokenizer.get_vocab_size(), 40)
-        runs.append([Rollout(row={}, group=0, prompt_ids=list(range(3, 9 + i % 5)), seed=request_seed(i)) for i in range(48)])
+        runs.append([Rollout(row={}, group=0, prompt_ids=[3 + n % 400 for n in range(195 + i % 5)], seed=request_seed(i)) for i in range(48)])
         engine.generate(runs[-1], 300, 0.8)
     lengths = sorted(len(r.completion_ids) for r in runs[0])
-    print(f"completions of {lengths[0]} to {lengths[-1]} tokens")
-    assert lengths[-1] > 60 and len(set(lengths)) > 10
+    print(f"completions of {lengths[0]} to {lengths[-1]} tokens, {len(recorded)} graphs")
+    assert set(recorded) == {1} and lengths[-1] > 60 and len(set(lengths)) > 10
     assert all(a.completion_ids == b.completion_ids and a.sampler_logprobs == b.sampler_logprobs for a, b in zip(*runs, strict=True))
