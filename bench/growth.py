@@ -116,10 +116,10 @@ def measure_padding(point, repeats):
         counts["rollout slots"][1] += int((position_B + 1).sum())
         return decode(self, token_B, position_B, slot_1, cache, bias_B1S)
 
-    def counting_sdpa(q, k, v, scale):
+    def counting_sdpa(q, k, v):
         if where["now"] == "update":
             counts["update slots"][0] += q.shape[0] * q.shape[1] ** 2 // 2
-        return sdpa(q, k, v, scale)
+        return sdpa(q, k, v)
 
     Qwen3.hidden_states, engine.TorchEngine._decode, attention.attention_sdpa = counting_hidden_states, counting_decode, counting_sdpa
     lengths = []

@@ -1,6 +1,6 @@
 """Causal grouped-query attention over packed sequences of different lengths (the "varlen" layout), exact and tiled.
 
-    out[t] = sum_s softmax_s(scale * q[t] . k[s]) v[s]       over the tokens s <= t of the sequence of t
+    out[t] = sum_s softmax_s(scale * q[t] . k[s]) v[s]       over the tokens s <= t of the sequence of t, scale = H^-0.5
 
 Sequences lie one behind another in [T, heads, H]; cu_seqlens holds where each begins and, last, where the last ends.
 Query head n reads key head n // (N / K). A program keeps a block of queries and walks over blocks of keys with a
@@ -23,18 +23,18 @@ LENGTH_STEP = 16  # CPU: sequences padded to one multiple of this share an SDPA 
 LOG2E = 1.4426950408889634  # exp2 is the hardware's exponential: exp(x) = exp2(x * log2(e))
 
 
-def attention_sdpa(q, k, v, scale):
+def attention_sdpa(q, k, v):
     """[batch, L, heads, H] -> [batch, L, N, H], causal. Padding on the right needs no mask: no token looks ahead."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
+def flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen):
     """The CPU path. Sequences of like length, right-padded to one length, go through SDPA together: twice as fast as
     padding all to max_seqlen at lengths of 40 to 160, and 3x as fast as a call per sequence at lengths of 3 to 20."""
     num_seqs, total = len(cu_seqlens) - 1, len(q)
     if num_seqs * max_seqlen == total:  # equally long: views only, nothing is copied
-        return attention_sdpa(*(x.unflatten(0, (num_seqs, max_seqlen)) for x in (q, k, v)), softmax_scale).flatten(0, 1)
+        return attention_sdpa(*(x.unflatten(0, (num_seqs, max_seqlen)) for x in (q, k, v))).flatten(0, 1)
     lengths = cu_seqlens.diff().long()
     padded = (lengths + LENGTH_STEP - 1) // LENGTH_STEP * LENGTH_STEP
     order = padded.argsort()
@@ -45,7 +45,7 @@ def flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale=No
     sizes = [length * count for length, count in zip(bucket_lengths, counts)]
     buffers = [x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, slots, x).split(sizes) for x in (q, k, v)]
     outs = [
-        attention_sdpa(*(x.unflatten(0, (count, length)) for x in bucket), softmax_scale).flatten(0, 1)
+        attention_sdpa(*(x.unflatten(0, (count, length)) for x in bucket)).flatten(0, 1)
         for length, count, *bucket in zip(bucket_lengths, counts, *buffers)
     ]
     return torch.cat(outs).index_select(0, slots)
@@ -102,8 +102,7 @@ def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, sta
 @triton.jit
 def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride, num_tokens, num_blocks, scale,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-    H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per block of queries of one head. out and lse [N, T] (base 2, of scores * scale)."""
     begin, length, first_row = locate(cu_seqlens_ptr, num_blocks, BLOCK_Q)
@@ -131,8 +130,7 @@ def attention_forward(
 def attention_backward_kv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride,
     num_tokens, num_blocks, scale, softmax_scale,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-    H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per block of keys of one key head; blocks are computed transposed, [keys, queries]. Tensor descriptors (TMA: the
     copy engine computes addresses and puts zeros past the end) leave registers to dk and dv: 4.3 ms where pointers took 5.8."""
@@ -174,8 +172,7 @@ def attention_backward_kv(
 def attention_backward_q(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride,
     num_tokens, num_blocks, scale, softmax_scale,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-    H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per block of queries of one head. Runs first and leaves delta [N, T] for attention_backward_kv."""
     begin, length, first_row = locate(cu_seqlens_ptr, num_blocks, BLOCK_Q)
@@ -221,16 +218,16 @@ class FlashAttention(torch.autograd.Function):
     """Saves q, k, v, out and one number per token and head."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, softmax_scale):
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen):
         (total, n, _), num_seqs = q.shape, len(cu_seqlens) - 1
         out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(n, total, dtype=torch.float32)
         blocks = triton.cdiv(max_seqlen, 128)
         attention_forward[(blocks * num_seqs, n)](
-            q, k, v, out, lse, cu_seqlens, q.stride(0), k.stride(0), v.stride(0), total, blocks, softmax_scale * LOG2E,
+            q, k, v, out, lse, cu_seqlens, q.stride(0), k.stride(0), v.stride(0), total, blocks, q.shape[2] ** -0.5 * LOG2E,
             **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.options = max_seqlen, softmax_scale
+        ctx.max_seqlen = max_seqlen
         return out
 
     @staticmethod
@@ -239,8 +236,8 @@ class FlashAttention(torch.autograd.Function):
         (total, n, _), num_seqs, dout = q.shape, len(cu_seqlens) - 1, dout.contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         delta, device = torch.empty_like(lse), q.device
-        strides, (max_seqlen, scale) = (q.stride(0), k.stride(0), v.stride(0)), ctx.options
-        blocks_q, blocks_k = triton.cdiv(max_seqlen, 128), triton.cdiv(max_seqlen, 64)
+        strides, scale = (q.stride(0), k.stride(0), v.stride(0)), q.shape[2] ** -0.5
+        blocks_q, blocks_k = triton.cdiv(ctx.max_seqlen, 128), triton.cdiv(ctx.max_seqlen, 64)
         attention_backward_q[(blocks_q * num_seqs, n)](
             q, k, v, out, dout, lse, delta, dq, cu_seqlens, *strides, total, blocks_q, scale * LOG2E, scale,
             **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3 if q.itemsize == 2 else 2,
@@ -250,19 +247,16 @@ class FlashAttention(torch.autograd.Function):
             q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *strides, total, blocks_k, scale * LOG2E, scale,
             **model_constants(q, k), BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2,
         )  # fmt: skip
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None
 
 
-def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, softmax_scale=None):
-    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int,
-    softmax_scale > 0. ValueError where it is not, or on GPUs where a head is no multiple of 16 bytes, as the copy engine wants it."""
-    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if not softmax_scale > 0:
-        raise ValueError(f"softmax_scale={softmax_scale}: expected a number above 0")
+def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen):
+    """Causal GQA: q [T, N, H], k and v [T, K, H] packed, cu_seqlens [num_seqs + 1] int, max_seqlen a Python int. ValueError on GPUs
+    where a head is no multiple of 16 bytes, as the copy engine wants it."""
     if not use_triton(q, k, v, cu_seqlens):
-        return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+        return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen)
     fits = lambda x: x.stride()[1:] == (x.shape[2], 1) and (x.stride(0) * x.element_size() | x.data_ptr()) % 16 == 0
     q, k, v = (x if fits(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.shape[2] * q.element_size() % 16:
         raise ValueError(f"a head of {q.shape[2]} numbers of {q.element_size()} bytes: on GPUs a multiple of 16 bytes is needed")
-    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen)

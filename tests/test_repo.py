@@ -43,7 +43,7 @@ BUDGETS = {  # most lines of a file; in brackets what was planned, where it coul
     "toy.py": 500,
     "run_cascade.sh": 100,
     "kernels/__init__.py": 20,
-    "kernels/attention.py": 270,  # (250) the backward kernels end at the diagonal and read through descriptors: twice as fast on a GPU
+    "kernels/attention.py": 262,  # (250) the backward kernels end at the diagonal and read through descriptors: twice as fast on a GPU
     **{f"kernels/{name}.py": 250 for name in ("adamw", "decode_attention", "dispatch", "linear_cross_entropy", "linear_logprob",
                                               "qk_norm_rope", "rms_norm", "sampling", "swiglu")},
 }  # fmt: skip
