@@ -32,6 +32,9 @@ def replace_lines(text, old, new, at=None):
 
 
 # ---- SEARCH/REPLACE edits --------------------------------------------------------------------------------------------
+BLOCK = "### {path}\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE"  # one edit, as parse_edits reads it
+
+
 def parse_edits(text):
     """[(path, old lines, new lines)] of all SEARCH/REPLACE blocks; prose and fences around them are free."""
     edits, path, part = [], None, None
@@ -85,10 +88,8 @@ def apply_edits(response, files):
 
 def as_response(files, after):
     """The response that makes this change: one block a file, the whole file searched and replaced."""
-    blocks = []
-    for path in changes(files, after):
-        old, new = (version.get(path, "").replace("\r", "").rstrip("\n") for version in (files, after))
-        blocks.append(f"### {path}\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE")
+    text = lambda version, path: version.get(path, "").replace("\r", "").rstrip("\n")
+    blocks = [BLOCK.format(path=path, old=text(files, path), new=text(after, path)) for path in changes(files, after)]
     return "</think>\n" + "\n".join(blocks)
 
 

@@ -38,7 +38,7 @@ from common import fail, print0
 from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, load_table, next_prompts, pack_rollouts
 from engine import Rollout, in_background, make_engine, request_seed
 from guard import check_step
-from patches import NoPatch, apply_edits, apply_patch, as_patch, as_response, changes, edited, same_code, similarity
+from patches import BLOCK, NoPatch, apply_edits, apply_patch, as_patch, as_response, changes, edited, same_code, similarity
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 
@@ -93,22 +93,25 @@ class Config:
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 
-PROMPT = """An issue was filed against a repository. Repair the code.
+EXAMPLE = BLOCK.format(
+    path="path/of/the/file.py",
+    old="lines as they stand in the file, indentation included, enough of them to occur only once",
+    new="lines that take their place",
+)
+PROMPT = f"""An issue was filed against a repository. Repair the code.
 
 --- ISSUE ---
-{issue}
+{{issue}}
 --- END OF ISSUE ---
 
 These files are part of the repository:
 
-{files}
+{{files}}
 
 First work out where the fault is, then write the edits that remove it. Each edit is one block of this form:
 
 ```diff
-### path/of/the/file.py
-lines as they stand in the file, indentation included, enough of them to occur only once
-lines that take their place
+{EXAMPLE}
 ```
 
 Write as many blocks as the repair needs, and leave tests alone."""

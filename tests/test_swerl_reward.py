@@ -297,7 +297,10 @@ def test_both_shapes_of_file_contents_give_the_same_rows_and_bad_rows_are_counte
     for reason in ("file that is not given", "alone exceed", "cannot be read", "changes nothing"):
         assert reason in printed, printed
     assert loaded[0]["golden_patch"] == GOLDEN and "shop/cart.py" in loaded[0]["files"]
-    assert all(f"### {name}\n" in loaded[0]["messages"][0]["content"] for name in loaded[0]["files"])
+    content = loaded[0]["messages"][0]["content"]
+    assert all(f"### {name}\n" in content for name in loaded[0]["files"])
+    edit = content[content.index("Each edit is one block of this form") :]  # which the reward has to be able to read
+    assert [path for path, *_ in patches.parse_edits(edit)] == ["path/of/the/file.py"], edit
     shown = [
         len(swerl.load_rows(swerl.Config(data=str(path), min_prompt_tokens=0, seed=seed), limit=1)[0]["files"])
         for seed in range(20)
