@@ -166,6 +166,7 @@ class TorchEngine:
     module itself; beside sharded ones it keeps a whole replica that sync() refreshes and compares with the trainer."""
 
     shrink_at = 0.85  # share of the rows that are left when the others leave the batch
+    room = staticmethod(lambda slots, left: min(max(16, slots // 8), left))  # empty slots for a full cache, where `left` tokens may follow
 
     def __init__(self, model, tokenizer, max_rows=0):
         self.tokenizer, self.max_rows = tokenizer, max_rows  # rows decoded together; 0: as many as the cache has room for
@@ -191,7 +192,7 @@ class TorchEngine:
             check_parity(self, model)
         return moved
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, rollouts, max_new_tokens, temperature, top_p=1.0, top_k=0, on_finished=None):
         """Fill completion_ids, sampler_logprobs, finish_reason and text of every rollout, in place; on_finished(rollout) is
         called the moment one ends. temperature 0 is greedy. top_p and top_k restrict what can be drawn; the log-probs are of
@@ -213,49 +214,49 @@ class TorchEngine:
 
     def _generate_wave(self, rollouts, max_new_tokens, sampling, on_finished):
         device = self.model.model.embed_tokens.weight.device
-        lengths_B = torch.tensor([len(r.prompt_ids) for r in rollouts])
-        width = int(lengths_B.max())  # prompts are right-aligned, so that every row writes the same slot
-        logits_BV, cache = self._prefill(rollouts, width, device)
-        position_B = lengths_B.to(device)
-        bias_B1S = slot_bias(width - position_B, width, width)
-        alive, decode = list(range(len(rollouts))), None  # batch row -> rollout
-        uniform_BS = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens)).float()
+        position_B = torch.tensor([len(r.prompt_ids) for r in rollouts], device=device)
+        width = int(position_B.max())  # prompts are right-aligned, so that every row writes the same slot
+        slots = width + self.room(width, max_new_tokens)
+        logits_BV, cache = self._prefill(rollouts, width, slots, device)
+        bias_B1S, decode = slot_bias(width - position_B, width, slots), None
+        alive_B, running_B = np.arange(len(rollouts)), np.ones(len(rollouts), bool)  # batch row -> rollout; has it not ended
+        greedy_R, stops = np.array([r.greedy for r in rollouts]), self.stops.numpy()
+        uniform_RS = uniforms([r.seed for r in rollouts], 0, max_new_tokens).astype(np.float32)
+        tokens_RS, logprobs_RS = np.empty(uniform_RS.shape, np.int64), np.empty(uniform_RS.shape, np.float32)
         for step in range(max_new_tokens):
-            token_B, logprob_B = sample_tokens(logits_BV, uniform_BS[alive, step].to(device), **sampling)
-            if greedy := [b for b, i in enumerate(alive) if rollouts[i].greedy]:
-                token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], uniform_BS[: len(greedy), 0].to(device), temperature=0.0)
-            stopped = torch.isin(token_B.cpu(), self.stops).tolist()
-            for b, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist())):
-                rollout = rollouts[alive[b]]
-                if rollout.finish_reason:  # decoded along until enough have ended to be worth a smaller cache
-                    continue
-                rollout.completion_ids.append(token)
-                rollout.sampler_logprobs.append(logprob)
-                if stopped[b] or step + 1 == max_new_tokens:
-                    hand_on(rollout, "stop" if stopped[b] else "length", self.tokenizer, on_finished)
-            keep = [b for b, i in enumerate(alive) if not rollouts[i].finish_reason]
-            if not keep:
+            token_B, logprob_B = sample_tokens(logits_BV, torch.from_numpy(uniform_RS[alive_B, step]).to(device), **sampling)
+            if len(greedy := torch.from_numpy(np.flatnonzero(greedy_R[alive_B])).to(device)):
+                token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], logprob_B[greedy], temperature=0.0)  # any number will do
+            tokens_RS[alive_B, step], logprobs_RS[alive_B, step] = token_B.cpu().numpy(), logprob_B.cpu().numpy()
+            stopped_B = (tokens_RS[alive_B, step, None] == stops).any(1)
+            for b in np.flatnonzero(running_B & (stopped_B | (step + 1 == max_new_tokens))):
+                i = alive_B[b]
+                rollouts[i].completion_ids, rollouts[i].sampler_logprobs = tokens_RS[i, : step + 1].tolist(), logprobs_RS[i, : step + 1].tolist()
+                hand_on(rollouts[i], "stop" if stopped_B[b] else "length", self.tokenizer, on_finished)
+            running_B &= ~stopped_B
+            if step + 1 == max_new_tokens or not running_B.any():
                 return
-            if len(keep) <= self.shrink_at * len(alive):  # copying the caches of those who stay costs as much as decoding a few tokens
-                index = torch.tensor(keep, device=device)
-                alive = [alive[b] for b in keep]
+            # Those that have ended decode along until enough have: copying the caches of the others costs as much as decoding a few tokens.
+            if running_B.sum() <= self.shrink_at * len(running_B):
+                index = torch.from_numpy(np.flatnonzero(running_B)).to(device)
+                alive_B, running_B = alive_B[running_B], running_B[running_B]
                 token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
                 for i, layer in enumerate(cache):  # one after the other: two caches at once might not fit
-                    cache[i] = tuple(t[index] for t in layer)
+                    cache[i] = tuple(t.index_select(0, index) for t in layer)  # on CPUs t[index] takes 8 times as long
                 decode = None
             slot = width + step
-            if slot == cache[0][0].shape[2]:  # it grows as it fills: a cache with few empty slots is read fastest
-                more = min(max(16, slot // 8), max_new_tokens - step)
+            if slot == slots:  # it grows as it fills: a cache with few empty slots is read fastest
+                slots += self.room(slot, max_new_tokens - step)
                 for i, layer in enumerate(cache):
-                    cache[i] = tuple(torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2) for t in layer)
-                bias_B1S, decode = slot_bias(slot - position_B, slot, slot + more), None
+                    cache[i] = tuple(torch.cat((t, t.new_zeros(*t.shape[:2], slots - slot, t.shape[3])), 2) for t in layer)
+                bias_B1S, decode = slot_bias(slot - position_B, slot, slots), None
             bias_B1S[..., slot] = 0.0
             decode = decode or Replay(lambda *now: self._decode(*now, cache, bias_B1S))
             logits_BV = decode(token_B, position_B, torch.tensor([slot], device=device))
             position_B = position_B + 1
 
-    def _prefill(self, rollouts, width, device):
-        """Last-token logits [B, V] and the cache [(k, v)] * layers, each [B, K, width, H]."""
+    def _prefill(self, rollouts, width, slots, device):
+        """Last-token logits [B, V] and the cache [(k, v)] * layers, each [B, K, slots, H], prompts up to slot width."""
         first_of, prompts = {}, []
         for r in rollouts:
             if first_of.setdefault(tuple(r.prompt_ids), len(prompts)) == len(prompts):
@@ -269,12 +270,10 @@ class TorchEngine:
         cache = []
 
         def attend(layer, q_TNH, k_TKH, v_TKH):
-            both = []
-            for t_TKH in (k_TKH, v_TKH):
-                t_PKSH = t_TKH.new_zeros(len(prompts), t_TKH.shape[1], width, t_TKH.shape[2])
+            both_PKSH = [t_TKH.new_zeros(len(prompts), t_TKH.shape[1], slots, t_TKH.shape[2]) for t_TKH in (k_TKH, v_TKH)]
+            for t_PKSH, t_TKH in zip(both_PKSH, (k_TKH, v_TKH)):
                 t_PKSH[row_T, :, slot_T] = t_TKH
-                both.append(t_PKSH[prompt_B])
-            cache.append(tuple(both))
+            cache.append(tuple(t_PKSH.index_select(0, prompt_B) for t_PKSH in both_PKSH))
             return flash_attention_varlen(q_TNH, k_TKH, v_TKH, cu_seqlens, max(lengths))
 
         input_ids_T = torch.tensor(np.concatenate(prompts), device=device)

@@ -202,7 +202,8 @@ class Qwen3(nn.Module):
         which makes scoring 1.1 times faster with the toy's four layers. `attend(layer, q_TNH, k_TKH, v_TKH) -> [T, N, H]` is the
         whole of attention: training passes packed causal attention, the sampler one that reads and writes its KV cache."""
         if self.rope is None or self.rope[0].device != input_ids_T.device:
-            self.rope = tuple(t.to(input_ids_T.device) for t in rope_tables(self.config, self.max_positions()))
+            with torch.inference_mode(False):  # also where the sampler is the first to ask: training saves them for backward
+                self.rope = tuple(t.to(input_ids_T.device) for t in rope_tables(self.config, self.max_positions()))
         rope = (*self.rope, position_ids_T)
         x_TD = self.model.embed_tokens(input_ids_T)
         residual_TD = torch.zeros_like(x_TD)

@@ -39,7 +39,7 @@ def decode_attention_ref(q, k_cache, v_cache, start, length, bias=None):
     (B, N, H), (K, S) = q.shape, k_cache.shape[1:3]
     bias = slot_bias(start, length, S) if bias is None else bias
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    scores = torch.bmm(q.reshape(B * K, -1, H) * H**-0.5, keys.transpose(1, 2)).view(B, N, S)
+    scores = torch.bmm((q * H**-0.5).reshape(B * K, -1, H), keys.transpose(1, 2)).view(B, N, S)
     weights = (scores.to(torch.promote_types(q.dtype, torch.float32)) + bias).softmax(-1).to(values.dtype)
     return torch.bmm(weights.view(B * K, -1, S), values).view(B, N, H)
 

@@ -32,10 +32,10 @@ last_angles = None  # (what was looked up, what was found): all layers of a forw
 def angles(cos, sin, position_ids):
     """The rows of these tokens for rotate_torch: cos [T, 1, H] holds both halves, sin [T, 1, H] carries the minus of the first."""
     global last_angles
-    asked = (cos, sin, position_ids)
-    if last_angles is None or any(a is not b for a, b in zip(asked, last_angles[0])) or position_ids._version != last_angles[1]:
+    asked, version = (cos, sin, position_ids), 0 if position_ids.is_inference() else position_ids._version
+    if last_angles is None or any(a is not b for a, b in zip(asked, last_angles[0])) or version != last_angles[1]:
         c, s = (x.index_select(0, position_ids)[:, None] for x in (cos, sin))
-        last_angles = asked, position_ids._version, (torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1))
+        last_angles = asked, version, (torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1))
     return last_angles[2]
 
 
@@ -228,7 +228,8 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6):
     q_weight, k_weight [H]; cos, sin [max_pos, H/2] fp32 with YaRN's attention factor already in; position_ids [T] int.
     """
     if bare(q, k, q_weight, k_weight, cos, sin, position_ids):
-        cos, sin = angles(cos, sin, position_ids)
-        return forward_torch(q, q_weight, cos, sin, eps)[0], forward_torch(k, k_weight, cos, sin, eps)[0]
+        heads = [x.shape[1] for x in (q, k)]  # all as one: half as many small operations
+        weight = torch.cat([w.expand(n, -1) for w, n in zip((q_weight, k_weight), heads)])
+        return forward_torch(torch.cat((q, k), dim=1), weight, *angles(cos, sin, position_ids), eps)[0].split(heads, dim=1)
     q, k = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k))
     return QKNormRope.apply(q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), position_ids, eps)
