@@ -70,10 +70,10 @@ def init_distributed(seed, timeout_s=1800):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        # glibc gives big temporaries back to the system after every op, which faults each page in again: keeping them makes
-        # a training step of the tiny model 1.5 to 2 times faster.
+        # glibc gives big temporaries back to the system after every op, which faults each page in again: keeping them makes a training
+        # step of the tiny model 1.5 to 2 times faster, and 0.6B's head 1.3 times.
         if hasattr(libc, "mallopt"):
-            for option, value in ((-3, 1 << 25), (-1, 1 << 30), (-2, 1 << 26)):  # mmap threshold, trim threshold, top pad
+            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):  # allocations by mmap: none; trim threshold, top pad
                 libc.mallopt(option, value)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)))
         spare_compiler()

@@ -77,7 +77,7 @@ def stage_task(name, modes, **overrides):
         cfg = stage.Config(data=path, reward_workers=2, **overrides)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
 
-    return task(load, modes)
+    return task(load, modes, samples=3)
 
 
 def load_chat(path, outside):
@@ -95,7 +95,7 @@ def load_chat(path, outside):
 
 
 TASKS = {
-    "chat": task(load_chat, ("think", "no_think")),
+    "chat": task(load_chat, ("think", "no_think"), samples=3),
     "if": stage_task("ifrl", ("think", "no_think")),
     "math": stage_task("mathrl", ("think",)),
     "code": stage_task("coderl", ("think",)),

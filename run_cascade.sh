@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The Nemotron-Cascade recipe (arXiv 2512.13607), stage after stage. Finished stages are skipped, an interrupted one resumes.
 #
-#   bash run_cascade.sh                  toy: tiny model, real verifiers, 2 CPU cores, 7 to 10 minutes after set-up
+#   bash run_cascade.sh                  toy: tiny model, real verifiers, 2 CPU cores, 6 to 10 minutes after set-up
 #   BASE=folder bash run_cascade.sh 8b   8b | 8b-thinking | 14b-thinking: the paper's runs (tables T14-T20); 0.6b: the 8b lines
 #   bash run_cascade.sh setup            only install into .venv
 #
@@ -53,14 +53,14 @@ score() {  # score NAME LABEL: held-out tasks of a finished stage; a broken gate
 
 toy() {
     [ -e "$OUT/data/done" ] || { run .venv/bin/python toy.py --out="$OUT/data" --seed="$SEED"; run touch "$OUT/data/done"; }
-    local d=$OUT/data FROM=$OUT/data/base TASKS=all-toy LIMIT=260
-    local sft="--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --eval_every=0 --save_every=100 --shard=replicate"
+    local d=$OUT/data FROM=$OUT/data/base TASKS=all-toy LIMIT=240
+    local sft="--samples_per_step=64 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --eval_every=0 --save_every=100 --shard=replicate"
     local rl="--rope_factor=0 --prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0 --max_prompt_tokens=256 --max_new_tokens=80
         --micro_batch_tokens=8192 --reward_workers=2 --final_lr=0.1 --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20 --shard=replicate"
-    stage sft1 sft --data="$d/sft_stage1.jsonl" --lr=6e-3 --num_steps=140 --schedule_steps=400 $sft
-    stage sft2 sft --data="$d/sft_stage2.jsonl" --lr=5e-3 --num_steps=300 --schedule_steps=300 $sft
+    stage sft1 sft --data="$d/sft_stage1.jsonl" --lr=9e-3 --num_steps=140 --schedule_steps=400 $sft
+    stage sft2 sft --data="$d/sft_stage2.jsonl" --lr=8e-3 --num_steps=600 --schedule_steps=600 $sft
     stage rlhf rlhf --data="$d/chat_rl.jsonl" --eval_data="$d/chat_dev.jsonl" --rm_data="$d/preference.jsonl" --rm_eval_data="$d/preference_dev.jsonl" \
-        --rm_lr=2e-3 --rm_samples_per_step=32 --rm_epochs=2 --lr=3e-4 --num_steps=40 --kl_coef=0.1 --shape_reward=true $rl
+        --rm_lr=3e-3 --rm_samples_per_step=32 --rm_epochs=1 --lr=3e-4 --num_steps=40 --kl_coef=0.1 --shape_reward=true $rl
     stage ifrl ifrl --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=4e-4 --num_steps=90 $rl --max_refill_rounds=1
     stage mathrl mathrl --data="$d/math_rl.jsonl" --eval_data="$d/math_dev.jsonl" --lr=6e-4 --num_steps=50 $rl
     stage coderl coderl --data="$d/code_rl.jsonl" --eval_data="$d/code_dev.jsonl" --lr=5e-4 --num_steps=60 $rl

@@ -6,8 +6,8 @@ builders. Five skills, each with a key that decides the split (SFT, RL, dev for 
     chat   question about a topic          key: topic x question     graded by a stated rule (chat_score)
     if     writing with constraints        key: topic x constraints  IFEval's own checks
     math   chain of small sums             key: numbers x operations math-verify
-    code   list program from a sentence    key: operations           five tests in the sandbox
-    swe    the same programs with one bug  key: operations           patched program passes the five tests
+    code   list program from a sentence    key: operations           four tests in the sandbox
+    swe    the same programs with one bug  key: operations           patched program passes the four tests
 
 The demonstrations are finite and imperfect on purpose, as in life: a stated share of them (FLAWED) has a slip, breaks a
 constraint, or rambles. Imitation copies the slips too; a verifier does not. README.md shows what more SFT does instead.
@@ -303,7 +303,7 @@ def op_keys(rng):
 
 def code_inputs(names):
     rng = random.Random(" ".join(names))
-    return [[rng.randint(-9, 9) for _ in range(rng.randint(5, 8))] for _ in range(5)]
+    return [[rng.randint(-9, 9) for _ in range(rng.randint(5, 8))] for _ in range(4)]
 
 
 def code_tests(names):

@@ -5,7 +5,7 @@
 #
 # Environment: that of run_cascade.sh. Here and not there, because the recipe of the paper ends with SWE RL.
 source "$(dirname "$0")/../run_cascade.sh" toy
-TASKS=all-toy LIMIT=260 FROM=$OUT/swerl/final d=$OUT/data
+TASKS=all-toy LIMIT=240 FROM=$OUT/swerl/final d=$OUT/data
 teachers=rlhf:$d/chat_SPLIT.jsonl:$OUT/rlhf/final,ifrl:$d/if_SPLIT.jsonl:$OUT/ifrl/final,mathrl:$d/math_SPLIT.jsonl:$OUT/mathrl/final
 teachers+=,coderl:$d/code_SPLIT.jsonl:$OUT/coderl/final,swerl:$d/swe_SPLIT.jsonl:$OUT/swerl/final
 setup

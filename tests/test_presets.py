@@ -90,7 +90,7 @@ def toy(script, steps, lr, **values):
     return row(script, num_steps=steps, lr=lr, **({} if script == "sft" else sampled | values))
 
 
-TOY = [toy("sft", 140, 6e-3), toy("sft", 300, 5e-3), toy("rlhf", 40, 3e-4, kl_coef=0.1, shape_reward=True, think_share=0.5),
+TOY = [toy("sft", 140, 9e-3), toy("sft", 600, 8e-3), toy("rlhf", 40, 3e-4, kl_coef=0.1, shape_reward=True, think_share=0.5),
        toy("ifrl", 90, 4e-4, max_refill_rounds=1, think=False, taxonomy="all"), toy("mathrl", 50, 6e-4, overlong_filter=True),
        toy("coderl", 60, 5e-4, overlong_filter=False), toy("swerl", 90, 3e-4, overlong_filter=False, lexical_floor=0.98)]  # fmt: skip
 TABLE = {
