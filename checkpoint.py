@@ -62,7 +62,7 @@ def latest_checkpoint(out_dir):
         try:
             files = json.load(open(os.path.join(folder, "run.json")))["files"]
             damaged = [f for f, expected in files.items() if checksum(os.path.join(folder, f)) != expected]
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             damaged = [str(e)]
         if not damaged:
             found = folder

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # ---- The user's to mend ----------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def one_sentence(what, note="Nothing was trained."):
 
 def file_trouble(kind, error, trace):
     """sys.excepthook: a full disk, missing rights, a file where a folder should be are the user's to mend, whoever met them."""
-    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    if isinstance(error, OSError) and (error.filename or error.errno in DISK_FULL):
         fail(f"{first_line(error)}.", note="What was finished before is whole.")
     sys.__excepthook__(kind, error, trace)
 
@@ -76,6 +77,8 @@ def end(frames, reason, code=1):
 
 def uncaught(kind, error, trace):
     """For sys.excepthook. torch.distributed wraps it and catches what goes to sys.stderr, hence sys.__stderr__."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:  # whatever was being written: a log, a sample, a checkpoint
+        end(ours(traceback.walk_tb(trace)), f"the disk is full ({first_line(error)})", 2)
     traceback.print_exception(error, file=sys.__stderr__)
     end(ours(traceback.walk_tb(trace)), f"{kind.__name__}: {error}".partition("\n")[0].rstrip("."))
 

@@ -115,6 +115,7 @@ main()
     ("raise ValueError('boom, as expected.\\nAnd details.')", 1, "ValueError: boom, as expected"),
     ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", 143, "ended by SIGTERM: another rank had ended, or the job was stopped"),
     ("lock = threading.Lock(); lock.acquire(); lock.acquire()", 1, "not done after 1.5 s (--phase_timeout), now in rollout"),
+    ("print('a line of the log', file=open('/dev/full', 'w'), flush=True)", 2, "the disk is full (OSError: [Errno 28] No space left on device)"),
     ("sys.exit(4)", 4, ""),
     ("time.sleep(1)", 0, ""),  # three steps of a second each: the limit is of one
     ("child = os.fork() or time.sleep(9); os.kill(child, 15); assert os.waitpid(child, 0)[1] == 15", 0, ""),  # a worker just ends

@@ -280,6 +280,8 @@ def test_the_newest_two_checkpoints_are_kept(checkpoints):
     ("optim_rank0.pt", lambda path: path.write_bytes(path.read_bytes()[:100])),
     ("tokenizer.json", lambda path: path.unlink()),
     ("run.json", lambda path: path.write_text("{")),
+    ("run.json", lambda path: path.write_text("[]")),
+    ("run.json", lambda path: path.write_text('{"files": 1}')),
 ])  # fmt: skip
 def test_a_damaged_checkpoint_is_skipped_with_one_line(file, damage, checkpoints, capsys):
     damage(checkpoints / "step_000003" / file)
