@@ -32,7 +32,7 @@ last_angles = None  # (what was looked up, what was found): all layers of a forw
 def angles(cos, sin, position_ids):
     """The rows of these tokens for rotate_torch: cos [T, 1, H] holds both halves, sin [T, 1, H] carries the minus of the first."""
     global last_angles
-    asked, version = (cos, sin, position_ids), 0 if position_ids.is_inference() else position_ids._version
+    asked, version = (cos, sin, position_ids), 0 if position_ids.is_inference() else position_ids._version  # the sampler's are new each step
     if last_angles is None or any(a is not b for a, b in zip(asked, last_angles[0])) or version != last_angles[1]:
         c, s = (x.index_select(0, position_ids)[:, None] for x in (cos, sin))
         last_angles = asked, version, (torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1))
