@@ -18,7 +18,8 @@ from kernels.linear_logprob import addmm_fp32, fold_chunk, logits_to_dz, mm_fp32
 # N tokens   D model width   V vocabulary
 
 TOKEN_CHUNK = 2048  # tokens per chunk on the GPU: 1.2 GiB of fp32 logits at V = 151,936
-CPU_TILE, CPU_TOKENS = 2**18, 128  # on the CPU: logits per chunk, and the least tokens, fewer would starve the product
+CPU_TILE = 2**18  # on the CPU: logits per chunk, but at least 128 tokens, fewer would starve the product, and 512 beside a weight
+BIG = 2**23  # of more numbers than any cache holds: each chunk reads it twice, and reads and writes its gradient
 
 
 def linear_cross_entropy_ref(hidden, weight, target, ignore_index=-100):
@@ -31,7 +32,7 @@ def forward_torch(hidden, weight, target, valid, needs_grad):
     """CPU path: returns the summed loss and, if wanted, both gradients. Ignored rows must have target 0."""
     loss = hidden.new_zeros(())
     dhidden, dweight = (torch.empty_like(hidden), torch.zeros_like(weight)) if needs_grad else (None, None)
-    step = max(CPU_TOKENS, CPU_TILE // len(weight))
+    step = max(512 if weight.numel() > BIG else 128, CPU_TILE // len(weight))
     for block in (slice(start, start + step) for start in range(0, len(hidden), step)):
         index, weight_of = target[block, None], valid[block, None].to(hidden.dtype)
         z = hidden[block] @ weight.T
