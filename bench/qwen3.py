@@ -4,13 +4,13 @@
 
 The cross-entropy of next tokens over sequences of 128, one thread; random weights from one seed. transformers gets the batch in
 its best form (equal lengths, no padding, SDPA). "mixed": the same number of tokens in sequences of 32 to 224, which
-transformers has to pad. +malloc: transformers with the memory settings of common.py. The losses have to agree. --layers below the real number saves time and shifts weight to the head.
+transformers has to pad. The losses have to agree. --layers below the real number saves time and shifts weight to the head.
 """
 
 import argparse
 import sys
 
-from side_by_side import KEEP_PAGES, peer_python, race, report, summarize, take_turn, versions
+from side_by_side import peer_python, race, report, summarize, take_turn, versions
 
 LENGTHS = {"equal": [128, 128, 128, 128], "mixed": [32, 96, 160, 224]}
 
@@ -87,23 +87,21 @@ def main():
     parser.add_argument("--tokens", type=int, default=512, help="a multiple of 512")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--setting", default="equal,mixed,equal+malloc")
+    parser.add_argument("--setting", default="equal,mixed")
     parser.add_argument("--contestant", default="")
     args = parser.parse_args()
     if args.contestant:
         return {"ours": ours, "transformers": transformers}[args.contestant](args)
     peer_python()
     groups = {}
-    for group in args.setting.split(","):
-        print(f"{group}: {args.size}, {args.layers} layers, {args.tokens} tokens, {args.dtype}", flush=True)
-        setting, _, malloc = group.partition("+")
+    for setting in args.setting.split(","):
+        print(f"{setting}: {args.size}, {args.layers} layers, {args.tokens} tokens, {args.dtype}", flush=True)
         flags = [f"--{name}={getattr(args, name)}" for name in ("size", "layers", "vocab", "tokens", "dtype")] + [f"--setting={setting}"]
-        contestants = {"ours": (sys.executable, [*flags, "--contestant=ours"], {}), "transformers, our malloc" if malloc else "transformers":
-                       (sys.executable, [*flags, "--contestant=transformers"], KEEP_PAGES if malloc else {})}  # fmt: skip
-        found = race("qwen3", contestants, args.rounds, warmups=2)  # the heap has to reach its size
+        # two warm-ups: the heap has to reach its size
+        found = race("qwen3", {who: (sys.executable, [*flags, f"--contestant={who}"], {}) for who in ("ours", "transformers")}, args.rounds, warmups=2)
         losses = [child["turns"][0]["loss"] for child in found.values()]
-        assert max(losses) - min(losses) < (1e-4 if args.dtype == "float32" else 0.02), f"not the same computation: {losses}"
-        groups[group] = summarize(found)
+        assert abs(losses[0] - losses[1]) < (1e-4 if args.dtype == "float32" else 0.02), f"not the same computation: {losses}"
+        groups[setting] = summarize(found)
     settings = {k: v for k, v in vars(args).items() if k in ("size", "layers", "vocab", "tokens", "dtype")} | {"lengths": LENGTHS}
     report("qwen3", settings, groups, f"Forward and backward, Qwen3-{args.size} with {args.layers} layers, {args.tokens} tokens, {args.dtype}")
 
