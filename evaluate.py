@@ -64,7 +64,7 @@ class Config:
 
 
 # ---- 1. Tasks --------------------------------------------------------------------------------------------------------
-def task(load, modes=("think",), hub="", samples=4, max_new_tokens=96, temperature=1.0, top_p=1.0, rope_factor=0.0, greedy=True):
+def task(load, modes=("think",), hub="", samples=3, max_new_tokens=96, temperature=1.0, top_p=1.0, rope_factor=0.0, greedy=True):
     """One row of TASKS: load(path, outside) -> rows, (submit, collect), metric; where the rows come from; the protocol."""
     return dict(locals())
 
@@ -77,7 +77,7 @@ def stage_task(name, modes, **overrides):
         cfg = stage.Config(data=path, reward_workers=2, **overrides)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
 
-    return task(load, modes, samples=3)
+    return task(load, modes)
 
 
 def load_chat(path, outside):
@@ -95,7 +95,7 @@ def load_chat(path, outside):
 
 
 TASKS = {
-    "chat": task(load_chat, ("think", "no_think"), samples=3),
+    "chat": task(load_chat, ("think", "no_think")),
     "if": stage_task("ifrl", ("think", "no_think")),
     "math": stage_task("mathrl", ("think",)),
     "code": stage_task("coderl", ("think",)),

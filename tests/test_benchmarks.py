@@ -54,7 +54,7 @@ def test_the_protocol_is_the_papers(name, k, tokens, rope, modes):
     assert how == {"samples": k, "max_new_tokens": tokens, "rope_factor": rope, "top_p": 0.95, "temperature": 0.6} and evaluate.TASKS[name]["modes"] == modes
     assert evaluate.protocol(name, evaluate.Config(samples=2, temperature=0.0))["samples"] == 2
     assert evaluate.protocol(name, evaluate.Config(temperature=0.0))["temperature"] == 0.0
-    assert evaluate.protocol("math", evaluate.Config()) == {"samples": 4, "max_new_tokens": 96, "rope_factor": 0.0, "top_p": 1.0, "temperature": 1.0}
+    assert evaluate.protocol("math", evaluate.Config()) == {"samples": 3, "max_new_tokens": 96, "rope_factor": 0.0, "top_p": 1.0, "temperature": 1.0}
 
 
 def test_a_local_file_comes_before_the_hub(tmp_path):
