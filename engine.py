@@ -5,8 +5,6 @@ cache. Finished rows leave the batch and are handed on at once, so that their re
 Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with. On a GPU a decoding step
 is a CUDA graph, captured again when rows leave or the cache grows: 64 rows of 0.6B take 5 ms, and took 22 launched op by op.
 
-vLLM takes the same calls. It lives in the training process and must agree with the trainer's log-probs after every update.
-
     B rows still decoding   P distinct prompts   S cache slots   N query heads   K kv heads   H head width   V vocabulary
 """
 
@@ -69,8 +67,7 @@ def uniforms(seeds, start, count):
 def hand_on(rollout, reason, tokenizer, on_finished):
     """A completion has ended: set finish_reason and text, and give it to whoever waits for it."""
     rollout.finish_reason = reason
-    ids = rollout.completion_ids[:-1] if reason == "stop" else rollout.completion_ids
-    rollout.text = tokenizer.decode(ids, skip_special_tokens=False)
+    rollout.text = tokenizer.decode(rollout.completion_ids[: -1 if reason == "stop" else None], skip_special_tokens=False)
     if on_finished is not None:
         on_finished(rollout)
 
@@ -194,9 +191,9 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, rollouts, max_new_tokens, temperature, top_p=1.0, top_k=0, on_finished=None):
-        """Fill completion_ids, sampler_logprobs, finish_reason and text of every rollout, in place; on_finished(rollout) is
-        called the moment one ends. temperature 0 is greedy. top_p and top_k restrict what can be drawn; the log-probs are of
-        the whole distribution (what the trainer computes too; gap G4)."""
+        """Fill completion_ids, finish_reason and text of every rollout, in place; on_finished(rollout) is called the moment one ends.
+        sampler_logprobs follow when all have. temperature 0 is greedy. top_p and top_k restrict what can be drawn; the log-probs
+        are of the whole distribution (what the trainer computes too; gap G4)."""
         was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
         wave = self.max_rows or self._rows_that_fit(max(len(r.prompt_ids) for r in rollouts) + max_new_tokens) if rollouts else 1
@@ -218,29 +215,31 @@ class TorchEngine:
         width = int(position_B.max())  # prompts are right-aligned, so that every row writes the same slot
         slots = width + self.room(width, max_new_tokens)
         logits_BV, cache = self._prefill(rollouts, width, slots, device)
-        bias_B1S, decode = slot_bias(width - position_B, width, slots), None
+        bias_B1S, slot_1, decode = slot_bias(width - position_B, width, slots), torch.tensor([width], device=device), None
         alive_B, running_B = np.arange(len(rollouts)), np.ones(len(rollouts), bool)  # batch row -> rollout; has it not ended
-        greedy_R, stops = np.array([r.greedy for r in rollouts]), self.stops.numpy()
-        uniform_RS = uniforms([r.seed for r in rollouts], 0, max_new_tokens).astype(np.float32)
-        tokens_RS, logprobs_RS = np.empty(uniform_RS.shape, np.int64), np.empty(uniform_RS.shape, np.float32)
+        stops, greedy_R = self.stops.numpy(), np.array([r.greedy for r in rollouts])
+        uniform_SB = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens).T.astype(np.float32, "C")).to(device)
+        tokens_RS, drawn = np.empty((len(rollouts), max_new_tokens), np.int64), []
         for step in range(max_new_tokens):
-            token_B, logprob_B = sample_tokens(logits_BV, torch.from_numpy(uniform_RS[alive_B, step]).to(device), **sampling)
-            if len(greedy := torch.from_numpy(np.flatnonzero(greedy_R[alive_B])).to(device)):
+            token_B, logprob_B = sample_tokens(logits_BV, uniform_SB[step], **sampling)
+            if greedy_R[alive_B].any():
+                greedy = torch.from_numpy(np.flatnonzero(greedy_R[alive_B])).to(device)
                 token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], logprob_B[greedy], temperature=0.0)  # any number will do
-            tokens_RS[alive_B, step], logprobs_RS[alive_B, step] = token_B.cpu().numpy(), logprob_B.cpu().numpy()
-            stopped_B = (tokens_RS[alive_B, step, None] == stops).any(1)
-            for b in np.flatnonzero(running_B & (stopped_B | (step + 1 == max_new_tokens))):
-                i = alive_B[b]
-                rollouts[i].completion_ids, rollouts[i].sampler_logprobs = tokens_RS[i, : step + 1].tolist(), logprobs_RS[i, : step + 1].tolist()
-                hand_on(rollouts[i], "stop" if stopped_B[b] else "length", self.tokenizer, on_finished)
-            running_B &= ~stopped_B
-            if step + 1 == max_new_tokens or not running_B.any():
-                return
+            drawn.append((alive_B, logprob_B))
+            tokens_RS[alive_B, step] = now_B = token_B.cpu().numpy()  # the one thing in most steps that waits for a GPU
+            stopped_B = (now_B[:, None] == stops).any(1)
+            ended_B = running_B & (stopped_B | (step + 1 == max_new_tokens))
+            for b in np.flatnonzero(ended_B):
+                rollouts[alive_B[b]].completion_ids = tokens_RS[alive_B[b], : step + 1].tolist()
+                hand_on(rollouts[alive_B[b]], "stop" if stopped_B[b] else "length", self.tokenizer, on_finished)
+            running_B = running_B & ~ended_B
+            if not running_B.any():
+                break
             # Those that have ended decode along until enough have: copying the caches of the others costs as much as decoding a few tokens.
             if running_B.sum() <= self.shrink_at * len(running_B):
                 index = torch.from_numpy(np.flatnonzero(running_B)).to(device)
                 alive_B, running_B = alive_B[running_B], running_B[running_B]
-                token_B, position_B, bias_B1S = token_B[index], position_B[index], bias_B1S[index]
+                token_B, position_B, bias_B1S, uniform_SB = token_B[index], position_B[index], bias_B1S[index], uniform_SB[:, index]
                 for i, layer in enumerate(cache):  # one after the other: two caches at once might not fit
                     cache[i] = tuple(t.index_select(0, index) for t in layer)  # on CPUs t[index] takes 8 times as long
                 decode = None
@@ -252,8 +251,13 @@ class TorchEngine:
                 bias_B1S, decode = slot_bias(slot - position_B, slot, slots), None
             bias_B1S[..., slot] = 0.0
             decode = decode or Replay(lambda *now: self._decode(*now, cache, bias_B1S))
-            logits_BV = decode(token_B, position_B, torch.tensor([slot], device=device))
-            position_B = position_B + 1
+            logits_BV = decode(token_B, position_B, slot_1)
+            position_B, slot_1 = position_B + 1, slot_1 + 1
+        logprobs_RS = np.empty(tokens_RS.shape, np.float32)
+        for step, (rows, logprob_B) in enumerate(drawn):
+            logprobs_RS[rows, step] = logprob_B.cpu().numpy()
+        for r, logprobs_S in zip(rollouts, logprobs_RS, strict=True):
+            r.sampler_logprobs = logprobs_S[: len(r.completion_ids)].tolist()
 
     def _prefill(self, rollouts, width, slots, device):
         """Last-token logits [B, V] and the cache [(k, v)] * layers, each [B, K, slots, H], prompts up to slot width."""
@@ -287,10 +291,7 @@ class TorchEngine:
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
             for t_BKSH, new_BKH in zip(cache[layer], (k_BKH, v_BKH)):
-                if t_BKSH.is_cuda:  # where a graph has to find the slot on the device
-                    t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])
-                else:
-                    t_BKSH[:, :, slot_1.item()] = new_BKH
+                t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])  # not at an int: a CUDA graph has to find the slot on the device
             return decode_attention(q_BNH, *cache[layer], start_B, length_1, bias_B1S)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)
