@@ -167,7 +167,7 @@ class TorchEngine:
 
     def __init__(self, model, tokenizer, max_rows=0):
         self.tokenizer, self.max_rows = tokenizer, max_rows  # rows decoded together; 0: as many as the cache has room for
-        self.stops = torch.tensor(stop_ids(tokenizer))
+        self.stops = stop_ids(tokenizer)
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.model, self.syncs = model, 0
         if self.sharded:
@@ -191,8 +191,8 @@ class TorchEngine:
 
     @torch.inference_mode()
     def generate(self, rollouts, max_new_tokens, temperature, top_p=1.0, top_k=0, on_finished=None):
-        """Fill completion_ids, finish_reason and text of every rollout, in place; on_finished(rollout) is called the moment one ends.
-        sampler_logprobs follow when all have. temperature 0 is greedy. top_p and top_k restrict what can be drawn; the log-probs
+        """Fill completion_ids (token by token), finish_reason and text of every rollout, in place; on_finished(rollout) is called the
+        moment one ends; sampler_logprobs follow when all have. temperature 0 is greedy. top_p and top_k restrict what can be drawn; the log-probs
         are of the whole distribution (what the trainer computes too; gap G4)."""
         was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
@@ -216,29 +216,26 @@ class TorchEngine:
         slots = width + self.room(width, max_new_tokens)
         logits_BV, cache = self._prefill(rollouts, width, slots, device)
         bias_B1S, slot_1, decode = slot_bias(width - position_B, width, slots), torch.tensor([width], device=device), None
-        alive_B, running_B = np.arange(len(rollouts)), np.ones(len(rollouts), bool)  # batch row -> rollout; has it not ended
-        stops, greedy_R = self.stops.numpy(), np.array([r.greedy for r in rollouts])
+        alive, running = list(range(len(rollouts))), range(len(rollouts))  # batch row -> rollout; batch rows that have not ended
         uniform_SB = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens).T.astype(np.float32, "C")).to(device)
-        tokens_RS, drawn = np.empty((len(rollouts), max_new_tokens), np.int64), []
+        drawn = []
         for step in range(max_new_tokens):
             token_B, logprob_B = sample_tokens(logits_BV, uniform_SB[step], **sampling)
-            if greedy_R[alive_B].any():
-                greedy = torch.from_numpy(np.flatnonzero(greedy_R[alive_B])).to(device)
+            if greedy := [b for b, i in enumerate(alive) if rollouts[i].greedy]:
                 token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], logprob_B[greedy], temperature=0.0)  # any number will do
-            drawn.append((alive_B, logprob_B))
-            tokens_RS[alive_B, step] = now_B = token_B.cpu().numpy()  # the one thing in most steps that waits for a GPU
-            stopped_B = (now_B[:, None] == stops).any(1)
-            ended_B = running_B & (stopped_B | (step + 1 == max_new_tokens))
-            for b in np.flatnonzero(ended_B):
-                rollouts[alive_B[b]].completion_ids = tokens_RS[alive_B[b], : step + 1].tolist()
-                hand_on(rollouts[alive_B[b]], "stop" if stopped_B[b] else "length", self.tokenizer, on_finished)
-            running_B = running_B & ~ended_B
-            if not running_B.any():
+            drawn.append((alive, logprob_B))
+            tokens = token_B.tolist()  # the one thing in most steps that waits for a GPU
+            for rollout, token in [(rollouts[alive[b]], tokens[b]) for b in running]:
+                rollout.completion_ids.append(token)
+                if token in self.stops or step + 1 == max_new_tokens:
+                    hand_on(rollout, "stop" if token in self.stops else "length", self.tokenizer, on_finished)
+            running = [b for b in running if not rollouts[alive[b]].finish_reason]
+            if not running:
                 break
             # Those that have ended decode along until enough have: copying the caches of the others costs as much as decoding a few tokens.
-            if running_B.sum() <= self.shrink_at * len(running_B):
-                index = torch.from_numpy(np.flatnonzero(running_B)).to(device)
-                alive_B, running_B = alive_B[running_B], running_B[running_B]
+            if len(running) <= self.shrink_at * len(alive):
+                index = torch.tensor(running, device=device)
+                alive, running = [alive[b] for b in running], range(len(running))
                 token_B, position_B, bias_B1S, uniform_SB = token_B[index], position_B[index], bias_B1S[index], uniform_SB[:, index]
                 for i, layer in enumerate(cache):  # one after the other: two caches at once might not fit
                     cache[i] = tuple(t.index_select(0, index) for t in layer)  # on CPUs t[index] takes 8 times as long
@@ -253,7 +250,7 @@ class TorchEngine:
             decode = decode or Replay(lambda *now: self._decode(*now, cache, bias_B1S))
             logits_BV = decode(token_B, position_B, slot_1)
             position_B, slot_1 = position_B + 1, slot_1 + 1
-        logprobs_RS = np.empty(tokens_RS.shape, np.float32)
+        logprobs_RS = np.empty((len(rollouts), len(drawn)), np.float32)
         for step, (rows, logprob_B) in enumerate(drawn):
             logprobs_RS[rows, step] = logprob_B.cpu().numpy()
         for r, logprobs_S in zip(rollouts, logprobs_RS, strict=True):
@@ -291,7 +288,10 @@ class TorchEngine:
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
             for t_BKSH, new_BKH in zip(cache[layer], (k_BKH, v_BKH)):
-                t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])  # not at an int: a CUDA graph has to find the slot on the device
+                if t_BKSH.is_cuda:  # where a graph has to find the slot on the device
+                    t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])
+                else:
+                    t_BKSH[:, :, slot_1.item()] = new_BKH
             return decode_attention(q_BNH, *cache[layer], start_B, length_1, bias_B1S)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)

@@ -44,7 +44,7 @@ def pieces():
     model = Qwen3.from_pretrained(cfg.init_from)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     engine = mathrl.make_engine("torch", model, tokenizer)
-    engine.stops = torch.tensor([-1])  # no completion ends early
+    engine.stops = [-1]  # no completion ends early
     hook = (lambda r: vars(r).update(reward=grpo.rarity(r.text), status="ok")), (lambda rollouts: None)
     rollout = lambda: mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[0]
     sft_cfg = sft.Config(init_from=toy_folder("base"), data=str(Path(toy_folder("base")).parent / "sft_stage1.jsonl"), max_seq_len=512,

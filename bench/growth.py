@@ -62,7 +62,7 @@ def build(point, stops):
     with open(OUT / "data" / "math_rl.jsonl") as f:
         rows = [mathrl.normalize(json.loads(line), "") for _, line in zip(range(64), f)]
     sampler = engine.TorchEngine(model, tokenizer)
-    sampler.stops = torch.tensor(stops(config.vocab_size))
+    sampler.stops = stops(config.vocab_size)
     return cfg, mathrl.encode_prompts(rows, tokenizer, cfg), model, optimizer, sampler, rank, world, device
 
 

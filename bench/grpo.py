@@ -51,7 +51,7 @@ def ours(setting, shared=True):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     engine, hook = mathrl.make_engine("torch", model, tokenizer), mathrl.make_reward(cfg)
     if setting == "fixed":
-        engine.stops = torch.tensor([-1])
+        engine.stops = [-1]
         hook = (lambda r: vars(r).update(reward=rarity(r.text), status="ok")), (lambda rollouts: None)
     if not shared:
         data.shared_prefixes = lambda sequences, device: None

@@ -36,7 +36,7 @@ def ours(setting, folder):
     common.init_distributed(0)
     engine = TorchEngine(Qwen3.from_pretrained(folder), load_tokenizer(folder))
     if setting == "fixed":
-        engine.stops = torch.tensor([-1])
+        engine.stops = [-1]
     ids, turn = prompts(folder), 0
     take_turn(**versions("torch", "transformers"))
     while True:

@@ -180,7 +180,8 @@ def test_a_finished_completion_is_handed_on_while_others_still_decode(engine, to
     assert events[0][1] and events[-1][1] == [], "the first was handed on while others decoded"
     lengths = [len(r.completion_ids) for r, _ in events]
     assert lengths == sorted(lengths)
-
+    # a chat shows the tokens that are there: those that still decode have as many as the one that has ended, or are about to
+    assert all(set(others) <= {len(r.completion_ids), len(r.completion_ids) - 1} for r, others in events)
 
 
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 3), (0.5, 0), (0.8, 5)])

@@ -209,7 +209,7 @@ def test_the_sampler_s_log_probs_are_the_trainer_s(dtype, limit, tokenizer):
     """Mean over tokens, as the gate of every run (guard.check_step); 32 rows, prompts of unequal lengths, 300 tokens: two splits."""
     model = make_tiny(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512, std=0.1).to("cuda", dtype)
     engine = TorchEngine(model, tokenizer)
-    engine.stops = torch.tensor([-1])
+    engine.stops = [-1]
     rollouts = [Rollout(row={}, group=0, prompt_ids=list(range(3, 9 + i % 5)), seed=request_seed(i)) for i in range(32)]
     engine.generate(rollouts, 300, 0.8, top_p=0.95)
     rows = [r.prompt_ids + r.completion_ids for r in rollouts]
@@ -232,7 +232,7 @@ def test_a_recorded_decoding_step_is_the_step(tokenizer, monkeypatch):
     for op_by_op in (4, 10**9):
         monkeypatch.setattr(Replay, "__init__", lambda self, function, calls=op_by_op: graph(self, function, calls))
         engine = TorchEngine(model, tokenizer)
-        engine.stops = torch.arange(0, tokenizer.get_vocab_size(), 40)
+        engine.stops = range(0, tokenizer.get_vocab_size(), 40)
         runs.append([Rollout(row={}, group=0, prompt_ids=[3 + n % 400 for n in range(195 + i % 5)], seed=request_seed(i)) for i in range(48)])
         engine.generate(runs[-1], 300, 0.8)
     lengths = sorted(len(r.completion_ids) for r in runs[0])
