@@ -239,21 +239,25 @@ def balance(rollouts, world):
     return min((deal(units, world) for units in ways), key=lambda way: way[0])[1][torch.distributed.get_rank()]
 
 
+def fill(items, length, budget):
+    """Lists of consecutive items, as long as their lengths sum to at most `budget`; a longer item stands alone."""
+    packs, room = [], 0
+    for item in items:
+        if length(item) > room:
+            packs.append([])
+            room = budget
+        packs[-1].append(item)
+        room -= length(item)
+    return packs
+
+
 def collate(rollouts, cfg, device):
     """Packed micro-batches of at most micro_batch_tokens each, equal prompts together, long sequences first. Rollouts with advantage 0
     have no gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
-    groups = {}
-    for r in sorted((r for r in rollouts if r.advantage), key=lambda r: -len(r.prompt_ids) - len(r.completion_ids)):
+    groups, length = {}, lambda r: len(r.prompt_ids) + len(r.completion_ids)
+    for r in sorted((r for r in rollouts if r.advantage), key=length, reverse=True):
         groups.setdefault(tuple(r.prompt_ids), []).append(r)
-    packs, room = [], 0
-    for r in (r for group in groups.values() for r in group):
-        length = len(r.prompt_ids) + len(r.completion_ids)
-        if length > room:
-            packs.append([])
-            room = cfg.micro_batch_tokens
-        packs[-1].append(r)
-        room -= length
-    return [pack_rollouts(pack, device) for pack in packs]
+    return [pack_rollouts(pack, device) for pack in fill((r for group in groups.values() for r in group), length, cfg.micro_batch_tokens)]
 
 
 def shared_prefixes(sequences, device):

@@ -77,19 +77,20 @@ def longest_sequence(cfg):
     return cfg.max_seq_len if hasattr(cfg, "max_seq_len") else cfg.max_prompt_tokens + cfg.max_new_tokens
 
 
-def check_memory(folder, cfg, world, device):
-    """Prints the plan of memory and time of a run that starts from `folder`, in two or three lines, and ends a run that cannot fit."""
+def check_memory(folder, cfg, world, device, pair=0):
+    """Prints the plan of memory and time of a run that starts from `folder`, in two or three lines, and ends a run that cannot fit.
+    pair: tokens of the longest pair, where a reward model is trained; its step is SFT's, but for the logits, which it does not make."""
     if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists("/proc/meminfo"):
         return  # loading says what is wrong with the folder
-    nll, longest = hasattr(cfg, "max_seq_len"), longest_sequence(cfg)
+    nll, longest = pair > 0 or hasattr(cfg, "max_seq_len"), pair or longest_sequence(cfg)
     tokens = max(cfg.micro_batch_tokens, longest)
     shares = 1 if cfg.shard == "replicate" else world
-    plan = memory_plan(read_config(folder), shares, tokens, longest, device.type == "cuda", nll, getattr(cfg, "engine", ""), getattr(cfg, "kl_coef", 0) > 0)
+    plan = memory_plan(read_config(folder), shares, tokens, longest, device.type == "cuda", nll, "" if nll else cfg.engine, not nll and getattr(cfg, "kl_coef", 0) > 0)
     free, GB = free_memory(device, world), 1e9
     for moment in list(plan)[1:]:
         parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
         print0(f"{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
-    rows, new_tokens = (cfg.samples_per_step, 0) if nll else (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens)
+    rows, new_tokens = (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens) if not nll else (cfg.rm_samples_per_step if pair else cfg.samples_per_step, 0)
     rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
     gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
     parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"

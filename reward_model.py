@@ -5,6 +5,7 @@ score is worth, floors for mixed language and unclosed thoughts included, is dec
 """
 
 import functools
+import gc
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import common
-from data import BadRow, chat, field, load_table, shared_prefixes
+from data import BadRow, chat, field, fill, load_table, shared_prefixes
 from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
+from plan import check_memory
 
 
 class RewardModel(nn.Module):
@@ -37,14 +39,22 @@ class RewardModel(nn.Module):
     def forward(self, input_ids_T, cu_seqlens, max_seqlen, shared=None):
         """Scores [num_seqs], fp32; shared as in Qwen3.forward."""
         hidden_MD = self.qwen3[0].packed_hidden(input_ids_T, cu_seqlens, max_seqlen, cu_seqlens[1:].long() - 1, shared)
-        return self.score(hidden_MD.float()).squeeze(-1)
+        return F.linear(hidden_MD.float(), self.score.weight.float()).squeeze(-1)
 
     def save_pretrained(self, folder):
+        """Every rank gathers, tensor by tensor; rank 0 writes."""
+        whole = {}
+        for name, p in self.named_parameters():
+            p = p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+            if common.ranks()[0] == 0:
+                whole[name] = p.cpu().contiguous()
+        if not whole:
+            return
         os.makedirs(folder, exist_ok=True)
         config = hf_config(self.qwen3[0].config) | {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(config | {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0}, f, indent=2)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        save_file(whole, os.path.join(folder, "model.safetensors"), {"format": "pt"})
 
 
 def score_ids(tokenizer, messages, answer):
@@ -55,16 +65,12 @@ def score_ids(tokenizer, messages, answer):
 
 def score_batch(model, sequences, budget, device):
     """[num_seqs] scores, packed `budget` tokens at a time."""
-    order, scores, pack = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), {}, []
-    for n, i in enumerate(order):
-        pack.append(i)
-        if n + 1 == len(order) or sum(len(sequences[j]) for j in pack) + len(sequences[order[n + 1]]) > budget:
-            lengths = [len(sequences[j]) for j in pack]
-            ids = torch.tensor(np.concatenate([sequences[j] for j in pack]), device=device)
-            cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
-            shared = shared_prefixes([sequences[j] for j in pack], device)  # a question and its answers
-            scores |= dict(zip(pack, model(ids, cu_seqlens, max(lengths), shared), strict=True))
-            pack = []
+    length, scores = lambda i: len(sequences[i]), {}
+    for pack in fill(sorted(range(len(sequences)), key=length), length, budget):
+        ids = torch.tensor(np.concatenate([sequences[i] for i in pack]), device=device)
+        cu_seqlens = torch.tensor([0, *np.cumsum([length(i) for i in pack])], dtype=torch.int32, device=device)
+        shared = shared_prefixes([sequences[i] for i in pack], device)  # a question and its answers
+        scores |= dict(zip(pack, model(ids, cu_seqlens, max(map(length, pack)), shared), strict=True))
     return torch.stack([scores[i] for i in range(len(sequences))])
 
 
@@ -99,12 +105,14 @@ def load_pairs(path, tokenizer, cfg):
 
 
 def train_reward_model(cfg, folder):
-    """Bradley-Terry: the mean over pairs of -log sigmoid(s_chosen - s_rejected), one epoch (paper 4.2.2). Every rank trains
-    on its share and averages gradients; rank 0 writes the folder."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, init_from = rm_device(), cfg.rm_init_from or cfg.init_from
+    """Bradley-Terry: the mean over pairs of -log sigmoid(s_chosen - s_rejected), one epoch (paper 4.2.2). Sharded and checkpointed as
+    policies are; every rank trains on its share of a batch, and rank 0 writes the folder."""
+    (rank, world), device, init_from = common.ranks(), rm_device(), cfg.rm_init_from or cfg.init_from
     with common.one_sentence(f"reward model from {init_from}"):
-        tokenizer, model = load_tokenizer(init_from), RewardModel(Qwen3.from_pretrained(init_from, device=device)).to(device)
+        check_memory(init_from, cfg, world, device, pair=2 * cfg.rm_max_len)
+        tokenizer, qwen3 = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device)
+    qwen3.lm_head, qwen3.gradient_checkpointing = None, device.type == "cuda"
+    model = common.shard(RewardModel(qwen3).to(device), device, cfg.shard)
     pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
     held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
@@ -115,10 +123,11 @@ def train_reward_model(cfg, folder):
         for group in optimizer.param_groups:
             group["lr"] = cfg.rm_lr * min(step / (0.03 * steps + 1), 1 - (step - 1) / steps)
         taken = order[(step - 1) * cfg.rm_samples_per_step : step * cfg.rm_samples_per_step]
-        for first in range(rank, len(taken), world * 64):
-            mine = [pairs[i] for i in taken[first : first + world * 64 : world]]
-            scores = score_batch(model, [ids for pair in mine for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
-            (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() * world / len(taken)).backward()
+        packs = fill([pairs[i] for i in taken[rank::world]], lambda pair: sum(map(len, pair)), cfg.micro_batch_tokens)
+        for i in range(int(common.all_reduce({"n": len(packs)}, "max")["n"])):  # equally many on every rank: collectives must match
+            pack = packs[i] if i < len(packs) else pairs[:1]
+            scores = score_batch(model, [ids for pair in pack for ids in pair], math.inf, device).view(-1, 2)
+            (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() * world / len(taken) * (i < len(packs))).backward()
         common.average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
@@ -128,11 +137,15 @@ def train_reward_model(cfg, folder):
             with torch.no_grad():
                 scores = score_batch(model, [ids for pair in part for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
             common.print0(f"reward model: pair accuracy {(scores[:, 0] > scores[:, 1]).float().mean():.3f} on {len(part)} {name} pairs")
+    if hasattr(model, "reshard"):
+        model.reshard()  # a forward without backward leaves the root gathered, in compute precision
+    model.save_pretrained(folder + ".tmp")
     if rank == 0:
-        model.save_pretrained(folder + ".tmp")
         save_tokenizer(init_from, folder + ".tmp")
         os.rename(folder + ".tmp", folder)
     common.all_gather(None)
+    del model, optimizer
+    gc.collect()  # FSDP's modules refer to each other, and the policy wants the room
 
 
 @functools.cache
@@ -155,15 +168,17 @@ def load_reward_model(path, device, workers=8):
         with torch.device("meta"):
             model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
         files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
-        state = {k: v for name in files for k, v in load_file(os.path.join(path, name), device=str(device)).items()}
+        state = {k: v for name in files for k, v in load_file(os.path.join(path, name)).items()}
         state = {k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()}
         model.load_state_dict(state, strict=True, assign=True)
 
     def score(messages_list, answers):
         sequences = [tuple(score_ids(tokenizer, m, a)) for m, a in zip(messages_list, answers, strict=True)]
         distinct = list(dict.fromkeys(sequences))  # equal answers get equal scores: rounding in a batch must not rank them
+        model.to(device)
         with torch.no_grad():
             scores = score_batch(model, distinct, 32768, device).tolist() if distinct else []
+        model.to("cpu")  # the rest of a step wants the GPU's memory for itself
         score_of = dict(zip(distinct, scores))
         return [score_of[ids] for ids in sequences]
 

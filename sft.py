@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import common
 from checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from data import BadRow, chat, data_files, normal_rows, read_rows, shared_prefixes, stream_rows
+from data import BadRow, chat, data_files, fill, normal_rows, read_rows, shared_prefixes, stream_rows
 from guard import check_step
 from model import render_chat, show_tokens
 
@@ -156,15 +156,8 @@ def batches(tokenizer, state, cfg):
 
 def pack(samples, budget, device):
     """Packed micro-batches of at most `budget` tokens (more only for a single longer sample), long samples first."""
-    packs, room = [], 0
-    for sample in sorted(samples, key=lambda s: -len(s[0])):
-        if len(sample[0]) > room:
-            packs.append([])
-            room = budget
-        packs[-1].append(sample)
-        room -= len(sample[0])
-    batches = []
-    for group in packs:
+    batches, length = [], lambda sample: len(sample[0])
+    for group in fill(sorted(samples, key=length, reverse=True), length, budget):
         lengths = [len(ids) for ids, _, _ in group]
         batches.append({
             "input_ids_T": torch.from_numpy(np.concatenate([ids for ids, _, _ in group])).long().to(device),
