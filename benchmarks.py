@@ -46,7 +46,7 @@ def hook(score, workers=8):
     pool, pending = ThreadPoolExecutor(workers), {}
 
     def submit(r):
-        closed, answer = not r.row["think"] or "</think>" in r.text, r.text.rpartition("</think>")[2]
+        closed, answer = not r.row["think"] or "</think>" in r.text, r.text.rpartition("</think>")[2].strip() if r.row["think"] else r.text
         pending[id(r)] = r, pool.submit(score, r.row, answer) if closed and answer.strip() else None
 
     def collect(rollouts):

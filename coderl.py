@@ -61,7 +61,7 @@ class Config:
     overlong_filter: bool = False  # truncated completions earn 0; paper 4.6.2
     max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
     test_seconds: float = 6.0  # CPU time of one test [dev 3], a problem's own limit if that is longer; LiveCodeBench's default
-    memory_mb: int = 1024  # of one test
+    memory_mb: int = 4096  # of one test
     lr: float = 4e-6  # AdamW; paper T19
     final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
     warmup_steps: int = 0  # linear
@@ -86,9 +86,9 @@ class Config:
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
 
-FORMAT = "lace the solution code in the following format:\n```python\n# Your solution code here\n```"  # AceReason's
-PLAIN = "{problem}\n\nWrite Python code to solve the problem. Please p" + FORMAT
-HEADER = "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\nP" + FORMAT
+FORMAT = "Please place the solution code in the following format:\n```python\n# Your solution code here\n```"  # AceReason's
+PLAIN = "{problem}\n\nWrite Python code to solve the problem. " + FORMAT
+HEADER = "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\n" + FORMAT
 INTERACTIVE = re.compile(r"this is an interactive (problem|task)|interactor|flush the output", re.I)
 ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?"
                         r".{0,60}(accepted|print any|output any|return any|any of them)|(print|output|return) any of them", re.I | re.S)  # fmt: skip
@@ -226,7 +226,7 @@ def same_value(got, expected):
     return got == expected
 
 
-def run_tests(code, tests, timeout=6.0, memory_mb=1024, stop=False):
+def run_tests(code, tests, timeout=6.0, memory_mb=4096, stop=False):
     """One verdict per test: ok, wrong, timeout, memory, crash, output or infra; with stop, up to the first not ok."""
     name, verdicts = tests.get("fn_name"), []
     given = ((name, [json.loads(line) for line in text.split("\n") if line]) if name else text for text in tests["inputs"])
@@ -246,7 +246,7 @@ def run_tests(code, tests, timeout=6.0, memory_mb=1024, stop=False):
     return verdicts
 
 
-def verdict(response, tests, prompt=None, timeout=6.0, memory_mb=1024):
+def verdict(response, tests, prompt=None, timeout=6.0, memory_mb=4096):
     """(reward, status, share of tests passed before the first failure) of one response with its reasoning."""
     reasoning, closed, final = response.rpartition("</think>")
     if prompt is not None and not language_ok(prompt, reasoning if closed else response):  # [dev 5]
@@ -421,7 +421,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import all_gather, fail, parse_config, print0
-from model import render_chat
+from model import NO_THINK, THINK, render_chat
 
 
 # ---- Data files ------------------------------------------------------------------------------------------------------
@@ -103,10 +103,16 @@ def read_rows(path, limit=0):
     return list(itertools.islice(rows, limit or None))
 
 
+def fresh_cursors(path):
+    """{file: cursor at its start}; a file that is named again, to be seen more often, is read beside itself, as file#1."""
+    files = data_files(path)
+    return {f"{file}#{n}" if (n := files[:i].count(file)) else file: [0, 0, 0.0] for i, file in enumerate(files)}
+
+
 def stream_rows(cursors, limit=0):
     """(where, row), always from the file of which the smallest share is read, so that every stretch has the mix of the whole.
     cursors {file: cursor} move along: reading on from a copy of them gives the same rows as not having stopped."""
-    readers = {file: read_file(file, cursor) for file, cursor in cursors.items() if cursor[2] < 1}
+    readers = {file: read_file(re.sub(r"#\d+$", "", file), cursor) for file, cursor in cursors.items() if cursor[2] < 1}
     ahead = {file: next(reader, None) for file, reader in readers.items()}  # one row, to know when a file is done
     cursors |= {file: [*cursors[file][:2], 1.0] for file, row in ahead.items() if row is None}
     while (open_files := [f for f in readers if cursors[f][2] < 1]) and not 0 < limit <= sum(c[0] for c in cursors.values()):
@@ -178,6 +184,8 @@ def language_ok(prompt, response):
 def encode_prompts(rows, tokenizer, cfg):
     """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
     for row in rows:
+        asked = row["messages"][-1]["content"].strip()  # a flag that it ends in wins, so the verifier has to know
+        row["think"] = asked.endswith(THINK) or row["think"] and not asked.endswith(NO_THINK)
         row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"])[0]
     kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
     for index, row in enumerate(kept):

@@ -41,7 +41,7 @@ class Rollout:
     text: str = ""  # decoded completion, thinking included, stop token left out
     reward: float = float("nan")
     teacher_logprobs: list = field(default_factory=list)  # mopd: of the completion, under its domain's teacher
-    score: float = float("nan")  # rlhf: the reward model's own number, before shaping
+    score: float = float("nan")  # rlhf: the reward before shaping, that is the reward model's number or a floor
     pending: object = None  # the verdict under way, a future
     verify_s: float = 0.0  # seconds that a verifier worker spent on it
     status: str = ""  # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)

@@ -152,7 +152,7 @@ VERDICT_SECONDS = 60  # for the verdicts still open when the last completion is 
 
 def verify(text, think, instruction_id_list, kwargs, need_letters=True):
     """([followed, by the reference], status) of one completion, judged on its answer, the text after </think>."""
-    answer = text.rpartition("</think>")[2] if think else text
+    answer = text.rpartition("</think>")[2].strip() if think else text  # "\n\n" after the tag is no empty first paragraph
     if not answer.strip() or (think and "</think>" not in text):
         return [False] * len(instruction_id_list), "no_answer"
     pairs = zip(instruction_id_list, kwargs, strict=True)
@@ -213,7 +213,7 @@ def make_reward(cfg):
             pool = start()
         if cfg.think:
             score = load_reward_model(cfg.rm, rm_device(), cfg.reward_workers)  # once: it is cached
-            answers = [rollout.text.rpartition("</think>")[2] for rollout in rollouts]  # no tag: the whole text
+            answers = [rollout.text.rpartition("</think>")[2].strip() for rollout in rollouts]  # no tag: the whole text
             add_preference(rollouts, score([rollout.row["messages"] for rollout in rollouts], answers))
         if cfg.sample_every and next(rounds) % cfg.sample_every == 0:
             print0(extremes(monitor(rollouts)))
@@ -364,7 +364,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 

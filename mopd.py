@@ -243,7 +243,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 

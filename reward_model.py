@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import common
 from data import BadRow, chat, field, fill, load_table, shared_prefixes
-from model import Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
+from model import CHAT_TEMPLATE, Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
 from plan import check_memory
 
 
@@ -161,8 +161,9 @@ def load_reward_model(path, device, workers=8):
         architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
     if not architecture.endswith("ForSequenceClassification"):  # transformers would give it a score head of random numbers
         common.fail(f"--rm={path}: {architecture} is no sequence classifier.")
-    if architecture != "Qwen3ForSequenceClassification":
-        return load_classifier(path, device)
+    template = os.path.join(path, "chat_template.jinja")
+    if architecture != "Qwen3ForSequenceClassification" or not os.path.exists(template) or open(template).read() != CHAT_TEMPLATE:
+        return load_classifier(path, device)  # somebody else's: it was trained on its own template
     with common.one_sentence(f"--rm={path}"):
         tokenizer, body = load_tokenizer(path), torch.bfloat16 if device.type == "cuda" else torch.float32
         with torch.device("meta"):

@@ -132,7 +132,7 @@ def reference_logprobs(batch, cfg):
 
 def answer_of(rollout):
     """What is scored: the text after </think>; the whole reply in no_think mode or when the tag is missing (paper 4.3.2)."""
-    return rollout.text.rpartition("</think>")[2] if rollout.row["think"] else rollout.text
+    return rollout.text.rpartition("</think>")[2].strip() if rollout.row["think"] else rollout.text
 
 
 def make_reward(cfg):
@@ -188,8 +188,8 @@ def self_test(rows, cfg):
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------
 def metric(rollout):
-    """The raw reward-model score of a held-out rollout (unbounded; compare only within one reward model)."""
-    return rollout.score if math.isfinite(rollout.score) else 0.0
+    """The score of a held-out rollout, floors included, unshaped (unbounded; compare only within one reward model)."""
+    return rollout.score
 
 
 # ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
@@ -304,7 +304,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(metric(r) for r in rollouts), "n": len(rollouts)})
+    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 

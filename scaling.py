@@ -77,7 +77,7 @@ def vote(texts, files, fit=None):
 
 
 REPRODUCE = """Write a Python script that reproduces this issue. It is run in the repository: it has to end with an error while the issue is
-there, and without one as soon as it is solved. Please p{format}
+there, and without one as soon as it is solved. {format}
 
 {issue}"""
 
@@ -142,7 +142,7 @@ def confidence(rollout):
 
 def attempt_prompt(problem, subtask, memory, solved):
     """The problem, this subtask, what was submitted for it with verdicts, and the programs that solved other subtasks."""
-    parts = [f"Write Python code to solve the problem. Please p{coderl.FORMAT}", problem["statement"], f"Solve this subtask: {subtask.get('statement') or subtask['name']}"]
+    parts = [f"Write Python code to solve the problem. {coderl.FORMAT}", problem["statement"], f"Solve this subtask: {subtask.get('statement') or subtask['name']}"]
     failed = sorted(memory, key=lambda m: -m[1])[:KEPT_BEST] if subtask.get("partial") else memory[-KEPT_FAILURES:]
     parts += [f"An earlier submission earned {100 * share:.0f}% ({verdict}):\n```python\n{code}```" for code, share, verdict in failed]
     parts += [f"This solved subtask {name}, which may help:\n```python\n{code}```" for name, code in solved.items()]

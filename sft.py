@@ -12,6 +12,7 @@ torchrun --nproc_per_node=8 sft.py --init_from=Qwen/Qwen3-8B-Base --data=nvidia/
 A good run prints a loss that falls fast for 100 steps and then slowly, the same for every category of the eval line.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import common
 from checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from data import BadRow, chat, data_files, fill, normal_rows, read_rows, shared_prefixes, stream_rows
+from data import BadRow, chat, fill, fresh_cursors, normal_rows, read_rows, shared_prefixes, stream_rows
 from guard import check_step
 from model import render_chat, show_tokens
 
@@ -35,8 +36,9 @@ from model import render_chat, show_tokens
 class Config:
     init_from: str = "out/base"  # Hugging Face Qwen3 folder
     out_dir: str = "out/sft"
-    data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"  # hub id, folder, parquet, .json or .jsonl with `messages` rows
+    data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"  # hub id, folder, parquet, .json or .jsonl with `messages` rows; named n times: n times as often
     eval_data: str = ""  # same form; "": no held-out loss
+    think_only: bool = False  # leaves out the no_think conversations: the thinking models (paper 3, 8B-Thinking and 14B-Thinking)
     limit: int = 0  # rows read from data; 0: all
     block_rows: int = 32768  # rows read, tokenized and shuffled at a time [dev 3]; smaller sets are held whole
     samples_per_step: int = 256  # conversations per update, over all ranks [dev 1]; paper T14
@@ -59,7 +61,7 @@ class Config:
 
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
-def normalize(row, where):
+def normalize(row, where, think_only=False):
     """{"messages", "tools", "think", "category"} of a Nemotron SFT row; rows that cannot be trained on are BadRow. Nothing in a
     single row stops the run: the five-millionth is read days after the first."""
     if "output" in row and "messages" not in row:  # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
@@ -79,6 +81,8 @@ def normalize(row, where):
         raise BadRow("a turn of an unknown role")
     tools = from_json(row.get("tools"), "tools")
     for m in messages:
+        if m["role"] == "tool" and (written := re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", m["content"], re.S)):
+            m["content"] = "\n</tool_response>\n<tool_response>\n".join(written)  # tags that are there already: the template writes them
         m["tool_calls"] = from_json(m.get("tool_calls"), "tool_calls")
         calls = [call.get("function") or call for call in m["tool_calls"]]
         if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
@@ -87,6 +91,8 @@ def normalize(row, where):
     think = "<think>" in messages[-1]["content"] if think is None else think
     if not isinstance(think, bool):
         raise BadRow('field "thinking" is neither true nor false')
+    if think_only and not think:
+        raise BadRow("a no_think conversation")
     return {"messages": messages, "tools": tools, "think": think, "category": str(row.get("category") or "all")}
 
 
@@ -108,7 +114,8 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
     block = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows) if cursors else read_rows(path)
     mine = []
-    rows = tqdm(normal_rows(block, normalize, path), desc="tokenize", leave=False, disable=None)
+    rows = normal_rows(block, functools.partial(normalize, think_only=cfg.think_only), path)
+    rows = tqdm(rows, desc="tokenize", leave=False, disable=None)
     for i, row in enumerate(rows):
         if i % world == rank:
             ids, mask = render_chat(tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False)
@@ -131,7 +138,7 @@ def batches(tokenizer, state, cfg):
     """Endless steps of samples_per_step conversations, the same on every rank. Memory holds one block of block_rows rows, in
     which all files are mixed; blocks are shuffled by (seed, epoch, block). `state` is the cursor: its "files" say where the
     block begins, its "position" what of it is used, so that a resumed run reads on where it was, bit for bit."""
-    fresh = {file: [0, 0, 0.0] for file in data_files(cfg.data)}
+    fresh = fresh_cursors(cfg.data)
     chosen, samples, behind, seen, loaded = [], [], {}, {}, None
     if state["files"] and state["files"].keys() != fresh.keys():
         common.fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
