@@ -97,9 +97,11 @@ def read_choice(row, where):
 
 
 def score_choice(row, answer):
-    """The one letter in the last box; without a box, the last "the answer is (X)". Two letters are a hedge."""
-    box = mathrl.last_box(answer)
-    letters = set(re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box)) if box else set(STATED.findall(answer)[-1:])
+    """The one letter in the last box, or the one before its option's text; without a letter in a box, the last "the answer is (X)". Two
+    letters are a hedge."""
+    box = mathrl.last_box(answer) or ""
+    named = re.match(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):](?!.*\b[A-J][.)]|\s*(?:or|and)\b)(?=\s*\S*[a-z]{2})", box)  # "B. Vitamin A"
+    letters = {named[1]} if named else set(re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box)) or set(STATED.findall(answer)[-1:])
     return letters == {row["answer"]}
 
 
@@ -132,7 +134,10 @@ def read_lcb(until):
 
 
 def score_code(row, answer):
-    return coderl.reward("</think>" + answer, row["tests"])
+    value, status, _ = coderl.verdict("</think>" + answer, row["tests"])
+    if status == "infra":
+        raise OSError("the sandbox failed")
+    return value
 
 
 # ---- LiveCodeBench Pro: its own judge, a server that has the hidden tests and the checkers -----------------------------
@@ -207,7 +212,9 @@ def load_ifbench(path, outside):
             check.build_description(prompt=prompt)
         lines = answer.split("\n")
         cuts = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-        return any(cut.strip() and check.check_following(cut) for cut in cuts + [cut.replace("*", "") for cut in cuts])
+        with contextlib.suppress(IndexError, ZeroDivisionError):  # the package's own, on answers without words: not followed
+            return any(cut.strip() and check.check_following(cut) for cut in cuts + [cut.replace("*", "") for cut in cuts])
+        return False
 
     score = lambda row, answer: all(followed(name, k, row["prompt"], answer) for name, k in zip(row["ids"], row["kwargs"], strict=True))
     return load_table(path, normalize), hook(score, workers=1), lambda r: r.reward  # the checks share a random state

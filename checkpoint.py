@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -123,7 +124,9 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
             save_tokenizer(cfg.init_from, folder)  # not the checkpoint resumed from: that one is pruned some day
             run = {"step": step, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_hash(), "torch": torch.__version__,
                    "world": world, "state": state}  # fmt: skip
-            run["files"] = {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != "run.json"}
+            names = sorted(name for name in os.listdir(folder) if name != "run.json")
+            with ThreadPoolExecutor(8) as pool:  # 100 GB at 8B, and every rank waits
+                run["files"] = dict(zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names)))
             with open(os.path.join(folder, "run.json"), "w") as f:
                 json.dump(run, f)
             for name in (*run["files"], "run.json", ""):

@@ -194,7 +194,7 @@ def complete(engine, decodings, how, hook, metric, rank):
     ungraded = [r for r in everyone if r.twin is r and r.metric is None]
     collect(ungraded)
     with ThreadPoolExecutor(2) as pool:  # swe's metric runs programs
-        for r, value in zip(ungraded, pool.map(lambda r: None if r.status == "infra" else float(metric(r)), ungraded)):
+        for r, value in zip(ungraded, pool.map(lambda r: None if r.status == "infra" else metric(r), ungraded)):
             r.metric, r.weight = value, float(getattr(r, "votes", 1.0))
     for r in everyone:
         r.metric, r.weight, r.reward, r.status = r.twin.metric, r.twin.weight, r.twin.reward, r.twin.status

@@ -20,6 +20,7 @@ import ast
 import atexit
 import ctypes
 import itertools
+import functools
 import json
 import math
 import multiprocessing
@@ -85,7 +86,7 @@ class Config:
     max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
     eval_every: int = 20  # steps; 0: never
     eval_rows: int = 541  # all of IFEval
-    save_every: int = 10  # steps
+    save_every: int = 50  # steps
     shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
     phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
     sample_every: int = 10  # steps between printed samples
@@ -364,7 +365,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
+    sums = common.all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -383,7 +384,7 @@ def main(cfg):
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:

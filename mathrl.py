@@ -133,8 +133,8 @@ def select_rows(rows, epoch, history, cfg):
 for name in ("math_verify", "latex2sympy2_extended"):  # they warn about every answer that does not parse
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
-LIMIT_S = 9.5  # wall seconds of one verification
-PART_S = 3  # of them for parsing the gold, for parsing the answer and for comparing
+LIMIT_S, PART_S = 9.5, 3  # wall seconds of one verification; of them for parsing the gold, for parsing the answer and for comparing
+SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # that tells nothing apart
 MAX_ANSWER = 512  # characters inside the box
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
@@ -189,7 +189,7 @@ def literal(text):
 
 def refused(gold, given):
     """True if gold is a number and given is not written as one [dev 2]: hedges, chains, work left undone."""
-    given = re.sub(r"\\(times|cdot)\s*10\s*\^", "E", strip(given))
+    given = re.sub(r"\s*-\s*", "-", re.sub(r"\\(times|cdot)\s*10\s*\^", "E", strip(given)))
     if literal(gold) is not None:
         return not VALUE.fullmatch(given)
     symbols = re.sub(r"\\(?!infty)[A-Za-z]+|[ei](?![A-Za-z])", "", strip(gold))
@@ -201,11 +201,11 @@ def refused(gold, given):
 def equal(gold, given):
     """math-verify on gold (default reading) and answer (LaTeX only) [dev 1]; None if it gave up, about which it keeps silent.
     It uses SIGALRM and can hang: only in a child."""
-    start, same = time.monotonic(), False
+    start, same = time.monotonic(), SPACE.sub("", gold) == SPACE.sub("", given)
     try:
         gold_forms = parse(boxed(gold), parsing_timeout=PART_S)
         given_forms = parse(boxed(given), [LatexExtractionConfig()], parsing_timeout=PART_S)
-        if verify(gold_forms, given_forms, timeout_seconds=PART_S):
+        if not same and verify(gold_forms, given_forms, timeout_seconds=PART_S):
             a, b = gold_forms[0], given_forms[0]
             same = a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b))
             if not same:  # verify() rounds: tiny numbers are all equal
@@ -391,7 +391,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
+    sums = common.all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -410,7 +410,7 @@ def main(cfg):
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:

@@ -80,11 +80,17 @@ def hf_config(config: Qwen3Config) -> dict:
     raw = asdict(config)
     scaling = raw.pop("rope_scaling")
     raw["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
-    if scaling:
-        raw["rope_scaling"] = scaling
+    if scaling:  # vLLM takes max_position_embeddings for the stretched length
+        raw |= {"rope_scaling": scaling, "max_position_embeddings": max_positions(config)}
     return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **raw, "hidden_act": "silu",
             "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False, "use_cache": True,
             "initializer_range": 0.02, "dtype": "bfloat16" if config.hidden_size >= 1024 else "float32"}
+
+
+def max_positions(config):
+    """Tokens of the longest sequence, stretched by YaRN where that is on."""
+    scaling = config.rope_scaling
+    return max(config.max_position_embeddings, int(scaling["factor"] * scaling.get("original_max_position_embeddings", 0)) if scaling else 0)
 
 
 def rope_tables(config: Qwen3Config, length):
@@ -217,9 +223,7 @@ class Qwen3(nn.Module):
         return add_rms_norm(x_TD, residual_TD, self.model.norm.weight, self.config.rms_norm_eps)[0]
 
     def max_positions(self):
-        scaling = self.config.rope_scaling
-        stretched = int(scaling["factor"] * scaling.get("original_max_position_embeddings", 0)) if scaling else 0
-        return max(self.config.max_position_embeddings, stretched)
+        return max_positions(self.config)
 
     def forward(self, input_ids, cu_seqlens=None, max_seqlen=None, loss_index=None, shared=None, temperature=1.0, nll=False):
         """Logits or token log-probs.

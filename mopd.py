@@ -243,7 +243,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
+    sums = common.all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -262,7 +262,7 @@ def main(cfg):
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:

@@ -1,6 +1,6 @@
 """Edits of source text: SEARCH/REPLACE blocks and unified diffs, as pure functions on {path: text}. swerl.py says what an edit earns.
 
-An edit applies exactly or not at all: SEARCH text is whole lines that stand in the file once, or blank for a file that is not there yet.
+An edit applies exactly or not at all: SEARCH text is whole lines that stand in the file once, or blank for a file that is empty or not there yet.
 Free are prose and fences around a block, the spelling of a path, CRLF and the end of the last line.
 """
 
@@ -71,8 +71,8 @@ def edited(response, files):
         blank = not any(line.strip() for line in old)
         if key is not None and not blank:
             files[key] = replace_lines(files[key], old, new)
-        elif key is None and blank and not re.match(r"/|\.\.?(/|$)", path):
-            known[path], files[path] = path, "\n".join(new) + "\n"
+        elif blank and (not files[key].strip() if key is not None else not re.match(r"/|\.\.?(/|$)", path)):
+            known[path], files[key or path] = key or path, "\n".join(new) + "\n"
         else:
             raise NoPatch("blank search text" if blank else "unknown file")
     return files
@@ -87,10 +87,10 @@ def apply_edits(response, files):
 
 
 def as_response(files, after):
-    """The response that makes this change: one block a file, the whole file searched and replaced."""
-    text = lambda version, path: version.get(path, "").replace("\r", "").rstrip("\n")
-    blocks = [BLOCK.format(path=path, old=text(files, path), new=text(after, path)) for path in changes(files, after)]
-    return "</think>\n" + "\n".join(blocks)
+    """The response that makes this change: one block a file, the whole file searched and replaced (a deleted one by nothing)."""
+    text = lambda version, path: version.get(path, "").replace("\r", "").removesuffix("\n")
+    blocks = {path: BLOCK.format(path=path, old=text(files, path), new=text(after, path)) for path in changes(files, after)}
+    return "</think>\n" + "\n".join(block if after.get(path) else block.replace("\n\n>>>>>>>", "\n>>>>>>>") for path, block in blocks.items())
 
 
 # ---- Unified diffs ---------------------------------------------------------------------------------------------------

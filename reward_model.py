@@ -144,7 +144,7 @@ def train_reward_model(cfg, folder):
         save_tokenizer(init_from, folder + ".tmp")
         os.rename(folder + ".tmp", folder)
     common.all_gather(None)
-    del model, optimizer
+    del model, qwen3, optimizer
     gc.collect()  # FSDP's modules refer to each other, and the policy wants the room
 
 
@@ -171,15 +171,16 @@ def load_reward_model(path, device, workers=8):
         files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
         state = {k: v for name in files for k, v in load_file(os.path.join(path, name)).items()}
         state = {k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()}
-        model.load_state_dict(state, strict=True, assign=True)
+        if missing := {*model.state_dict()} ^ state.keys():
+            raise ValueError(f"tensors are missing or unknown, first {min(missing)}")
 
     def score(messages_list, answers):
         sequences = [tuple(score_ids(tokenizer, m, a)) for m, a in zip(messages_list, answers, strict=True)]
         distinct = list(dict.fromkeys(sequences))  # equal answers get equal scores: rounding in a batch must not rank them
-        model.to(device)
+        model.load_state_dict({k: v.to(device) for k, v in state.items()}, assign=True)
         with torch.no_grad():
             scores = score_batch(model, distinct, 32768, device).tolist() if distinct else []
-        model.to("cpu")  # the rest of a step wants the GPU's memory for itself
+        model.load_state_dict(state, assign=True)  # in host memory: the rest of a step wants the GPU's
         score_of = dict(zip(distinct, scores))
         return [score_of[ids] for ids in sequences]
 
@@ -187,7 +188,8 @@ def load_reward_model(path, device, workers=8):
 
 
 def load_classifier(path, device):
-    """Any other sequence classifier, through transformers and its own chat template, right-padded one by one."""
+    """Any other sequence classifier, through transformers and its own chat template, one by one. An answer that spells one of its special
+    tokens cannot open a turn: a dot parts it."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -195,6 +197,8 @@ def load_classifier(path, device):
 
     @torch.no_grad()
     def score(messages_list, answers):
+        for token in tokenizer.get_added_vocab():
+            answers = [a.replace(token, token[0] + "\u00b7" + token[1:]) for a in answers]
         chats = [[*m, {"role": "assistant", "content": a}] for m, a in zip(messages_list, answers, strict=True)]
         ids = (tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, return_tensors="pt") for chat in chats)
         return [model(x.to(device)).logits[0, 0].item() for x in ids]
@@ -204,7 +208,7 @@ def load_classifier(path, device):
 
 def ask_endpoint(url, messages, answer):
     """Raw score of one answer from a pooling server that takes chat messages and renders them itself; None after three failures."""
-    turns = [*messages, {"role": "assistant", "content": answer}]
+    turns = [*messages, {"role": "assistant", "content": answer.replace("<|", "<\u00b7|")}]  # no token that opens a turn
     body = json.dumps({"messages": turns, "use_activation": False}).encode()  # vLLM would take a sigmoid of a single label
     for _ in range(3):
         try:

@@ -113,10 +113,10 @@ def killable(function, limit_s):
     def serve(pipe, parent):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with open("/proc/self/statm") as pages:
-            memory = int(pages.read().split()[0]) * resource.getpagesize() + (2 << 30)  # 2 GiB more than now
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        while os.getppid() == parent:  # an orphan ends by itself, at the latest after a second
+        memory = lambda: int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        most = memory() + (2 << 30)  # 2 GiB more than now
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        while os.getppid() == parent and memory() < most - (1 << 30):  # an orphan ends by itself, at the latest after a second
             if pipe.poll(1):
                 args = pipe.recv()  # EOFError if the parent has gone
                 signal.setitimer(signal.ITIMER_PROF, limit_s)  # default action: ends a hang in C, parent or no parent
@@ -155,8 +155,8 @@ def killable(function, limit_s):
             mine.pipe.close()
             ends.remove(mine.pipe)
             start()
-            if late or ended != -signal.SIGKILL:
-                return  # else somebody killed the child, which is not the input's doing: once more
+            if late or ended not in (-signal.SIGKILL, 0):
+                return  # else somebody killed the child, or it had grown and left, which is not the input's doing: once more
 
     call.start = start
     return call
@@ -190,7 +190,7 @@ def _start_leaf(job, test):
 
 
 def _finish(leaf, timeout):
-    """Result of a test in a leaf just started. Raises only if the zygote is gone."""
+    """Result of a test in a leaf just started. Raises only if the zygote is gone, or somebody else killed the leaf."""
     try:
         late = _wait(leaf, timeout)
         if late:
@@ -216,7 +216,9 @@ def _finish(leaf, timeout):
         status = "output"
     elif seconds > timeout:
         status = "timeout"
-    elif code in (OUT_OF_MEMORY, -signal.SIGKILL):  # its own limit, or the host's
+    elif code == -signal.SIGKILL:  # the host ran out of memory: no program can send it
+        raise EOFError
+    elif code == OUT_OF_MEMORY:
         status = "memory"
     elif code or leaf.is_call:
         status = "crash"
@@ -357,7 +359,8 @@ def _preload():
     for name in STARS.split():
         exec(f"from {name} import *", vars(program))
     exec(f"import {', '.join((STARS + ' ' + IMPORTS).split())}", vars(program))
-    vars(program).update(exit=sys.exit, quit=sys.exit)
+    vars(program).update(exit=sys.exit, quit=sys.exit, __file__="program.py")
+    sys.argv[:] = ["program.py"]
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # normally the work of the site module
     sys.modules.update(sandbox=sys.modules["__main__"], __main__=program, solution=program)
     sys.setrecursionlimit(50_000)
@@ -582,8 +585,8 @@ def _run_program(source, call):
                 return 1
         threading._shutdown()  # the main thread may end before the thread that does the work
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.__stdout__.flush()
+        for stream in (sys.stdout, sys.__stdout__):
+            getattr(stream, "closed", False) or stream.flush()
     except MemoryError:
         return OUT_OF_MEMORY
     except BaseException:

@@ -140,7 +140,8 @@ def batches(tokenizer, state, cfg):
     block begins, its "position" what of it is used, so that a resumed run reads on where it was, bit for bit."""
     fresh = fresh_cursors(cfg.data)
     chosen, samples, behind, seen, loaded = [], [], {}, {}, None
-    if state["files"] and state["files"].keys() != fresh.keys():
+    names = lambda cursors: {re.sub(r"(?<=@)[0-9a-f]{40}(?=/)", "", file) for file in cursors}  # a commit to a hub's set renames its files
+    if state["files"] and names(state["files"]) != names(fresh):
         common.fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
     while True:
         state["files"] = state["files"] or fresh

@@ -13,6 +13,7 @@ Deviations from the paper:
 torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/swerl --judge=http://judge:8000/v1
 """
 
+import functools
 import json
 import math
 import os
@@ -204,7 +205,7 @@ def select_rows(rows, epoch, history, cfg):
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
 
-TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*_test\.\w+|conftest\.py|(tox|pytest)\.ini)$)")
+TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|tests?\.py|[^/]*(_test|\.test|\.spec)\.\w+|conftest\.py|(tox|pytest)\.ini)$)")
 
 
 def lexical_judge(files, predicted, oracle, floor=0.5):
@@ -250,7 +251,8 @@ def ask_judge(cfg, issue, files, predicted, oracle):
 
     def show(after):  # the candidate's text cannot open a turn, close its section or answer in the judge's place
         diffs = "\n".join(f"--- {path}\n{diff}" for path, diff in changes(files, after).items())
-        return re.sub(r"<\|.*?\|>|</?(s|im_\w+|judge?ment)>|=====", "", diffs, flags=re.I)
+        dotted = lambda m: "\u00b7".join(m[0])  # not deleted: what is left on both sides would join
+        return re.sub(r"<\||</?(s|im_\w+|judge?ment)>|={5,}", dotted, diffs, flags=re.I)
 
     if any(re.search(r"^\+.*judge?ment\s*>", diff, re.I | re.M) for diff in changes(files, predicted).values()):
         return 0.0, 0.0
@@ -336,10 +338,8 @@ def self_test(rows, cfg):
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------
-
-
 def metric(rollout):
-    """1.0 if the patched program passes the tests of the row; without tests, if the change is the golden one."""
+    """1.0 if the patched program passes the tests of the row; without tests, if the change is the golden one. None: the sandbox failed."""
     row = rollout.row
     if row["think"] and "</think>" not in rollout.text:
         return 0.0
@@ -351,7 +351,7 @@ def metric(rollout):
     import coderl  # the sandboxed runner; the reward above needs none of it
 
     verdicts = coderl.run_tests(files[programs[0]], row["tests"], row["tests"].get("time_limit") or 6.0, stop=True)
-    return float(verdicts[-1] == "ok")
+    return None if verdicts[-1] == "infra" else float(verdicts[-1] == "ok")
 
 
 # ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
@@ -458,7 +458,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(known := [metric(r) for r in rollouts if r.status != "infra"]), "n": len(known)})
+    sums = common.all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -477,7 +477,7 @@ def main(cfg):
     rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = zlib.crc32(repr([row["prompt_ids"] for row in rows]).encode())
+    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(common.all_gather(data)) != {state.setdefault("data", data)}:

@@ -92,6 +92,8 @@ GPQA = {"Question": "Which gas?", "Correct Answer": "argon\n", "Incorrect Answer
     (r"\boxed{B}", 1), (r"\boxed{(B)}", 1), (r"\boxed{\text{B}}", 1), (r"\boxed{\textbf{B}) 4}", 1), (r"so \boxed{A}, no: \boxed{B}", 1),
     ("The answer is (B).", 1), ("**Answer: B**", 1), ("The answer is A. Wait, the answer is B", 1), (r"The answer is B. \boxed{A}", 0),
     (r"\boxed{A}", 0), (r"\boxed{A, B}", 0), (r"\boxed{4}", 0), ("B", 0), (r"\boxed{}", 0), ("", 0), (r"\boxed{Because}", 0),
+    (r"\boxed{B. Vitamin A}", 1), (r"\boxed{\text{B) Hepatitis C}}", 1), (r"\boxed{42}, so the answer is (B)", 1), (r"\boxed{B. or C.}", 0),
+    (r"\boxed{A. Vitamin B}", 0), (r"\boxed{B. four and C. five}", 0),
 ])  # fmt: skip
 def test_multiple_choice_by_hand(answer, score, tmp_path):
     (row,), graded = load("mmlu", [MMLU], tmp_path)
@@ -250,11 +252,11 @@ def test_ifbench_asks_the_package_and_says_how_to_get_it(tmp_path, monkeypatch, 
             return {"N": self.n}
 
         def check_following(self, text):
-            return len(text.split()) == self.n
+            return len(text.split()) == self.n and bool(text.split()[self.n - 1].strip(".")[0])  # as careless as some of the package's
 
     monkeypatch.setitem(sys.modules, "instructions_registry", types.SimpleNamespace(INSTRUCTION_DICT={"count:word": Check}))
     (row,), graded = load("ifbench", [row], tmp_path)
-    for answer, score in (("hello you", 1), ("hello", 0), ("Sure thing:\nhello you", 1), ("hello you\nBye now friend", 1), ("*hello* you", 1), ("a b c", 0)):
+    for answer, score in (("hello you", 1), ("hello", 0), ("Sure thing:\nhello you", 1), ("hello you\nBye now friend", 1), ("*hello* you", 1), ("a b c", 0), ("so ..", 0)):
         assert graded(row, "</think>" + answer)[0] == score, answer
 
 

@@ -4,6 +4,7 @@ the reward hook verifying in the background; the self test noticing wrong tests.
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ DROPPED = {  # part of the reason: row
     "interactive, by field": {"problem": "p", "official_tests": PAIRS, "input_mode": "interactive"},
     "incomplete": {"problem": "p", "official_tests": PAIRS, "official_tests_complete": False},
     "no tests": {"problem": "p", "tests": ""},
+    "two outputs": {"problem": "p", "tests": json.dumps({"inputs": ["1", "1"], "outputs": ["2", "3"]})},
     "more inputs": {"problem": "p", "tests": json.dumps({"inputs": ["1"], "outputs": []})},
     "neither JSON": {"problem": "p", "tests": "__import__('os')"},
     "several functions": {"problem": "p", "tests": json.dumps([PAIRS[0] | {"fn_name": "f"}, PAIRS[1] | {"fn_name": "g"}])},
@@ -62,6 +64,7 @@ VALUES = [  # returned, expected, same?
     (True, True, True), (1.0, True, False), ("3", 3, False), (None, None, True), (None, 0, False), ([1, [2]], [1, [2]], True),
     ([1, 2], [1], False), ([1.0000001], [1], True), ({"a": 1}, {"a": 1.0}, True), ({"a": 1}, {"b": 1}, False), ([], {}, False),
     (float("nan"), 0.0, False), (float("inf"), float("inf"), True), (float("inf"), 1.0, False), (10**30, 10**30 + 1, False),
+    (1000009999.0, 1000000000, False), (1000009.0, 1e6, True),  # beside an int 1e-5 is of one
 ]  # fmt: skip
 
 
@@ -115,6 +118,24 @@ def test_rows_come_from_a_file_and_drops_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize("printed, expected, same", OUTPUTS)
 def test_printed_output_is_compared_as_livecodebench_does(printed, expected, same):
     assert coderl.same_output(printed, expected) is same
+
+
+def test_a_flood_of_numbers_is_not_read_number_by_number():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    flood = "1 " * 4_000_000
+    assert not coderl.same_output(flood, "3")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"{grown:.0f} MB more, limit 100")
+    assert grown < 100
+
+
+@pytest.mark.parametrize("wording, several", [
+    ("Your answer is right if its absolute or relative error does not exceed 10^{-6}.", True), ("You can print each letter in any case.", True),
+    ("Print the edges in any order.", True), ("Print any valid permutation.", True), ("If there are several, find any of them.", True),
+    ("The edges are given in any order. Print their sum.", False), ("In any case, print the sum.", False), ("Print the number of possible answers.", False),
+])  # fmt: skip
+def test_problems_with_several_right_outputs_are_dropped_by_their_wording(wording, several):
+    assert bool(coderl.ANY_ANSWER.search("You are given a tree. " + wording)) is several
 
 
 @pytest.mark.parametrize("returned, expected, same", VALUES)

@@ -329,6 +329,8 @@ def test_reward_is_one_only_if_every_constraint_holds_in_the_answer():
     assert ifrl.reward('<think>a, b</think>"fine"', ids, kwargs) == 1
     assert ifrl.reward('<think>"fine"</think>a, b', ids, kwargs) == 0
     assert ifrl.reward('</think>x</think> "fine" ', ids, kwargs) == 1  # the last tag counts
+    first = (["length_constraints:nth_paragraph_first_word"], [{"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "hello"}])
+    assert ifrl.reward("Hello there.\n\nBye.", *first) == ifrl.reward("<think>\nok\n</think>\n\nHello there.\n\nBye.", *first) == 1
     assert ifrl.reward('<think>"fine"', ids, kwargs) == 0  # never closed: no answer
 
 

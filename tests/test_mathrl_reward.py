@@ -46,6 +46,7 @@ HONEST = {  # gold: answers that are right
     "x^2+1": "1+x^2|f(x)=x^2+1|(x+1)^2-2x",
     "x=5": "x=5|5",
     "n!": "n!",
+    r"k\pi, k\in\mathbb{Z}": r"k\pi, k \in \mathbb{Z}",
     "(1,2)": "(1,2)",
     "[0,1)": "[0,1)",
     "3,4": "4,3|3,4",
@@ -61,6 +62,10 @@ DISHONEST = {  # gold: answers that are wrong, hedged, not computed or hostile
     r"\lim_{x\to 34} x|\log_2 {17179869184}|\max(33,34)|\gcd(34,68)|\binom{34}{1}|9^{9^{9^9}}|10^{10^{10}}|34^{34^{34^{34}}}|"
     r"__import__('os').system('touch pwned')|eval('34')|\text{exec}(34)|thirty-four|\text{the answer}|?|\%|^|_",
     "5040": "7!",
+    "100": r"200 - 100|2^{7} - 28|200- 100|200 -100",
+    "-3": "2 - 5",
+    "1/2": r"1 - \frac{1}{2}",
+    "12": "1 2",
     "4": r"2+2|\sqrt[4]{255}|2^{1}",
     "67": "33 34",
     "0": r"10^{-9}|0.0000001|10^{-400}|\sin(\pi)",

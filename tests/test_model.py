@@ -16,7 +16,7 @@ from transformers import Qwen3ForCausalLM
 
 from conftest import make_tiny
 from data import shared_prefixes
-from model import QWEN3_SIZES, Qwen3, Qwen3Config, read_config
+from model import QWEN3_SIZES, Qwen3, Qwen3Config, read_config, rope_tables
 
 PUBLISHED = {"0.6b": 0.596049920e9, "1.7b": 1.720574976e9, "4b": 4.022468096e9, "8b": 8.19073536e9, "14b": 14.7683072e9}
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
@@ -147,7 +147,10 @@ def test_rope_factor_switches_yarn_on(tmp_path):
     assert loaded.config.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768}
     assert loaded.max_positions() == 65536
     loaded.save_pretrained(tmp_path / "again")
-    assert read_config(tmp_path / "again") == loaded.config
+    again = read_config(tmp_path / "again")
+    assert again.rope_scaling == loaded.config.rope_scaling and again.max_position_embeddings == 65536, "vLLM serves that many tokens, no more"
+    tables = zip(rope_tables(again, 300), rope_tables(loaded.config, 300), strict=True)
+    assert all(torch.equal(a, b) for a, b in tables)
 
 
 def test_save_then_load_is_bitwise_equal(tmp_path):

@@ -18,26 +18,26 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = {  # most lines of a file, and what they are spent on where that is not plain; in brackets the usual budget, where it is exceeded
-    "model.py": 445,
+    "model.py": 450,
     "engine.py": 400,  # (375) two engines behind one call, greedy rows beside sampled ones, and a decoding step as a CUDA graph
     "common.py": 220,
     "checkpoint.py": 190,  # one run a folder, whole or not there, checksums, pruning, resuming: one promise, and tests that kill it
     "plan.py": 105,  # memory and time of a run, from a config alone
     "guard.py": 135,  # every way in which a run ends: the user's to mend, what broke (threads, signals, stacks), what learns nothing
-    "data.py": 350,  # streams of any size are 95 lines, decontamination 45, prompts of an RL stage 40, dealing out and packing batches 70
+    "data.py": 355,  # streams of any size are 95 lines, decontamination 45, prompts of an RL stage 40, dealing out and packing batches 70
     "sft.py": 320,
     "mathrl.py": 450,
     "rlhf.py": 480,
     "coderl.py": 480,
     "ifrl.py": 600,
     "swerl.py": 520,
-    "reward_model.py": 230,  # trains (sharded as policies are), opens and asks one for two stages, which would import each other
+    "reward_model.py": 235,  # trains (sharded as policies are), opens and asks one for two stages, which would import each other
     "constraints.py": 280,  # a table of 54 small checks, for learning and for measuring
     "patches.py": 175,  # SEARCH/REPLACE edits and unified diffs know nothing of RL; scaling.py applies and compares patches, too
     "mopd.py": 305,
-    "sandbox.py": 640,
+    "sandbox.py": 645,
     "evaluate.py": 465,  # (300) resumable samples, the gates between stages, a terminal chat, and bad input said before hours of sampling
-    "benchmarks.py": 445,  # (400) eighteen public benchmarks, LiveCodeBench Pro with its judge among them, 25 lines each with their schemas and traps
+    "benchmarks.py": 455,  # (400) eighteen public benchmarks, LiveCodeBench Pro with its judge among them, 25 lines each with their schemas and traps
     "scaling.py": 250,  # vote with tests, contest loop and localisation answers of the paper; measures nothing that evaluate.py does
     "report.py": 250,  # the page a run ends with
     "toy.py": 500,

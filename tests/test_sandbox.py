@@ -46,6 +46,8 @@ HONEST = {  # style: source; every one reads SUM and prints 6
     "print(sum(map(int, input().split())) + P(0, 0).x + decimal.Decimal(0))",
     "noise on stderr": "import sys\nprint('debug', file=sys.stderr)\ninput()\nprint(sum(map(int, input().split())))",
     "unicode and blanks": "s = 'naïve 你好'\ninput()\nprint('  ', sum(map(int, input().split())), ' \\n\\n')",
+    "arguments": "import sys\nif len(sys.argv) > 1: sys.stdin = open(sys.argv[1])\ninput()\nprint(sum(map(int, input().split())) + 0 * len(__file__))",
+    "closed at the end": "import sys\ninput()\nprint(sum(map(int, input().split())))\nsys.stdout.close()",
     "float for int": "input()\nprint(float(sum(map(int, input().split()))))",
 }
 
@@ -322,6 +324,21 @@ def test_what_no_program_can_cause_is_infra(monkeypatch):
     assert sandbox.run("print(1)").status == "infra"
     assert coderl.reward("</think>\n```python\nprint(1)\n```", stdin_tests("", "1")) == 0
     assert coderl.verdict("</think>\n```python\nprint(1)\n```", stdin_tests("", "1"))[1] == "infra"
+
+
+def test_a_program_that_the_host_killed_runs_once_more(monkeypatch):
+    """Its memory had run out, say: no program can send that signal."""
+    start, started = sandbox._start_leaf, []
+
+    def kill_the_first(job, test):
+        started.append(leaf := start(job, test))
+        if len(started) == 1:
+            os.kill(leaf.pid, signal.SIGKILL)
+        return leaf
+
+    monkeypatch.setattr(sandbox, "_start_leaf", kill_the_first)
+    result = sandbox.run("import time\ntime.sleep(0.3)\nprint(1)")
+    assert (result.status, result.stdout, len(started)) == ("ok", "1\n", 2)
 
 
 def test_a_forked_caller_gets_its_own_zygote():

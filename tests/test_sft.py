@@ -15,6 +15,7 @@ import torch
 import data
 import sft
 from conftest import make_tiny
+from model import render_chat
 
 
 def config(**changes):
@@ -132,6 +133,45 @@ def test_long_conversations_are_dropped_not_cut(world, tokenizer, capsys):
 def test_rows_that_cannot_be_trained_on_are_refused_with_a_reason(messages, reason):
     with pytest.raises(data.BadRow, match=reason):
         sft.normalize({"messages": messages}, "row 1")
+
+
+def test_thinking_models_leave_the_other_conversations_out():
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]} for text in ("<think>\nh\n</think>\nHi.", "Hi.")]
+    assert sft.normalize(rows[0], "row 1", think_only=True)["think"] and not sft.normalize(rows[1], "row 2")["think"]
+    with pytest.raises(data.BadRow, match="a no_think conversation"):
+        sft.normalize(rows[1], "row 2", think_only=True)
+
+
+@pytest.mark.parametrize("written", ['{"ok": 1}', '<tool_response>\n{"ok": 1}\n</tool_response>', '<tool_response>{"ok": 1}</tool_response>\n'])
+def test_a_tool_s_reply_is_wrapped_once_whoever_wrote_the_tags(written, tokenizer):
+    turns = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "a"}, {"role": "tool", "content": written}, {"role": "assistant", "content": "b"}]
+    row = sft.normalize({"messages": turns}, "row 1")
+    ids, _ = render_chat(tokenizer, row["messages"], True, add_generation_prompt=False)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert text.count("<tool_response>") == text.count("</tool_response>") == 1 and '<tool_response>\n{"ok": 1}\n</tool_response>' in text
+
+
+def test_a_set_that_is_named_again_is_read_as_often(tmp_path):
+    """Stage 2 sees science twice and SWE three times (paper 3.2.4, 3.3.2)."""
+    for name, n in (("a", 10), ("b", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({name: i}) + "\n" for i in range(n)))
+    cursors = data.fresh_cursors(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl,{tmp_path}/b.jsonl,{tmp_path}/b.jsonl")
+    rows = [row for _, row in data.stream_rows(cursors)]
+    assert sorted(map(str, rows)) == sorted([str({"a": i}) for i in range(10)] + [str({"b": i}) for i in range(3)] * 3)
+    assert all(share == 1 for _, _, share in cursors.values()) and len(cursors) == 4
+
+
+def test_a_commit_to_a_hub_s_set_does_not_strand_a_run(monkeypatch, tokenizer):
+    """The names of its files hold the commit; a resumed run reads on in the one that it began with."""
+    state = {"epoch": 0, "block": 0, "position": 0, "seen": {}, "files": {f"hf://datasets/a/b@{'1' * 40}/x.jsonl": [5, 50, 0.5]}}
+    monkeypatch.setattr(sft, "fresh_cursors", lambda path: {f"hf://datasets/a/b@{'2' * 40}/x.jsonl": [0, 0, 0.0]})
+    read = []
+    monkeypatch.setattr(sft, "load_samples", lambda path, tokenizer, cfg, cursors, seen: read.append(dict(cursors)) or [([1], [1], "all")] * 4)
+    next(sft.batches(tokenizer, state, sft.Config(samples_per_step=2)))
+    assert list(read[0]) == [f"hf://datasets/a/b@{'1' * 40}/x.jsonl"]
+    monkeypatch.setattr(sft, "fresh_cursors", lambda path: {f"hf://datasets/a/b@{'2' * 40}/y.jsonl": [0, 0, 0.0]})
+    with pytest.raises(SystemExit):
+        next(sft.batches(tokenizer, state, sft.Config(samples_per_step=2)))
 
 
 def test_the_learning_rate_by_hand():
