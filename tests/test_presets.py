@@ -43,10 +43,12 @@ def row(script, **values):
     return script, values
 
 
-def sft(steps1, steps2, lr2):
+def sft(steps1, steps2, lr2, think=False):
+    hub, swe = "nvidia/Nemotron-Cascade-SFT-Stage-", ["swe_repair", "swe_localization", "swe_testgen"]
+    stage2 = ",".join([f"{hub}2", *(f"{hub}2:{part}" for part in ["science", *swe, *swe])])  # upsampled twice and three times: 3.2.4, 3.3.2
     return [
-        row("sft", max_seq_len=16 * K, num_steps=steps1, lr=5e-5, samples_per_step=256, schedule_steps=100000, weight_decay=1e-4),
-        row("sft", max_seq_len=32 * K, num_steps=steps2, lr=lr2, samples_per_step=256, schedule_steps=100000),
+        row("sft", max_seq_len=16 * K, num_steps=steps1, lr=5e-5, samples_per_step=256, schedule_steps=100000, weight_decay=1e-4, think_only=think, data=f"{hub}1"),
+        row("sft", max_seq_len=32 * K, num_steps=steps2, lr=lr2, samples_per_step=256, schedule_steps=100000, think_only=think, data=stage2),
     ]
 
 
@@ -97,8 +99,8 @@ TABLE = {
     "toy": TOY,
     "8b": UNIFIED,
     "0.6b": UNIFIED,
-    "8b-thinking": sft(20000, 32000, 2e-5) + rlhf(800, 1.0) + ifrl(550, 300, True) + MATH_8B + [code(44, 64, 1.2)] + SWE_8B,
-    "14b-thinking": sft(22000, 41000, 5e-5) + rlhf(900, 1.0) + ifrl(800, 120, True)
+    "8b-thinking": sft(20000, 32000, 2e-5, True) + rlhf(800, 1.0) + ifrl(550, 300, True) + MATH_8B + [code(44, 64, 1.2)] + SWE_8B,
+    "14b-thinking": sft(22000, 41000, 5e-5, True) + rlhf(900, 1.0) + ifrl(800, 120, True)
     + [math(28, 120, 1.2, True, lr=2.5e-6), math(40, 100, 1.1, False, lr=2.5e-6, rope=2.0), code(56, 64, 1.0), swe(32, 120, True)],
 }  # fmt: skip
 
@@ -135,6 +137,18 @@ def test_every_flag_of_the_other_commands_is_one_of_their_scripts(preset):
     scripts = {script for script, _ in commands(preset, stages=False)}
     assert "evaluate" in scripts and (preset != "toy" or {"toy", "report"} <= scripts)
     assert len(commands(preset)) == {"toy": 7, "control": 5, "mopd": 1}[preset]
+
+
+def test_servers_and_flags_of_the_environment_reach_their_stages():
+    env = {**os.environ, "DRY_RUN": "1", "BASE": "b", "OUT": "out/no_such_run", "RM": "http://r", "JUDGE": "http://j/v1", "FLAGS": "--shard=hybrid", "TASKS": "ifeval"}
+    for preset in ("8b", "8b-thinking"):
+        lines = subprocess.run(["bash", "run_cascade.sh", preset], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+        stages = [line for line in lines if "--init_from" in line]
+        assert all(line.endswith("--shard=hybrid") for line in stages) and len(stages) == (12 if preset == "8b" else 11)
+        assert all(("--judge=http://j/v1" in line) == (" swerl.py" in line) for line in stages)
+        assert all(("--rm=http://r" in line) == (" rlhf.py" in line or " ifrl.py" in line and preset != "8b") for line in stages)
+        scores = [line for line in lines if " evaluate.py" in line]
+        assert scores and all(("--modes=think" in line) == (preset != "8b") for line in scores)
 
 
 def test_an_unknown_preset_prints_the_usage_and_exits_with_2():
