@@ -159,7 +159,7 @@ def load_policy(cfg, world, device):
             raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {model.config.vocab_size}")
     if longest_sequence(cfg) > model.max_positions():
         flags = "--max_seq_len" if hasattr(cfg, "max_seq_len") else "--max_prompt_tokens + --max_new_tokens"
-        fail(f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor=2.")
+        fail(f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor={max(2, -(-longest_sequence(cfg) // 32768))}.")
     model.gradient_checkpointing = device.type == "cuda"
     return tokenizer, shard(model, device, cfg.shard), resume
 

@@ -3,7 +3,7 @@
 What changes relative to mathrl.py:
   1. Reward: 1 only if every test passes, else 0; mixed language earns 0, not -1 (-1 teaches "wrong but clean").
   2. Tests run in sandbox.py while other completions still decode; no expected output ever leaves this process.
-  3. One stage at 44K tokens, lr 4e-6, no overlong filter (truncated: 0), no epoch-wise filter.
+  3. One length, 44K to 56K tokens by model, lr 4e-6, no overlong filter (truncated: 0), no epoch-wise filter.
 Deviations from the paper:
   1. Its 9.8K problems are not public: load_rows() reads the public sets they came from, in six schemas.
   2. Its verifier descends from LiveCodeBench's, which gives full marks to programs that look up the answer in the runner. Kept are

@@ -29,12 +29,12 @@ MOST = dict(beta1=0.9999, beta2=0.9999, top_p=1, think_share=1, readmit_hard=1, 
 
 def parse_config(Config):
     """Every dataclass field is a flag: --lr=1e-6 or --lr 1e-6. Types come from the annotations; unknown flags are errors."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, epilog="What a flag means stands beside it in class Config, at the top of the script.")
     parser.error = lambda message: fail(f"{message}.")
     sys.excepthook = file_trouble
     for f in dataclasses.fields(Config):
         alone = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)  # --flag is --flag=true
-        parser.add_argument(f"--{f.name}", default=f.default, metavar=f.type.__name__, **alone)
+        parser.add_argument(f"--{f.name}", default=f.default, metavar=f.type.__name__, help=f"default {f.default!r}".replace("%", "%%"), **alone)
     cfg = Config(**vars(parser.parse_args()))
     for f in (f for f in dataclasses.fields(Config) if f.type in (int, float)):
         value, least, most = getattr(cfg, f.name), min(f.default, 0), MOST.get(f.name, 2**63 - 1)
@@ -170,7 +170,7 @@ def console_line(step, num_steps, m):
     return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
 
 
-STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")  # of a rollout's reward, in every stage
+STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")  # of a rollout's reward, in every stage; no_answer: also an edit that does not apply
 
 
 def summarize(rollouts, shares):

@@ -3,7 +3,7 @@
 The built-in sampler runs anywhere: one packed prefill that every sample of a prompt shares, then batched decoding with a KV
 cache. Finished rows leave the batch and are handed on at once, so that their rewards are computed while others still decode.
 Sampling is a function of each rollout's own seed: a completion does not depend on what it was batched with. On a GPU a decoding step
-is a CUDA graph, captured again when rows leave or the cache grows: 64 rows of 0.6B take 5 ms, and took 22 launched op by op.
+is a CUDA graph, captured again when rows leave or the cache grows: 64 rows of 0.6B take 5 to 7 ms, and took 22 op by op.
 
     B rows still decoding   P distinct prompts   S cache slots   N query heads   K kv heads   H head width   V vocabulary
 """

@@ -52,7 +52,7 @@ class Config:
     temperature: float = -1.0  # -1: the task's protocol
     top_p: float = 0.0
     max_new_tokens: int = 0
-    rope_factor: float = 0.0  # YaRN
+    rope_factor: float = 0.0  # YaRN factor; 0: the task's own, or as the checkpoint has it
     limit: int = 0  # problems per task; 0: all
     seed: int = 0
     label_seed: int = 0  # seed of the training run, written into the results
@@ -281,7 +281,8 @@ def read_results(folder, flag):
 
 def broken_gates(cells, stages):
     """[(stage, sentence)] for every stage that lost more than it may. Each score is held against the best one before it; a
-    loss that was reported is not reported again at later stages."""
+    loss that was reported is not reported again at later stages. IFEval at 70, rlhf may cost 25 that ifrl has to bring back: 50 after rlhf
+    is fine, 60 after ifrl breaks, since what rlhf was lent is due by then."""
     broken, books = [], {}
     for stage in stages:
         for (s, name, mode, decoding), now in cells.items():

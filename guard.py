@@ -117,7 +117,7 @@ def guard(limit_s):
 # ---- What learns nothing, or the wrong thing -------------------------------------------------------------------------
 def check_step(step, metrics, state, cfg):
     """Ends a run whose rewards, gradients or rollouts are broken. A loss or gradient that is not finite was not applied (train_step); three in a row
-    end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update by more."""
+    end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update differs by more."""
     stop, gpu = lambda reason: fail(f"step {step}, {reason}.", note="The last checkpoint is whole."), torch.cuda.is_available()
     if (share := metrics.get("status/infra", 0)) and share > cfg.max_infra:
         stop(f"rollout: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g})")

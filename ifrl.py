@@ -19,8 +19,8 @@ In a good run reward rises while len stays; under_20_words rising means that sho
 import ast
 import atexit
 import ctypes
-import itertools
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -65,7 +65,7 @@ class Config:
     num_steps: int = 2300  # then 800 more for iftrain; paper T16 (thinking 550 + 300)
     max_prompt_tokens: int = 4096  # longer prompts are dropped at load
     max_new_tokens: int = 8192  # 8K in both unified stages; thinking s2 16K
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K
+    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
     temperature: float = 0.6  # of the sampler and of the trained log-probs; paper T16
     top_p: float = 0.95  # sampler only (gap G4); paper T16
     top_k: int = 20  # sampler only; paper 4.4.2
@@ -113,7 +113,8 @@ def read_constraints(row, where):
 
 def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data, or of path, as {messages, think, instruction_id_list, kwargs}; what is dropped is counted."""
-    assert cfg.taxonomy in ("all", "ifeval", "iftrain"), cfg.taxonomy
+    if cfg.taxonomy not in ("all", "ifeval", "iftrain"):
+        fail(f"--taxonomy={cfg.taxonomy}: expected all, ifeval or iftrain.")
 
     def normalize(row, where):
         ids, kwargs, prompt = read_constraints(row, where)

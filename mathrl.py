@@ -51,7 +51,7 @@ class Config:
     num_steps: int = 190  # first of 190 + 240 + 70 steps; paper T17
     max_prompt_tokens: int = 2048  # longer prompts are dropped at load
     max_new_tokens: int = 24576  # 24K, then 32K, then 40K; paper T17
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K
+    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
     temperature: float = 1.0  # of the sampler and of the trained log-probs; paper T17: 1.0, 1.0, 0.8
     top_p: float = 0.95  # sampler only (gap G4); paper T17
     top_k: int = 0  # sampler only; 0: off
@@ -72,7 +72,7 @@ class Config:
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     reward_workers: int = 8  # verifier processes per rank
     max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
-    max_timeout: float = 0.02  # or are verifications cut off: they earn 0 (masked, LaTeX that stalls would be a way out) and may hide right answers
+    max_timeout: float = 0.02  # as well when a larger share of verifications is cut off: they earn 0 (masked, LaTeX that stalls would pay)
     eval_every: int = 20  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps

@@ -228,7 +228,7 @@ class Qwen3(nn.Module):
     def forward(self, input_ids, cu_seqlens=None, max_seqlen=None, loss_index=None, shared=None, temperature=1.0, nll=False):
         """Logits or token log-probs.
 
-        input_ids [B, T] alone             -> logits [B, T, V], fp32
+        input_ids [B, T] alone             -> logits [B, T, V], fp32; packed ones without loss_index -> final-norm output [T, D]
         packed input_ids [T], cu_seqlens [num_seqs + 1] int32, max_seqlen int (from the packer, no device sync) and
         loss_index [M] int64 (positions of the tokens to score, none of them first in its sequence)
                                            -> (logprobs_T, entropy_T), fp32, entry t about token t, 0 elsewhere

@@ -8,7 +8,7 @@ Deviations from the paper:
   1. A domain is drawn as often as it has prompts; the paper does not give its mixture.
   2. Every rank holds every teacher whole, in bf16 on a GPU.
 A good run: the reward, minus the KL to the teachers in nats a token, climbs towards 0.
-torchrun --nproc_per_node=8 mopd.py --init_from=out/swerl/final --out_dir=out/mopd --data=rlhf:DATA:out/rlhf/final,mathrl:DATA:out/mathrl/final
+torchrun --nproc_per_node=8 mopd.py --init_from=out/swerl/final --out_dir=out/mopd --rope_factor=4 --data=rlhf:DATA:out/rlhf/final,mathrl:DATA:out/mathrl/final
 """
 
 import functools
@@ -46,7 +46,7 @@ class Config:
     num_steps: int = 50  # Cascade 2 section 4.4: 40 to 50
     max_prompt_tokens: int = 4096  # longer prompts are dropped at load
     max_new_tokens: int = 98304  # Cascade 2 table 8
-    rope_factor: float = 0.0  # YaRN factor, of student and teachers
+    rope_factor: float = 0.0  # YaRN factor, of student and teachers; 0: as each checkpoint has it
     temperature: float = 1.0  # of the sampler and of all log-probs
     top_p: float = 1.0  # sampler only
     top_k: int = 0  # sampler only; 0: off

@@ -60,7 +60,7 @@ class Config:
     num_steps: int = 800  # paper T15
     max_prompt_tokens: int = 4096  # longer prompts are dropped at load
     max_new_tokens: int = 12288  # paper T15
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K
+    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
     temperature: float = 0.6  # of the sampler and of the trained log-probs; paper T15
     top_p: float = 0.95  # sampler only (gap G4); paper T15
     top_k: int = 0  # sampler only; 0: off

@@ -50,7 +50,7 @@ class Config:
     max_new_tokens: int = 32768  # paper: 128K for IOI
     temperature: float = 0.6
     top_p: float = 0.95
-    rope_factor: float = 0.0  # YaRN
+    rope_factor: float = 0.0  # YaRN factor; 0: as the checkpoint has it
     engine: str = "auto"
     limit: int = 0  # problems; 0: all
     seed: int = 0

@@ -8,7 +8,7 @@ Two invocations (run_cascade.sh): 16K tokens, then 32K with tool calling and SWE
   3. A set of more than block_rows rows is streamed and shuffled block by block, all its files mixed by size in every block.
   4. The cosine runs over schedule_steps = 100K as printed in T14, so the rate hardly decays within a stage.
 
-torchrun --nproc_per_node=8 sft.py --init_from=Qwen/Qwen3-8B-Base --data=nvidia/Nemotron-Cascade-SFT-Stage-1 --out_dir=out/sft1
+torchrun --nproc_per_node=8 sft.py --init_from=models/Qwen3-8B-Base --data=nvidia/Nemotron-Cascade-SFT-Stage-1 --out_dir=out/sft1
 A good run prints a loss that falls fast for 100 steps and then slowly, the same for every category of the eval line.
 """
 
@@ -34,7 +34,7 @@ from model import render_chat, show_tokens
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 @dataclass
 class Config:
-    init_from: str = "out/base"  # Hugging Face Qwen3 folder
+    init_from: str = "out/base"  # Hugging Face Qwen3 folder (hub ids are for data)
     out_dir: str = "out/sft"
     data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"  # hub id, folder, parquet, .json or .jsonl with `messages` rows; named n times: n times as often
     eval_data: str = ""  # same form; "": no held-out loss
@@ -52,7 +52,7 @@ class Config:
     beta2: float = 0.95  # paper T14
     weight_decay: float = 1e-4  # paper T14
     grad_clip: float = 1.0  # not stated in the paper
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once sequences can pass 32K
+    rope_factor: float = 0.0  # YaRN factor; 2.0 once sequences can pass 32K; 0: as the checkpoint has it
     eval_every: int = 500  # steps; 0: never
     save_every: int = 1000  # steps
     shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole

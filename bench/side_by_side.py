@@ -1,8 +1,8 @@
 """What the side-by-side benches share: the peer's environment, contestants in turns, and the report.
 
 Every contestant is a child process with one thread. It gets ready (imports, weights, a warm-up) and then waits; the bench
-gives one child at a time one turn, round after round, so that a slow moment of the machine hits all of them alike. A ratio is
-taken inside each round: reported are its median and its range. Headline and plot are CPU seconds, which mean the same on a
+gives one child at a time one turn, round after round, so that a slow moment of the machine hits all of them alike. Reported
+are the ratio of all rounds together, and the median and range of single ones. Headline and plot are CPU seconds, which mean the same on a
 busy machine; wall seconds stand beside them. Children write to out/bench/<bench>/<contestant>.log.
 """
 

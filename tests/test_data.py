@@ -5,8 +5,10 @@ The rows are written by hand in the sets' schemas; no hub is asked. Streams: the
 """
 
 import gzip
+import importlib
 import json
 import random
+import re
 import subprocess
 import tracemalloc
 import types
@@ -24,7 +26,7 @@ import reward_model
 import rlhf
 import sft
 import swerl
-from conftest import run_python
+from conftest import ROOT, run_python
 from test_swerl_reward import FILES, FIXED, GOLDEN
 
 USER, BOT = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4"}
@@ -439,6 +441,23 @@ def test_a_file_behind_a_url_is_read_like_a_local_one(capsys):
             data.read_rows(url)
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and url in error
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+def test_the_smallest_rows_of_the_readme_are_rows_of_their_stages(tmp_path, tokenizer):
+    text = (ROOT / "README.md").read_text()
+    rows = {name: re.findall(r"`(\{.*?\})`", cell) for name, cell in re.findall(r"^\| `(\w+)\.py` \| (`\{.*) \|$", text, re.M)}
+    assert rows.keys() == {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl"} and len(rows["rlhf"]) == 2
+    for name, found in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(found[0] + "\n")
+        stage = importlib.import_module(name)
+        if name == "sft":
+            assert stage.normalize(json.loads(found[0]), "row 1")["think"]
+        else:
+            assert len(stage.load_rows(stage.Config(data=str(path), **({"min_prompt_tokens": 0} if name == "swerl" else {})))) == 1
+    path.write_text(rows["rlhf"][1] + "\n")
+    assert len(reward_model.load_pairs(str(path), tokenizer, importlib.import_module("rlhf").Config())) == 1
 
 
 # ---- Decontamination -------------------------------------------------------------------------------------------------

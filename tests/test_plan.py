@@ -123,7 +123,7 @@ def test_kv_cache_is_what_the_sampler_allocates(world):
 
 
 def test_shapes_of_the_8b_model_by_hand():
-    """kernels.md 1: 16.4 GB of bf16 weights; 0.147 MB of KV cache a token; a layer keeps 3.7 GB at 32K tokens besides the 0.8 GB product that
+    """16.4 GB of bf16 weights; 0.147 MB of KV cache a token; a layer keeps 3.7 GB at 32K tokens besides the 0.8 GB product that
     its SwiGLU kernel could make again."""
     plan = memory_plan(Qwen3Config(), 8, 32768, 32768)
     assert plan["load"]["weights"] == 4 * 8190735360

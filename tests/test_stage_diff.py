@@ -5,6 +5,8 @@ below the waterline is made in all five scripts in one commit, or this fails.
 """
 
 import ast
+import difflib
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,9 @@ def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
                 assert node not in tree.body, f"{stage}.py imports {names} at its top"
                 shared[stage] = names & stages
     assert shared == {"swerl": {"coderl"}}
+
+
+def test_the_diff_in_the_readme_is_the_real_one():
+    body = lambda path: re.search(r"^def verdict\(.*?(?=\n\n\n)", (ROOT / path).read_text(), re.S | re.M)[0].split("\n")
+    diff = list(difflib.unified_diff(body("mathrl.py"), body("coderl.py"), lineterm="", n=9))[3:]
+    assert "```diff\n" + "\n".join(diff) + "\n```" in (ROOT / "README.md").read_text()
