@@ -128,6 +128,8 @@ def field(row, where, name, kind=str):
     """row[name], or one sentence naming file, row, field and what was expected."""
     if name not in row:
         fail(f'data {where}: no "{name}" field (has: {", ".join(map(str, row))}).')
+    if row[name] is None:
+        raise BadRow(f'field "{name}" is null')
     if not isinstance(row[name], kind):
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         fail(f'data {where}: field "{name}" is {type(row[name]).__name__}, expected {kinds}.')
