@@ -13,7 +13,7 @@ pytest.importorskip("vllm", exc_type=ImportError, reason="vLLM is not installed;
 
 from conftest import make_tiny
 from engine import TorchEngine, make_engine
-from model import Qwen3, load_tokenizer, save_tokenizer
+from model import Qwen3, load_tokenizer, rope_tables, save_tokenizer
 from test_engine import ask, outputs, trainer_logprobs
 
 
@@ -147,3 +147,21 @@ def test_a_head_width_without_attention_is_refused_in_one_sentence(tokenizer, mo
     monkeypatch.setattr("common.fail", fail)
     with pytest.raises(SystemExit, match="no attention for head_dim=8"):
         make_engine("vllm", make_tiny(), tokenizer)
+
+
+def test_a_stretched_checkpoint_is_served_at_its_stretched_length(base, tmp_path):
+    """YaRN: vLLM reads max_position_embeddings as the stretched length, and multiplies by no factor; its angles are ours."""
+    from vllm import EngineArgs
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    stretched = Qwen3.from_pretrained(base, rope_factor=2.0)
+    stretched.save_pretrained(tmp_path)
+    config = EngineArgs(model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, max_model_len=65536).create_engine_config()
+    served = config.model_config
+    assert served.max_model_len == 65536 == stretched.max_positions()
+    with set_current_vllm_config(config):
+        theirs = get_rope(32, max_position=served.hf_config.max_position_embeddings, rope_parameters=served.hf_config.rope_parameters, dtype=torch.float32)
+    error = (theirs.cos_sin_cache - torch.cat(rope_tables(stretched.config, 65536), dim=-1)).abs().max().item()
+    print(f"angles of {len(theirs.cos_sin_cache)} positions differ by {error:.1e}, tolerance 1e-04")
+    assert len(theirs.cos_sin_cache) == 65536 and error < 1e-4
