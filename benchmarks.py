@@ -93,15 +93,17 @@ def read_choice(row, where):
     if not 0 <= gold < len(options) <= 10:
         raise BadRow("the answer is none of the options")
     listed = "\n".join(f"({chr(65 + i)}) {text.strip()}" for i, text in enumerate(options))
-    return {"messages": ask(CHOICE.format(question.strip(), listed)), "answer": chr(65 + gold)}
+    return {"messages": ask(CHOICE.format(question.strip(), listed)), "answer": chr(65 + gold), "options": [text.strip() for text in options]}
 
 
 def score_choice(row, answer):
     """The one letter in the last box, or the one before its option's text; without a letter in a box, the last "the answer is (X)". Two
     letters are a hedge."""
     box = mathrl.last_box(answer) or ""
-    named = re.match(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):](?!.*\b[A-J][.)]|\s*(?:or|and)\b)(?=\s*\S*[a-z]{2})", box)  # "B. Vitamin A"
-    letters = {named[1]} if named else set(re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box)) or set(STATED.findall(answer)[-1:])
+    plain = lambda text: re.sub(r"\W+", "", text).casefold()
+    named = re.fullmatch(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):]\s*(.+)", box, re.S)  # "B. Vitamin A": a letter with its option's text
+    options = dict(zip("ABCDEFGHIJ", map(plain, row["options"])))
+    letters = {named[1]} if named and plain(named[2]) == options.get(named[1]) else set(re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box)) or set(STATED.findall(answer)[-1:])
     return letters == {row["answer"]}
 
 
@@ -205,6 +207,11 @@ def load_ifbench(path, outside):
             fail(f"data {where}: ifbench knows no {unknown[0]}.", note="Nothing was measured.")
         return {"messages": ask(field(row, where, "prompt")), "ids": ids, "kwargs": kwargs, "prompt": row["prompt"]}
 
+    def holds(check, text):
+        with contextlib.suppress(IndexError, ZeroDivisionError):  # the package's own, on answers without words
+            return bool(text.strip()) and check.check_following(text)
+        return False
+
     def followed(name, kwargs, prompt, answer):
         check = checks[name](name)
         check.build_description(**kwargs)
@@ -212,9 +219,7 @@ def load_ifbench(path, outside):
             check.build_description(prompt=prompt)
         lines = answer.split("\n")
         cuts = [answer, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-        with contextlib.suppress(IndexError, ZeroDivisionError):  # the package's own, on answers without words: not followed
-            return any(cut.strip() and check.check_following(cut) for cut in cuts + [cut.replace("*", "") for cut in cuts])
-        return False
+        return any(map(functools.partial(holds, check), cuts + [cut.replace("*", "") for cut in cuts]))
 
     score = lambda row, answer: all(followed(name, k, row["prompt"], answer) for name, k in zip(row["ids"], row["kwargs"], strict=True))
     return load_table(path, normalize), hook(score, workers=1), lambda r: r.reward  # the checks share a random state

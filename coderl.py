@@ -3,7 +3,7 @@
 What changes relative to mathrl.py:
   1. Reward: 1 only if every test passes, else 0; mixed language earns 0, not -1 (-1 teaches "wrong but clean").
   2. Tests run in sandbox.py while other completions still decode; no expected output ever leaves this process.
-  3. One length, 44K to 56K tokens by model, lr 4e-6, no overlong filter (truncated: 0), no epoch-wise filter.
+  3. 44K to 56K tokens by model, lr 4e-6, no overlong filter (truncated: 0), no epoch-wise filter.
 Deviations from the paper:
   1. Its 9.8K problems are not public: load_rows() reads the public sets they came from, in six schemas.
   2. Its verifier descends from LiveCodeBench's, which gives full marks to programs that look up the answer in the runner. Kept are
@@ -91,9 +91,10 @@ FORMAT = "Please place the solution code in the following format:\n```python\n# 
 PLAIN = "{problem}\n\nWrite Python code to solve the problem. " + FORMAT
 HEADER = "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\n" + FORMAT
 INTERACTIVE = re.compile(r"this is an interactive (problem|task)|interactor|flush the output", re.I)
-ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?.{0,60}(accepted|"
-                        r"(print|output|return) any|any of them)|(print|output|return|find) any (one )?(of (them|these)|valid|suitable|possible|such)|(print|"
-                        r"output|return)[^.]{0,80} in any order|(absolute|relative) error|letter (individually )?in any (case|register)", re.I | re.S)  # fmt: skip
+ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?.{0,60}(accepted|(print|"
+                        r"output|return) any|any of them)|(print|output|return|(?<!not )(?<!n't )find) any (one )?(of (them|these)|valid|suitable|possible|such)|"
+                        r"(print|output|return) (?!the (n\w+|m\w+|total|sum|cost|score|largest|smallest) )[^.,:\n]{0,60} in any order|(absolute|relative) error "
+                        r"[^.\n]{0,40}(exceed|at most|less|within|more than|greater)", re.I | re.S)  # fmt: skip
 
 
 def loads(text):
@@ -138,7 +139,8 @@ def normal_tests(row):
         outputs = [json.dumps(x) for x in outputs]
     else:
         inputs, outputs = (["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in part] for part in (inputs, outputs))
-    if len({(x, y.strip()) for x, y in zip(inputs, outputs)}) > len(set(inputs)):
+    last = dict(zip(inputs, outputs))
+    if any(y != last[x] and not same_output(y, last[x]) for x, y in zip(inputs, outputs)):
         raise BadRow("two outputs for one input")
     seconds = re.match(r"\d+(\.\d+)?", str(row.get("time_limit") or ""))  # a number, or TACO's "2.0 seconds"
     return {"inputs": inputs, "outputs": outputs, "fn_name": name, "time_limit": float(seconds[0]) if seconds else None}
@@ -174,8 +176,7 @@ def normalize(row, where):
         tests = normal_tests(row)
     except (AttributeError, KeyError, TypeError, RecursionError):
         raise BadRow("tests of an unknown form")
-    name = tests["fn_name"]
-    header = row.get("starter_code") or (f"def {name}(...):" if name and name not in problem else "")
+    header = row.get("starter_code") or (f"def {name}(...):" if (name := tests["fn_name"]) and name not in problem else "")
     if "```python" not in problem:
         problem = (HEADER if header else PLAIN).format(problem=problem, header=header.rstrip())
     gold = row.get("solution") or row.get("gold_standard_solution") or row.get("solutions") or ""
@@ -271,8 +272,7 @@ def judge(rollout, cfg):
     text = rollout.text if rollout.row["think"] else "</think>" + rollout.text
     if rollout.finish_reason == "length":
         return 0, "no_answer", 0.0
-    prompt = " ".join(turn["content"] for turn in rollout.row["messages"])
-    return verdict(text, rollout.row["tests"], prompt, cfg.test_seconds, cfg.memory_mb)
+    return verdict(text, rollout.row["tests"], " ".join(turn["content"] for turn in rollout.row["messages"]), cfg.test_seconds, cfg.memory_mb)
 
 
 def make_reward(cfg):

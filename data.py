@@ -136,6 +136,11 @@ def field(row, where, name, kind=str):
     return row[name]
 
 
+def given(row, *names):
+    """The first of these names that the row has a value for, else the first that it has at all."""
+    return next((n for n in names if row.get(n) is not None), next((n for n in names if n in row), names[0]))
+
+
 def chat(turns, name="prompt"):
     """Chat messages [{"role", "content", ...}]: a string is a user's turn, a list of parts is joined, None is empty text."""
     turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns

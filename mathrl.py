@@ -32,7 +32,7 @@ import common
 import sandbox
 from checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
 from common import fail, print0
-from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, language_ok, load_table, next_prompts, pack_rollouts
+from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, given, language_ok, load_table, next_prompts, pack_rollouts
 from engine import Rollout, in_background, make_engine, request_seed
 from guard import check_step
 
@@ -90,7 +90,7 @@ DAPO = re.compile(r"Solve the following math problem step by step\..*?\n\n(.*)\n
 
 def normalize(row, where):
     """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops it with a reason."""
-    name = next((k for k in ("problem", "question", "prompt") if row.get(k) is not None), "problem")
+    name = given(row, "problem", "question", "prompt")
     problem = chat(field(row, where, name, (str, list)), name) or [{"content": ""}]
     problem = DAPO.sub(r"\1", problem[-1]["content"].strip())  # DAPO-Math-17k asks for "Answer:" instead of a box
     nested = row.get("reward_model")
@@ -134,7 +134,7 @@ for name in ("math_verify", "latex2sympy2_extended"):  # they warn about every a
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 LIMIT_S, PART_S = 9.5, 3  # wall seconds of one verification; of them for parsing the gold, for parsing the answer and for comparing
-SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # that tells nothing apart
+SPACE = re.compile(r"(?<![\d\s])\s+|\s+(?![\d\s])")  # that tells nothing apart
 MAX_ANSWER = 512  # characters inside the box
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)

@@ -283,6 +283,7 @@ class Qwen3(nn.Module):
         rope_factor > 1 switches YaRN on over the original context (paper section 3 and appendix B use 2.0)."""
         config = read_config(folder)
         if rope_factor > 1:
+            config.max_position_embeddings = 32768 if config.rope_scaling else config.max_position_embeddings  # not as an earlier factor left it
             config.rope_scaling = {"rope_type": "yarn", "factor": rope_factor, "original_max_position_embeddings": 32768}
         with torch.device("meta"):
             model = cls(config)

@@ -89,14 +89,14 @@ def check_memory(folder, cfg, world, device, pair=0):
     free, GB = free_memory(device, world), 1e9
     for moment in list(plan)[1:]:
         parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
-        print0(f"{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
+        print0(f"{'reward model, ' * (pair > 0)}{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
     rows, new_tokens = (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens) if not nll else (cfg.rm_samples_per_step if pair else cfg.samples_per_step, 0)
     rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
     gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
     parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"
-    print0(f"time: a step takes at most about {parts}, if every sequence has {longest} tokens")
+    print0(f"{'reward model, ' * (pair > 0)}time: a step takes at most about {parts}, if every sequence has {longest} tokens")
     for moment, parts in plan.items():
         if sum(parts.values()) > free:
             most = max(parts, key=parts.get)
             fail(f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
-                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer --micro_batch_tokens (now {tokens} at a time).")  # fmt: skip
+                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer {'--rm_max_len and ' * (pair > 0)}--micro_batch_tokens (now {tokens} at a time).")  # fmt: skip

@@ -171,8 +171,9 @@ def load_reward_model(path, device, workers=8):
         files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
         state = {k: v for name in files for k, v in load_file(os.path.join(path, name)).items()}
         state = {k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()}
-        if missing := {*model.state_dict()} ^ state.keys():
-            raise ValueError(f"tensors are missing or unknown, first {min(missing)}")
+        shapes = lambda tensors: {(k, tuple(v.shape)) for k, v in tensors.items()}
+        if odd := shapes(model.state_dict()) ^ shapes(state):
+            raise ValueError(f"tensors are missing, unknown or misshapen, first {min(odd)[0]}")
 
     def score(messages_list, answers):
         sequences = [tuple(score_ids(tokenizer, m, a)) for m, a in zip(messages_list, answers, strict=True)]
@@ -197,7 +198,7 @@ def load_classifier(path, device):
 
     @torch.no_grad()
     def score(messages_list, answers):
-        for token in tokenizer.get_added_vocab():
+        for token in (added.content for added in tokenizer.added_tokens_decoder.values() if added.special):
             answers = [a.replace(token, token[0] + "\u00b7" + token[1:]) for a in answers]
         chats = [[*m, {"role": "assistant", "content": a}] for m, a in zip(messages_list, answers, strict=True)]
         ids = (tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, return_tensors="pt") for chat in chats)

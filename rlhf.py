@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 from checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
-from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, language_ok, load_table, next_prompts, pack_rollouts
+from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, given, language_ok, load_table, next_prompts, pack_rollouts
 from engine import Rollout, make_engine, request_seed, timed
 from guard import check_step
 from model import Qwen3
@@ -95,7 +95,7 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         logged = ("conversation", "conversation_a")
-        name = next((k for k in ("prompt", "messages", *logged) if row.get(k) is not None), "prompt")
+        name = given(row, "prompt", "messages", *logged)
         turns = chat(field(row, where, name, (str, list)), name)
         users = [i for i, m in enumerate(turns) if m["role"] == "user"]
         last = users[0 if name in logged else -1] if users else -1

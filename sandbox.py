@@ -190,7 +190,7 @@ def _start_leaf(job, test):
 
 
 def _finish(leaf, timeout):
-    """Result of a test in a leaf just started. Raises only if the zygote is gone, or somebody else killed the leaf."""
+    """Result of a test in a leaf just started. Raises only if the zygote is gone."""
     try:
         late = _wait(leaf, timeout)
         if late:
@@ -216,9 +216,7 @@ def _finish(leaf, timeout):
         status = "output"
     elif seconds > timeout:
         status = "timeout"
-    elif code == -signal.SIGKILL:  # the host ran out of memory: no program can send it
-        raise EOFError
-    elif code == OUT_OF_MEMORY:
+    elif code in (OUT_OF_MEMORY, -signal.SIGKILL):  # its own limit, or the host's; a program can bring the signal on itself by RLIMIT_CPU
         status = "memory"
     elif code or leaf.is_call:
         status = "crash"

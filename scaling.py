@@ -123,6 +123,8 @@ def run_vote(cfg, sample):
         texts = [r.text for r in rollouts]
         fit = survivors(texts, row, reproduction_scripts(row, n, sample, cfg.reproductions), check) if cfg.check else None
         right, chosen = [swerl.metric(r) for r in rollouts], vote(texts, row["files"], fit)
+        if None in right:
+            common.fail(f"row {n}: the sandbox failed.", note="Votes so far stand above.")
         sums += [np.mean(right), 0.0 if chosen is None else right[chosen], max(right)]
         if n % 10 == 0 or n == len(rows):
             mean, voted, best = 100 * sums / n
@@ -220,7 +222,7 @@ def main(cfg):
     problems = data.read_rows(cfg.ioi, cfg.limit)
     for where, problem in problems:
         for name, kind in (("statement", str), ("samples", dict), ("subtasks", list)):
-            data.field(problem, where, name, kind)
+            data.field({k: v for k, v in problem.items() if v is not None}, where, name, kind)
     total = [solve(problem, sample, cfg, number=n) for n, (_, problem) in enumerate(problems)]
     print(f"{len(total)} problems, {sum(points for points, _ in total):g} points with {sum(n for _, n in total)} submissions")
 

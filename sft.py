@@ -81,8 +81,9 @@ def normalize(row, where, think_only=False):
         raise BadRow("a turn of an unknown role")
     tools = from_json(row.get("tools"), "tools")
     for m in messages:
-        if m["role"] == "tool" and (written := re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", m["content"], re.S)):
-            m["content"] = "\n</tool_response>\n<tool_response>\n".join(written)  # tags that are there already: the template writes them
+        if m["role"] == "tool" and re.fullmatch(r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", m["content"], re.S):
+            parts = re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", m["content"], re.S)
+            m["content"] = "\n</tool_response>\n<tool_response>\n".join(parts)  # tags that are there already: the template writes them
         m["tool_calls"] = from_json(m.get("tool_calls"), "tool_calls")
         calls = [call.get("function") or call for call in m["tool_calls"]]
         if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):

@@ -5,7 +5,7 @@ they do not parse or apply, 1 if they make exactly the golden change, 0 if they 
 Deviations from the paper:
   1. Without an endpoint in --judge the judge is lexical similarity, zero below 0.5 (paper T12) and for a patch that
      only deletes where the golden one writes: similarity alone pays 0.9 for removing the faulty line.
-  2. What the paper leaves open is -1: SEARCH text that is missing, blank or not unique (whole lines are compared), an
+  2. What the paper leaves open is -1: SEARCH text that is missing, not unique (whole lines are compared) or blank for a file that is not empty, an
      unknown file, a new file that the golden patch does not make, a test or CI file that the golden patch leaves alone.
      Paths are normalised; CRLF and the last line's end do not matter (patches.py).
   3. "Changes nothing" is read as code: comments and blank lines in Python earn 0 like an edit and its revert.
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import common
 from checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
 from common import fail, print0
-from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, load_table, next_prompts, pack_rollouts
+from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, given, load_table, next_prompts, pack_rollouts
 from engine import Rollout, in_background, make_engine, request_seed
 from guard import check_step
 from patches import BLOCK, NoPatch, apply_edits, apply_patch, as_patch, as_response, changes, edited, same_code, similarity
@@ -172,7 +172,7 @@ def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path): messages, think, issue, files, golden_patch and, where given, tests."""
 
     def normalize(row, where):
-        name = next((k for k in ("original_prompt", "problem_statement", "prompt") if row.get(k)), "prompt")
+        name = given(row, "original_prompt", "problem_statement", "prompt")
         issue = ([{"content": ""}] + chat(field(row, where, name, (str, list)), name))[-1]["content"]
         issue = next((a or b for a, b in ISSUE.findall(issue)), issue).strip()
         if not issue:
@@ -205,7 +205,7 @@ def select_rows(rows, epoch, history, cfg):
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
 
-TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|tests?\.py|[^/]*(_test|\.test|\.spec)\.\w+|conftest\.py|(tox|pytest)\.ini)$)")
+TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*(_test\.\w+|\.(test|spec)\.[jt]sx?)|conftest\.py|(tox|pytest)\.ini)$)")
 
 
 def lexical_judge(files, predicted, oracle, floor=0.5):
@@ -224,7 +224,7 @@ def verdict(response, files, golden_patch, judge=None):
         predicted = edited(response, files)
         ours, golden = changes(files, predicted), changes(files, oracle)
         for path in set(ours) - set(golden):  # [dev 2]
-            if path not in files or TESTS.search(path):
+            if path not in files or TESTS.search(path) or re.search(r"(^|/)tests?\.py$", path):  # Django's; the golden change may have such a file
                 raise NoPatch("test or CI file" if path in files else "new file")
     except NoPatch as reason:
         return -1.0, str(reason)

@@ -92,14 +92,20 @@ GPQA = {"Question": "Which gas?", "Correct Answer": "argon\n", "Incorrect Answer
     (r"\boxed{B}", 1), (r"\boxed{(B)}", 1), (r"\boxed{\text{B}}", 1), (r"\boxed{\textbf{B}) 4}", 1), (r"so \boxed{A}, no: \boxed{B}", 1),
     ("The answer is (B).", 1), ("**Answer: B**", 1), ("The answer is A. Wait, the answer is B", 1), (r"The answer is B. \boxed{A}", 0),
     (r"\boxed{A}", 0), (r"\boxed{A, B}", 0), (r"\boxed{4}", 0), ("B", 0), (r"\boxed{}", 0), ("", 0), (r"\boxed{Because}", 0),
-    (r"\boxed{B. Vitamin A}", 1), (r"\boxed{\text{B) Hepatitis C}}", 1), (r"\boxed{42}, so the answer is (B)", 1), (r"\boxed{B. or C.}", 0),
-    (r"\boxed{A. Vitamin B}", 0), (r"\boxed{B. four and C. five}", 0),
+    (r"\boxed{B. 4}", 1), (r"\boxed{\text{B) 4}}", 1), (r"\boxed{42}, so the answer is (B)", 1), (r"\boxed{B. or C.}", 0), (r"\boxed{A. 3}", 0),
+    (r"\boxed{B. 4 and C. 5}", 0), (r"\boxed{B. Possibly C}", 0), (r"\boxed{B: no, A}", 0),
 ])  # fmt: skip
 def test_multiple_choice_by_hand(answer, score, tmp_path):
     (row,), graded = load("mmlu", [MMLU], tmp_path)
     assert graded(row, "</think>" + answer)[0] == score
     assert graded(row, "thinking, \\boxed{B}")[0] == 0  # never closed its thought
     assert graded(row, answer, think=False)[0] == score
+
+
+def test_a_letter_may_stand_before_its_option_s_text(tmp_path):
+    (row,), graded = load("mmlu", [MMLU | {"choices": ["Hepatitis C", "Vitamin A", "B", "none"]}], tmp_path)
+    answers = {r"\boxed{B. Vitamin A}": 1, r"\boxed{\text{B) vitamin A}}": 1, r"\boxed{A. Hepatitis C}": 0, r"\boxed{B. Hepatitis C}": 0, r"\boxed{C. B}": 0}
+    assert {answer: graded(row, "</think>" + answer)[0] for answer in answers} == answers
 
 
 def test_schemas_of_the_three_sets(tmp_path):

@@ -130,9 +130,11 @@ def test_a_flood_of_numbers_is_not_read_number_by_number():
 
 
 @pytest.mark.parametrize("wording, several", [
-    ("Your answer is right if its absolute or relative error does not exceed 10^{-6}.", True), ("You can print each letter in any case.", True),
+    ("Your answer is right if its absolute or relative error does not exceed 10^{-6}.", True), ("Print them in any order.", True),
     ("Print the edges in any order.", True), ("Print any valid permutation.", True), ("If there are several, find any of them.", True),
-    ("The edges are given in any order. Print their sum.", False), ("In any case, print the sum.", False), ("Print the number of possible answers.", False),
+    ("The edges are given in any order. Print their sum.", False), ("In any case, print the sum.", False), ("You can print each letter in any case.", False),
+    ("Output: 3\nExplanation: We can pick the elements in any order", False), ("If you cannot find any such x, print -1.", False),
+    ("Print the minimum total cost of visiting all the cities in any order.", False), ("Return the mean absolute error of two lists.", False), ("Print the number of possible answers.", False),
 ])  # fmt: skip
 def test_problems_with_several_right_outputs_are_dropped_by_their_wording(wording, several):
     assert bool(coderl.ANY_ANSWER.search("You are given a tree. " + wording)) is several

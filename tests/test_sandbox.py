@@ -85,6 +85,7 @@ BAD = {  # name: (source, verdicts of which one must come); the expected output 
     "memory bomb": ("x = []\nwhile True: x.append(bytearray(1 << 24))", {"memory"}),
     "one big list": ("x = [0] * 10**11", {"memory"}),
     "memory bomb that catches": ("x = []\nwhile True:\n    try: x.append(bytearray(1 << 20))\n    except MemoryError: pass", {"timeout", "memory"}),
+    "own CPU limit": ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass", {"memory", "timeout", "crash"}),
     "memory in /tmp": ("i = 0\nwhile True:\n    open(f'f{i}', 'wb').write(b'x' * (1 << 22))\n    i += 1", {"crash"}),
     "many files": ("for i in range(10**6): open(f'f{i}', 'w')", {"crash"}),
     "memory files": ("import os\nwhile True: os.write(os.memfd_create('x'), b'x' * (1 << 20))", {"crash"}),
@@ -324,21 +325,6 @@ def test_what_no_program_can_cause_is_infra(monkeypatch):
     assert sandbox.run("print(1)").status == "infra"
     assert coderl.reward("</think>\n```python\nprint(1)\n```", stdin_tests("", "1")) == 0
     assert coderl.verdict("</think>\n```python\nprint(1)\n```", stdin_tests("", "1"))[1] == "infra"
-
-
-def test_a_program_that_the_host_killed_runs_once_more(monkeypatch):
-    """Its memory had run out, say: no program can send that signal."""
-    start, started = sandbox._start_leaf, []
-
-    def kill_the_first(job, test):
-        started.append(leaf := start(job, test))
-        if len(started) == 1:
-            os.kill(leaf.pid, signal.SIGKILL)
-        return leaf
-
-    monkeypatch.setattr(sandbox, "_start_leaf", kill_the_first)
-    result = sandbox.run("import time\ntime.sleep(0.3)\nprint(1)")
-    assert (result.status, result.stdout, len(started)) == ("ok", "1\n", 2)
 
 
 def test_a_forked_caller_gets_its_own_zygote():

@@ -294,7 +294,7 @@ def test_a_rename_can_be_written_as_edits():
     assert after["d.py"] == "" and swerl.verdict(patches.as_response(EMPTY, after), EMPTY, golden) == (1.0, "exact")
 
 
-@pytest.mark.parametrize("path, test", [("app/tests.py", 1), ("shop/test.py", 1), ("web/foo.test.js", 1), ("a/y.spec.ts", 1), ("x_test.go", 1), ("tests/b.py", 1),
+@pytest.mark.parametrize("path, test", [("src/jinja2/tests.py", 0), ("pkg/build.spec.yaml", 0), ("web/foo.test.js", 1), ("a/y.spec.ts", 1), ("x_test.go", 1), ("tests/b.py", 1),
                                         ("src/contest.py", 0), ("latest.py", 0), ("attest.py", 0), ("testing_ground.py", 0)])  # fmt: skip
 def test_files_of_tests_by_their_names(path, test):
     assert bool(swerl.TESTS.search(path)) == test
