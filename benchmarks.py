@@ -102,9 +102,10 @@ def score_choice(row, answer):
     box = mathrl.last_box(answer) or ""
     plain = lambda text: re.sub(r"\W+", "", text).casefold()
     named = re.fullmatch(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):]\s*(.+)", box, re.S)  # "B. Vitamin A": a letter with its option's text
-    options = dict(zip("ABCDEFGHIJ", map(plain, row["options"])))
-    letters = {named[1]} if named and plain(named[2]) == options.get(named[1]) else set(re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box)) or set(STATED.findall(answer)[-1:])
-    return letters == {row["answer"]}
+    if named and plain(named[2]) == dict(zip("ABCDEFGHIJ", map(plain, row["options"]))).get(named[1]):
+        return named[1] == row["answer"]
+    letters = re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box) or STATED.findall(answer)[-1:]
+    return set(letters) == {row["answer"]}
 
 
 # ---- Math and code ---------------------------------------------------------------------------------------------------

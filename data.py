@@ -137,8 +137,8 @@ def field(row, where, name, kind=str):
 
 
 def given(row, *names):
-    """The first of these names that the row has a value for, else the first that it has at all."""
-    return next((n for n in names if row.get(n) is not None), next((n for n in names if n in row), names[0]))
+    """The first of these names that the row has something for, else one that is empty, else one that is null, else the first."""
+    return min((n for n in names if n in row), key=lambda n: (row[n] is None, row[n] in ("", [])), default=names[0])
 
 
 def chat(turns, name="prompt"):

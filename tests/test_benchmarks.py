@@ -207,6 +207,13 @@ def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
     server.shutdown()
 
 
+def test_a_sandbox_that_fails_is_no_wrong_program(monkeypatch):
+    monkeypatch.setattr(benchmarks.coderl, "run_tests", lambda *args, **how: ["infra"])
+    tests = {"inputs": ["1"], "outputs": ["2"], "fn_name": None, "time_limit": None}
+    with pytest.raises(OSError):  # hook() masks it
+        benchmarks.score_code({"tests": tests}, "```python\nprint(2)\n```")
+
+
 def test_livecodebench_windows_and_packing(tmp_path):
     dates = ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
     rows = [lcb([], [{"input": "1", "output": d, "testtype": "stdin"}], date=d + "T00:00:00") for d in dates]

@@ -443,6 +443,40 @@ def test_a_file_behind_a_url_is_read_like_a_local_one(capsys):
         assert error.count("\n") == 1 and url in error
 
 
+@pytest.mark.parametrize("stage, good, null", [
+    (mathrl, {"problem": "1 + 1?", "answer": "2"}, {"question": None, "answer": "2"}), (rlhf, {"prompt": "Hi"}, {"messages": None}),
+    (rlhf, {"prompt": "Hi"}, {"conversation": None}), (swerl, {"problem_statement": "Tax.", "relevant_file_contents": FILES, "golden_patch": GOLDEN},
+                                                       {"problem_statement": None, "relevant_file_contents": FILES, "golden_patch": GOLDEN}),
+])  # fmt: skip
+def test_a_row_whose_field_is_null_is_dropped_and_not_the_end_of_a_run(stage, good, null, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(null) + "\n")
+    cfg = stage.Config(data=str(tmp_path / "rows.jsonl"), **({"min_prompt_tokens": 0} if stage is swerl else {}))
+    assert len(stage.load_rows(cfg)) == 1 and "dropped 1 of 2 rows" in capsys.readouterr().out
+
+
+def test_an_empty_field_gives_way_to_the_next_name():
+    assert data.given({"original_prompt": "", "problem_statement": "Tax."}, "original_prompt", "problem_statement") == "problem_statement"
+    assert data.given({"b": None}, "a", "b") == "b" and data.given({}, "a", "b") == "a"
+
+
+@pytest.mark.parametrize("stage", [rlhf, ifrl, mathrl, coderl, swerl])
+def test_held_out_rewards_lost_to_infrastructure_are_left_out_of_the_mean(stage, monkeypatch):
+    monkeypatch.setattr(stage, "metric", lambda r: {"ok": 1.0, "wrong": 0.0, "crash": None}[r.status])  # None: swerl's own sandbox failed
+    rows = [{"prompt_ids": [1], "messages": [], "status": status} for status in ("ok", "infra", "wrong", "ok", "crash")]
+    engine = types.SimpleNamespace(generate=lambda *args, **how: None)
+    collect = lambda rollouts: [vars(r).update(status=r.row["status"]) for r in rollouts]
+    assert stage.evaluate(engine, rows, stage.Config(), (lambda r: None, collect), 0, 1) == 2 / 3
+
+
+def test_a_mode_flag_that_ends_a_prompt_is_the_row_s_mode(tokenizer):
+    rows = [{"messages": [{"role": "user", "content": text}], "think": think} for think in (True, False) for text in ("Hi", "Hi /think", "Hi /no_think ")]
+    cfg = types.SimpleNamespace(max_prompt_tokens=100)
+    kept = data.encode_prompts(rows, tokenizer, cfg)
+    assert [row["think"] for row in kept] == [True, True, False, False, True, False]
+    texts = [tokenizer.decode(row["prompt_ids"], skip_special_tokens=False) for row in kept]
+    assert ["Hi /think<|im_end|>" in text for text in texts] == [row["think"] for row in kept]
+
+
 # ---- README ----------------------------------------------------------------------------------------------------------
 def test_the_smallest_rows_of_the_readme_are_rows_of_their_stages(tmp_path, tokenizer):
     text = (ROOT / "README.md").read_text()

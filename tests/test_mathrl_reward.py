@@ -194,6 +194,19 @@ def test_a_hanging_or_dying_verifier_is_killed_and_replaced():
     assert call(4 << 30) is None and call(10) == 10  # 2 GiB is the limit
 
 
+KEPT = []
+
+
+def hoard(size):
+    KEPT.append(bytearray(size))
+    return len(KEPT)
+
+
+def test_a_verifier_that_has_grown_is_replaced_and_the_next_answer_loses_nothing():
+    call = sandbox.killable(hoard, 5.0)
+    assert [call(400 << 20) for _ in range(6)] == [1, 2, 3, 1, 2, 3]  # a gibibyte is let go of
+
+
 def die_once(path, always):
     """Killed from outside, as by the machine's memory guard."""
     if always or not os.path.exists(path):

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import plan
+import rlhf
 import test_presets
 from conftest import make_tiny, run_python
 from data import shared_prefixes
@@ -194,6 +195,17 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(t
     assert "update: " in printed and "rollouts: " in printed and "of 200 GB a rank" in printed
     gen, update = time_plan(Qwen3Config(), 8, 1024 * 26624, 26624, 24576, 1024)
     assert f"at most about {gen:.3g} s of rollouts and {update:.3g} s of update" in printed
+
+
+def test_a_reward_model_of_8b_trains_on_eight_gpus_of_80_gb_and_on_one_it_says_why_not(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
+    cfg = rlhf.Config()
+    monkeypatch.setattr(plan, "free_memory", lambda device, world: 78e9)
+    plan.check_memory(str(tmp_path), cfg, 8, torch.device("cuda"), pair=2 * cfg.rm_max_len)
+    assert "reward model, update: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plan.check_memory(str(tmp_path), cfg, 1, torch.device("cuda"), pair=2 * cfg.rm_max_len)
+    assert "fewer --rm_max_len and --micro_batch_tokens" in capsys.readouterr().err
 
 
 def test_the_plan_is_printed_at_start_up_of_a_stage(world, tmp_path):

@@ -404,6 +404,14 @@ def test_the_metric_runs_the_patched_program_where_the_row_has_tests():
     assert [swerl.metric(rollout(text, **more)) for text in (THINK + block("app.py", "    return a - b", "    return a + b"), right, wrong)] == [1.0, 0.0, 0.0]
 
 
+def test_a_sandbox_that_fails_is_no_measurement(monkeypatch):
+    import coderl
+
+    monkeypatch.setattr(coderl, "run_tests", lambda *args, **how: ["infra"])
+    tests = {"inputs": ["1"], "outputs": ["1"], "fn_name": None, "time_limit": None}
+    assert swerl.metric(rollout(EXACT, tests=tests)) is None
+
+
 # ---- properties ------------------------------------------------------------------------------------------------------
 
 PIECES = [
