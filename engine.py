@@ -24,6 +24,7 @@ from kernels.attention import flash_attention_varlen
 from kernels.decode_attention import decode_attention, slot_bias
 from kernels.sampling import sample_tokens
 from model import hf_config, render_chat, stop_ids
+from plan import compute_device, gpu_share
 
 
 @dataclass
@@ -123,7 +124,7 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
     engine.generate(rollouts, 2, 1.0)
     ends = np.cumsum([len(prompt_ids) + len(r.completion_ids) for r in rollouts])
     index_M = np.concatenate([np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, ends, strict=True)])
-    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(next(model.parameters()).device)
+    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(compute_device(model))
     input_ids_T = tensor(np.concatenate([prompt_ids + r.completion_ids for r in rollouts]))
     logprobs_T, _ = model(input_ids_T, tensor([0, *ends], torch.int32), len(prompt_ids) + 2, tensor(index_M))
     if hasattr(model, "reshard"):
@@ -166,12 +167,11 @@ class TorchEngine:
     room = staticmethod(lambda slots, left: min(max(16, slots // 8), left))  # empty slots for a full cache, where `left` tokens may follow
 
     def __init__(self, model, tokenizer, max_rows=0):
-        self.tokenizer, self.max_rows = tokenizer, max_rows  # rows decoded together; 0: as many as the cache has room for
-        self.stops = stop_ids(tokenizer)
+        self.tokenizer, self.stops, self.max_rows = tokenizer, stop_ids(tokenizer), max_rows  # rows decoded at once; 0: as many as fit
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.model, self.syncs = model, 0
         if self.sharded:
-            device = next(model.parameters()).device
+            device = compute_device(model)
             with torch.device("meta"):
                 replica = type(model)(model.config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
             self.model = replica.to_empty(device=device).requires_grad_(False)
@@ -302,15 +302,15 @@ class VLLMEngine:
     """vLLM inside the training process, one engine a rank. It starts from random weights, so that a tensor which sync() forgot
     cannot go unnoticed. On GPUs it sleeps while the trainer works (level 1: weights in host memory, no KV cache)."""
 
-    def __init__(self, model, tokenizer, max_rows=256, gpu_share=0.6):
+    def __init__(self, model, tokenizer, max_rows=256):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, whose parameters it is given
         os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ)
         from vllm import EngineArgs, LLMEngine
 
         self.tokenizer, self.stops, self.syncs = tokenizer, stop_ids(tokenizer), 0
-        self.on_gpu = next(model.parameters()).device.type == "cuda"
+        self.on_gpu = compute_device(model).type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # the trainer's compute precision
-        place = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_share, max_model_len=model.max_positions())
+        place = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_share(model), max_model_len=model.max_positions())
         if not self.on_gpu:
             from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 

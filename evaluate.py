@@ -228,7 +228,7 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
         decodings = []
         for decoding, k, temperature in (("sampled", how["samples"], how["temperature"]), ("greedy", 1, 0.0))[: 1 + TASKS[name]["greedy"]]:
             rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j), greedy=temperature == 0)
-                        for i, row in enumerate(rows) if i % world == rank for j in range(k)]  # fmt: skip
+                        for i, row in enumerate(rows) for j in range(k) if (i * k + j if len(rows) < 8 * world else i) % world == rank]  # fmt: skip
             same = digest(weights, how | {"samples": 0, "temperature": temperature}, type(engine).__name__)
             for n, r in enumerate(rollouts):
                 r.sample, r.metric, r.key = n % k, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
@@ -432,7 +432,9 @@ def main(cfg):
         common.fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).", note="Nothing was measured.")
     if unknown := [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]:
         common.fail(f"--modes: {', '.join(unknown)} unknown (has: think, no_think).", note="Nothing was measured.")
-    rank, world, device = common.init_distributed(cfg.seed)
+    if len({protocol(name, cfg)["rope_factor"] for name in names}) > 1 and cfg.engine != "torch" and torch.cuda.is_available():
+        common.fail("--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): measure them apart.", note="Nothing was measured.")
+    rank, world, device = common.init_distributed(cfg.seed, 24 * 3600)  # ranks finish hours apart where answers are long
     cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
     with common.one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         tokenizer, loaded = load_tokenizer(cfg.model), None

@@ -6,13 +6,14 @@ token's advantage (the reverse KL, on sampled tokens). No verifier and no reward
 earlier checkpoints, frozen. Below the waterline two functions differ from Math RL's.
 Deviations from the paper:
   1. A domain is drawn as often as it has prompts; the paper does not give its mixture.
-  2. Every rank holds every teacher whole, in bf16 on a GPU.
+  2. Every rank reads every teacher whole, in bf16 on a GPU, at every step, one after the other: vLLM and training leave room for no more.
 A good run: the reward, minus the KL to the teachers in nats a token, climbs towards 0.
 torchrun --nproc_per_node=8 mopd.py --init_from=out/swerl/final --out_dir=out/mopd --rope_factor=4 --data=rlhf:DATA:out/rlhf/final,mathrl:DATA:out/mathrl/final
 """
 
 import functools
 import importlib
+import itertools
 import math
 import os
 import statistics
@@ -98,22 +99,20 @@ def select_rows(rows, epoch, history, cfg):
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def load_teacher(folder, rope_factor, device):
+def load_teacher(folder, rope_factor):
     """A frozen checkpoint, whole on every rank [dev 2]."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor).requires_grad_(False)
 
 
 @torch.no_grad()
-def ask_teacher(rollout, cfg):
+def ask_teacher(teacher, rollout, temperature):
     """Log-probs of the student's completion tokens under the teacher of their domain. One rollout at a time: real ones are long."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    ids_T = torch.tensor(rollout.prompt_ids + rollout.completion_ids, device=device)
-    cu_seqlens = torch.tensor([0, len(ids_T)], dtype=torch.int32, device=device)
-    index_M = torch.arange(len(rollout.prompt_ids), len(ids_T), device=device)
-    teacher = load_teacher(rollout.row["teacher"], cfg.rope_factor, device)
-    return teacher(ids_T, cu_seqlens, len(ids_T), index_M, temperature=cfg.temperature)[0][index_M].tolist()
+    ids_T = torch.tensor(rollout.prompt_ids + rollout.completion_ids, device=teacher.head_weight.device)
+    cu_seqlens = torch.tensor([0, len(ids_T)], dtype=torch.int32, device=ids_T.device)
+    index_M = torch.arange(len(rollout.prompt_ids), len(ids_T), device=ids_T.device)
+    return teacher(ids_T, cu_seqlens, len(ids_T), index_M, temperature=temperature)[0][index_M].tolist()
 
 
 def make_reward(cfg):
@@ -121,10 +120,14 @@ def make_reward(cfg):
     on the rollout's own tokens, in nats a token."""
 
     def collect(rollouts):
-        for r in rollouts:
-            r.teacher_logprobs, r.verify_s = timed(ask_teacher, r, cfg)
-            r.reward = statistics.fmean(t - s for t, s in zip(r.teacher_logprobs, r.sampler_logprobs, strict=True))
-            r.status = "ok"
+        domain = lambda r: r.row["teacher"]
+        for folder, asked in itertools.groupby(sorted(rollouts, key=domain), domain):
+            teacher = load_teacher(folder, cfg.rope_factor)
+            for r in asked:
+                r.teacher_logprobs, r.verify_s = timed(ask_teacher, teacher, r, cfg.temperature)
+                r.reward = statistics.fmean(t - s for t, s in zip(r.teacher_logprobs, r.sampler_logprobs, strict=True))
+                r.status = "ok"
+            del teacher
 
     return (lambda rollout: None), collect
 

@@ -73,6 +73,21 @@ def free_memory(device, world):
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
+def compute_device(model):
+    """Where the model computes. Under --shard=offload its parameters rest in host memory; their mesh is where they are gathered."""
+    p = next(model.parameters())
+    kind = p.device_mesh.device_type if hasattr(p, "device_mesh") else p.device.type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else p.device
+
+
+def gpu_share(model):
+    """The part of a GPU's memory that vLLM may have beside the model: 0.6, or less where few ranks hold much each. It stays awake beside
+    fp32 weights and their two moments (or bf16 weights alone, when nothing is trained); 15% are for layers in flight and NCCL."""
+    mine = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    held = sum(p.numel() * (12 if p.dtype == torch.float32 else p.element_size()) for p in mine if p.is_cuda)
+    return min(0.6, max(0.85 - held / torch.cuda.get_device_properties(0).total_memory, 0.1)) if held else 0.6
+
+
 def longest_sequence(cfg):
     return cfg.max_seq_len if hasattr(cfg, "max_seq_len") else cfg.max_prompt_tokens + cfg.max_new_tokens
 
@@ -84,8 +99,10 @@ def check_memory(folder, cfg, world, device, pair=0):
         return  # loading says what is wrong with the folder
     nll, longest = pair > 0 or hasattr(cfg, "max_seq_len"), pair or longest_sequence(cfg)
     tokens = max(cfg.micro_batch_tokens, longest)
-    shares = 1 if cfg.shard == "replicate" else world
+    shares = {"replicate": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world))}.get(cfg.shard, world)
     plan = memory_plan(read_config(folder), shares, tokens, longest, device.type == "cuda", nll, "" if nll else cfg.engine, not nll and getattr(cfg, "kl_coef", 0) > 0)
+    if cfg.shard == "offload" and device.type == "cuda":
+        plan = {moment: {k: n for k, n in parts.items() if k not in ("weights", "optimizer", "gradients")} for moment, parts in plan.items()}
     free, GB = free_memory(device, world), 1e9
     for moment in list(plan)[1:]:
         parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
@@ -95,6 +112,8 @@ def check_memory(folder, cfg, world, device, pair=0):
     gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
     parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"
     print0(f"{'reward model, ' * (pair > 0)}time: a step takes at most about {parts}, if every sequence has {longest} tokens")
+    if max(gen, update) > cfg.phase_timeout:
+        print0(f"time: a phase of more than --phase_timeout={cfg.phase_timeout:g} s ends the run, again and again when it is resumed: raise it if such steps are meant")
     for moment, parts in plan.items():
         if sum(parts.values()) > free:
             most = max(parts, key=parts.get)

@@ -28,7 +28,6 @@ setup() {  # .venv with the pinned packages; without an NVIDIA GPU vLLM and the 
     .venv/bin/pip install -q -r <(grep -v "$([ "$GPUS" = 0 ] && echo '^vllm' || echo '^$')" requirements.txt) 2> >(grep -v WARNING >&2 || true)
     echo "$wanted" > .venv/installed
 }
-
 run() { if [ "${DRY_RUN:-}" = 1 ]; then echo "$@"; else "$@"; fi; }
 stage() {  # stage NAME SCRIPT [flags]: train from where the stage before it ended, then score; what is done is not done again
     if [ -e "$OUT/$1/final" ]; then echo "== $1: done"; else
@@ -39,13 +38,14 @@ stage() {  # stage NAME SCRIPT [flags]: train from where the stage before it end
     [ -z "${TASKS:-}" ] || [ "$1" = sft1 ] || [ -e "$OUT/$1/scored" ] || score "$1" "${1/sft2/sft}"
 }
 score() {  # score NAME LABEL: held-out tasks of a finished stage; a broken gate stops here, or takes its best checkpoint
-    local e="$LAUNCH evaluate.py --tasks=$TASKS --data=${EVAL_DATA:-$OUT/data} --label_seed=$SEED --limit=${LIMIT:-0}$(pick "" " --modes=think")"
-    run $e --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
+    local e="$LAUNCH evaluate.py --data=${EVAL_DATA:-$OUT/data} --label_seed=$SEED --limit=${LIMIT:-0}$(pick "" " --modes=think")"
+    measure() { local t; for t in ${TASKS//,/ }; do run $e --tasks="$t" "$@"; done; }  # a launch each: some take YaRN, and an engine keeps its RoPE
+    measure --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
     if [ -s "$OUT/broken_gate" ]; then
         cat "$OUT/broken_gate" >&2; [ "${KEEP_BEST:-}" = 1 ] || exit 2
-        for c in "$OUT/$1"/step_*; do run $e --model="$c" --results="$OUT/$1/candidates.jsonl" --split=dev; done
+        for c in "$OUT/$1"/step_*; do measure --model="$c" --results="$OUT/$1/candidates.jsonl" --split=dev; done
         run .venv/bin/python evaluate.py --keep_best="$OUT/$1"
-        run $e --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
+        measure --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
     fi
     run touch "$OUT/$1/scored"
 }
@@ -72,7 +72,7 @@ toy() {
 # Code lengths and temperatures by model (text: 44-48K at 1), SWE's 24K no filter (text: filters). SFT 2 sees science twice, SWE three times (3.2.4, 3.3.2).
 pick() { case $PRESET in 14b-thinking) echo "${3-$2}" ;; 8b-thinking) echo "$2" ;; *) echo "$1" ;; esac; }  # of: 8b and 0.6b, 8b-thinking, 14b-thinking
 real() {
-    local FROM=$BASE hub=nvidia/Nemotron-Cascade code=nvidia/Nemotron-RL-coding-competitive_coding two=nvidia/Nemotron-Cascade-SFT-Stage-2
+    local FROM=$BASE FLAGS="--phase_timeout=43200 ${FLAGS:-}" hub=nvidia/Nemotron-Cascade code=nvidia/Nemotron-RL-coding-competitive_coding two=nvidia/Nemotron-Cascade-SFT-Stage-2
     local rm=--rm=${RM:-$OUT/rlhf/rm} lr=$(pick "" "" --lr=2.5e-6) think=$(pick "" --think_only=true) judge=${JUDGE:+--judge=$JUDGE} long="--max_new_tokens=16384 --overlong_filter=true"
     stage sft1 sft --data=$hub-SFT-Stage-1 --num_steps=$(pick 20000 20000 22000) --lr=5e-5 --max_seq_len=16384 $think
     stage sft2 sft --data=$two,$two:science$(for i in 2 3; do printf ",$two:swe_%s" repair localization testgen; done) --micro_batch_tokens=32768 $think \

@@ -206,7 +206,7 @@ def run_localise(cfg, sample):
 def main(cfg):
     if not (cfg.vote or cfg.ioi or cfg.localise and cfg.out) or not os.path.exists(os.path.join(cfg.model, "config.json")):
         common.fail("--model=folder and one of --vote=file, --ioi=file, --localise=file --out=file are needed.", note="Nothing was sampled.")
-    _, _, device = common.init_distributed(cfg.seed)
+    _, _, device = common.init_distributed(cfg.seed, 24 * 3600)
     tokenizer, dtype = load_tokenizer(cfg.model), torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = make_engine(cfg.engine, Qwen3.from_pretrained(cfg.model, device=device, dtype=dtype, rope_factor=cfg.rope_factor), tokenizer)
 

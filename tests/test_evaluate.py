@@ -63,15 +63,24 @@ def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_table_on_one_rank_and_on_two(world, tmp_path):
+@pytest.mark.parametrize("limit", [4, 20])
+def test_the_same_seed_gives_the_same_table_on_one_rank_and_on_two(limit, world, tmp_path):
+    """4 problems: the samples of one are dealt to both ranks. 20: each rank has whole ones."""
     tables = []
     for name, ranks in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-        tables.append(run(world, tmp_path / name, ranks=ranks))
+        tables.append(run(world, tmp_path / name, f"--limit={limit}", ranks=ranks))
     assert tables[0] == tables[1]
     (tmp_path / "other").mkdir()
-    other = run(world, tmp_path / "other", "--seed=1")
+    other = run(world, tmp_path / "other", f"--limit={limit}", "--seed=1")
     assert [r["tokens"] for r in other] != [r["tokens"] for r in tables[0]]
+
+
+def test_tasks_with_and_without_yarn_are_refused_where_one_process_has_one_engine(world, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(evaluate.Config(model=str(world / "base"), tasks="ifeval,math500"))
+    assert stop.value.code == 2 and "measure them apart" in capsys.readouterr().err
 
 
 def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict(tmp_path):

@@ -4,6 +4,7 @@ for 8 x 80 GB and 8 x 141 GB (pytest -s), beside the numbers that follow from th
 
 import json
 import random
+import re
 import types
 
 import pytest
@@ -181,7 +182,7 @@ def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, mo
 def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
     cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
-                                prompts_per_step=128, group_size=8, shard="full")  # fmt: skip
+                                prompts_per_step=128, group_size=8, shard="full", phase_timeout=7200.0)  # fmt: skip
     for free, moment in ((20e9, "load needs about 32.8 GB"), (45e9, "update needs about"), (200e9, None)):
         monkeypatch.setattr(plan, "free_memory", lambda device, world, free=free: free)
         if moment is None:
@@ -194,7 +195,10 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(t
     printed = capsys.readouterr().out
     assert "update: " in printed and "rollouts: " in printed and "of 200 GB a rank" in printed
     gen, update = time_plan(Qwen3Config(), 8, 1024 * 26624, 26624, 24576, 1024)
-    assert f"at most about {gen:.3g} s of rollouts and {update:.3g} s of update" in printed
+    assert f"at most about {gen:.3g} s of rollouts and {update:.3g} s of update" in printed and "--phase_timeout" not in printed
+    cfg.phase_timeout = gen - 1
+    plan.check_memory(str(tmp_path), cfg, 8, torch.device("cuda"))
+    assert f"more than --phase_timeout={gen - 1:g} s ends the run" in capsys.readouterr().out
 
 
 def test_a_reward_model_of_8b_trains_on_eight_gpus_of_80_gb_and_on_one_it_says_why_not(tmp_path, monkeypatch, capsys):
@@ -235,6 +239,7 @@ def test_plan_of_the_paper_s_presets(preset, size):
               f"{rollouts:9.1f} {'fits' if peaks[0] < 79 else 'no':>6s} {'fits' if peaks[0] < 140 else 'no':>7s} {'fits' if peaks[1] < 79 else 'no':>8s} "
               f"{gen:7.0f} {train:9.0f}")  # fmt: skip
         needs[script, longest] = peaks[0]
+        assert max(gen, train) < cfg.phase_timeout  # or the watchdog ends the run at its longest step, and at the same step when it is resumed
     assert all(need < 140 for need in needs.values()) and min(needs.values()) > 30
 
 
@@ -242,7 +247,7 @@ def test_whole_copies_are_planned_as_whole(tmp_path, capsys):
     """--shard=replicate: every rank holds all weights and moments, so that ranks do not make it smaller."""
     config = Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=64)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
-    cfg = types.SimpleNamespace(max_prompt_tokens=8, max_new_tokens=8, micro_batch_tokens=64, engine="torch", prompts_per_step=8, group_size=8)
+    cfg = types.SimpleNamespace(max_prompt_tokens=8, max_new_tokens=8, micro_batch_tokens=64, engine="torch", prompts_per_step=8, group_size=8, phase_timeout=9.0)
     lines = {}
     for how in ("full", "replicate"):
         cfg.shard = how
@@ -250,3 +255,41 @@ def test_whole_copies_are_planned_as_whole(tmp_path, capsys):
             plan.check_memory(str(tmp_path), cfg, world, torch.device("cpu"))
             lines[how, world] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("update")][0].partition("GB a rank ")[2]
     assert lines["replicate", 4] == lines["replicate", 1] == lines["full", 1] != lines["full", 4]
+
+
+def test_hybrid_shards_are_a_node_s_and_offloaded_ones_are_not_the_gpu_s(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
+    cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
+                                prompts_per_step=128, group_size=8, phase_timeout=7200.0)  # fmt: skip
+    monkeypatch.setattr(plan, "free_memory", lambda device, world: 80e9)
+
+    def update_of(how, world):
+        cfg.shard = how
+        plan.check_memory(str(tmp_path), cfg, world, torch.device("cuda"))
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("update"))
+        return dict(re.findall(r"(\w+) ([\d.]+)[,)]", line))
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert update_of("hybrid", 16) == update_of("full", 8) != update_of("full", 16)
+    full, offloaded = update_of("full", 8), update_of("offload", 8)
+    assert offloaded == {k: n for k, n in full.items() if k not in ("weights", "optimizer", "gradients")} and len(full) == len(offloaded) + 3
+
+
+@pytest.mark.parametrize("gigabytes, share", [(4.1e9 * 12 / 4, 0.6), (4.1e9 * 12, 0.274), (8.2e9 * 12, 0.1)])
+def test_vllm_gets_what_weights_and_moments_leave_of_a_gpu(gigabytes, share, monkeypatch):
+    """8B over 8, 2 and 1 GPUs of 85 GB; a parameter here is a stand-in that knows its size and where it lies."""
+    part = types.SimpleNamespace(dtype=torch.float32, is_cuda=True, numel=lambda: gigabytes / 12)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=85e9))
+    model = types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(_local_tensor=part)]))
+    assert plan.gpu_share(model) == pytest.approx(share, abs=0.01)
+    part.is_cuda = False  # --shard=offload
+    assert plan.gpu_share(model) == 0.6
+
+
+def test_offloaded_parameters_are_computed_with_where_their_mesh_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    rest = types.SimpleNamespace(device=torch.device("cpu"))
+    model = types.SimpleNamespace(parameters=lambda: iter([rest]))
+    assert plan.compute_device(model) == torch.device("cpu")
+    rest.device_mesh = types.SimpleNamespace(device_type="cuda")
+    assert plan.compute_device(model) == torch.device("cuda", 3)

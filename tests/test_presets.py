@@ -140,7 +140,7 @@ def test_every_flag_of_the_other_commands_is_one_of_their_scripts(preset):
 
 
 def test_servers_and_flags_of_the_environment_reach_their_stages():
-    env = {**os.environ, "DRY_RUN": "1", "BASE": "b", "OUT": "out/no_such_run", "RM": "http://r", "JUDGE": "http://j/v1", "FLAGS": "--shard=hybrid", "TASKS": "ifeval"}
+    env = {**os.environ, "DRY_RUN": "1", "BASE": "b", "OUT": "out/no_such_run", "RM": "http://r", "JUDGE": "http://j/v1", "FLAGS": "--shard=hybrid", "TASKS": "ifeval,aime25"}
     for preset in ("8b", "8b-thinking"):
         lines = subprocess.run(["bash", "run_cascade.sh", preset], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
         stages = [line for line in lines if "--init_from" in line]
@@ -149,6 +149,7 @@ def test_servers_and_flags_of_the_environment_reach_their_stages():
         assert all(("--rm=http://r" in line) == (" rlhf.py" in line or " ifrl.py" in line and preset != "8b") for line in stages)
         scores = [line for line in lines if " evaluate.py" in line]
         assert scores and all(("--modes=think" in line) == (preset != "8b") for line in scores)
+        assert [line.partition("--tasks=")[2].split()[0] for line in scores] == ["ifeval", "aime25"] * (len(scores) // 2)  # a launch each
 
 
 def test_an_unknown_preset_prints_the_usage_and_exits_with_2():
