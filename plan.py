@@ -48,9 +48,10 @@ def memory_plan(config, world, tokens, longest, gpu=True, nll=False, engine="vll
     return {"load": {"weights": 4 * total}, "update": update} | ({} if nll else {"rollouts": rollouts})
 
 
-def time_plan(config, world, tokens, longest, new_tokens, rows, flops=400e12, bandwidth=2e12):
+def time_plan(config, world, tokens, longest, new_tokens, rows, flops=400e12, bandwidth=2e12, room=float("inf")):
     """(seconds of generation, seconds of the update) of one step if every completion ran to its limit: an upper end, at rates that
-    well-kept code reaches on an H100 (40% of its peak arithmetic, 60% of its bandwidth). tokens, rows: of the whole step."""
+    well-kept code reaches on an H100 (40% of its peak arithmetic, 60% of its bandwidth). tokens, rows: of the whole step. room: bytes for
+    KV caches; where they hold few sequences, the weights are read for each few anew."""
     with torch.device("meta"):
         total = sum(p.numel() for p in Qwen3(config).parameters())
     total -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # looking up is no product
@@ -58,7 +59,8 @@ def time_plan(config, world, tokens, longest, new_tokens, rows, flops=400e12, ba
     attention = 2 * longest * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     update = tokens * (6 * total + 2 * again + 4.5 * attention) / (world * flops)  # attention: forward twice, backward 2.5 of one
     cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    read = new_tokens * (2 * total + rows / world * cache * (longest - new_tokens / 2))  # all weights and all caches, every token
+    caches = rows / world * cache * (longest - new_tokens / 2)  # of half-written completions, the mean over their growth
+    read = new_tokens * (2 * total * max(caches / room, 1) + caches)  # all caches at every token, and all weights at every token of a wave
     return read / bandwidth, update
 
 
@@ -109,7 +111,8 @@ def check_memory(folder, cfg, world, device, pair=0):
         print0(f"{'reward model, ' * (pair > 0)}{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
     rows, new_tokens = (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens) if not nll else (cfg.rm_samples_per_step if pair else cfg.samples_per_step, 0)
     rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
-    gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates)
+    room = max(0.6 * free - plan.get("rollouts", {}).get("engine weights", 0), 1e9) if device.type == "cuda" else float("inf")  # as gpu_share has it
+    gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates, room)
     parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"
     print0(f"{'reward model, ' * (pair > 0)}time: a step takes at most about {parts}, if every sequence has {longest} tokens")
     if max(gen, update) > cfg.phase_timeout:
