@@ -77,7 +77,7 @@ def ask(text):
 
 # ---- Multiple choice: MMLU, MMLU-Pro, GPQA ---------------------------------------------------------------------------
 CHOICE = "Answer this multiple-choice question. Put the letter of the right option, and nothing else, inside \\boxed{{}}.\n\n{}\n\n{}"
-STATED = re.compile(r"(?:answer|option|choice)\W{0,4}(?:is|:)[\s*_$]{0,4}\(?([A-J])\b(?!')", re.I)
+STATED = re.compile(r"(?:answer|option|choice)\W{0,4}(?:is:?|:)[\s*_$]{0,4}\(?([A-J])\b(?!')", re.I)
 
 
 def read_choice(row, where):
@@ -104,6 +104,8 @@ def score_choice(row, answer):
     named = re.fullmatch(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):]\s*(.+)", box, re.S)  # "B. Vitamin A": a letter with its option's text
     if named and plain(named[2]) == dict(zip("ABCDEFGHIJ", map(plain, row["options"]))).get(named[1]):
         return named[1] == row["answer"]
+    if said := [letter for letter, text in zip("ABCDEFGHIJ", row["options"]) if plain(text) == plain(mathrl.TEXT.sub(r"\1", box)) and len(box) > 1]:
+        return said == [row["answer"]]
     letters = re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box) or STATED.findall(answer)[-1:]
     return set(letters) == {row["answer"]}
 
@@ -360,9 +362,9 @@ SHOWN_FILES, SHOWN_CHARS = 4, 32 * K * 3  # of the repair prompt; paper 7.1: at 
 
 def git(outside, row, *command):
     folder = os.path.join(outside["repos"], row["repo"].replace("/", "__"))
-    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else fail(f"swebench: {row['repo']} at {row['base_commit'][:10]}: pass --repos=folder with a git clone "
-                                                         f"named {row['repo'].replace('/', '__')} ({done.stderr.strip()[:80]}).", note="Nothing was measured.")  # fmt: skip
+    done = subprocess.run(["git", "-C", folder, *command], capture_output=True)  # bytes: text=True would turn \r\n into \n
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else fail(f"swebench: {row['repo']} at {row['base_commit'][:10]}: pass --repos=folder with a git clone "
+                                                         f"named {row['repo'].replace('/', '__')} ({done.stderr.decode('utf-8', 'replace').strip()[:80]}).", note="Nothing was measured.")  # fmt: skip
 
 
 def load_swebench_files(path, outside):
@@ -378,7 +380,7 @@ def load_swebench_files(path, outside):
 
 
 def named(answer):
-    return [re.sub(r"^[\s\-*\d.`]+|[`\s]+$", "", line) for line in answer.strip().split("\n") if ".py" in line][:5]
+    return [path[0].removeprefix("./") for line in answer.split("\n") if (path := re.search(r"[\w./-]*[\w-]\.py\b", line))][:5]
 
 
 def load_swebench(path, outside):

@@ -23,6 +23,7 @@ import math
 import random
 import re
 import statistics
+import textwrap
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,6 @@ from engine import Rollout, in_background, make_engine, request_seed
 from guard import check_step
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Config:
     init_from: str = "out/mathrl/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
@@ -86,15 +85,16 @@ class Config:
 
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
-
 FORMAT = "Please place the solution code in the following format:\n```python\n# Your solution code here\n```"  # AceReason's
 PLAIN = "{problem}\n\nWrite Python code to solve the problem. " + FORMAT
 HEADER = "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\n" + FORMAT
 INTERACTIVE = re.compile(r"this is an interactive (problem|task)|interactor|flush the output", re.I)
-ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?.{0,60}(accepted|(print|"
-                        r"output|return) any|any of them)|(print|output|return|(?<!not )(?<!n't )find) any (one )?(of (them|these)|valid|suitable|possible|such)|"
-                        r"(print|output|return) (?!the (n\w+|m\w+|total|sum|cost|score|largest|smallest) )[^.,:\n]{0,60} in any order|(absolute|relative) error "
-                        r"[^.\n]{0,40}(exceed|at most|less|within|more than|greater)", re.I | re.S)  # fmt: skip
+ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?.{0,60}"
+    r"(accepted|(print|output|return) any|any of them)|(print|output|return|(?<!not )(?<!n't )find) any( (one )?(of (them|these)|valid|suitable"
+    r"|possible|such)|(?=[.,;:)\n]|$))|(multiple|several|many) [^.\n]{0,60}(print|output|return) (any|one)\b|order [^.\n]{0,30}(does not|doesn't"
+    r"|arbitrary)|(print|output|return)(ed)?\b(?! the (n\w+|m\w+|total|sum|cost|score|largest|smallest) )[^.:\n]{0,60} in (any|arbitrary) order"
+    r"|(absolute|relative) error [^.\n]{0,40}(exceed|at most|less|within|more than|greater)|\berror (of (up|at|less|no|10|1e|\$)|less|greater)"
+    r"|(within|at most|up to) [^.\n]{0,25}(error|absolute|relative)", re.I | re.S)  # fmt: skip
 
 
 def loads(text):
@@ -196,13 +196,13 @@ def select_rows(rows, epoch, history, cfg):
 
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
-
 BLOCK = re.compile(r"```(?:python3?|py)[^\S\n]*\n(.*?)```", re.S | re.I)
 
 
-def extract_code(text):
-    """The last ```python block, or None."""
-    return (BLOCK.findall(text) or [None])[-1]
+def extract_code(text, name=None):
+    """The last ```python block, or the last that defines the function asked for, where one does; None without a block."""
+    blocks = list(map(textwrap.dedent, BLOCK.findall(text)))
+    return ([block for block in blocks if name and re.search(rf"\bdef {re.escape(name)}\b", block)] or blocks or [None])[-1]
 
 
 def same_output(got, expected):
@@ -220,7 +220,7 @@ def same_value(got, expected):
     """Rule for calls [dev 2]: the same JSON value, exact types; 1e-5 relative or 1e-8 absolute beside a float, 1e-5 of one beside an int."""
     if isinstance(expected, float) or isinstance(got, float):
         numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (got, expected))
-        return numbers and (got == expected or abs(got - expected) <= 1e-8 + 1e-5 * (abs(expected) if isinstance(expected, float) else 1))
+        return numbers and (got == expected or abs(got - expected) <= 1e-8 + 1e-5 * (abs(expected) if isinstance(expected, float) else 1) < math.inf)
     if type(got) is not type(expected):
         return False
     if isinstance(got, list):
@@ -255,7 +255,7 @@ def verdict(response, tests, prompt=None, timeout=6.0, memory_mb=4096):
     reasoning, closed, final = response.rpartition("</think>")
     if prompt is not None and not language_ok(prompt, reasoning if closed else response):  # [dev 5]
         return 0, "language", 0.0
-    if (code := extract_code(final) if closed else None) is None:
+    if (code := extract_code(final, tests.get("fn_name")) if closed else None) is None:
         return 0, "no_answer", 0.0
     verdicts = run_tests(code, tests, max(timeout, tests.get("time_limit") or 0), memory_mb, stop=True)
     status = {"memory": "crash", "output": "crash"}.get(verdicts[-1], verdicts[-1])

@@ -47,8 +47,6 @@ from guard import check_step
 from reward_model import check_reward_model, load_reward_model, rm_device
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Config:
     init_from: str = "out/rlhf/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
@@ -94,8 +92,6 @@ class Config:
 
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
-
-
 def read_constraints(row, where):
     """(ids, kwargs, prompt) of any of the four schemas; the prompt is a string or a list of chat messages."""
     if "ground_truth" not in row or "instruction_id_list" in row:
@@ -255,8 +251,6 @@ def self_test(rows, cfg):
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------
-
-
 def metric(rollout):
     """Prompt-level strict accuracy of one verified rollout by the reference's rules, that is without [dev 3]."""
     return float(all(rollout.followed))

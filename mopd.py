@@ -33,8 +33,6 @@ from guard import check_step
 from model import Qwen3, load_tokenizer
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Config:
     init_from: str = "out/swerl/final"  # the student
@@ -72,8 +70,6 @@ class Config:
 
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
-
-
 def load_rows(cfg, path=None, limit=0):
     """Rows of every STAGE:DATA:TEACHER, each read by its stage's own loader, with the teacher's folder in row["teacher"]."""
     rows = []
@@ -97,8 +93,6 @@ def select_rows(rows, epoch, history, cfg):
 
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
-
-
 def load_teacher(folder, rope_factor):
     """A frozen checkpoint, whole on every rank [dev 2]."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -147,8 +141,6 @@ def self_test(rows, cfg):
 
 
 # ---- 4. Eval ---------------------------------------------------------------------------------------------------------
-
-
 def metric(rollout):
     """Minus the KL of one held-out rollout, nats a token."""
     return rollout.reward

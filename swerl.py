@@ -42,8 +42,6 @@ from guard import check_step
 from patches import BLOCK, NoPatch, apply_edits, apply_patch, as_patch, as_response, changes, edited, same_code, similarity
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Config:
     init_from: str = "out/coderl/final"  # checkpoint of the previous stage, or a Hugging Face folder
@@ -93,7 +91,6 @@ class Config:
 
 
 # ---- 2. Data ---------------------------------------------------------------------------------------------------------
-
 EXAMPLE = BLOCK.format(
     path="path/of/the/file.py",
     old="lines as they stand in the file, indentation included, enough of them to occur only once",
@@ -204,14 +201,13 @@ def select_rows(rows, epoch, history, cfg):
 
 
 # ---- 3. Reward -------------------------------------------------------------------------------------------------------
-
 TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*(_test\.\w+|\.(test|spec)\.[jt]sx?)|conftest\.py|(tox|pytest)\.ini)$)")
 
 
 def lexical_judge(files, predicted, oracle, floor=0.5):
     """Similarity, zero below the floor and for a patch that only deletes where the golden one writes [dev 1]."""
     ours, golden = ("\n".join(changes(files, after).values()) for after in (predicted, oracle))
-    if re.search(r"^\+", golden, re.M) and not re.search(r"^\+\s*[^\s#]", ours, re.M):
+    if re.search(r"^\+", golden, re.M) and not re.search(r"^\+[^\S\n]*(?!(?:pass|return|\.\.\.)[^\S\n]*$)[^\s#]", ours, re.M):
         return 0.0
     value = similarity(files, predicted, oracle)
     return value if value >= floor else 0.0

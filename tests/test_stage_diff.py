@@ -18,7 +18,7 @@ WATERLINE = "# ~~~~~~~~~~~~~~~ waterline"
 EVERY_STAGE = {"Config", "load_rows", "select_rows", "make_reward", "monitor", "self_test", "metric"}
 
 # What only Math RL has: the answer in a box, and symbolic equality in processes that can be killed.
-MATH_VERIFIER = {"boxed", "last_box", "strip", "literal", "refused", "equal", "same_answer", "verifiers"}
+MATH_VERIFIER = {"last_box", "strip", "literal", "refused", "equal", "same_answer", "verifiers"}
 
 DISTILL = {"compute_advantages", "grpo_loss"}
 
