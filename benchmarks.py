@@ -104,8 +104,8 @@ def score_choice(row, answer):
     named = re.fullmatch(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):]\s*(.+)", box, re.S)  # "B. Vitamin A": a letter with its option's text
     if named and plain(named[2]) == dict(zip("ABCDEFGHIJ", map(plain, row["options"]))).get(named[1]):
         return named[1] == row["answer"]
-    if said := [letter for letter, text in zip("ABCDEFGHIJ", row["options"]) if plain(text) == plain(mathrl.TEXT.sub(r"\1", box)) and len(box) > 1]:
-        return said == [row["answer"]]
+    if len(words := plain(mathrl.TEXT.sub(r"\1", box))) > 1 and words in map(plain, row["options"]):
+        box = ""  # "Vitamin C" names no letter
     letters = re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box) or STATED.findall(answer)[-1:]
     return set(letters) == {row["answer"]}
 

@@ -88,12 +88,22 @@ PRO = {"question_id": 70, "question": "Which is prime?", "options": ["4", "6", "
 GPQA = {"Question": "Which gas?", "Correct Answer": "argon\n", "Incorrect Answer 1": "neon", "Incorrect Answer 2": "xenon", "Incorrect Answer 3": "radon"}
 
 
+def test_a_letter_inside_an_option_s_text_is_no_answer():
+    row = {"options": ["Vitamin A", "Vitamin C", "neither"], "answer": "C"}
+    assert [benchmarks.score_choice(row, text) for text in (r"\boxed{Vitamin C}", r"\boxed{\text{Vitamin C}}", r"\boxed{C}")] == [False, False, True]
+
+
+def test_files_are_named_in_lists_of_any_dress():
+    assert benchmarks.named("2. **a/b.py**\nd.py: because\n- `./e/f.py` (main file)\nnone\n[g-h.py](x)") == ["a/b.py", "d.py", "e/f.py", "g-h.py"]
+
+
 @pytest.mark.parametrize("answer, score", [
     (r"\boxed{B}", 1), (r"\boxed{(B)}", 1), (r"\boxed{\text{B}}", 1), (r"\boxed{\textbf{B}) 4}", 1), (r"so \boxed{A}, no: \boxed{B}", 1),
     ("The answer is (B).", 1), ("**Answer: B**", 1), ("The answer is A. Wait, the answer is B", 1), (r"The answer is B. \boxed{A}", 0),
     (r"\boxed{A}", 0), (r"\boxed{A, B}", 0), (r"\boxed{4}", 0), ("B", 0), (r"\boxed{}", 0), ("", 0), (r"\boxed{Because}", 0),
     (r"\boxed{B. 4}", 1), (r"\boxed{\text{B) 4}}", 1), (r"\boxed{42}, so the answer is (B)", 1), (r"\boxed{B. or C.}", 0), (r"\boxed{A. 3}", 0),
     (r"\boxed{B. 4 and C. 5}", 0), (r"\boxed{B. Possibly C}", 0), (r"\boxed{B: no, A}", 0),
+    ("The answer is: **(B)**", 1), ("The answer is: **(C)**", 0),
 ])  # fmt: skip
 def test_multiple_choice_by_hand(answer, score, tmp_path):
     (row,), graded = load("mmlu", [MMLU], tmp_path)

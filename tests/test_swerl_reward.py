@@ -144,6 +144,12 @@ def test_the_lexical_judge_pays_for_closeness_but_not_for_deleting():
     assert earn["golden change and another file"] == 0.5
 
 
+@pytest.mark.parametrize("empty", ["", "    pass", "    return", "    ...", "    # gone", "    \t"])
+def test_a_line_that_does_nothing_is_a_deleted_line(empty):
+    assert swerl.lexical_judge(FILES, {**FILES, "shop/cart.py": BUGGY.replace(BUG, empty)}, FIXED, floor=0.0) == 0.0
+    assert swerl.lexical_judge(FILES, {**FILES, "shop/cart.py": BUGGY.replace(BUG, "    return sum(prices)")}, FIXED, floor=0.0) > 0.5
+
+
 def test_similarity_agrees_with_the_published_observations_where_our_decisions_do():
     """The 17 observations of rewards on hand-made answers. Exceptions, all refused before similarity (dev 2): text found
     several times, empty search text, a new file the golden patch does not make; a dot path is normalised instead."""
