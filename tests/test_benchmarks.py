@@ -531,3 +531,19 @@ def test_git_applies_the_patch_that_the_swe_bench_harness_gets(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     subprocess.run(["git", "-C", tmp_path, "apply", "-"], input=benchmarks.git_patch(before, after).encode(), check=True)
     assert {name: (tmp_path / name).read_bytes().decode() for name in after} == after
+
+
+def test_ifbench_wants_every_constraint(tmp_path, monkeypatch):
+    class Check:  # of the package: follows where its own name is said
+        def __init__(self, name):
+            self.word = name
+
+        build_description = get_instruction_args = lambda self, **kwargs: None
+
+        def check_following(self, text):
+            return self.word in text
+
+    monkeypatch.setitem(sys.modules, "ifbench.instructions_registry", None)
+    monkeypatch.setitem(sys.modules, "instructions_registry", types.SimpleNamespace(INSTRUCTION_DICT={"one": Check, "two": Check}))
+    (row,), graded = load("ifbench", [{"prompt": "Count.", "instruction_id_list": ["one", "two"], "kwargs": [{}, {}]}], tmp_path)
+    assert [graded(row, "</think>" + answer)[0] for answer in ("one two", "one", "two", "three")] == [1, 0, 0, 0]

@@ -307,3 +307,11 @@ def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
     print(f"verified while decoding {overlapped:.2f} s, afterwards {afterwards:.2f} s: {afterwards - overlapped:.2f} s saved of "
           f"{verifiers:.2f} s in the verifiers; decoding alone 3.6 s")  # fmt: skip
     assert afterwards - overlapped > 0.2
+
+
+@pytest.mark.parametrize("returned, expected, same", [
+    (1.000009, 1.0, True), (1.00002, 1.0, False), (100.0009, 100.0, True), (100.002, 100.0, False), (1e-9, 0.0, True), (1e-7, 0.0, False),
+    (5.0, float("inf"), False), (float("inf"), float("inf"), True), (float("-inf"), float("inf"), False), (float("nan"), 1.0, False),
+])  # fmt: skip
+def test_floats_are_alike_to_five_digits_and_infinity_is_only_itself(returned, expected, same):
+    assert coderl.same_value(returned, expected) is same

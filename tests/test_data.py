@@ -535,3 +535,10 @@ def test_the_command_writes_what_is_left_and_prints_the_count(tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == [train[0], train[2]]
     code, _, err = run_python("data.py", f"--data={paths[0]}", "--eval_data=nowhere.jsonl", f"--out={out}", check=False)
     assert code == 2 and err.count("\n") == 1 and "nowhere.jsonl: no such file" in err
+
+
+def test_a_row_s_index_is_its_place_after_long_prompts_have_gone(tokenizer):
+    """The epoch filter's history is kept under it, and select_rows looks there."""
+    rows = [{"messages": [{"role": "user", "content": text}], "think": False} for text in ("Hi", "long " * 200, "Ho")]
+    kept = data.encode_prompts(rows, tokenizer, mathrl.Config(max_prompt_tokens=100))
+    assert [row["index"] for row in kept] == [0, 1] and kept[1]["messages"][0]["content"] == "Ho"

@@ -9,6 +9,7 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,6 +19,7 @@ import common
 import constraints
 import ifrl
 import mathrl
+import mopd
 import rlhf
 import swerl
 from conftest import make_tiny
@@ -645,3 +647,66 @@ def test_a_batch_without_one_sound_reply_has_small_finite_rewards(monkeypatch):
     rollouts = replies(["a", "\u597d"], think=True)
     collect(rollouts)
     assert [(r.reward, r.status) for r in rollouts] == [(0.0, "no_answer"), (-10.0, "language")]
+
+
+def sampled_at(step, seed=0, refill=0, num_rows=1000):
+    """Seeds of the rollouts of one step, and the rows that were asked for in each round."""
+    engine = TableEngine(lambda i: UNEVEN if i == 0 else FLAT)
+    rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
+    _, sampled = mathrl.rollout(engine, rows, [0, 1, 2, 3], step, config(seed=seed, max_refill_rounds=refill), (lambda r: None, engine.collect), 0, 1)
+    return [r.seed for r in sampled], engine.asked
+
+
+def test_every_step_and_every_run_has_dice_and_spare_prompts_of_its_own():
+    """The same noise at every step would sample a prompt's next epoch with the luck of the last."""
+    seeds = [set(sampled_at(step, seed)[0]) for step, seed in ((1, 0), (2, 0), (1, 1))]
+    assert all(len(s) == 16 for s in seeds) and len(set.union(*seeds)) == 48
+    spare = [sampled_at(step, refill=1)[1][1] for step in (1, 2)]
+    assert len(spare[0]) == len(spare[1]) == 3 and set(spare[0]) != set(spare[1])
+
+
+@pytest.mark.parametrize("stage", [mathrl, rlhf])
+def test_the_two_sides_of_the_clip_have_limits_of_their_own(stage):
+    cfg = stage.Config(**{**CFG, "clip_low": 0.1, "clip_high": 0.3})
+    assert loss_and_grad([1.5], [1.0], 1, stage, cfg)[0] == pytest.approx(-1.3)
+    assert loss_and_grad([0.5], [-1.0], 1, stage, cfg)[0] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("stage", [mathrl, mopd])
+def test_importance_weights_leave_out_both_ends(stage):
+    """Trainer -1, sampler -0.2: e^-0.8 = 0.45 is under 1/2 and weighs nothing; -0.4: e^-0.6 = 0.55 weighs that."""
+    batch = {"loss_index": torch.tensor([1, 2]), "sampler_logprobs_T": torch.tensor([0.0, -0.2, -0.4])}
+    weights = stage.importance(torch.tensor([0.0, -1.0, -1.0]), batch, stage.Config(importance_limit=2.0))
+    assert weights.tolist() == pytest.approx([0.0, math.exp(-0.6)])
+
+
+def test_the_gradient_is_clipped_before_it_is_applied():
+    """SGD at lr 1 moves the weights by the gradient: by grad_clip in all, and the log has the norm before."""
+    model, rollouts, cfg = make_tiny(), random_step(), config(grad_clip=0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    mathrl.compute_advantages(rollouts, cfg)
+    logged = mathrl.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), rollouts, cfg, torch.device("cpu"), world=1)
+    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)]).norm().item()
+    assert moved == pytest.approx(0.01, rel=1e-3) and logged["grad_norm"] > 0.02
+
+
+def test_gap_and_entropy_are_per_completion_token():
+    """A sampler that is half a nat off on every token has a gap of 0.5, however long the prompts are."""
+    model, rollouts, cfg = make_tiny(), random_step(), config(micro_batch_tokens=10**6, overlong_filter=False)
+    mathrl.compute_advantages(rollouts, cfg)
+    entropies = []
+    for r in rollouts:
+        ids, P = torch.tensor([r.prompt_ids + r.completion_ids]), len(r.prompt_ids)
+        logprobs_TV = (model(ids)[0].detach() / cfg.temperature).log_softmax(-1)[P - 1 : -1]
+        r.sampler_logprobs = (logprobs_TV.gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0] + 0.5).tolist()
+        entropies += (-(logprobs_TV.exp() * logprobs_TV).sum(-1)).tolist() if r.advantage else []
+    logged = mathrl.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), rollouts, cfg, torch.device("cpu"), world=1)
+    assert logged["gap"] == pytest.approx(0.5, rel=1e-3) and logged["entropy"] == pytest.approx(np.mean(entropies), rel=1e-3)
+
+
+def test_the_floor_of_a_batch_is_the_lowest_score_of_a_sound_reply(monkeypatch):
+    """What the reward model says of a thought that is not closed, or of another language, lowers nobody's floor."""
+    collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": -7.0, "\u597d": -20.0})
+    rollouts = replies(["</think>good", "</think>bad", "<think> never closed", "</think>\u597d"], think=True)
+    collect(rollouts)
+    assert [r.reward for r in rollouts] == [2.0, -1.0, -1.0, -11.0]

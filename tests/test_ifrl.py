@@ -632,3 +632,17 @@ def test_ifeval_verdicts_equal_those_of_lm_eval(monkeypatch):
         differ += [(name, kwargs, text)] if ifrl.check(name, kwargs, text) != expected else []
     print(f"{compared} verdicts compared with lm_eval, {len(differ)} differ (tolerance 0)")
     assert compared > 2000 and not differ, differ[:5]
+
+
+def test_only_the_answer_may_not_be_too_long():
+    ids, kwargs = ["punctuation:no_comma"], [{}]
+    assert ifrl.verify("<think>" + "so " * 20_000 + "</think>Fine", True, ids, kwargs) == ([True], "ok")
+    assert ifrl.verify("<think></think>" + "so " * 20_000, True, ids, kwargs) == ([False], "wrong")
+
+
+from constraints import check  # noqa: E402
+
+
+@pytest.mark.parametrize("text, followed", [("a b c x, a b y d", False), ("a b c d, a b y d", True), ("a x y d, a b y d", False), ("a b y d, a b c d", False)])
+def test_repeat_phrase(text, followed):
+    assert check("copy:repeat_phrase", {"phrase": "a b c d", "small_n": 2}, text) is followed

@@ -16,7 +16,7 @@ from transformers import Qwen3ForCausalLM
 
 from conftest import make_tiny
 from data import shared_prefixes
-from model import QWEN3_SIZES, Qwen3, Qwen3Config, read_config, rope_tables
+from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, read_config, rope_tables
 
 PUBLISHED = {"0.6b": 0.596049920e9, "1.7b": 1.720574976e9, "4b": 4.022468096e9, "8b": 8.19073536e9, "14b": 14.7683072e9}
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
@@ -280,3 +280,20 @@ def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monk
     worst = max(((a - b).abs().max() / b.abs().max()).item() for got in results[:2] for a, b in zip(got, results[2], strict=True))
     print(f"worst relative difference {worst:.1e} (limit 1e-12)")
     assert worst < 1e-12
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0])
+def test_yarn_at_the_real_head_width_is_that_of_transformers(factor):
+    """The toy's eight frequencies hide a rounding of where the ramp begins and ends."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    ours = Qwen3Config(rope_scaling={"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32768})
+    inv_freq, scale = ROPE_INIT_FUNCTIONS["yarn"](TheirConfig(**{k: v for k, v in hf_config(ours).items() if k not in ("architectures", "model_type")}), "cpu")
+    cos_TH, sin_TH = rope_tables(ours, 2)
+    assert torch.allclose(torch.atan2(sin_TH[1], cos_TH[1]), inv_freq, rtol=1e-5, atol=0) and torch.allclose(cos_TH[0], torch.full((64,), scale))
+
+
+def test_a_stretched_checkpoint_takes_another_factor_from_the_original_length(world, tmp_path):
+    Qwen3.from_pretrained(world / "base", rope_factor=4.0).save_pretrained(tmp_path)
+    assert Qwen3.from_pretrained(tmp_path).max_positions() == 4 * 32768
+    assert Qwen3.from_pretrained(tmp_path, rope_factor=2.0).max_positions() == 2 * 32768

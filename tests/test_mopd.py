@@ -133,3 +133,16 @@ def test_a_teacher_with_another_tokenizer_is_refused(world, teachers, tmp_path, 
     with pytest.raises(SystemExit):
         mopd.self_test([{"teacher": str(stranger)}], config(init_from=str(world / "base")))
     assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_the_teacher_reads_at_the_student_s_temperature_and_rope_factor(world, teachers, monkeypatch):
+    """Of -log p / T over the whole vocabulary; a teacher that was never stretched is stretched as the student is."""
+    tokenizer = load_tokenizer(world / "base")
+    row = {"messages": [{"role": "user", "content": "say"}], "think": False, "teacher": str(teachers / "teacher1")}
+    r = Rollout(row=row, group=0, prompt_ids=render_chat(tokenizer, row["messages"], False)[0], seed=0)
+    r.completion_ids, r.sampler_logprobs = [7, 8, 9], [0.0] * 3
+    mopd.make_reward(mopd.Config(temperature=0.5, rope_factor=4.0))[1]([r])
+    teacher = Qwen3.from_pretrained(row["teacher"], rope_factor=4.0)
+    logits_TV = teacher(torch.tensor([r.prompt_ids + r.completion_ids]))[0] / 0.5
+    naive = logits_TV.log_softmax(-1)[len(r.prompt_ids) - 1 : -1].gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0]
+    assert r.teacher_logprobs == pytest.approx(naive.tolist(), abs=1e-5)

@@ -305,3 +305,31 @@ def test_held_out_loss_is_per_trained_token_and_by_category():
         for category in ("even", "odd"):
             expected = literal_loss(model, [s for s in samples if s[2] == category]).item()
             assert metrics[f"eval/{category}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rate_stays_at_zero_after_the_schedule():
+    assert sft.learning_rate(150, sft.Config(schedule_steps=100, warmup_steps=0)) == 0.0
+
+
+def test_a_conversation_of_exactly_the_limit_is_kept(world, tokenizer):
+    path = str(world / "sft_stage2.jsonl")
+    longest = max(len(ids) for ids, _, _ in sft.load_samples(path, tokenizer, config(max_seq_len=512)))
+    assert max(len(ids) for ids, _, _ in sft.load_samples(path, tokenizer, config(max_seq_len=longest))) == longest
+
+
+def test_sft_clips_its_gradient_and_applies_none_that_is_not_finite():
+    model = make_tiny()
+    flat = lambda: torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), flat()
+    logged = sft.train_step(model, optimizer, random_samples(), config(grad_clip=0.01), torch.device("cpu"), world=1)
+    assert (flat() - before).norm().item() == pytest.approx(0.01, rel=1e-3) and logged["grad_norm"] > 0.02
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    before = flat()
+    logged = sft.train_step(model, optimizer, random_samples(), config(), torch.device("cpu"), world=1)
+    assert not math.isfinite(logged["loss"] + logged["grad_norm"]) and torch.equal(flat(), before)
+
+
+def test_llama_nemotron_rows_without_a_mode_are_answers_without_thinking():
+    row = {"input": [{"role": "user", "content": "Hi"}], "output": "Ho"}
+    assert [sft.normalize(row | mode, "x")["think"] for mode in ({}, {"reasoning": "off"}, {"reasoning": "on"})] == [False, False, True]

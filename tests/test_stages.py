@@ -7,6 +7,7 @@ FSDP2) are the real ones. RL is given the problems that SFT has seen, so that so
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -378,3 +379,30 @@ def test_final_always_names_the_last_checkpoint(checkpoints):
     for name in ("step_000002", "step_000003"):
         checkpoint.mark_final(str(checkpoints), str(checkpoints / name))
         assert os.readlink(checkpoints / "final") == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "mathrl"])
+def test_the_optimizer_is_what_the_flags_say(stage, world, taught, tmp_path):
+    """Rate by rate in the log, betas and weight decay in what a checkpoint keeps; a resumed run takes what its flags say then."""
+    flags = dict(num_steps=4, save_every=4, eval_every=0, lr=1e-3, warmup_steps=2, beta1=0.8, beta2=0.7, weight_decay=0.3)
+    flags |= dict(schedule_steps=8) if stage == "sft" else dict(final_lr=0.5)
+    run_python(*command(stage, world, tmp_path, taught, **flags))
+    if stage == "sft":
+        expected = [1e-3 * min(1.0, s / 2) * 0.5 * (1 + math.cos(math.pi * s / 8)) for s in (1, 2, 3, 4)]
+    else:
+        expected = [1e-3 * min(1.0, s / 2) * (0.5 + 0.5 * (1 - s / 4)) for s in (1, 2, 3, 4)]
+    assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx(expected)
+    (group,) = torch.load(tmp_path / "final" / "optim_rank0.pt")["param_groups"]
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.7), 0.3) and group["lr"] == pytest.approx(expected[-1])
+    run_python(*command(stage, world, tmp_path, taught, **flags | dict(num_steps=5, weight_decay=0.1, beta2=0.6)))
+    (group,) = torch.load(tmp_path / "final" / "optim_rank0.pt")["param_groups"]
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.6), 0.1)
+
+
+def test_a_stage_that_goes_on_is_not_done(checkpoints, world):
+    """--num_steps was raised: until its end no `final` says that the next stage may start, and none dangles."""
+    checkpoint.mark_final(str(checkpoints), str(checkpoints / "step_000003"))
+    model = make_tiny()
+    checkpoint.save_checkpoint(str(checkpoints), 4, model, torch.optim.AdamW(model.parameters()), Config(init_from=str(world / "base")), {})
+    assert not os.path.lexists(checkpoints / "final")
