@@ -33,7 +33,7 @@ import constraints
 import ifrl
 import mathrl
 import swerl
-from common import fail
+from common import fail, ranks
 from data import BadRow, field, load_table
 
 K = 1024
@@ -414,20 +414,21 @@ def git_patch(before, after):
 
 
 def grade_patches(rollouts, path, outside):
-    """One run of the harness for each sample number: it takes one patch an instance."""
+    """One run of the harness for each sample number: it takes one patch an instance, and none twice under the same names."""
     python, folder = outside["verifier_python"] or "python3", os.path.join(outside["samples"], "swebench")
     os.makedirs(folder, exist_ok=True)
     for k in sorted({r.sample for r in rollouts}):
-        mine, name = [r for r in rollouts if r.sample == k], os.path.abspath(os.path.join(folder, f"sample{k}"))
+        mine, model = [r for r in rollouts if r.sample == k], f"sample{k}_rank{ranks()[0]}"
+        name, edits = os.path.abspath(os.path.join(folder, model)), [swerl.apply_edits(r.text, r.row["files"]) if "</think>" in r.text else None for r in mine]
+        patches = [git_patch(r.row["files"], after) if after else "" for r, after in zip(mine, edits)]
+        rows = [{"instance_id": r.row["instance_id"], "model_name_or_path": model, "model_patch": patch} for r, patch in zip(mine, patches)]
         with open(name + ".jsonl", "w") as f:
-            for r in mine:
-                after = swerl.apply_edits(r.text, r.row["files"]) if "</think>" in r.text else None
-                patch = git_patch(r.row["files"], after) if after else ""
-                f.write(json.dumps({"instance_id": r.row["instance_id"], "model_name_or_path": f"sample{k}", "model_patch": patch}) + "\n")
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        run = f"cascade_{zlib.crc32(json.dumps(rows).encode()):08x}"
         source = path.partition("@")[0] if not os.path.exists(path) else os.path.abspath(path)
-        command = [python, "-m", "swebench.harness.run_evaluation", "-d", source, "-p", name + ".jsonl", "-id", "cascade"]
+        command = [python, "-m", "swebench.harness.run_evaluation", "-d", source, "-p", name + ".jsonl", "-id", run]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if not os.path.exists(report := os.path.join(folder, f"sample{k}.cascade.json")):
+        if not os.path.exists(report := os.path.join(folder, f"{model}.{run}.json")):
             fail(f"swebench: patches are in {name}.jsonl, but the harness did not grade them ({(done.stderr.strip().splitlines() or ['?'])[-1][:120]}). It needs "
                  f"docker and python3 -m venv .venv-swe && .venv-swe/bin/pip install swebench, then --verifier_python=.venv-swe/bin/python.", note="Completions are kept.")  # fmt: skip
         resolved = set(json.load(open(report))["resolved_ids"])

@@ -227,11 +227,11 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
             row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"], row.get("tools"))[0]
         decodings = []
         for decoding, k, temperature in (("sampled", how["samples"], how["temperature"]), ("greedy", 1, 0.0))[: 1 + TASKS[name]["greedy"]]:
-            rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j), greedy=temperature == 0)
-                        for i, row in enumerate(rows) for j in range(k) if (i * k + j if len(rows) < 8 * world else i) % world == rank]  # fmt: skip
+            mine = [(i, j) for i in range(len(rows)) for j in range(k) if (i * k + j if len(rows) < 8 * world else i) % world == rank]
+            rollouts = [Rollout(row=rows[i], group=i, prompt_ids=rows[i]["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j), greedy=temperature == 0) for i, j in mine]
             same = digest(weights, how | {"samples": 0, "temperature": temperature}, type(engine).__name__)
-            for n, r in enumerate(rollouts):
-                r.sample, r.metric, r.key = n % k, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
+            for (_, j), r in zip(mine, rollouts, strict=True):
+                r.sample, r.metric, r.key = j, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
             decodings.append((rollouts, samples and os.path.join(samples, f"{name}_{mode}_{decoding}")))
         room = min(how["max_new_tokens"], positions - max(len(row["prompt_ids"]) for row in rows))
         complete(engine, decodings, how | {"max_new_tokens": room}, hook, metric, rank)

@@ -373,7 +373,7 @@ def judge():
             text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
             a, b = (text.partition(f"<answer {x}>")[2].partition(f"</answer {x}>")[0] for x in "AB")
             said = "[[A=B]]" if ("good" in a) == ("good" in b) else "[[A>>B]]" if "good" in a else "[[B>>A]]"
-            said = "[[A>B]] at first. [[A=B]]" if "mild" in a + b else "no idea" if "broken" in a + b else said
+            said = "[[A>>B]] at first. [[A=B]]" if "mild" in a else "[[A=B]]" if "mild" in b else "no idea" if "broken" in a + b else said
             reply = json.dumps({"choices": [{"message": {"content": "I think " + said}}]}).encode()
             self.send_response(200)
             self.end_headers()
@@ -493,12 +493,12 @@ def test_swebench_localisation_by_hand(tmp_path, swebench):
     assert graded(row, "</think>calc.py")[0] == 1 and graded(row, "</think>1. `other.py`\n2. `calc.py`")[0] == 1 and graded(row, "</think>other.py")[0] == 0
 
 
-def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_harness(tmp_path, swebench, capsys):
+def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_harness(tmp_path, swebench, capsys, monkeypatch):
     edit = "### calc.py\n<<<<<<< SEARCH\n    return a - b\n=======\n    return a {} b\n>>>>>>> REPLACE"
     harness = (
         "import json, sys\nflags = sys.argv\np = flags[flags.index('-p') + 1]\nrows = [json.loads(line) for line in open(p)]\n"
         "good = [r['instance_id'] for r in rows if '+    return a + b' in r['model_patch']]\n"
-        "json.dump({'resolved_ids': good}, open(rows[0]['model_name_or_path'] + '.cascade.json', 'w'))\n"
+        "json.dump({'resolved_ids': good}, open(rows[0]['model_name_or_path'] + '.' + flags[flags.index('-id') + 1] + '.json', 'w'))\n"
     )
     (tmp_path / "harness.py").write_text(harness)
     (tmp_path / "python").write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path}/harness.py "$@"\n')
@@ -510,13 +510,18 @@ def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_har
     rollouts = [Rollout(row=row, group=0, prompt_ids=[], seed=0, text="</think>" + t) for t in (edit.format("+"), edit.format("*"), "no idea")]
     for k, r in enumerate(rollouts):
         r.sample = k
+    monkeypatch.setenv("RANK", "3")
     collect(rollouts)
     assert [metric(r) for r in rollouts] == [1.0, 0.0, 0.0]
-    patch = json.loads((tmp_path / "samples" / "swebench" / "sample0.jsonl").read_text())["model_patch"]
+    rollouts[1].text = rollouts[0].text  # what other weights say is not judged by the report on these
+    collect(rollouts)
+    assert [metric(r) for r in rollouts] == [1.0, 1.0, 0.0]
+    patch = json.loads((tmp_path / "samples" / "swebench" / "sample0_rank3.jsonl").read_text())["model_patch"]
     (tmp_path / "p.diff").write_text(patch)
     subprocess.run(["git", "-C", str(tmp_path / "me__calc"), "checkout", "-q", swebench["base_commit"]], check=True)
     subprocess.run(["git", "-C", str(tmp_path / "me__calc"), "apply", "--check", str(tmp_path / "p.diff")], check=True)
-    (tmp_path / "samples" / "swebench" / "sample0.cascade.json").unlink()
+    for report in (tmp_path / "samples" / "swebench").glob("sample0_rank3.cascade_*.json"):
+        report.unlink()
     with pytest.raises(SystemExit):
         benchmarks.grade_patches(rollouts[:1], str(tmp_path / "swebench.jsonl"), dict(samples=str(tmp_path / "samples"), verifier_python=sys.executable))
     assert "pip install swebench" in capsys.readouterr().err

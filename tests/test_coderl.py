@@ -315,3 +315,7 @@ def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
 ])  # fmt: skip
 def test_floats_are_alike_to_five_digits_and_infinity_is_only_itself(returned, expected, same):
     assert coderl.same_value(returned, expected) is same
+
+
+def test_stringified_one_element_lists_stay_lists():
+    assert coderl.normal_tests({"tests": [{"input": "[1]", "output": "[1]", "fn_name": "f"}]})["outputs"] == ["[1]"]

@@ -2,6 +2,7 @@
 they should and nothing else: not the paper's own columns, not noise.
 """
 
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ from conftest import ROOT, run_python
 import checkpoint
 import evaluate
 from bench.paper_table import PAPER, THINKING
+from model import load_tokenizer
 
 SHORT = ("--tasks=math,chat", "--max_new_tokens=24", "--samples=2", "--limit=4")
 
@@ -305,3 +307,30 @@ def test_chat_streams_switches_modes_and_remembers_the_conversation(world, monke
     assert {how for _, *how in map(tuple, asked) for how in [tuple(how)]} == {(50, 0.6, 0.95)}
     shown = "".join(partial) + capsys.readouterr().out
     assert shown.count("Reply 1.") == 1 and shown.count("Plain \u00e9.") == 2 and sum(map(bool, partial)) > 8  # piece by piece, nothing twice
+
+
+def test_keep_best_reads_sampled_scores_only(tmp_path):
+    line = lambda step, decoding, score: json.dumps({"stage": step, "task": "math", "mode": "think", "decoding": decoding, "score": score}) + "\n"
+    for step in ("step_000001", "step_000002"):
+        (tmp_path / step).mkdir()
+    scores = {("step_000001", "sampled"): 0.9, ("step_000001", "greedy"): 0.1, ("step_000002", "sampled"): 0.5, ("step_000002", "greedy"): 0.8}
+    (tmp_path / "candidates.jsonl").write_text("".join(line(*key, score) for key, score in scores.items()))
+    evaluate.keep_best(str(tmp_path))
+    assert (tmp_path / "final").readlink() == pathlib.Path("step_000001")
+
+
+def test_every_completion_has_dice_and_a_number_of_its_own_whatever_rank_draws_it(world, monkeypatch):
+    """3 problems x 4 samples on 2 ranks: dealt one by one, labelled by their place in the protocol."""
+    drawn = []
+
+    def complete(engine, decodings, *rest):
+        for r in (r for rollouts, _ in decodings for r in rollouts):
+            r.metric, r.weight, r.num_tokens = 0.0, 1.0, 1
+        drawn.extend((r.group, r.sample, r.seed) for r in decodings[0][0])
+
+    monkeypatch.setattr(evaluate, "complete", complete)
+    cfg = evaluate.Config(model=str(world / "base"), data=str(world), limit=3, samples=4)
+    for rank in (0, 1):
+        with contextlib.suppress(ValueError):  # half of the greedy scores do not make a table
+            evaluate.score_task("math", None, load_tokenizer(world / "base"), cfg, rank, 2, 1024)
+    assert sorted((group, sample) for group, sample, _ in drawn) == [(i, j) for i in range(3) for j in range(4)] and len({seed for *_, seed in drawn}) == 12

@@ -406,3 +406,11 @@ def test_a_stage_that_goes_on_is_not_done(checkpoints, world):
     model = make_tiny()
     checkpoint.save_checkpoint(str(checkpoints), 4, model, torch.optim.AdamW(model.parameters()), Config(init_from=str(world / "base")), {})
     assert not os.path.lexists(checkpoints / "final")
+
+
+def test_pruning_spares_the_best(checkpoints, world):
+    (checkpoints / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "eval": e}) + "\n" for s, e in ((2, 0.9), (3, 0.1))))
+    model = make_tiny()
+    for step in (4, 5):
+        checkpoint.save_checkpoint(str(checkpoints), step, model, torch.optim.AdamW(model.parameters()), Config(init_from=str(world / "base")), {})
+    assert checkpoint.step_folders(checkpoints) == ["step_000002", "step_000004", "step_000005"]

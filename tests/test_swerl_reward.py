@@ -8,6 +8,7 @@ import json
 import math
 import re
 import threading
+import types
 import time
 from types import SimpleNamespace
 
@@ -479,3 +480,9 @@ def test_a_patch_made_of_two_versions_leads_from_one_to_the_other():
     after = {"a.py": "import os\n\f\nx = 2\n", "b.py": "s = '\u2028'\ny = 2\n", "c.py": "z = 1\n"}
     made = patches.apply_patch(patches.as_patch(before, after), before)
     assert {path: text.rstrip("\n") for path, text in made.items()} == {path: text.rstrip("\n") for path, text in after.items()}
+
+
+def test_two_golden_programs_are_not_one_to_run():
+    files, after = {"a.py": "print(1)\n", "b.py": "x = 1\n"}, {"a.py": "print(2)\n", "b.py": "x = 2\n"}
+    row = {"think": False, "files": files, "golden_patch": patches.as_patch(files, after), "tests": {"inputs": [""], "outputs": ["2\n"], "fn_name": None}}
+    assert swerl.metric(types.SimpleNamespace(row=row, text=block("a.py", "print(1)", "print(2)"))) == 0.0
