@@ -7,6 +7,7 @@ ablates, which IF-RL learns from and evaluation measures with; what a verdict ea
 
 import functools
 import json
+import os
 import re
 
 import langdetect
@@ -265,6 +266,8 @@ def unusable(instruction_id, kwargs):
             punkt()
         if len(kwargs.get("letter", "x")) != 1 or kwargs.get("nth_paragraph", 0) > kwargs.get("num_paragraphs", 99):
             raise ValueError("argument out of range")
+        if kwargs.get("language", "en") not in os.listdir(langdetect.PROFILES_DIRECTORY):
+            raise ValueError("a language that langdetect does not know is never followed")
         function("A sample of text. It has two sentences!\n\nAnd 2 paragraphs.", *[kwargs[name] for name in names])
     except IndexError:  # the sample is too short: a verdict like any other
         return None

@@ -243,6 +243,8 @@ def test_arguments_a_short_sample_cannot_meet_are_usable():
     if have_punkt():
         assert constraints.unusable("keywords:keyword_specific_position", {"keyword": "dog", "n": 7, "m": 30}) is None
     assert constraints.unusable("length_constraints:number_words", {"num_words": 5000, **MORE}) is None
+    assert constraints.unusable("language:response_language", {"language": "zh-cn"}) is None
+    assert all("langdetect does not know" in constraints.unusable("language:response_language", {"language": code}) for code in ("xx", "English", "zh"))
     assert (
         constraints.unusable(
             "length_constraints:nth_paragraph_first_word", {"num_paragraphs": 9, "nth_paragraph": 9, "first_word": "a"}
