@@ -85,7 +85,7 @@ def compute_device(model):
 def gpu_share(model):
     """The part of a GPU's memory that vLLM may have beside the model: 0.6, or less where few ranks hold much each. It stays awake beside
     fp32 weights and their two moments (or bf16 weights alone, when nothing is trained); 15% are for layers in flight and NCCL."""
-    mine = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    mine = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     held = sum(p.numel() * (12 if p.dtype == torch.float32 else p.element_size()) for p in mine if p.is_cuda)
     return min(0.6, max(0.85 - held / torch.cuda.get_device_properties(0).total_memory, 0.1)) if held else 0.6
 

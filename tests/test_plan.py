@@ -281,7 +281,7 @@ def test_vllm_gets_what_weights_and_moments_leave_of_a_gpu(gigabytes, share, mon
     """8B over 8, 2 and 1 GPUs of 85 GB; a parameter here is a stand-in that knows its size and where it lies."""
     part = types.SimpleNamespace(dtype=torch.float32, is_cuda=True, numel=lambda: gigabytes / 12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=85e9))
-    model = types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(_local_tensor=part)]))
+    model = types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(to_local=lambda: part)]))
     assert plan.gpu_share(model) == pytest.approx(share, abs=0.01)
     part.is_cuda = False  # --shard=offload
     assert plan.gpu_share(model) == 0.6
