@@ -52,6 +52,7 @@ for line in sys.stdin:
     jobs, pids = json.loads(line), []
     for job in jobs:
         pids.append(os.fork() or run(*job))
+        os.setpgid(pids[-1], pids[-1])  # here, too: the other rank may end before this one has come to do it, and nobody would end it
     first, status = os.wait()  # any of them: the others may wait for it
     for pid in pids:
         try:
