@@ -276,10 +276,10 @@ def test_hybrid_shards_are_a_node_s_and_offloaded_ones_are_not_the_gpu_s(tmp_pat
     assert offloaded == {k: n for k, n in full.items() if k not in ("weights", "optimizer", "gradients")} and len(full) == len(offloaded) + 3
 
 
-@pytest.mark.parametrize("gigabytes, share", [(4.1e9 * 12 / 4, 0.6), (4.1e9 * 12, 0.274), (8.2e9 * 12, 0.1)])
-def test_vllm_gets_what_weights_and_moments_leave_of_a_gpu(gigabytes, share, monkeypatch):
+@pytest.mark.parametrize("held, share", [(4.1e9 * 12 / 4, 0.6), (4.1e9 * 12, 0.274), (8.2e9 * 12, 0.1)])
+def test_vllm_gets_what_weights_and_moments_leave_of_a_gpu(held, share, monkeypatch):
     """8B over 8, 2 and 1 GPUs of 85 GB; a parameter here is a stand-in that knows its size and where it lies."""
-    part = types.SimpleNamespace(dtype=torch.float32, is_cuda=True, numel=lambda: gigabytes / 12)
+    part = types.SimpleNamespace(dtype=torch.float32, is_cuda=True, numel=lambda: held / 12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=85e9))
     model = types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(to_local=lambda: part)]))
     assert plan.gpu_share(model) == pytest.approx(share, abs=0.01)
