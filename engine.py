@@ -211,11 +211,12 @@ class TorchEngine:
 
     def _generate_wave(self, rollouts, max_new_tokens, sampling, on_finished):
         device = self.model.model.embed_tokens.weight.device
+        K = 1 if device.type == "cuda" else self.model.config.num_key_value_heads  # of the bias, which no kernel reads
         position_B = torch.tensor([len(r.prompt_ids) for r in rollouts], device=device)
         width = int(position_B.max())  # prompts are right-aligned, so that every row writes the same slot
         slots = width + self.room(width, max_new_tokens)
         logits_BV, cache = self._prefill(rollouts, width, slots, device)
-        bias_B1S, slot_1, decode = slot_bias(width - position_B, width, slots), torch.tensor([width], device=device), None
+        bias_BKS, slot_1, decode = slot_bias(width - position_B, width, slots, K), torch.tensor([width], device=device), None
         alive, running = list(range(len(rollouts))), range(len(rollouts))  # batch row -> rollout; batch rows that have not ended
         uniform_SB = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens).T.astype(np.float32, "C")).to(device)
         drawn = []
@@ -236,7 +237,7 @@ class TorchEngine:
             if len(running) <= self.shrink_at * len(alive):
                 index = torch.tensor(running, device=device)
                 alive, running = [alive[b] for b in running], range(len(running))
-                token_B, position_B, bias_B1S, uniform_SB = token_B[index], position_B[index], bias_B1S[index], uniform_SB[:, index]
+                token_B, position_B, bias_BKS, uniform_SB = token_B[index], position_B[index], bias_BKS[index], uniform_SB[:, index]
                 for i, layer in enumerate(cache):  # one after the other: two caches at once might not fit
                     cache[i] = tuple(t.index_select(0, index) for t in layer)  # on CPUs t[index] takes 8 times as long
                 decode = None
@@ -245,9 +246,9 @@ class TorchEngine:
                 slots += self.room(slot, max_new_tokens - step)
                 for i, layer in enumerate(cache):
                     cache[i] = tuple(torch.cat((t, t.new_zeros(*t.shape[:2], slots - slot, t.shape[3])), 2) for t in layer)
-                bias_B1S, decode = slot_bias(slot - position_B, slot, slots), None
-            bias_B1S[..., slot] = 0.0
-            decode = decode or Replay(lambda *now: self._decode(*now, cache, bias_B1S))
+                bias_BKS, decode = slot_bias(slot - position_B, slot, slots, K), None
+            bias_BKS[..., slot] = 0.0
+            decode = decode or Replay(lambda *now: self._decode(*now, cache, bias_BKS))
             logits_BV = decode(token_B, position_B, slot_1)
             position_B, slot_1 = position_B + 1, slot_1 + 1
         logprobs_RS = np.empty((len(rollouts), len(drawn)), np.float32)
@@ -282,17 +283,15 @@ class TorchEngine:
         logits_PV = F.linear(hidden_PD, self.model.head_weight).float()
         return logits_PV[prompt_B], cache
 
-    def _decode(self, token_B, position_B, slot_1, cache, bias_B1S):
+    def _decode(self, token_B, position_B, slot_1, cache, bias_BKS):
         """One token a row: write its key and value at the slot, attend to the row's slots up to it, return logits [B, V]."""
         start_B, length_1 = slot_1 - position_B, slot_1 + 1
+        slot = None if slot_1.is_cuda else slot_1.item()  # where a graph runs, it has to find the slot on the device
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
             for t_BKSH, new_BKH in zip(cache[layer], (k_BKH, v_BKH)):
-                if t_BKSH.is_cuda:  # where a graph has to find the slot on the device
-                    t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None])
-                else:
-                    t_BKSH[:, :, slot_1.item()] = new_BKH
-            return decode_attention(q_BNH, *cache[layer], start_B, length_1, bias_B1S)
+                t_BKSH.index_copy_(2, slot_1, new_BKH[:, :, None]) if slot is None else t_BKSH.select(2, slot).copy_(new_BKH)
+            return decode_attention(q_BNH, *cache[layer], start_B, length_1, bias_BKS)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)
         return F.linear(hidden_BD, self.model.head_weight).float()

@@ -17,18 +17,19 @@ There is no backward: nothing is trained through the sampler.
 import torch
 
 from kernels.attention import LOG2E, attend, load_rows, model_constants, store_rows
-from kernels.dispatch import tl, triton, use_triton
+from kernels.dispatch import cast, tl, triton, use_triton, wide
 
 # B rows   N query heads   K key heads   H head width   S cache slots   G = N / K
 
 SPLIT, BLOCK = 256, 64  # slots of a split, of which a program loads BLOCK at a time
 
 
-def slot_bias(start, length, slots):
-    """[B, 1, slots] to add to the scores: 0 on a row's slots start <= s < length, -inf elsewhere."""
+def slot_bias(start, length, slots, heads=1):
+    """[B, heads, slots] to add to the scores: 0 on a row's slots start <= s < length, -inf elsewhere. With the K key heads it is read as
+    it lies, with one it is copied in each call."""
     slot = torch.arange(slots, device=start.device)
     outside = (slot < start[:, None, None]) | (slot >= length)
-    return torch.zeros(outside.shape, device=start.device).masked_fill_(outside, -torch.inf)
+    return torch.zeros(len(start), heads, slots, device=start.device).masked_fill_(outside, -torch.inf)
 
 
 def decode_attention_ref(q, k_cache, v_cache, start, length, bias=None):
@@ -37,11 +38,10 @@ def decode_attention_ref(q, k_cache, v_cache, start, length, bias=None):
     all slots, in use or not, so they must hold numbers: the product with a part of each row reads memory with gaps and takes
     two to three times as long."""
     (B, N, H), (K, S) = q.shape, k_cache.shape[1:3]
-    bias = slot_bias(start, length, S) if bias is None else bias
-    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    scores = torch.bmm((q * H**-0.5).reshape(B * K, -1, H), keys.transpose(1, 2)).view(B, N, S)
-    weights = (scores.to(torch.promote_types(q.dtype, torch.float32)) + bias).softmax(-1).to(values.dtype)
-    return torch.bmm(weights.view(B * K, -1, S), values).view(B, N, H)
+    bias = cast(slot_bias(start, length, S) if bias is None else bias, q.dtype).expand(B, K, S).reshape(B * K, 1, S)
+    scores = torch.baddbmm(bias, q.reshape(B * K, -1, H), k_cache.flatten(0, 1).transpose(1, 2), alpha=H**-0.5)
+    weights = cast(wide(scores).softmax(-1), v_cache.dtype)
+    return torch.bmm(weights, v_cache.flatten(0, 1)).view(B, N, H)
 
 
 @triton.jit

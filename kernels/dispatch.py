@@ -25,10 +25,11 @@ else:
 
 def use_triton(*tensors):
     """True for GPU tensors (or with the interpreter on), False for CPU tensors; a mixture or a DTensor is refused."""
+    device = tensors[0].device
     for tensor in tensors:
         if hasattr(tensor, "placements"):
             raise TypeError("kernels take plain tensors; call them inside the module that FSDP gathers, or .to_local()")
-        if tensor.device != tensors[0].device:
+        if tensor.device != device:
             raise ValueError(f"tensors on different devices: {sorted({str(t.device) for t in tensors})}")
     return INTERPRET or tensors[0].is_cuda
 
@@ -42,3 +43,13 @@ def bare(*tensors):
     """True where an op is its forward_torch and nothing else: on CPUs without gradients, as in every small step of the sampler, in
     which autograd's bookkeeping would take as long as the arithmetic."""
     return not (torch.is_grad_enabled() or use_triton(*tensors))
+
+
+def wide(x):
+    """x in fp32 (fp64 stays): what sums and exponentials are computed in."""
+    return x if x.itemsize > 2 else x.float()
+
+
+def cast(x, dtype):
+    """x.to(dtype), which takes a microsecond where there is nothing to do: a third of an op on the rows of a small decoding step."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -9,8 +9,8 @@ q and k may be views into one fused projection: a token's heads lie side by side
 
 import torch
 
-from kernels.dispatch import bare, num_programs, tl, triton, use_triton
-from kernels.rms_norm import rms_norm_ref
+from kernels.dispatch import bare, cast, num_programs, tl, triton, use_triton, wide
+from kernels.rms_norm import inverse_rms, rms_norm_ref
 
 # T tokens   N query heads   K key heads   H head width
 
@@ -41,17 +41,16 @@ def angles(cos, sin, position_ids):
 
 def rotate_torch(z, cos, sin):
     """cos and sin as angles() gives them."""
-    z1, z2 = z.chunk(2, dim=-1)
-    return (z * cos).addcmul_(torch.cat((z2, z1), dim=-1), sin)
+    return (z * cos).addcmul_(z.roll(z.shape[-1] // 2, -1), sin)
 
 
 def forward_torch(x, weight, cos, sin, eps):
     """One of q, k on the CPU; returns y and 1 / rms [T, N, 1]."""
-    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-    rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    x_hat = (x * rstd).to(dtype)
+    dtype, x = x.dtype, wide(x)
+    rstd = inverse_rms(x, eps)
+    x_hat = cast(x * rstd, dtype)
     z = x_hat.mul_(weight) if dtype == weight.dtype else x_hat * weight
-    return rotate_torch(z.to(x.dtype), cos, sin).to(dtype), rstd
+    return cast(rotate_torch(cast(z, x.dtype), cos, sin), dtype), rstd
 
 
 def backward_torch(dy, x, weight, cos, sin, rstd):

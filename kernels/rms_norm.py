@@ -38,7 +38,7 @@ repeats bit for bit; the PyTorch line that a group of Triton lines computes stan
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import bare, num_programs, tl, triton, use_triton
+from kernels.dispatch import bare, cast, num_programs, tl, triton, use_triton, wide
 
 # T rows (tokens)   D row width. The tests hold every implementation below against rms_norm_ref in float64.
 
@@ -55,13 +55,18 @@ def add_rms_norm_ref(x, residual, weight, eps=1e-6):
     return rms_norm_ref(summed, weight, eps), summed
 
 
+def inverse_rms(x, eps):
+    """1 / sqrt(mean(x^2) + eps) over the last axis of x, fp32 or fp64, on the CPU."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # reads x once, where (x * x).sum(-1) makes a tensor first
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
 def forward_torch(x, residual, weight, eps):
     """The CPU path: what rms_norm_ref computes, in the fewest passes over memory. Also returns 1 / rms, [T, 1]."""
     summed = x if residual is None else x + residual
-    x = summed.to(torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # reads x once, where (x * x).sum(-1) makes a tensor first
-    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    x_hat = (x * rstd).to(summed.dtype)
+    x = wide(summed)
+    rstd = inverse_rms(x, eps)
+    x_hat = cast(x * rstd, summed.dtype)
     y = x_hat.mul_(weight) if x_hat.dtype == weight.dtype else x_hat * weight
     return y, summed, rstd
 

@@ -7,18 +7,17 @@ and up and computes silu again. gate and up may be the two halves of one fused p
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import bare, tl, triton, use_triton
+from kernels.dispatch import bare, cast, tl, triton, use_triton, wide
 
 
 def swiglu_ref(gate, up):
     """The definition, rounded once at the end."""
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    return (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
 
 
 def forward_torch(gate, up):
     """The CPU path: swiglu_ref without its second temporary."""
-    return F.silu(gate.to(torch.promote_types(gate.dtype, torch.float32))).mul_(up).to(gate.dtype)
+    return cast(F.silu(wide(gate)).mul_(up), gate.dtype)
 
 
 def backward_torch(dout, gate, up):
