@@ -163,15 +163,14 @@ class TorchEngine:
     """The built-in sampler. Where the trained weights are whole (one process or --shard=replicate, on CPUs) it decodes with the trained
     module itself; beside sharded ones it keeps a whole replica that sync() refreshes and compares with the trainer."""
 
-    shrink_at = 0.85  # share of the rows that are left when the others leave the batch
     room = staticmethod(lambda slots, left: min(max(16, slots // 8), left))  # empty slots for a full cache, where `left` tokens may follow
 
     def __init__(self, model, tokenizer, max_rows=0):
         self.tokenizer, self.stops, self.max_rows = tokenizer, stop_ids(tokenizer), max_rows  # rows decoded at once; 0: as many as fit
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
-        self.model, self.syncs = model, 0
+        self.model, self.syncs, device = model, 0, compute_device(model)
+        self.shrink_at = 0.85 if device.type == "cuda" else 0.95  # share of the rows left when the others leave: on GPUs a new graph each time
         if self.sharded:
-            device = compute_device(model)
             with torch.device("meta"):
                 replica = type(model)(model.config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
             self.model = replica.to_empty(device=device).requires_grad_(False)
@@ -217,30 +216,32 @@ class TorchEngine:
         slots = width + self.room(width, max_new_tokens)
         logits_BV, cache = self._prefill(rollouts, width, slots, device)
         bias_BKS, slot_1, decode = slot_bias(width - position_B, width, slots, K), torch.tensor([width], device=device), None
-        alive, running = list(range(len(rollouts))), range(len(rollouts))  # batch row -> rollout; batch rows that have not ended
+        alive, running = list(range(len(rollouts))), list(enumerate(rollouts))  # rollouts of the batch's rows; (row, rollout) that goes on
         uniform_SB = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens).T.astype(np.float32, "C")).to(device)
-        drawn = []
+        greedy, drawn = [b for b, r in running if r.greedy], []
         for step in range(max_new_tokens):
             token_B, logprob_B = sample_tokens(logits_BV, uniform_SB[step], **sampling)
-            if greedy := [b for b, i in enumerate(alive) if rollouts[i].greedy]:
+            if greedy:
                 token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], logprob_B[greedy], temperature=0.0)  # any number will do
             drawn.append((alive, logprob_B))
             tokens = token_B.tolist()  # the one thing in most steps that waits for a GPU
-            for rollout, token in [(rollouts[alive[b]], tokens[b]) for b in running]:
-                rollout.completion_ids.append(token)
-                if token in self.stops or step + 1 == max_new_tokens:
-                    hand_on(rollout, "stop" if token in self.stops else "length", self.tokenizer, on_finished)
-            running = [b for b in running if not rollouts[alive[b]].finish_reason]
+            for b, rollout in running:
+                rollout.completion_ids.append(tokens[b])
+                if tokens[b] in self.stops or step + 1 == max_new_tokens:
+                    hand_on(rollout, "stop" if tokens[b] in self.stops else "length", self.tokenizer, on_finished)
+            running = [(b, r) for b, r in running if not r.finish_reason]
             if not running:
                 break
-            # Those that have ended decode along until enough have: copying the caches of the others costs as much as decoding a few tokens.
-            if len(running) <= self.shrink_at * len(alive):
-                index = torch.tensor(running, device=device)
-                alive, running = [alive[b] for b in running], range(len(running))
-                token_B, position_B, bias_BKS, uniform_SB = token_B[index], position_B[index], bias_BKS[index], uniform_SB[:, index]
-                for i, layer in enumerate(cache):  # one after the other: two caches at once might not fit
-                    cache[i] = tuple(t.index_select(0, index) for t in layer)  # on CPUs t[index] takes 8 times as long
-                decode = None
+            # Those that have ended decode along until enough have. Then the last rows take their places: of the caches no other row is copied.
+            if (left := len(running)) <= self.shrink_at * len(alive):
+                into, late = sorted(set(range(left)) - {b for b, _ in running}), [b for b, _ in running if b >= left]
+                moves = dict(zip(into, late, strict=True))
+                alive = [alive[moves.get(b, b)] for b in range(left)]
+                running, greedy = [(b, rollouts[i]) for b, i in enumerate(alive)], [b for b, i in enumerate(alive) if rollouts[i].greedy]
+                into, late = torch.tensor((into, late), dtype=torch.int64, device=device)
+                keep = lambda t, dim=0: t.narrow(dim, 0, left).index_copy_(dim, into, t.index_select(dim, late))
+                token_B, position_B, bias_BKS, uniform_SB = keep(token_B), keep(position_B), keep(bias_BKS), keep(uniform_SB, 1)
+                cache, decode = [tuple(map(keep, layer)) for layer in cache], None
             slot = width + step
             if slot == slots:  # it grows as it fills: a cache with few empty slots is read fastest
                 slots += self.room(slot, max_new_tokens - step)
