@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The Nemotron-Cascade recipe (arXiv 2512.13607), stage after stage. Finished stages are skipped, an interrupted one resumes.
 #
-#   bash run_cascade.sh                  toy: tiny model, real verifiers, 2 CPU cores, 7 to 10 minutes after set-up
+#   bash run_cascade.sh                  toy: tiny model, real verifiers, 2 CPU cores, 4 to 7 minutes after set-up
 #   BASE=folder bash run_cascade.sh 8b   8b | 8b-thinking | 14b-thinking: the paper's runs (tables T14-T20); 0.6b: the 8b lines
 #   bash run_cascade.sh setup            only install into .venv
 # Environment: NPROC ranks a node, OUT folder, SEED; for the real sizes BASE (folder of the base), RM (folder or URL of a ready reward model; else one is
