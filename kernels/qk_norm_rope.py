@@ -27,15 +27,17 @@ def qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6)
 
 
 last_angles = None  # (what was looked up, what was found): all layers of a forward pass ask for the same
+last_tables = None  # ((cos, sin), the same as rotate_torch wants them)
 
 
 def angles(cos, sin, position_ids):
     """The rows of these tokens for rotate_torch: cos [T, 1, H] holds both halves, sin [T, 1, H] carries the minus of the first."""
-    global last_angles
+    global last_angles, last_tables
     asked, version = (cos, sin, position_ids), 0 if position_ids.is_inference() else position_ids._version  # the sampler's are new each step
     if last_angles is None or any(a is not b for a, b in zip(asked, last_angles[0])) or version != last_angles[1]:
-        c, s = (x.index_select(0, position_ids)[:, None] for x in (cos, sin))
-        last_angles = asked, version, (torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1))
+        if last_tables is None or any(a is not b for a, b in zip(asked, last_tables[0])):
+            last_tables = asked[:2], [torch.cat(halves, dim=-1)[:, None] for halves in ((cos, cos), (-sin, sin))]
+        last_angles = asked, version, [table.index_select(0, position_ids) for table in last_tables[1]]
     return last_angles[2]
 
 

@@ -11,10 +11,13 @@ The CPU path sorts each row; the kernel does not, it finds the thresholds by bis
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kernels.dispatch import tl, triton, use_triton
 
 # B rows   V vocabulary
+
+WIDTH = 32  # of a block on the CPU path
 
 
 def sample_tokens_ref(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
@@ -32,11 +35,21 @@ def sample_tokens_ref(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
         mass = ascending.cumsum(-1)
         stays = mass[:, -1:] - mass < top_p * mass[:, -1:]  # while the better ones together are below the goal
         probs.masked_fill_(probs < ascending.gather(1, stays.int().argmax(-1, keepdim=True)), 0.0)
-    cdf = probs.cumsum(-1)
-    mass = cdf[:, -1:]
-    below = torch.minimum(uniform[:, None] * mass, mass.nextafter(mass.new_zeros(())))  # rounding may reach mass itself
-    token = torch.searchsorted(cdf, below, right=True)
-    return token[:, 0], probs.gather(1, token).log()[:, 0]
+    # By blocks: running sums are slow, they add one number after the other, and only one block of a row needs them.
+    blocks = (F.pad(probs, (0, -vocab % WIDTH)) if vocab % WIDTH else probs).view(len(probs), -1, WIDTH)
+    masses = blocks.sum(-1)
+    ends = masses.cumsum(-1)
+    below = uniform[:, None] * ends[:, -1:]
+    block = first_above(ends, below)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, WIDTH))[:, 0]
+    at = first_above(inside.cumsum(-1), (below - ends.gather(1, block) + masses.gather(1, block)).clamp_(min=0.0))
+    return (block * WIDTH + at)[:, 0], inside.gather(1, at).log()[:, 0]
+
+
+def first_above(sums, below):
+    """[B, 1]: where the running sums [B, N] first pass below [B, 1], which is not negative; what is added there is above 0, also if rounding has
+    taken below to the last sum."""
+    return torch.searchsorted(sums, torch.minimum(below, sums[:, -1:].nextafter(sums.new_zeros(()))), right=True)
 
 
 @triton.jit
