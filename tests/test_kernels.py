@@ -319,6 +319,19 @@ def test_sampled_tokens_follow_the_tempered_distribution_and_their_logprob_is_it
     torch.testing.assert_close(logprob, expected.log()[token], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [5, 32, 33, 700, 1024])
+def test_the_token_is_the_first_whose_running_sum_passes_the_number(vocab):
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(500, vocab) * 4, torch.rand(500)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
+    token, _ = sample_tokens(logits, uniform)
+    sums = logits.double().softmax(-1).cumsum(-1)  # in float64, number by number
+    before, after = (torch.nn.functional.pad(sums, (1, 0)).gather(1, token[:, None] + i)[:, 0] for i in (0, 1))
+    error = torch.maximum(before - uniform, uniform - after).max().item()
+    print(f"the number lies outside of its token's part of [0, 1] by {max(error, 0.0):.1e}, tolerance 1e-6")
+    assert error < 1e-6
+
+
 @pytest.mark.parametrize("top_p, top_k", [(0.9, 0), (1.0, 5), (0.6, 5), (0.999, 0), (0.01, 0)])
 def test_top_p_and_top_k_draw_only_from_the_kept_tokens_but_score_with_all(top_p, top_k):
     torch.manual_seed(0)
