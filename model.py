@@ -205,7 +205,7 @@ class Qwen3(nn.Module):
 
     def hidden_states(self, input_ids_T, position_ids_T, attend, keep_M=None):
         """Final-norm output [T, D], or [M, D] of the tokens keep_M alone: in the last layer the others end with their key and value,
-        which spares prompts most of it: half of what the toy's two layers do. `attend(layer, q_TNH, k_TKH, v_TKH) -> [T, N, H]` is the
+        which spares prompts most of it. `attend(layer, q_TNH, k_TKH, v_TKH) -> [T, N, H]` is the
         whole of attention: training passes packed causal attention, the sampler one that reads and writes its KV cache."""
         if self.rope is None or self.rope[0].device != input_ids_T.device:
             with torch.inference_mode(False):  # also where the sampler is the first to ask: training saves them for backward
