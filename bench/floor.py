@@ -23,7 +23,7 @@ import sft
 from model import Qwen3, load_tokenizer
 
 GROUPS = {  # first match wins; names are aten operators
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::addmv"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul", "aten::addmv"),
     "attention": ("scaled_dot_product", "flash_attention"),
     "optimizer": ("_fused_adam", "foreach"),
     "copies and indices": ("copy_", "index", "gather", "scatter", "cat", "clone", "zero", "fill", "select", "slice", "sort", "unique", "repeat", "empty", "embedding"),
