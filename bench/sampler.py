@@ -1,11 +1,11 @@
 """The built-in sampler beside transformers' generate and vLLM's CPU build: same model, prompts, lengths and temperature.
 
-    python bench/sampler.py [--rounds=8]   # writes bench/sampler.json and .png; vLLM if .venv-vllm is there (see README)
+    python bench/sampler.py [--rounds=8]   # writes bench/sampler.json and .png; makes .venv-peers and .venv-vllm
 
 16 toy math prompts x 8 samples, fp32, one thread, temperature 1, nothing cut from the distribution. "fixed": 80 tokens each, no
 stop token, random weights. "eos": the toy's SFT model, which ends after 20 to 40 tokens. A turn is four such batches one after the
-other, as in training: one alone takes ours a tenth of a second, most of it to warm up caches that the others' turns have left cold. Ours returns the log-probs of what it
-drew (RL needs them), the others are spared that; "vllm, log-probs" is asked for them.
+other, as in training: one alone takes ours a tenth of a second, part of it to warm up caches that the others' turns have left cold.
+Ours returns the log-probs of what it drew (RL needs them), the others are spared that; "vllm, log-probs" is asked for them.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def main():
         if with_vllm:
             contestants |= {"vllm": child("vllm", with_vllm, quiet), "vllm, log-probs": child("vllm_logprobs", with_vllm, quiet)}
         else:
-            print("  vllm                         not installed (README, section vLLM)")
+            print("  vllm                         cannot be installed here")
         groups[setting] = summarize(race("sampler", contestants, args.rounds), per="tokens")
     settings = {"prompts": PROMPTS, "group_size": GROUP, "batches_a_turn": BATCHES, "max_new_tokens": LENGTH, "dtype": "float32", "vllm": "in .venv-vllm" if with_vllm else "not installed"}
     report("sampler", settings, groups, "Sampling, toy model, fp32", tokens=True)

