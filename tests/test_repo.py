@@ -227,5 +227,6 @@ def test_files_named_in_the_readme_exist():
 
 def test_the_bench_makes_the_vllm_environment_of_the_readme():
     source = (ROOT / "bench" / "side_by_side.py").read_text()
-    packages = next(ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "VLLM")
+    assigned = {getattr(node.targets[0], "id", ""): node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    packages = ast.literal_eval(assigned["VLLM"])
     assert f"pip install {' '.join(packages)}\n" in (ROOT / "README.md").read_text()
