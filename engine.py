@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
 from kernels.attention import flash_attention_varlen
 from kernels.decode_attention import decode_attention, slot_bias
 from kernels.sampling import sample_tokens
+from lib.common import compute_device, print0
+from lib.guard import fail
 from model import hf_config, render_chat, stop_ids
-from plan import compute_device, gpu_share
 
 
 @dataclass
@@ -71,36 +71,6 @@ def hand_on(rollout, reason, tokenizer, on_finished):
     rollout.text = tokenizer.decode(rollout.completion_ids[: -1 if reason == "stop" else None], skip_special_tokens=False)
     if on_finished is not None:
         on_finished(rollout)
-
-
-def timed(function, *args):
-    """(function(*args), its seconds): what a verifier worker runs."""
-    clock = time.perf_counter()
-    return function(*args), time.perf_counter() - clock
-
-
-def in_background(pool, judge, names):
-    """The reward hook of a verifier: submit(rollout) starts judge(rollout) in the pool, collect(rollouts) waits for the verdicts and sets
-    `names`. Equal completions of a prompt have one verdict, which is worked out once."""
-    running = {}
-
-    def work(rollout):
-        verdict, rollout.verify_s = timed(judge, rollout)
-        return verdict
-
-    def submit(rollout):
-        same = id(rollout.row), rollout.text, rollout.finish_reason
-        if same not in running:
-            running[same] = pool.submit(work, rollout)
-        rollout.pending = running[same]
-        return rollout.pending
-
-    def collect(rollouts):
-        for r in rollouts:
-            vars(r).update(zip(names, (r.pending or submit(r)).result(), strict=True), pending=None)
-        running.clear()
-
-    return submit, collect
 
 
 def whole_parameters(model):
@@ -298,6 +268,14 @@ class TorchEngine:
         return F.linear(hidden_BD, self.model.head_weight).float()
 
 
+def gpu_share(model):
+    """The part of a GPU's memory that vLLM may have beside the model: 0.6, or less where few ranks hold much each. It stays awake beside
+    fp32 weights and their two moments (or bf16 weights alone, when nothing is trained); 15% are for layers in flight and NCCL."""
+    mine = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    held = sum(p.numel() * (12 if p.dtype == torch.float32 else p.element_size()) for p in mine if p.is_cuda)
+    return min(0.6, max(0.85 - held / torch.cuda.get_device_properties(0).total_memory, 0.1)) if held else 0.6
+
+
 class VLLMEngine:
     """vLLM inside the training process, one engine a rank. It starts from random weights, so that a tensor which sync() forgot
     cannot go unnoticed. On GPUs it sleeps while the trainer works (level 1: weights in host memory, no KV cache)."""
@@ -315,7 +293,7 @@ class VLLMEngine:
             from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
             if model.config.head_dim not in (widths := CPUAttentionBackend.get_supported_head_sizes()):
-                common.fail(f"--engine=vllm: vLLM on CPUs has no attention for head_dim={model.config.head_dim} (it has {widths}).")
+                fail(f"--engine=vllm: vLLM on CPUs has no attention for head_dim={model.config.head_dim} (it has {widths}).")
             # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows. A prompt cut in two would rewind its generator, which CPU ones cannot.
             place = dict(enforce_eager=True, max_model_len=-1, enable_chunked_prefill=False)
         with tempfile.TemporaryDirectory() as folder:  # vLLM reads the architecture from a file; weights never touch the disk
@@ -350,7 +328,7 @@ class VLLMEngine:
         seconds, gap = time.time() - clock, check_parity(self, model)
         if self.syncs in (1, 2) or self.syncs % 10 == 1:
             note = f"{moved / 1e6:.1f} MB in {seconds:.2f} s, log-prob gap {gap:.1e} (x{np.exp(gap):.6f} a token)"
-            common.print0(f"vLLM: sync {self.syncs - 1}, {note}")
+            print0(f"vLLM: sync {self.syncs - 1}, {note}")
         return moved
 
     @torch.no_grad()
@@ -361,7 +339,7 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         if temperature > 0 and (top_p < 1 or top_k > 0) and not hasattr(self, "told"):
-            self.told = common.print0(f"vLLM: log-probs are of what top_p={top_p}, top_k={top_k} leave, so `gap` includes that mass")
+            self.told = print0(f"vLLM: log-probs are of what top_p={top_p}, top_k={top_k} leave, so `gap` includes that mass")
         self._sleep(False)
         for i, r in enumerate(rollouts):
             how = dict(temperature=0.0 if r.greedy else temperature, top_p=top_p, top_k=top_k, seed=r.seed, max_tokens=max_new_tokens)
@@ -396,5 +374,5 @@ def make_engine(name, model, tokenizer):
     if name == "torch" or name == "auto" and not (installed and torch.cuda.is_available()):
         return TorchEngine(model, tokenizer)
     if name not in ("auto", "vllm"):
-        common.fail(f"--engine={name}: expected auto, torch or vllm.")
-    return VLLMEngine(model, tokenizer) if installed else common.fail("--engine=vllm: vLLM is not installed.")
+        fail(f"--engine={name}: expected auto, torch or vllm.")
+    return VLLMEngine(model, tokenizer) if installed else fail("--engine=vllm: vLLM is not installed.")

@@ -12,13 +12,11 @@ completions, because completions of one problem are not independent. Each finish
 (samples/<stage>/<task>_<mode>_<decoding>.rank0.jsonl): an interrupted evaluation repeats none of them.
 """
 
-import contextlib
 import glob
 import hashlib
+import importlib
 import json
-import math
 import os
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +25,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import common
-from benchmarks import BENCHMARKS
-from checkpoint import lock, mark_final
 from engine import Rollout, make_engine, request_seed
+from evals.benchmarks import BENCHMARKS
+from evals.plots import draw_matrix
+from evals.results import TOY, check_gates, keep_best, kept_lines, steps_of_same_compute
+from lib.checkpoint import lock
+from lib.common import all_gather, finish, init_distributed
+from lib.flags import parse_config
+from lib.guard import fail, one_sentence
 from model import Qwen3, load_tokenizer, render_chat
 
 
@@ -73,7 +75,7 @@ def stage_task(name, modes, **overrides):
     """A toy skill, graded by the stage that teaches it."""
 
     def load(path, outside):
-        stage = __import__(name)
+        stage = importlib.import_module(name)
         cfg = stage.Config(data=path, reward_workers=2, **overrides)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
 
@@ -101,7 +103,6 @@ TASKS = {
     "code": stage_task("coderl", ("think",)),
     "swe": stage_task("swerl", ("think",), min_prompt_tokens=0),
 }
-TOY = tuple(TASKS)
 TASKS |= {name: task(**row) for name, row in BENCHMARKS.items()}
 
 
@@ -135,13 +136,6 @@ def weights_of(folder):
     names = sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", "config.json")))
     files = json.load(open(run))["files"] if os.path.exists(run := os.path.join(folder, "run.json")) else {}
     return [[n, files[n]] if n in files else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns] for n in names]
-
-
-def kept_lines(pattern):
-    """What these JSONL files keep; a line that was cut off counts for nothing."""
-    for line in (line for file in sorted(glob.glob(pattern)) for line in open(file)):
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
 
 
 def appending(path):
@@ -200,7 +194,7 @@ def complete(engine, decodings, how, hook, metric, rank):
         r.metric, r.weight, r.reward, r.status = r.twin.metric, r.twin.weight, r.twin.reward, r.twin.status
     [finish_file(rollouts, out) for (rollouts, _), out in zip(decodings, files) if out]
     if missing := sum(r.metric is None for r in everyone):
-        common.fail(f"{missing} of {len(everyone)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
+        fail(f"{missing} of {len(everyone)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
 
 
 def finish_file(rollouts, out):
@@ -237,7 +231,7 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
         complete(engine, decodings, how | {"max_new_tokens": room}, hook, metric, rank)
         for (rollouts, path), decoding in zip(decodings, ("sampled", "greedy")):
             mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
-            _, k, scores, weights_PG, tokens = zip(*sorted(x for part in common.all_gather(mine) for x in part))
+            _, k, scores, weights_PG, tokens = zip(*sorted(x for part in all_gather(mine) for x in part))
             score, low, high = interval(np.reshape(scores, (len(rows), -1)), np.reshape(weights_PG, (len(rows), -1)))
             results.append({"stage": cfg.stage, "task": name, "mode": mode, "decoding": decoding, "score": score, "low": low, "high": high,
                             "n": len(rows), "samples": max(k) + 1, "seed": cfg.label_seed, "split": cfg.split, "tokens": sum(tokens) / len(tokens)})  # fmt: skip
@@ -250,129 +244,7 @@ def print_table(results):
               f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']} x {r['samples']}", flush=True)  # fmt: skip
 
 
-# ---- 3. The matrix and the gates -------------------------------------------------------------------------------------
-STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "mopd")
-OWN = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swerl": "swe"}
-
-# Points a stage may cost a task, beyond the noise band of the two scores. A pair is a sacrifice: the points, and the stage
-# that has to bring them back. What stages may cost adds up; the noise does not.
-GATES = {
-    "*": {"*": 1.0, **dict.fromkeys(TOY, 3.0)},  # any stage, any task; the toy skills share a third of a million parameters
-    "rlhf": {"ifeval": (25.0, "ifrl"), "ifbench": (5.0, "ifrl"), "if": (10.0, "ifrl")},  # paper T4: IFEval 70.8 -> 50.1, T5: 90.4
-    "ifrl": {"mmlu_pro": 3.0, "chat": 10.0},  # paper T5: MMLU-Pro 77.8 -> 74.5; toy: chat's rule and the constraints disagree
-}
-
-
-def base_of(stage):
-    """mathrl2 -> mathrl: sub-stages share the gates of their stage."""
-    return stage.rstrip("0123456789")
-
-
-def read_results(folder, flag):
-    """({(stage, task, mode, decoding): result line}, stages in their order) of a run folder."""
-    path, cells = os.path.join(folder, "results.jsonl"), {}
-    if not os.path.isfile(path):
-        common.fail(f"--{flag}={folder}: no results.jsonl there.", note="Nothing was read.")
-    for r in kept_lines(glob.escape(path)):
-        cells[r["stage"], r["task"], r["mode"], r["decoding"]] = r  # a re-run replaces
-    known = {s for s, *_ in cells if base_of(s) in STAGES}
-    return cells, sorted(known, key=lambda s: (STAGES.index(base_of(s)), s))
-
-
-def broken_gates(cells, stages):
-    """[(stage, sentence)] for every stage that lost more than it may. Each score is held against the best one before it; a
-    loss that was reported is not reported again at later stages. IFEval at 70, rlhf may cost 25 that ifrl has to bring back: 50 after rlhf
-    is fine, 60 after ifrl breaks, since what rlhf was lent is due by then."""
-    broken, books = [], {}
-    for stage in stages:
-        for (s, name, mode, decoding), now in cells.items():
-            if s != stage or decoding != "sampled":
-                continue
-            book = books.setdefault((name, mode), {"best": now, "spent": 0.0, "owed": {}})
-            if book["best"] is now:
-                continue
-            costs = GATES["*"] | GATES.get(base_of(stage), {})
-            cost = costs.get(name, costs["*"])
-            points, payer = cost if isinstance(cost, tuple) else (cost, "")
-            book["spent"] += points
-            if payer:
-                book["owed"][payer] = book["owed"].get(payer, 0.0) + points
-            due = [p for p in book["owed"] if STAGES.index(p) < STAGES.index(base_of(stage)) or p == base_of(stage) and stage != p + "1"]
-            book["spent"] -= sum(book["owed"].pop(p) for p in due)  # a stage of several parts pays by its second
-            best = book["best"]
-            loss, band = 100 * (best["score"] - now["score"]), 100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"])
-            if too_much := loss - band > book["spent"] + 1e-9:
-                text = f"{name} ({mode}) is at {100 * now['score']:.1f} after {stage}, {loss:.1f} below {best['stage']} ({100 * best['score']:.1f}); "
-                text += f"noise explains {band:.1f} and {book['spent']:.1f} may be lost"
-                broken.append((stage, text + (f": {due[0]} had to bring it back." if due else ".")))
-            if loss <= 0 or too_much:
-                books[name, mode] = {"best": now, "spent": 0.0, "owed": {}}
-    return broken
-
-
-def check_gates(folder, stage=""):
-    """One sentence and a next step for broken gates (of one stage, if named), else ""."""
-    broken = [(s, text) for s, text in broken_gates(*read_results(folder, "gates")) if stage in ("", s)]
-    if not broken:
-        return ""
-    s, more = broken[0][0], f" ({len(broken) - 1} more gates broke.)" if len(broken) > 1 else ""
-    return (f"gate: {broken[0][1]}{more} Train {s} again with a lower lr or fewer steps (remove {folder}/{s} first), declare the loss in "
-            f"GATES of evaluate.py, or go on from the best checkpoint of {s} with KEEP_BEST=1.")  # fmt: skip
-
-
-def keep_best(folder):
-    """folder/final becomes the checkpoint with the highest mean held-out dev score over all tasks (candidates.jsonl)."""
-    means = {}
-    for r in kept_lines(glob.escape(os.path.join(folder, "candidates.jsonl"))):
-        if r["decoding"] == "sampled" and os.path.exists(os.path.join(folder, r["stage"])):
-            means.setdefault(r["stage"], {})[r["task"], r["mode"]] = r["score"]
-    means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
-    if not means:
-        common.fail(f"--keep_best={folder}: no candidates.jsonl with scores of checkpoints that are there.", note="")
-    mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
-    print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} (" + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items())) + ")")
-
-
-def columns_of(cells, stages):
-    """[(task, mode)] that some stage was measured on, in the order of TASKS."""
-    present, order = {key[1:3] for key in cells if key[0] in stages}, list(TASKS)
-    return sorted(present, key=lambda c: (order.index(c[0]) if c[0] in TASKS else len(order), c[0], c[1] != "think"))
-
-
-def draw_matrix(folder):
-    """Print the stage-by-skill tables of folder/results.jsonl and write matrix.png and curves_<stage>.png beside it."""
-    cells, stages = read_results(folder, "matrix")
-    columns = columns_of(cells, stages)
-    for decoding in ("sampled", "greedy"):
-        print(f"\n{decoding}, held-out test split, percent [95% interval]; * a stage's own skill")
-        print(f"{'':8s}" + "".join(f"{task + ' ' + mode:>22s}" for task, mode in columns))
-        for s in stages:
-            line = f"{s:8s}"
-            for task, mode in columns:
-                r = cells.get((s, task, mode, decoding))
-                text = f"{100 * r['score']:.1f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" if r else "-"
-                line += f"{text + ('*' if OWN.get(s) == task else ' '):>22s}"
-            print(line)
-    taught = [s for s in stages if s in ("sft", *OWN)]
-    print("\nown skill, sampled, before -> after the stage that teaches it | the same seconds spent on more SFT instead, if that was run")
-    for before, after in zip(taught, taught[1:]):
-        mode = "no_think" if after == "ifrl" else "think"
-        a, b, control = (cells.get((s, OWN.get(after), mode, "sampled")) for s in (before, after, f"{after}_control"))
-        if a and b:
-            texts = [f"{100 * r['score']:5.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in (a, b, control) if r]
-            texts[1] += "  beyond the intervals' overlap" if b["low"] > a["high"] else "  within the intervals"
-            print(f"{after:8s}{OWN[after]:>5s} {mode:9s}" + " -> ".join(texts[:2]) + f" | {texts[-1]}" * bool(control))
-    __import__("report").plot_run(folder, cells, stages, columns)  # which imports this file
-
-
-def steps_of_same_compute(rl_folder, sft_folder):
-    """SFT steps that take as long as the RL run's sampling, verifying and training (evaluations left out of both)."""
-    read = lambda folder: [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
-    seconds = sum(r["time/gen"] + r["time/train"] for r in read(rl_folder))
-    return round(seconds / float(np.median([r["time/train"] for r in read(sft_folder)])))
-
-
-# ---- 4. Chat ---------------------------------------------------------------------------------------------------------
+# ---- 3. Chat ---------------------------------------------------------------------------------------------------------
 def chat(model, engine, tokenizer, cfg):
     """Talk in the terminal. The reply appears while it is sampled; the mode is a flag of each user turn, as in training."""
     print("/think and /no_think switch the mode (at the end of a message: for that turn), /new forgets, ctrl-d leaves.")
@@ -407,10 +279,10 @@ def chat(model, engine, tokenizer, cfg):
             messages.append({"role": "assistant", "content": r.text})
 
 
-# ---- 5. main ---------------------------------------------------------------------------------------------------------
+# ---- 4. main ---------------------------------------------------------------------------------------------------------
 def load(cfg, device, rope_factor):
     """(model, engine) of --model; YaRN where the task's protocol wants it."""
-    with common.one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
+    with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         model = Qwen3.from_pretrained(cfg.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, rope_factor=rope_factor)
     return model, make_engine("torch" if cfg.chat else cfg.engine, model, load_tokenizer(cfg.model))
 
@@ -420,23 +292,23 @@ def main(cfg):
         return draw_matrix(cfg.matrix)
     if cfg.gates:
         broken = check_gates(cfg.gates, cfg.stage)
-        return common.fail(broken, note="") if broken else print(f"{cfg.gates}: every gate holds.")
+        return fail(broken, note="") if broken else print(f"{cfg.gates}: every gate holds.")
     if cfg.keep_best:
         return keep_best(cfg.keep_best)
     if cfg.same_compute:
         return print(steps_of_same_compute(*cfg.same_compute.split(",")))
     names = list(TOY) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:
-        common.fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).", note="Nothing was measured.")
+        fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).", note="Nothing was measured.")
     if not os.path.exists(os.path.join(cfg.model, "config.json")):
-        common.fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).", note="Nothing was measured.")
+        fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).", note="Nothing was measured.")
     if unknown := [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]:
-        common.fail(f"--modes: {', '.join(unknown)} unknown (has: think, no_think).", note="Nothing was measured.")
+        fail(f"--modes: {', '.join(unknown)} unknown (has: think, no_think).", note="Nothing was measured.")
     if len({protocol(name, cfg)["rope_factor"] for name in names}) > 1 and cfg.engine != "torch" and torch.cuda.is_available():
-        common.fail("--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): measure them apart.", note="Nothing was measured.")
-    rank, world, device = common.init_distributed(cfg.seed, 24 * 3600)  # ranks finish hours apart where answers are long
+        fail("--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): measure them apart.", note="Nothing was measured.")
+    rank, world, device = init_distributed(cfg.seed, 24 * 3600)  # ranks finish hours apart where answers are long
     cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
-    with common.one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
+    with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         tokenizer, loaded = load_tokenizer(cfg.model), None
     if cfg.results:
         lock(os.path.dirname(cfg.results) or ".")
@@ -448,7 +320,7 @@ def main(cfg):
         if loaded != how["rope_factor"]:
             (model, engine), loaded = load(cfg, device, how["rope_factor"]), how["rope_factor"]
         if how["max_new_tokens"] > model.max_positions():
-            common.fail(f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.", note="")
+            fail(f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.", note="")
         results = score_task(name, engine, tokenizer, cfg, rank, world, model.max_positions())
         print_table(results if rank == 0 else [])
         if cfg.results and rank == 0:
@@ -460,6 +332,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    main(common.parse_config(Config))
-    common.finish()
+    main(parse_config(Config))
+    finish()

@@ -37,14 +37,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
-from checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
-from common import fail, print0
-from constraints import CHECKS, IFEVAL, check, clean_kwargs, unusable
-from data import BadRow, balance, chat, collate, count_correct, encode_prompts, field, load_table, next_prompts, pack_rollouts
-from engine import Rollout, make_engine, request_seed, timed
-from guard import check_step
-from reward_model import check_reward_model, load_reward_model, rm_device
+from engine import Rollout, make_engine, request_seed
+from lib.checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
+from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
+from lib.data import BadRow, chat, count_correct, encode_prompts, field, load_table, next_prompts
+from lib.flags import parse_config
+from lib.guard import check_step, fail
+from lib.logs import Logger, console_line, summarize
+from lib.packing import balance, collate, pack_rollouts
+from verifiers.constraints import CHECKS, IFEVAL, check, clean_kwargs, unusable
+from verifiers.pool import timed
+from verifiers.reward_model import check_reward_model, load_reward_model, rm_device
+
 
 # ---- 1. Config -------------------------------------------------------------------------------------------------------
 @dataclass
@@ -282,7 +286,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
         sampled = sampled or fresh
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
-        if refill == cfg.max_refill_rounds or not common.all_reduce({"n": missing}, "max")["n"]:
+        if refill == cfg.max_refill_rounds or not all_reduce({"n": missing}, "max")["n"]:
             break  # all ranks stop in the same round: a reward hook may hold collectives
         mine, spare = spare[:missing], spare[missing:]
     return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
@@ -327,9 +331,9 @@ def importance(old_logprobs_T, batch, cfg):
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
-    counts = common.all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
     batches = collate(balance(rollouts, world), cfg, device)
-    most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
     idle = most - len(batches)
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -343,10 +347,10 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
             sums["entropy"] += entropy_T.detach().sum().item()
             sums["scored"] += len(batch["loss_index"])
-    common.average_gradients(model)
+    average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-    sums = common.all_reduce(sums)
+    sums = all_reduce(sums)
     if math.isfinite(grad_norm + sums["loss"]) and most:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -360,16 +364,16 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     rollouts = rollouts[rank::world]
     engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
     reward_hook[1](rollouts)
-    sums = common.all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
+    sums = all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
     return sums["score"] / max(sums["n"], 1)
 
 
 # ---- 6. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
-    rank, world, device = common.start(cfg)
+    rank, world, device = start_run(cfg)
     if cfg.prompts_per_step % world:
-        common.fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
+        fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
     reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
@@ -382,12 +386,12 @@ def main(cfg):
     data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
-    if set(common.all_gather(data)) != {state.setdefault("data", data)}:
-        common.fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
+    if set(all_gather(data)) != {state.setdefault("data", data)}:
+        fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
     engine = make_engine(cfg.engine, model, tokenizer)
-    logger = common.Logger(cfg.out_dir, start)
+    logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    common.print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
                   f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
 
     for step in range(start + 1, cfg.num_steps + 1):
@@ -397,23 +401,23 @@ def main(cfg):
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = common.summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
         engine.sync(model)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
-        for counts in common.all_gather(count_correct(sampled)):
+        for counts in all_gather(count_correct(sampled)):
             state["history"] |= counts
         check_step(step, metrics, state, cfg)
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        logger.log(step, metrics, common.console_line(step, cfg.num_steps, metrics))
+        logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
-            common.print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+            print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config))
-    common.finish()
+    main(parse_config(Config))
+    finish()

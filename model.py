@@ -233,7 +233,7 @@ class Qwen3(nn.Module):
         loss_index [M] int64 (positions of the tokens to score, none of them first in its sequence)
                                            -> (logprobs_T, entropy_T), fp32, entry t about token t, 0 elsewhere
         ... and nll=True                   -> summed negative log-likelihood, fp32 scalar, in one pass over the head (SFT)
-        shared: (first_U, copy_T) of data.shared_prefixes; what sequences begin with alike is then computed once
+        shared: (first_U, copy_T) of lib/packing.shared_prefixes; what sequences begin with alike is then computed once
         temperature: float; both outputs are of softmax(logits / temperature) over the whole vocabulary.
         Scoring happens inside forward so that FSDP2's hooks see it and the head weight is whole.
         """

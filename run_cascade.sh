@@ -92,9 +92,9 @@ real() {
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # bench/control.sh and bench/mopd.sh take the functions
 case $PRESET in
     setup) setup ;;
-    toy) setup; toy; run .venv/bin/python report.py --run="$OUT" ;;
+    toy) setup; toy; run .venv/bin/python -m evals.report --run="$OUT" ;;
     0.6b|8b|8b-thinking|14b-thinking)
         [ -n "${BASE:-}" ] || { echo "run_cascade.sh: set BASE to the folder of a Qwen3 base model." >&2; exit 2; }
-        setup; real; [ -z "${TASKS:-}" ] || run .venv/bin/python report.py --run="$OUT" ;;
+        setup; real; [ -z "${TASKS:-}" ] || run .venv/bin/python -m evals.report --run="$OUT" ;;
     *) echo "usage: bash run_cascade.sh [toy|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2; exit 2 ;;
 esac

@@ -24,10 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
-from checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from data import BadRow, chat, fill, fresh_cursors, normal_rows, read_rows, shared_prefixes, stream_rows
-from guard import check_step
+from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
+from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
+from lib.data import BadRow, chat, fresh_cursors, normal_rows, read_rows, stream_rows
+from lib.flags import parse_config
+from lib.guard import check_step, fail
+from lib.logs import Logger, peak_memory
+from lib.packing import fill, shared_prefixes
 from model import render_chat, show_tokens
 
 
@@ -122,17 +125,17 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
             ids, mask = render_chat(tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False)
             fits = len(ids) <= cfg.max_seq_len and any(mask)
             mine.append((np.array(ids, np.int32), np.array(mask, bool), row["category"]) if fits else None)
-    shares = common.all_gather(mine)
+    shares = all_gather(mine)
     samples = [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
     kept, counts = [s for s in samples if s], {} if seen is None else seen
     if len(kept) < len(samples):
-        common.print0(f"data {path}: dropped {len(samples) - len(kept)} of {len(samples)} rows, over {cfg.max_seq_len} tokens")
+        print0(f"data {path}: dropped {len(samples) - len(kept)} of {len(samples)} rows, over {cfg.max_seq_len} tokens")
     for ids, _, category in kept:
         n, tokens = counts.get(category, (0, 0))
         counts[category] = (n + 1, tokens + len(ids))
     for category, (n, tokens) in sorted(counts.items()):
-        common.print0(f"data {path}: {category:24s} {n:8d} conversations, {tokens / n:6.0f} tokens on average")
-    return kept if kept else common.fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
+        print0(f"data {path}: {category:24s} {n:8d} conversations, {tokens / n:6.0f} tokens on average")
+    return kept if kept else fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
 
 
 def batches(tokenizer, state, cfg):
@@ -143,7 +146,7 @@ def batches(tokenizer, state, cfg):
     chosen, samples, behind, seen, loaded = [], [], {}, {}, None
     names = lambda cursors: {re.sub(r"(?<=@)[0-9a-f]{40}(?=/)", "", file) for file in cursors}  # a commit to a hub's set renames its files
     if state["files"] and names(state["files"]) != names(fresh):
-        common.fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
+        fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
     while True:
         state["files"] = state["files"] or fresh
         if loaded != state["files"]:  # a set that is one block stays in memory
@@ -186,10 +189,10 @@ def learning_rate(step, cfg):
 def train_step(model, optimizer, samples, cfg, device, world):
     """One update on this rank's samples. The denominator is the number of trained tokens of all ranks, counted first, so the
     gradient depends neither on packing nor on the number of ranks."""
-    num_tokens = common.all_reduce({"n": sum(int(mask.sum()) for _, mask, _ in samples)})["n"]
+    num_tokens = all_reduce({"n": sum(int(mask.sum()) for _, mask, _ in samples)})["n"]
     assert num_tokens > 0, "no token of this step is trained on"
     batches = pack(samples, cfg.micro_batch_tokens, device)
-    most = int(common.all_reduce({"n": len(batches)}, "max")["n"])  # collectives must match: idle ranks repeat with weight 0
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # collectives must match: idle ranks repeat with weight 0
     weights = [1.0] * len(batches) + [0.0] * (most - len(batches))
     batches += [batches[-1]] * (most - len(batches))
     total = 0.0
@@ -197,10 +200,10 @@ def train_step(model, optimizer, samples, cfg, device, world):
         loss = weight * model(*batch.values(), nll=True) / num_tokens
         (loss * world).backward()  # ranks are averaged, and the denominator is global already
         total += loss.item()
-    common.average_gradients(model)
+    average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-    loss = common.all_reduce({"loss": total})["loss"]
+    loss = all_reduce({"loss": total})["loss"]
     if math.isfinite(grad_norm + loss):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -211,27 +214,27 @@ def train_step(model, optimizer, samples, cfg, device, world):
 @torch.no_grad()
 def evaluate(model, samples, cfg, device, rank, world):
     """{"eval/<category>": nats per trained token} over the held-out conversations."""
-    sums, most = {}, max(common.all_gather(len({s[2] for s in samples})))
+    sums, most = {}, max(all_gather(len({s[2] for s in samples})))
     for category in sorted({s[2] for s in samples}):
         part = [s for s in samples if s[2] == category]
         mine = part[rank::world] or part[:1]
         batches = pack(mine, cfg.micro_batch_tokens, device)
-        rounds = int(common.all_reduce({"n": len(batches)}, "max")["n"])
+        rounds = int(all_reduce({"n": len(batches)}, "max")["n"])
         nll = 0.0
         for i in range(rounds):
             value = model(*batches[i % len(batches)].values(), nll=True)
             nll += value.item() if i < len(batches) and part[rank::world] else 0.0
         sums[f"eval/{category}"] = nll / sum(int(mask.sum()) for _, mask, _ in part)
     assert len(sums) == most, "ranks read different eval data"
-    return common.all_reduce(sums)
+    return all_reduce(sums)
 
 
 # ---- 5. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
-    rank, world, device = common.start(cfg)
+    rank, world, device = start_run(cfg)
     if cfg.samples_per_step < world:
-        common.fail(f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks.")
+        fail(f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks.")
     tokenizer, model, resume = load_policy(cfg, world, device)
     eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
@@ -240,9 +243,9 @@ def main(cfg):
     state |= saved
     steps = batches(tokenizer, state, cfg)
     steps = itertools.chain([next(steps)], steps)  # what is wrong with the data is said before the log is touched
-    logger = common.Logger(cfg.out_dir, start)
+    logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    common.print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
+    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
                   f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}")  # fmt: skip
 
     clock, since = time.time(), {"tokens": 0, "steps": 0}
@@ -253,7 +256,7 @@ def main(cfg):
         mine, began = sorted(samples, key=lambda s: -len(s[0]))[rank::world], time.time()  # about as many tokens on every rank
         if step == 1:
             ids, mask, _ = samples[0]
-            common.print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
+            print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
         metrics = train_step(model, optimizer, mine, cfg, device, world)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
         check_step(step, metrics, state, cfg)
@@ -264,7 +267,7 @@ def main(cfg):
         if step % max(cfg.num_steps // 50, 1) == 0 or step in (1, cfg.num_steps):
             seconds = time.time() - clock
             line = (f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
-                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {common.peak_memory() / 2**30:.1f} GB")  # fmt: skip
+                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")  # fmt: skip
             line += "".join(f" | {k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
             clock, since = time.time(), {"tokens": 0, "steps": 0}
         logger.log(step, metrics, line)
@@ -274,5 +277,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config))
-    common.finish()
+    main(parse_config(Config))
+    finish()

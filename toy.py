@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import common
+from lib.flags import parse_config
+from lib.guard import fail
 from model import SYSTEM, Qwen3, Qwen3Config, save_tokenizer
 
 
@@ -438,7 +439,7 @@ def shared_pieces(texts, least=10):
 
 def main(cfg):
     if cfg.num_heads % 2 or cfg.head_dim % 2 or cfg.vocab_size < 512:
-        common.fail("--num_heads and --head_dim have to be even, --vocab_size at least 512.", note="Nothing was made.")
+        fail("--num_heads and --head_dim have to be even, --vocab_size at least 512.", note="Nothing was made.")
     os.makedirs(cfg.out, exist_ok=True)
     makers = {"chat": (chat_keys, chat_rows), "if": (if_keys, if_rows), "math": (math_keys, math_rows),
               "code": (op_keys, code_rows), "swe": (None, swe_rows)}  # fmt: skip
@@ -482,4 +483,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config))
+    main(parse_config(Config))

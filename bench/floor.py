@@ -18,8 +18,8 @@ import grpo  # before side_by_side takes this folder off the path: `import sft` 
 import torch
 from side_by_side import ROOT, machine, toy_folder
 
-import common
 import sft
+from lib.common import init_distributed
 from model import Qwen3, load_tokenizer
 
 GROUPS = {  # first match wins; names are aten operators
@@ -36,7 +36,7 @@ def pieces():
     """{name: function that runs it once}, each on its own model."""
     import mathrl
 
-    rank, world, device = common.init_distributed(0)
+    rank, world, device = init_distributed(0)
     torch.set_num_threads(1)
     cfg, rows = grpo.toy_rows("fixed")
     tokenizer = load_tokenizer(cfg.init_from)

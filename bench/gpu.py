@@ -23,12 +23,12 @@ import time
 import torch
 from side_by_side import ROOT, versions
 
-import common
-import data
 import mathrl
 import sft
-from checkpoint import git_hash
 from engine import Rollout, TorchEngine, request_seed
+from lib import packing
+from lib.checkpoint import git_hash
+from lib.common import finish, init_distributed, shard
 from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config
 
 LENGTHS = {"equal": [4096] * 2, "mixed": [1024, 1536, 2048, 3584]}  # tokens of a pass: 8,192
@@ -172,7 +172,7 @@ def steps(size, rounds, rates, device):
     model = build(size, torch.float32)
     config, total = model.config, sum(p.numel() for p in model.parameters())
     model.gradient_checkpointing = True
-    model = common.shard(model, device)
+    model = shard(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     rng = torch.Generator().manual_seed(0)
     some = lambda n: torch.randint(config.vocab_size, (n,), generator=rng)
@@ -185,12 +185,12 @@ def steps(size, rounds, rates, device):
     rollouts = [Rollout(row={}, group=i // 8, prompt_ids=prompts[i // 8], seed=i, completion_ids=some(n).tolist(), sampler_logprobs=[-12.0] * n,
                         advantage=1.0 if i % 2 else -1.0, finish_reason="stop") for i, n in enumerate(lengths)]  # fmt: skip
     cfg = mathrl.Config(micro_batch_tokens=32768, temperature=1.0, importance_limit=0.0)
-    whole, alone = [512 + n for n in lengths], data.shared_prefixes
+    whole, alone = [512 + n for n in lengths], packing.shared_prefixes
     step = lambda: mathrl.train_step(model, optimizer, rollouts, cfg, device, 1)
     rows.append(report("GRPO step", size, "", rounds, step, whole, config, total, rates))
-    data.shared_prefixes = lambda sequences, device: None
+    packing.shared_prefixes = lambda sequences, device: None
     rows.append(report("GRPO step", size, "nothing shared", rounds, step, whole, config, total, rates))
-    data.shared_prefixes = alone
+    packing.shared_prefixes = alone
     return rows
 
 
@@ -274,7 +274,7 @@ def main():
     parser.add_argument("--out", default=str(ROOT / "bench" / "gpu"), help="path without suffix")
     args = parser.parse_args()
     torch.manual_seed(0)
-    _, _, device = common.init_distributed(0)
+    _, _, device = init_distributed(0)
     rates, name, rows = ceilings(), torch.cuda.get_device_name(), []
     print(f"{name}: bf16 product {rates[0] / 1e12:.0f} TFLOP/s, copy {rates[1] / 1e12:.2f} TB/s", flush=True)
     packages = ["torch", "triton", "transformers"] + ["liger_kernel"] * bool(importlib.util.find_spec("liger_kernel"))
@@ -290,7 +290,7 @@ def main():
         with open(args.out + ".json", "w") as f:  # after every part: what has been measured stays
             f.write(json.dumps(head | {"rows": rows}, indent=1) + "\n")
     plot(rows, f"One {name}, Qwen3 in bf16, random weights, torch {torch.__version__}", args.out + ".png")
-    common.finish()
+    finish()
 
 
 if __name__ == "__main__":

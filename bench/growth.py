@@ -29,11 +29,11 @@ import torch
 from grpo import rarity
 from side_by_side import OUT, ROOT, machine, toy_folder, versions
 
-import common
 import engine
 import mathrl
-from checkpoint import git_hash
 from kernels import attention
+from lib.checkpoint import git_hash
+from lib.common import init_distributed, shard
 from model import Qwen3, load_tokenizer, read_config
 
 BASE = dict(prompts=2, group=4, length=128, width=96, ranks=1)
@@ -49,7 +49,7 @@ MICRO = 8192  # tokens of a packed micro-batch
 # ---- One point -------------------------------------------------------------------------------------------------------
 def build(point, stops):
     """A stage's own parts, for a model of this width: (cfg, rows, model, optimizer, engine, rank, world, device)."""
-    rank, world, device = common.init_distributed(0)
+    rank, world, device = init_distributed(0)
     folder, width = OUT / "data" / "base", point["width"]
     cfg = mathrl.Config(init_from=str(folder), prompts_per_step=point["prompts"], group_size=point["group"], max_new_tokens=point["length"], lr=1e-4,
                         max_prompt_tokens=256, top_p=1.0, micro_batch_tokens=MICRO, overlong_filter=False, importance_limit=0.0)  # fmt: skip
@@ -57,7 +57,7 @@ def build(point, stops):
     config.max_position_embeddings, config.intermediate_size = 8192, config.intermediate_size * width // config.hidden_size
     config.num_attention_heads, config.num_key_value_heads = max(width // 24, 2), max(width // 48, 1)
     config.hidden_size = width
-    model = common.shard(Qwen3.from_config(config, seed=0), device)
+    model = shard(Qwen3.from_config(config, seed=0), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, fused=True)
     with open(OUT / "data" / "math_rl.jsonl") as f:
         rows = [mathrl.normalize(json.loads(line), "") for _, line in zip(range(64), f)]

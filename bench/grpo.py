@@ -7,7 +7,7 @@ Two settings, both fp32, one thread, temperature 1, no KL term, AdamW, one updat
            group has a signal, so both sides train on the very same number of tokens.
   math     the toy's SFT model on toy math with stop tokens, at most 80, and the math verifier. Here work can be saved: rows that
            have stopped leave the batch, nothing is padded, and rollouts without an advantage have no gradient.
-Both sides hide truncated completions in `math`. "trl, our malloc" gives TRL the memory settings of common.init_distributed;
+Both sides hide truncated completions in `math`. "trl, our malloc" gives TRL the memory settings of init_distributed;
 "ours, nothing shared" computes the prompt once for each of its completions, as TRL does.
 """
 
@@ -39,12 +39,12 @@ def ours(setting, shared=True):
     """The stage's own functions, in the order of its main."""
     import torch
 
-    import common
-    import data
     import mathrl
+    from lib import packing
+    from lib.common import init_distributed
     from model import Qwen3, load_tokenizer
 
-    rank, world, device = common.init_distributed(0)
+    rank, world, device = init_distributed(0)
     cfg, rows = toy_rows(setting)
     tokenizer, model = load_tokenizer(cfg.init_from), Qwen3.from_pretrained(cfg.init_from)
     rows = mathrl.encode_prompts(rows, tokenizer, cfg)
@@ -54,7 +54,7 @@ def ours(setting, shared=True):
         engine.stops = [-1]
         hook = (lambda r: vars(r).update(reward=rarity(r.text), status="ok")), (lambda rollouts: None)
     if not shared:
-        data.shared_prefixes = lambda sequences, device: None
+        packing.shared_prefixes = lambda sequences, device: None
     take_turn(**versions("torch", "transformers"))
     for step in range(1, 10**6):
         began = time.perf_counter()

@@ -30,7 +30,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from kernels import (
-    adamw, attention, decode_attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu,
+    adamw,
+    attention,
+    decode_attention,
+    linear_cross_entropy,
+    linear_logprob,
+    qk_norm_rope,
+    rms_norm,
+    sampling,
+    swiglu,
 )  # fmt: skip
 
 # T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled rows, S cache slots
@@ -356,7 +364,7 @@ def main():
     if args.head:
         return print(json.dumps(head_peak(args.head, args.vocab, device)))
     if device == "cpu":
-        from common import init_distributed
+        from lib.common import init_distributed
 
         init_distributed(0)  # the trainer's memory settings
         torch.set_num_threads(1)  # CPU time of one thread means the same on a busy machine

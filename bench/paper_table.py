@@ -4,7 +4,7 @@
 
 Nemotron-Cascade (arXiv 2512.13607), tables T2 and T4-T8. IFEval is prompt-level strict, in no_think for the unified model; all
 else is in think mode. The paper prints no intervals, so an arrow says by how much two scores differ, not that they do.
-tests/test_evaluate.py holds the gates of evaluate.py against these columns, with the noise that so many draws would have.
+tests/test_evaluate.py holds the gates of evals/results.py against these columns, with the noise that so many draws would have.
 """
 
 import os
@@ -13,7 +13,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
-import report  # noqa: E402
+from evals.plots import plot_matrix  # noqa: E402
+from evals.report import table  # noqa: E402
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
 PAPER = {  # Nemotron-Cascade-8B: problems x completions (appendix B), the score after each stage
@@ -45,9 +46,9 @@ def main():
     columns = [(name, "") for name in PAPER]
     cells = {(s, name, "", "sampled"): {"score": scores[i] / 100} for name, (_, scores) in PAPER.items() for i, s in enumerate(STAGES)}
     title = "NOT OURS: Nemotron-Cascade-8B as its paper reports it (arXiv 2512.13607, T2, T4-T8), %"
-    report.plot_matrix(os.path.join(HERE, "paper_8b.png"), cells, STAGES, columns, title, TEACHES)
+    plot_matrix(os.path.join(HERE, "paper_8b.png"), cells, STAGES, columns, title, TEACHES)
     rows = [[s, *(f"**{scores[i]}**" if name in TEACHES.get(s, ()) else scores[i] for name, (_, scores) in PAPER.items())] for i, s in enumerate(STAGES)]
-    print(report.table(["after", *PAPER], rows))
+    print(table(["after", *PAPER], rows))
 
 
 if __name__ == "__main__":

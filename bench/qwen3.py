@@ -30,9 +30,9 @@ def weights(args):
 def ours(args):
     import torch
 
-    import common
+    from lib.common import init_distributed
 
-    common.init_distributed(0)
+    init_distributed(0)
     model, sequences = weights(args)
     lengths = torch.tensor([len(s) for s in sequences])
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(torch.int32)

@@ -12,7 +12,18 @@ import argparse
 import json
 import sys
 
-from side_by_side import KEEP_PAGES, OUT, peer_python, race, report, summarize, take_turn, toy_folder, versions, vllm_python
+from side_by_side import (
+    KEEP_PAGES,
+    OUT,
+    peer_python,
+    race,
+    report,
+    summarize,
+    take_turn,
+    toy_folder,
+    versions,
+    vllm_python,
+)
 
 PROMPTS, GROUP, LENGTH, BATCHES = 16, 8, 80, 4
 
@@ -28,13 +39,12 @@ def prompts(folder):
 
 
 def ours(setting, folder):
-    import torch
 
-    import common
     from engine import Rollout, TorchEngine, request_seed
+    from lib.common import init_distributed
     from model import Qwen3, load_tokenizer
 
-    common.init_distributed(0)
+    init_distributed(0)
     engine = TorchEngine(Qwen3.from_pretrained(folder), load_tokenizer(folder))
     if setting == "fixed":
         engine.stops = [-1]

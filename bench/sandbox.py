@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import sandbox
+from verifiers import sandbox
 
 PROGRAMS = [  # typical short solutions: reading, a loop, a sort, the usual imports
     ("n = int(input())\nprint(sum(i * i for i in range(n)))", "100\n", "328350"),

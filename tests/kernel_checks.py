@@ -22,7 +22,15 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from kernels import (
-    adamw, attention, decode_attention, linear_cross_entropy, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu,
+    adamw,
+    attention,
+    decode_attention,
+    linear_cross_entropy,
+    linear_logprob,
+    qk_norm_rope,
+    rms_norm,
+    sampling,
+    swiglu,
 )  # fmt: skip
 
 CHECKS = {}

@@ -2,16 +2,15 @@
 process's; what the sampler is handed layer by layer is what was sharded."""
 
 import pytest
-
 from conftest import run_python
 
 PROGRAM = '''
 import torch
-import common
+from lib.common import finish, init_distributed, shard
 from engine import whole_parameters
 from model import Qwen3, Qwen3Config
 
-rank, world, device = common.init_distributed(0)
+rank, world, device = init_distributed(0)
 # Width, heads and feed-forward of Qwen3-8B; 2 of its 36 layers, a small vocabulary.
 config = Qwen3Config(vocab_size=512, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
                      num_key_value_heads=8, head_dim=128, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=False)
@@ -45,7 +44,7 @@ if rank == 0:  # the twin: one process, no sharding, no checkpointing
 model = make()
 model.gradient_checkpointing = True
 sums = {name: p.sum().item() for name, p in model.named_parameters()}
-common.shard(model, device)
+shard(model, device)
 backward(model, [rank], world)  # FSDP2 averages over ranks
 worst = 0.0
 for name, p in model.named_parameters():
@@ -58,7 +57,7 @@ if rank == 0:
     assert worst < 1e-5
 assert {name: p.sum().item() for name, p in whole_parameters(model)} == sums, "the sampler would not get the trained weights"
 assert all(hasattr(p, "full_tensor") for p in model.parameters())
-common.finish()
+finish()
 '''
 
 

@@ -17,16 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from conftest import ROOT
+from lib import checkpoint
 from sft import Config
 
 SERVER = """
 import sys; sys.path.insert(0, '.')
 import importlib, json, os, signal
-import coderl, data, evaluate, ifrl, mathrl, mopd, report, rlhf, scaling, sft, swerl, toy, common, model, plan
+import coderl, evaluate, ifrl, mathrl, rlhf, sft, swerl, toy, model
+from evals import report, scaling
+from extras import decontaminate, mopd
+from lib import plan
+from lib.flags import parse_config
 import fsspec, pyarrow.parquet, torch
 plan.memory_plan(model.Qwen3Config(), 1, 1, 1)  # imports a second's worth on its first call, as does an optimizer
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
@@ -35,10 +39,10 @@ def run(script, args, env, err):
     os.setpgid(0, 0)
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.argv, module, code = [script, *args], importlib.import_module(script[:-3]), 0
+    sys.argv, module, code = [script, *args], importlib.import_module(script[:-3].replace('/', '.')), 0
     try:
-        main = module.write_decontaminated if script == "data.py" else module.main
-        main(common.parse_config(module.Decontamination if script == "data.py" else module.Config))
+        main = module.write_decontaminated if "decontaminate" in script else module.main
+        main(parse_config(module.Decontamination if "decontaminate" in script else module.Config))
     except SystemExit as e:
         code = e.code
     except BaseException:
@@ -72,7 +76,7 @@ BASE = {
     "coderl.py": dict(RL, data="W/code_dev.jsonl"),
     "swerl.py": dict(RL, data="W/swe_dev.jsonl", min_prompt_tokens=0),
     "rlhf.py": dict(RL, data="W/chat_dev.jsonl", rm_data="W/preference_dev.jsonl", rm_samples_per_step=2),
-    "mopd.py": {k: v for k, v in RL.items() if k != "reward_workers"},
+    "extras/mopd.py": {k: v for k, v in RL.items() if k != "reward_workers"},
 }
 
 
@@ -157,10 +161,10 @@ FLAGS = [
     ("evaluate.py", {"gates": "T"}, "no results.jsonl there"),
     ("evaluate.py", {"keep_best": "T"}, "no candidates.jsonl with scores"),
     ("evaluate.py", {"same_compute": "T/a,T/b"}, "T/a/metrics.jsonl"),
-    ("report.py", {"run": "T/none"}, "no results.jsonl there"),
-    ("scaling.py", {"model": "W/base"}, "one of --vote=file, --ioi=file"),
-    ("mopd.py", {"data": "W/math_dev.jsonl"}, "is not STAGE:DATA:TEACHER"),
-    ("mopd.py", {"data": "mathrl:W/math_dev.jsonl:nowhere"}, "is no checkpoint (config.json is missing)"),
+    ("evals/report.py", {"run": "T/none"}, "no results.jsonl there"),
+    ("evals/scaling.py", {"model": "W/base"}, "one of --vote=file, --ioi=file"),
+    ("extras/mopd.py", {"data": "W/math_dev.jsonl"}, "is not STAGE:DATA:TEACHER"),
+    ("extras/mopd.py", {"data": "mathrl:W/math_dev.jsonl:nowhere"}, "is no checkpoint (config.json is missing)"),
 ]
 GOOD = {"problem": "What is 1 + 1?", "answer": "2"}
 FILES = {  # name: what is in it
@@ -202,8 +206,8 @@ DATA = [
     ("coderl.py", {"data": "T/bare.jsonl"}, "T/bare.jsonl"),
     ("swerl.py", {"data": "T/bare.jsonl"}, "T/bare.jsonl"),
     ("rlhf.py", {"rm_data": "T/bare.jsonl"}, 'T/bare.jsonl row 1: no "chosen" field'),
-    ("data.py", {"data": "W/math_rl.jsonl", "eval_data": "T/none.jsonl", "out": "T/clean.jsonl"}, "T/none.jsonl: no such file"),
-    ("data.py", {"data": "W/math_rl.jsonl", "eval_data": "W/math_dev.jsonl", "out": "T/none/clean.jsonl"}, "T/none/clean.jsonl.tmp"),
+    ("extras/decontaminate.py", {"data": "W/math_rl.jsonl", "eval_data": "T/none.jsonl", "out": "T/clean.jsonl"}, "T/none.jsonl: no such file"),
+    ("extras/decontaminate.py", {"data": "W/math_rl.jsonl", "eval_data": "W/math_dev.jsonl", "out": "T/none/clean.jsonl"}, "T/none/clean.jsonl.tmp"),
 ]
 
 

@@ -19,11 +19,11 @@ import zlib
 
 import pytest
 
-import benchmarks
-import constraints
-import data
 import evaluate
 from engine import Rollout
+from evals import benchmarks
+from lib import data
+from verifiers import constraints
 
 
 def load(name, rows, tmp_path, **outside):

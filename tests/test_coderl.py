@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coderl
-from data import BadRow
+from lib.data import BadRow
 
 STDIN = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"], "fn_name": None, "time_limit": None}
 CALL = {"inputs": ["[1, 2]\n3", '[]\n"a"'], "outputs": ["[3]", "true"], "fn_name": "f", "time_limit": None}

@@ -16,18 +16,18 @@ import types
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT, run_python
+from test_swerl_reward import FILES, FIXED, GOLDEN
 
 import coderl
-import data
 import ifrl
 import mathrl
-import patches
-import reward_model
 import rlhf
 import sft
 import swerl
-from conftest import ROOT, run_python
-from test_swerl_reward import FILES, FIXED, GOLDEN
+from extras import decontaminate
+from lib import data
+from verifiers import patches, reward_model
 
 USER, BOT = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4"}
 CHAT = [USER, BOT]
@@ -515,25 +515,25 @@ HELD_OUT = [("e 1", {"problem": f"Tell: {NINE}, exactly?"}), ("e 2", {"prompt": 
 ])  # fmt: skip
 def test_nine_words_in_a_row_are_an_overlap_and_eight_are_not(row, gram):
     """Paper 3.2.2 and 4.5.1: 9-gram decontamination."""
-    assert [found for _, _, found in data.decontaminate([("row 1", row)], HELD_OUT)] == [gram]
+    assert [found for _, _, found in decontaminate.decontaminate([("row 1", row)], HELD_OUT)] == [gram]
 
 
 def test_the_wording_around_held_out_problems_is_no_overlap():
     template = "Solve the following problem step by step and put the final answer in a box: "
     held_out = [("e", {"problem": template + f"what is {i} times {i} minus the square of {i} and then plus one?"}) for i in range(11)]
     rows = [("a", {"problem": template + "how old is the king"}), ("b", {"problem": "What is 3 times 3 minus the square of 3 and so on?"})]
-    assert [bool(gram) for _, _, gram in data.decontaminate(rows, held_out)] == [False, True]
-    assert [bool(gram) for _, _, gram in data.decontaminate(rows, held_out[:10])] == [True, True]
+    assert [bool(gram) for _, _, gram in decontaminate.decontaminate(rows, held_out)] == [False, True]
+    assert [bool(gram) for _, _, gram in decontaminate.decontaminate(rows, held_out[:10])] == [True, True]
 
 
 def test_the_command_writes_what_is_left_and_prints_the_count(tmp_path):
     train = [{"problem": "One plus one?", "answer": "2"}, {"problem": f"Well, {NINE}?", "answer": "3"}, {"problem": "Two?", "answer": "4"}]
     paths = [write(tmp_path / f"{name}.jsonl", rows, ("", "")) for name, rows in (("train", train), ("eval", [row for _, row in HELD_OUT]))]
     out = tmp_path / "clean.jsonl"
-    _, printed, _ = run_python("data.py", f"--data={paths[0]}", f"--eval_data={paths[1]}", f"--out={out}")
+    _, printed, _ = run_python("-m", "extras.decontaminate", f"--data={paths[0]}", f"--eval_data={paths[1]}", f"--out={out}")
     assert f'removed 1 of 3 rows that share 9 words in a row with one of 2 held-out rows (first: {paths[0]} row 2, "{NINE}")' in printed
     assert [json.loads(line) for line in out.read_text().splitlines()] == [train[0], train[2]]
-    code, _, err = run_python("data.py", f"--data={paths[0]}", "--eval_data=nowhere.jsonl", f"--out={out}", check=False)
+    code, _, err = run_python("-m", "extras.decontaminate", f"--data={paths[0]}", "--eval_data=nowhere.jsonl", f"--out={out}", check=False)
     assert code == 2 and err.count("\n") == 1 and "nowhere.jsonl: no such file" in err
 
 

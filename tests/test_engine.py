@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import Rollout, TorchEngine, in_background, make_engine, request_seed, uniforms
+from engine import Rollout, TorchEngine, make_engine, request_seed, uniforms
 from model import Qwen3, render_chat, stop_ids
+from verifiers.pool import in_background
 
 PROMPTS = ["Tell me about rain.", "Hi", "Start with 7, then add 2, times 3. What is the result?", "Why do people like old books and bread?"]
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python
 
-import checkpoint
 import evaluate
 from bench.paper_table import PAPER, THINKING
+from evals import results
+from lib import checkpoint
 from model import load_tokenizer
 
 SHORT = ("--tasks=math,chat", "--max_new_tokens=24", "--samples=2", "--limit=4")
@@ -46,7 +47,7 @@ def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_
         kept |= {json.loads(r)["key"] for r in head}
         (cut / name).write_text("\n".join(head) + "\n" + rows[-1][:40])
     spy = "import engine; draw = engine.TorchEngine.generate\ndef generate(self, rollouts, *a, **k): print('drew', [r.key for r in rollouts]); draw(self, rollouts, *a, **k)\n"
-    spy += "engine.TorchEngine.generate = generate\nimport common, evaluate; evaluate.main(common.parse_config(evaluate.Config)); common.finish()"
+    spy += "engine.TorchEngine.generate = generate\nimport evaluate\nfrom lib.common import finish\nfrom lib.flags import parse_config\nevaluate.main(parse_config(evaluate.Config)); finish()"
     flags = (f"--model={world}/base", f"--data={world}", f"--results={tmp_path}/b/results.jsonl", "--stage=sft", *SHORT)
     _, out, _ = run_python("-c", spy, *flags)
     drawn = [key for line in out.splitlines() if line.startswith("drew") for key in eval(line[5:])]
@@ -138,7 +139,7 @@ def test_the_interval_by_hand():
 
 
 # ---- Gates -----------------------------------------------------------------------------------------------------------
-STAGES = evaluate.STAGES
+STAGES = results.STAGES
 
 
 def cell(stage, name, percent, n, mode="think"):
@@ -153,7 +154,7 @@ def broken(table, stages=STAGES):
     """(stage, task) of every broken gate of {task: (n, scores after each stage)}."""
     lines = [cell(s, name, value, n) for name, (n, scores) in table.items() for s, value in zip(stages, scores)]
     cells = {(r["stage"], r["task"], r["mode"], r["decoding"]): r for r in lines}
-    found = evaluate.broken_gates(cells, stages)
+    found = results.broken_gates(cells, stages)
     print("\n".join(text for _, text in found))
     return [(stage, text.split()[0]) for stage, text in found]
 
@@ -209,7 +210,7 @@ def test_noise_alone_stops_no_toy_run():
             for name, mode in (("chat", "think"), ("if", "think"), ("if", "no_think"), ("math", "think"), ("code", "think"), ("swe", "think")):
                 score, low, high = evaluate.interval(rng.random((260, 4)) < problems[:, None], resamples=100)
                 lines.append(cell(stage, name, 50, 1, mode) | {"score": score, "low": low, "high": high})
-        stopped += bool(evaluate.broken_gates({(r["stage"], r["task"], r["mode"], r["decoding"]): r for r in lines}, STAGES))
+        stopped += bool(results.broken_gates({(r["stage"], r["task"], r["mode"], r["decoding"]): r for r in lines}, STAGES))
     print(f"{stopped} of {runs} runs of pure noise were stopped, at most 5% are tolerated")
     assert stopped <= 0.05 * runs
 
@@ -217,7 +218,7 @@ def test_noise_alone_stops_no_toy_run():
 @pytest.mark.parametrize("log", ["results.jsonl", "results_seed1.jsonl", "results_seed2.jsonl"])
 def test_the_logged_toy_runs_pass(log, tmp_path):
     (tmp_path / "results.jsonl").write_text((ROOT / "bench" / "toy" / log).read_text())
-    assert evaluate.check_gates(str(tmp_path)) == ""
+    assert results.check_gates(str(tmp_path)) == ""
 
 
 def test_the_flag_says_it_in_one_sentence_and_ends_with_2(tmp_path):
@@ -239,14 +240,14 @@ def cascade(tmp_path, **environment):
     (tmp_path / "launch.py").write_text(
         "import json, os, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from test_evaluate import cell\nimport evaluate\n"
+        "from test_evaluate import cell\nfrom evals import results\n"
         "flags = dict(w[2:].split('=', 1) for w in sys.argv if w.startswith('--'))\n"
         "step = int(os.path.basename(os.path.realpath(flags['model']))[-6:])\n"
         "stage = flags.get('stage') or f'step_{step:06d}'\n"
         "lines = [cell(stage, 'math', {25: 88.0, 50: 90.0, 75: 40.0}[step], 1040), cell(stage, 'code', 70.0, 1040)]\n"
         "open(flags['results'], 'a').writelines(json.dumps(r) + '\\n' for r in lines)\n"
         "folder = os.path.dirname(flags['results'])\n"
-        "if flags['results'].endswith('/results.jsonl'): open(folder + '/broken_gate', 'w').write(evaluate.check_gates(folder, stage))\n"
+        "if flags['results'].endswith('/results.jsonl'): open(folder + '/broken_gate', 'w').write(results.check_gates(folder, stage))\n"
     )
     (out / "results.jsonl").write_text(json.dumps(cell("mathrl", "math", 91.0, 1040)) + "\n")
     text = (ROOT / "run_cascade.sh").read_text()
@@ -315,7 +316,7 @@ def test_keep_best_reads_sampled_scores_only(tmp_path):
         (tmp_path / step).mkdir()
     scores = {("step_000001", "sampled"): 0.9, ("step_000001", "greedy"): 0.1, ("step_000002", "sampled"): 0.5, ("step_000002", "greedy"): 0.8}
     (tmp_path / "candidates.jsonl").write_text("".join(line(*key, score) for key, score in scores.items()))
-    evaluate.keep_best(str(tmp_path))
+    results.keep_best(str(tmp_path))
     assert (tmp_path / "final").readlink() == pathlib.Path("step_000001")
 
 

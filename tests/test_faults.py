@@ -15,17 +15,19 @@ import time
 from types import SimpleNamespace
 
 import pytest
-
-import guard
 from conftest import ROOT, run_python
 from test_stages import command, metrics
+
+from lib import guard
 
 DRILL = """
 import json, os, re, signal, sys, time
 sys.path.insert(0, ROOT)
 faults, out, sys.argv = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:]
 import torch
-import common, engine
+import engine
+from lib.common import finish
+from lib.flags import parse_config
 stage, rank, now, healed = __import__(sys.argv[0].removesuffix(".py")), int(os.environ.get("RANK", 1)), {"step": 0}, []
 rollout, judge, grpo_loss, collate = stage.rollout, stage.judge, stage.grpo_loss, stage.collate
 generate, check_parity = engine.TorchEngine.generate, engine.check_parity
@@ -87,8 +89,8 @@ def break_loss(**kwargs):
 
 stage.rollout, stage.judge, stage.grpo_loss, stage.collate = noting_rollout, break_judge, break_loss, break_collate
 engine.TorchEngine.generate, engine.check_parity = break_generate, break_parity
-stage.main(common.parse_config(stage.Config))
-common.finish()
+stage.main(parse_config(stage.Config))
+finish()
 """
 AGAIN = "Run it again: it goes on from the last checkpoint."
 
@@ -96,8 +98,7 @@ AGAIN = "Run it again: it goes on from the last checkpoint."
 GUARDED = """
 import os, signal, sys, threading, time
 sys.path.insert(0, ROOT)
-import guard
-guard.HERE = os.path.dirname(os.path.abspath(__file__))
+from lib import guard
 
 def rollout():
     WHAT

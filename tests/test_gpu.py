@@ -11,17 +11,17 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import ROOT, make_tiny
-from data import shared_prefixes
+from test_kernels import TOLERANCES
+
 from engine import Replay, Rollout, TorchEngine, request_seed
 from kernels.attention import flash_attention_varlen, flash_attention_varlen_ref
 from kernels.decode_attention import decode_attention
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
 from kernels.sampling import sample_tokens, sample_tokens_ref
+from lib.packing import shared_prefixes
 from model import hf_config
-from test_kernels import TOLERANCES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

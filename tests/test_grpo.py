@@ -12,19 +12,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny
 from transformers import AutoModelForCausalLM
 
 import coderl
-import common
-import constraints
 import ifrl
 import mathrl
-import mopd
 import rlhf
 import swerl
-from conftest import make_tiny
-from data import shared_prefixes
 from engine import Rollout
+from extras import mopd
+from lib.logs import summarize
+from lib.packing import shared_prefixes
+from verifiers import constraints
 
 CFG = dict(group_size=4, temperature=0.9, micro_batch_tokens=64, overlong_filter=True)
 STOP = 2  # the stop token of these examples
@@ -460,7 +460,7 @@ def test_summary_by_hand():
     rollouts += [rollout(1.0, group=1) for _ in range(4)]
     for r, (think, text, verify_s) in zip(rollouts, ((True, "a", 0.5), (True, "</think>b", 0.25), (True, "", 0.25)), strict=False):
         r.row, r.text, r.verify_s = {**r.row, "think": think}, text, verify_s
-    summary = common.summarize(rollouts, mathrl.monitor(rollouts))
+    summary = summarize(rollouts, mathrl.monitor(rollouts))
     assert summary["reward"] == pytest.approx(5 / 7), "of the seven that have a reward"
     assert summary["flat"] == 0.5 and summary["trunc"] == 1 / 8 and summary["len"] == 15 / 8
     assert summary["unclosed"] == 2 / 8 and summary["time/verifiers"] == 1.0
@@ -484,7 +484,7 @@ def test_every_step_logs_what_shows_a_broken_or_a_farmed_verifier(stage):
     for r in rollouts:
         r.row, r.text = {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]}, "<think>x</think>y"
         r.followed, r.passed, r.reason, r.score, r.batch_mean, r.batch_std = [True], 1.0, "exact", 1.0, 1.0, 0.0
-    logged = common.summarize(rollouts, stage.monitor(rollouts))
+    logged = summarize(rollouts, stage.monitor(rollouts))
     assert {name for name in logged if not name.startswith("reward/")} >= EVERYWHERE
     assert {name.removeprefix("reward/") for name in logged if name.startswith("reward/")} == LOGGED[stage]
 

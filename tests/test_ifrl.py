@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-import constraints
 import ifrl
+from verifiers import constraints
 
 LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
 FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
@@ -642,7 +642,7 @@ def test_only_the_answer_may_not_be_too_long():
     assert ifrl.verify("<think></think>" + "so " * 20_000, True, ids, kwargs) == ([False], "wrong")
 
 
-from constraints import check  # noqa: E402
+from verifiers.constraints import check  # noqa: E402
 
 
 @pytest.mark.parametrize("text, followed", [("a b c x, a b y d", False), ("a b c d, a b y d", True), ("a x y d, a b y d", False), ("a b y d, a b c d", False)])

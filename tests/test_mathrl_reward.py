@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from math_verify import LatexExtractionConfig, parse, verify
 
 import coderl
-import guard
 import ifrl
 import mathrl
 import rlhf
-import sandbox
 import swerl
+from lib import guard
+from verifiers import sandbox
 
 HONEST = {  # gold: answers that are right
     "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"

@@ -9,13 +9,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from transformers import Qwen3Config as TheirConfig
-from transformers import Qwen3ForCausalLM
-
 from conftest import make_tiny
-from data import shared_prefixes
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import Qwen3Config as TheirConfig
+
+from lib.packing import shared_prefixes
 from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, read_config, rope_tables
 
 PUBLISHED = {"0.6b": 0.596049920e9, "1.7b": 1.720574976e9, "4b": 4.022468096e9, "8b": 8.19073536e9, "14b": 14.7683072e9}

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
+from conftest import run_python
 from safetensors.torch import load_file
 
-import mopd
-from conftest import run_python
 from engine import Rollout, make_engine
+from extras import mopd
 from model import Qwen3, load_tokenizer, render_chat, save_tokenizer
 
 
@@ -79,7 +79,7 @@ def run_flags(world, taught, teachers, out, **changes):
     data = f"rlhf:{world}/chat_rl.jsonl:{taught},mathrl:{world}/math_rl.jsonl:{taught},ifrl:{world}/if_rl.jsonl:{teachers}/teacher1"
     flags = dict(data=data, eval_data=data, prompts_per_step=16, group_size=2, num_steps=16, max_prompt_tokens=128, max_new_tokens=12, lr=5e-3,
                  warmup_steps=1, micro_batch_tokens=1024, eval_every=4, eval_rows=200, save_every=4, sample_every=0) | changes  # fmt: skip
-    return ["mopd.py", f"--init_from={world}/base", f"--out_dir={out}", *(f"--{k}={v}" for k, v in flags.items())]
+    return ["extras/mopd.py", f"--init_from={world}/base", f"--out_dir={out}", *(f"--{k}={v}" for k, v in flags.items())]
 
 
 @pytest.mark.slow

@@ -8,17 +8,19 @@ import re
 import types
 
 import pytest
+import test_presets
 import torch
+from conftest import make_tiny, run_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import plan
 import rlhf
-import test_presets
-from conftest import make_tiny, run_python
-from data import shared_prefixes
+from engine import gpu_share
 from kernels.attention import flash_attention_varlen_ref
+from lib import plan
+from lib.common import compute_device
+from lib.packing import shared_prefixes
+from lib.plan import activation_elements, memory_plan, time_plan
 from model import QWEN3_SIZES, Qwen3Config, hf_config
-from plan import activation_elements, memory_plan, time_plan
 
 GB = 1e9
 
@@ -282,15 +284,15 @@ def test_vllm_gets_what_weights_and_moments_leave_of_a_gpu(held, share, monkeypa
     part = types.SimpleNamespace(dtype=torch.float32, is_cuda=True, numel=lambda: held / 12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=85e9))
     model = types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(to_local=lambda: part)]))
-    assert plan.gpu_share(model) == pytest.approx(share, abs=0.01)
+    assert gpu_share(model) == pytest.approx(share, abs=0.01)
     part.is_cuda = False  # --shard=offload
-    assert plan.gpu_share(model) == 0.6
+    assert gpu_share(model) == 0.6
 
 
 def test_offloaded_parameters_are_computed_with_where_their_mesh_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     rest = types.SimpleNamespace(device=torch.device("cpu"))
     model = types.SimpleNamespace(parameters=lambda: iter([rest]))
-    assert plan.compute_device(model) == torch.device("cpu")
+    assert compute_device(model) == torch.device("cpu")
     rest.device_mesh = types.SimpleNamespace(device_type="cuda")
-    assert plan.compute_device(model) == torch.device("cuda", 3)
+    assert compute_device(model) == torch.device("cuda", 3)

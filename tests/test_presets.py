@@ -13,11 +13,11 @@ import sys
 
 import pytest
 
-import common
+from lib.flags import parse_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 K = 1024
-STAGES = ("sft.py", "rlhf.py", "ifrl.py", "mathrl.py", "coderl.py", "swerl.py", "mopd.py")
+STAGES = ("sft.py", "rlhf.py", "ifrl.py", "mathrl.py", "coderl.py", "swerl.py", "extras/mopd.py")
 
 
 @functools.cache
@@ -33,7 +33,8 @@ def commands(preset, stages=True):
         if script and not line.startswith("==") and (script in STAGES) == stages:
             argv, sys.argv = sys.argv, words[words.index(script) :]
             try:
-                found.append((script.removesuffix(".py"), common.parse_config(importlib.import_module(script.removesuffix(".py")).Config)))
+                module = script.removesuffix(".py").replace("/", ".")
+                found.append((module.rpartition(".")[2], parse_config(importlib.import_module(module).Config)))
             finally:
                 sys.argv = argv
     return found

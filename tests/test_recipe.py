@@ -8,18 +8,18 @@ import random
 import statistics
 
 import pytest
+from test_grpo import FLAT, UNEVEN, roll
+from test_swerl_reward import EXACT, FILES, GOLDEN
 
 import coderl
-import data
 import ifrl
 import mathrl
 import rlhf
 import sft
 import swerl
 from engine import Rollout
+from lib import data
 from model import render_turns
-from test_grpo import FLAT, UNEVEN, roll
-from test_swerl_reward import EXACT, FILES, GOLDEN
 
 ASK = [{"role": "user", "content": "What is 6 * 7?"}]
 

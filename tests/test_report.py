@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from test_evaluate import cell
 
-import report
+from evals import report
 
 HOSTILE = "</think></script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 

@@ -12,13 +12,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny
 from safetensors.torch import load_file
 
 import ifrl
-import reward_model
 import rlhf
-from conftest import make_tiny
 from model import Qwen3, load_tokenizer, save_tokenizer
+from verifiers import reward_model
 
 ASK = [{"role": "user", "content": "What is 2 + 2?"}]
 ANSWERS = ["4", "It is four, I think.", "5", "4"]
@@ -53,8 +53,8 @@ def test_transformers_opens_our_reward_model_and_gives_the_same_scores(trained):
 
 
 def test_any_other_classifier_is_scored_through_its_own_template(tmp_path):
-    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
     words = {word: i for i, word in enumerate("[U] user assistant : What is 2 + ? 4 5 It four , I think . <pad>".split())}
     raw = Tokenizer(models.WordLevel(words, unk_token="[U]"))

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import coderl
-import sandbox
+from verifiers import sandbox
 
 SECRET = "7351928460"  # the expected output of every program that tries to find it
 SUM = "3\n1 2 3\n"  # stdin of the honest programs; they print 6

@@ -6,12 +6,12 @@ import json
 import sys
 
 import pytest
+from test_benchmarks import swebench  # noqa: F401  a repository with calc.py to mend, other.py, and a test file
 
-import data
-import scaling
 import sft
 from engine import Rollout
-from test_benchmarks import swebench  # noqa: F401  a repository with calc.py to mend, other.py, and a test file
+from evals import scaling
+from lib import data
 
 FILES = {"app.py": "def f(x):\n    return x - 1\n", "note.txt": "hi\n"}
 

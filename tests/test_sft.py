@@ -11,10 +11,10 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-
-import data
-import sft
 from conftest import make_tiny
+
+import sft
+from lib import data
 from model import render_chat
 
 

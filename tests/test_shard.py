@@ -7,35 +7,36 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 PROGRAM = """
 import json, os, random, torch
-import common, mathrl
+import mathrl
+from lib import common, packing
+from lib.common import all_gather, average_gradients, finish, init_distributed, print0, shard
 from conftest import make_tiny
 from engine import Rollout, whole_parameters
 
-rank, world, device = common.init_distributed(0)
+rank, world, device = init_distributed(0)
 common.SMALLEST_SHARE = 1000  # layers are groups of their own, as at real sizes
 ids_BT = torch.randint(61, (8, 12), generator=torch.Generator().manual_seed(1))
 for how in ("full", "hybrid", "offload", "replicate", "replicate as on GPUs"):
     if "GPUs" in how:  # every rank is a node of its own to the mesh, as --shard=replicate makes it there
         os.environ["LOCAL_WORLD_SIZE"], how = "1", "hybrid"
-    one, many = make_tiny(), common.shard(make_tiny(), device, how)
+    one, many = make_tiny(), shard(make_tiny(), device, how)
     for step in range(3):
         for model, rows in ((one, ids_BT), (many, ids_BT[rank::world])):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             optimizer.zero_grad()
             model(rows).square().mean().backward()
             if model is many:
-                common.average_gradients(model)
+                average_gradients(model)
             optimizer.step()
     moved = max((p - q).abs().max().item() for p, q in zip(one.parameters(), make_tiny().parameters()))
     whole = {name: p.clone() for name, p in whole_parameters(many)}  # each is valid until the next is asked for
     error = max((p - whole[name]).abs().max().item() for name, p in one.named_parameters())
     places = str(getattr(next(many.parameters()), "placements", "whole"))
-    common.print0(f"{how} {places}: weights moved by up to {moved:.1e}, off one process by {error:.1e}, tolerance 1e-6")
+    print0(f"{how} {places}: weights moved by up to {moved:.1e}, off one process by {error:.1e}, tolerance 1e-6")
     assert error < 1e-6 < 1e-3 < moved and ("Replicate" in places) == (how == "hybrid")
 
 draw = random.Random(rank)
@@ -43,15 +44,15 @@ sizes = lambda part: sum(len(r.completion_ids) for r in part) + sum(map(len, {tu
 for length in (20, 2000):
     mine = [Rollout(row={"big": "row"}, group=i // 8, prompt_ids=[rank, i // 8] * (length // 2), seed=1000 * rank + i, advantage=float(i % 3),
                     completion_ids=[2] * int(draw.paretovariate(1.2) * 30 % 1500)) for i in range(48)]  # long tails, and a third without a gradient
-    kept = [[r for r in part if r.advantage] for part in common.all_gather(mine)]
-    dealt = common.all_gather(mathrl.balance(mine, world))
+    kept = [[r for r in part if r.advantage] for part in all_gather(mine)]
+    dealt = all_gather(mathrl.balance(mine, world))
     assert sorted(r.seed for part in dealt for r in part) == sorted(r.seed for part in kept for r in part), "each of them once, somewhere"
     tokens, before = [sizes(part) for part in dealt], [sizes(part) for part in kept]
     least = sizes([r for part in dealt for r in part]) / world  # no prompt twice, all ranks equal
-    common.print0(f"prompts of {length}: tokens of the ranks before {before}, dealt out {tokens}; the longest wait is {max(tokens) / least - 1:.1%} over "
+    print0(f"prompts of {length}: tokens of the ranks before {before}, dealt out {tokens}; the longest wait is {max(tokens) / least - 1:.1%} over "
                   f"the least there is, before {max(before) / least - 1:.1%}")
     assert max(tokens) < 1.1 * least and max(tokens) <= max(before)
-common.finish()
+finish()
 """
 
 

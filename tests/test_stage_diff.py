@@ -48,13 +48,13 @@ EXPECTED = {
         "own": {"read_files", "source_files", "choose_files", "judge_rollout", "lexical_judge", "ask_judge"},
     },
     # No reward at all: teachers speak about each token (Cascade 2, 4.4).
-    "mopd.py": {
+    "extras/mopd.py": {
         "changed": DISTILL,
         "absent": {"normalize", "verdict", "reward", "judge"},
         "own": {"load_teacher", "ask_teacher"},
     },
 }  # fmt: skip
-BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set(), "mopd.py": DISTILL}  # what differs below the waterline
+BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set(), "extras/mopd.py": DISTILL}  # what differs below the waterline
 
 
 def top_level(text):
@@ -106,8 +106,8 @@ def test_a_stage_differs_from_mathrl_only_where_the_table_says(script):
 
 def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
     """SWE evaluation runs Code RL's tests, inside a function."""
-    stages, shared = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "mopd"}, {}
-    for stage in stages | {"reward_model", "constraints", "patches"}:
+    stages, shared = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras/mopd"}, {}
+    for stage in stages | {"verifiers/reward_model", "verifiers/constraints", "verifiers/patches"}:
         tree = ast.parse((ROOT / f"{stage}.py").read_text())
         for node in ast.walk(tree):
             names = {a.name for a in node.names} if isinstance(node, ast.Import) else {getattr(node, "module", "")} if isinstance(node, ast.ImportFrom) else set()

@@ -17,11 +17,11 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT, make_tiny, run_python
 from safetensors.torch import load_file
 
-import checkpoint
-import common
-from conftest import ROOT, make_tiny, run_python
+from lib import checkpoint
+from lib.logs import Logger
 from sft import Config
 
 STEPS = 6
@@ -370,7 +370,7 @@ def test_another_number_of_ranks_is_refused(checkpoints, monkeypatch, capsys):
 
 def test_the_log_is_cut_back_to_the_step_resumed_from(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
-    logger = common.Logger(str(tmp_path), 2)
+    logger = Logger(str(tmp_path), 2)
     logger.log(3, {"a": 33})
     assert [row["a"] for row in metrics(tmp_path)] == [1, 2, 33]
 

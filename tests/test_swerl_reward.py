@@ -8,16 +8,16 @@ import json
 import math
 import re
 import threading
-import types
 import time
+import types
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import patches
 import swerl
+from verifiers import patches
 
 BUGGY = """import os
 

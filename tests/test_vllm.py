@@ -12,9 +12,10 @@ pytest.importorskip("vllm", exc_type=ImportError, reason="vLLM is not installed;
                     "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py")  # fmt: skip
 
 from conftest import make_tiny
+from test_engine import ask, outputs, trainer_logprobs
+
 from engine import TorchEngine, make_engine
 from model import Qwen3, load_tokenizer, rope_tables, save_tokenizer
-from test_engine import ask, outputs, trainer_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_a_head_width_without_attention_is_refused_in_one_sentence(tokenizer, mo
     def fail(sentence):  # the real one ends the process
         raise SystemExit(sentence)
 
-    monkeypatch.setattr("common.fail", fail)
+    monkeypatch.setattr("fail", fail)
     with pytest.raises(SystemExit, match="no attention for head_dim=8"):
         make_engine("vllm", make_tiny(), tokenizer)
 

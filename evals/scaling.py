@@ -1,9 +1,9 @@
 """Many samples of one problem: majority vote over patches (paper 7.4), the submit-and-learn loop for contest problems (5.1), and
 answers of a teacher that name the right files, as SFT data (3.3.2).
 
-    python scaling.py --model=out/toy/swerl/final --vote=out/toy/data/swe_test.jsonl --samples=16
-    python scaling.py --model=... --ioi=problems.jsonl --rounds=50 --samples=20 --max_new_tokens=131072
-    python scaling.py --model=teacher --localise=nebius/SWE-rebench --repos=clones --out=localisation.jsonl --samples=8 --temperature=1
+    python -m evals.scaling --model=out/toy/swerl/final --vote=out/toy/data/swe_test.jsonl --samples=16
+    python -m evals.scaling --model=... --ioi=problems.jsonl --rounds=50 --samples=20 --max_new_tokens=131072
+    python -m evals.scaling --model=teacher --localise=nebius/SWE-rebench --repos=clones --out=localisation.jsonl --samples=8 --temperature=1
 
 A row of --ioi: {"name", "statement", "samples": tests, "subtasks": [{"name", "points", "statement", "tests", "partial"}]}, tests
 as {"inputs", "outputs"}. The repository tests of --vote need its container, so they are a command of yours: --check=COMMAND is run as
@@ -17,7 +17,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,14 +24,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import benchmarks
 import coderl
-import common
-import data
-import patches
 import swerl
 from engine import Rollout, make_engine, request_seed
+from evals import benchmarks
+from lib import data
+from lib.common import finish, init_distributed
+from lib.flags import parse_config
+from lib.guard import fail
 from model import Qwen3, load_tokenizer, render_chat
+from verifiers import patches
 
 
 @dataclass
@@ -110,7 +111,7 @@ def run_check(command, row, patch, scripts):
         return result
     except (ValueError, KeyError, TypeError, AssertionError):
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1][:200]
-        common.fail(f'--check: on {row["instance_id"]} it ended with {done.returncode} and said "{said}"; expected {{"regression": number, "scripts": '
+        fail(f'--check: on {row["instance_id"]} it ended with {done.returncode} and said "{said}"; expected {{"regression": number, "scripts": '
                     f"[{len(scripts)} booleans]}}.", note="Votes so far stand above.")  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def run_vote(cfg, sample):
         fit = survivors(texts, row, reproduction_scripts(row, n, sample, cfg.reproductions), check) if cfg.check else None
         right, chosen = [swerl.metric(r) for r in rollouts], vote(texts, row["files"], fit)
         if None in right:
-            common.fail(f"row {n}: the sandbox failed.", note="Votes so far stand above.")
+            fail(f"row {n}: the sandbox failed.", note="Votes so far stand above.")
         sums += [np.mean(right), 0.0 if chosen is None else right[chosen], max(right)]
         if n % 10 == 0 or n == len(rows):
             mean, voted, best = 100 * sums / n
@@ -205,8 +206,8 @@ def run_localise(cfg, sample):
 # ---- 4. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
     if not (cfg.vote or cfg.ioi or cfg.localise and cfg.out) or not os.path.exists(os.path.join(cfg.model, "config.json")):
-        common.fail("--model=folder and one of --vote=file, --ioi=file, --localise=file --out=file are needed.", note="Nothing was sampled.")
-    _, _, device = common.init_distributed(cfg.seed, 24 * 3600)
+        fail("--model=folder and one of --vote=file, --ioi=file, --localise=file --out=file are needed.", note="Nothing was sampled.")
+    _, _, device = init_distributed(cfg.seed, 24 * 3600)
     tokenizer, dtype = load_tokenizer(cfg.model), torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = make_engine(cfg.engine, Qwen3.from_pretrained(cfg.model, device=device, dtype=dtype, rope_factor=cfg.rope_factor), tokenizer)
 
@@ -228,6 +229,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    main(common.parse_config(Config))
-    common.finish()
+    main(parse_config(Config))
+    finish()

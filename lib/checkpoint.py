@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from common import all_gather, print0, ranks, shard
-from guard import fail, first_line, one_sentence
+from lib.common import all_gather, print0, ranks, shard
+from lib.guard import fail, first_line, one_sentence
+from lib.plan import check_memory, longest_sequence
 from model import Qwen3, load_tokenizer, save_tokenizer
-from plan import check_memory, longest_sequence
 
 
 # ---- The folder of a run ---------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def sync(path):
 
 
 def git_hash():
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
 
 

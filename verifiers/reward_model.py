@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-import common
-from data import BadRow, chat, field, fill, load_table, shared_prefixes
+from lib.common import all_gather, all_reduce, average_gradients, print0, ranks, shard
+from lib.data import BadRow, chat, field, load_table
+from lib.guard import fail, one_sentence
+from lib.packing import fill, shared_prefixes
+from lib.plan import check_memory
 from model import CHAT_TEMPLATE, Qwen3, hf_config, load_tokenizer, read_config, render_chat, save_tokenizer
-from plan import check_memory
 
 
 class RewardModel(nn.Module):
@@ -46,7 +48,7 @@ class RewardModel(nn.Module):
         whole = {}
         for name, p in self.named_parameters():
             p = p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
-            if common.ranks()[0] == 0:
+            if ranks()[0] == 0:
                 whole[name] = p.cpu().contiguous()
         if not whole:
             return
@@ -100,35 +102,35 @@ def load_pairs(path, tokenizer, cfg):
     rows = load_table(path, normalize)
     kept = [row["pair"] for row in rows if max(map(len, row["pair"])) <= cfg.rm_max_len]
     if len(kept) < len(rows):
-        common.print0(f"data {path}: dropped {len(rows) - len(kept)} of {len(rows)} pairs, over {cfg.rm_max_len} tokens")
+        print0(f"data {path}: dropped {len(rows) - len(kept)} of {len(rows)} pairs, over {cfg.rm_max_len} tokens")
     return kept
 
 
 def train_reward_model(cfg, folder):
     """Bradley-Terry: the mean over pairs of -log sigmoid(s_chosen - s_rejected), one epoch (paper 4.2.2). Sharded and checkpointed as
     policies are; every rank trains on its share of a batch, and rank 0 writes the folder."""
-    (rank, world), device, init_from = common.ranks(), rm_device(), cfg.rm_init_from or cfg.init_from
-    with common.one_sentence(f"reward model from {init_from}"):
+    (rank, world), device, init_from = ranks(), rm_device(), cfg.rm_init_from or cfg.init_from
+    with one_sentence(f"reward model from {init_from}"):
         check_memory(init_from, cfg, world, device, pair=2 * cfg.rm_max_len)
         tokenizer, qwen3 = load_tokenizer(init_from), Qwen3.from_pretrained(init_from, device=device)
     qwen3.lm_head, qwen3.gradient_checkpointing = None, device.type == "cuda"
-    model = common.shard(RewardModel(qwen3).to(device), device, cfg.shard)
+    model = shard(RewardModel(qwen3).to(device), device, cfg.shard)
     pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
     held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.rm_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True)
     steps = max(cfg.rm_epochs * len(pairs) // cfg.rm_samples_per_step, 1)
     order = np.concatenate([np.random.default_rng([cfg.seed, 11, e]).permutation(len(pairs)) for e in range(cfg.rm_epochs)])
-    common.print0(f"reward model: {len(pairs)} pairs, {steps} steps of {cfg.rm_samples_per_step}, from {init_from}")
+    print0(f"reward model: {len(pairs)} pairs, {steps} steps of {cfg.rm_samples_per_step}, from {init_from}")
     for step in tqdm(range(1, steps + 1), desc="reward model", leave=False, disable=None if rank == 0 else True):
         for group in optimizer.param_groups:
             group["lr"] = cfg.rm_lr * min(step / (0.03 * steps + 1), 1 - (step - 1) / steps)
         taken = order[(step - 1) * cfg.rm_samples_per_step : step * cfg.rm_samples_per_step]
         packs = fill([pairs[i] for i in taken[rank::world]], lambda pair: sum(map(len, pair)), cfg.micro_batch_tokens)
-        for i in range(int(common.all_reduce({"n": len(packs)}, "max")["n"])):  # equally many on every rank: collectives must match
+        for i in range(int(all_reduce({"n": len(packs)}, "max")["n"])):  # equally many on every rank: collectives must match
             pack = packs[i] if i < len(packs) else pairs[:1]
             scores = score_batch(model, [ids for pair in pack for ids in pair], math.inf, device).view(-1, 2)
             (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() * world / len(taken) * (i < len(packs))).backward()
-        common.average_gradients(model)
+        average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -136,14 +138,14 @@ def train_reward_model(cfg, folder):
         if part:
             with torch.no_grad():
                 scores = score_batch(model, [ids for pair in part for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
-            common.print0(f"reward model: pair accuracy {(scores[:, 0] > scores[:, 1]).float().mean():.3f} on {len(part)} {name} pairs")
+            print0(f"reward model: pair accuracy {(scores[:, 0] > scores[:, 1]).float().mean():.3f} on {len(part)} {name} pairs")
     if hasattr(model, "reshard"):
         model.reshard()  # a forward without backward leaves the root gathered, in compute precision
     model.save_pretrained(folder + ".tmp")
     if rank == 0:
         save_tokenizer(init_from, folder + ".tmp")
         os.rename(folder + ".tmp", folder)
-    common.all_gather(None)
+    all_gather(None)
     del model, qwen3, optimizer
     gc.collect()  # FSDP's modules refer to each other, and the policy wants the room
 
@@ -156,15 +158,15 @@ def load_reward_model(path, device, workers=8):
         pool = ThreadPoolExecutor(max(workers, 1))
         return lambda messages_list, answers: list(pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers))
     if not os.path.exists(os.path.join(path, "config.json")):
-        common.fail(f"--rm={path}: no reward model there (config.json is missing).")
-    with common.one_sentence(f"--rm={path}"):
+        fail(f"--rm={path}: no reward model there (config.json is missing).")
+    with one_sentence(f"--rm={path}"):
         architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
     if not architecture.endswith("ForSequenceClassification"):  # transformers would give it a score head of random numbers
-        common.fail(f"--rm={path}: {architecture} is no sequence classifier.")
+        fail(f"--rm={path}: {architecture} is no sequence classifier.")
     template = os.path.join(path, "chat_template.jinja")
     if architecture != "Qwen3ForSequenceClassification" or not os.path.exists(template) or open(template).read() != CHAT_TEMPLATE:
         return load_classifier(path, device)  # somebody else's: it was trained on its own template
-    with common.one_sentence(f"--rm={path}"):
+    with one_sentence(f"--rm={path}"):
         tokenizer, body = load_tokenizer(path), torch.bfloat16 if device.type == "cuda" else torch.float32
         with torch.device("meta"):
             model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
@@ -229,4 +231,4 @@ def check_reward_model(path, rows, workers):
     score, sample = load_reward_model(path, rm_device(), workers), rows[: min(8, len(rows))]
     scores = [s for reply in ("", "Yes.", "a a a a") for s in score([r["messages"] for r in sample], [reply] * len(sample))]
     if any(s is None or not math.isfinite(s) for s in scores) or len(set(scores)) < 2:
-        common.fail(f"reward model self test: scores {scores[:4]} of {path} are missing, not finite, or all equal.")
+        fail(f"reward model self test: scores {scores[:4]} of {path} are missing, not finite, or all equal.")

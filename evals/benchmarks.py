@@ -29,12 +29,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import coderl
-import constraints
 import ifrl
 import mathrl
 import swerl
-from common import fail, ranks
-from data import BadRow, field, load_table
+from lib.common import ranks
+from lib.data import BadRow, field, load_table
+from lib.guard import fail
+from verifiers import constraints
 
 K = 1024
 THINK = dict(modes=("think",), temperature=0.6, top_p=0.95, max_new_tokens=64 * K, rope_factor=2.0, greedy=False)

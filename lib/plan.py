@@ -10,8 +10,8 @@ import os
 
 import torch
 
-from common import print0
-from guard import fail
+from lib.common import print0
+from lib.guard import fail
 from model import Qwen3, read_config
 
 
@@ -73,21 +73,6 @@ def free_memory(device, world):
     with contextlib.suppress(OSError, ValueError):
         free = min(free, int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-
-
-def compute_device(model):
-    """Where the model computes. Under --shard=offload its parameters rest in host memory; their mesh is where they are gathered."""
-    p = next(model.parameters())
-    kind = p.device_mesh.device_type if hasattr(p, "device_mesh") else p.device.type
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else p.device
-
-
-def gpu_share(model):
-    """The part of a GPU's memory that vLLM may have beside the model: 0.6, or less where few ranks hold much each. It stays awake beside
-    fp32 weights and their two moments (or bf16 weights alone, when nothing is trained); 15% are for layers in flight and NCCL."""
-    mine = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-    held = sum(p.numel() * (12 if p.dtype == torch.float32 else p.element_size()) for p in mine if p.is_cuda)
-    return min(0.6, max(0.85 - held / torch.cuda.get_device_properties(0).total_memory, 0.1)) if held else 0.6
 
 
 def longest_sequence(cfg):

@@ -3,23 +3,20 @@ held-out one asks.
 
 A stage gives its normalize(row, where); what comes back are normal rows. As a script it removes the rows of a training set that
 share 9 words in a row with a held-out set, as in the paper's curation:
-    python data.py --data=nvidia/Nemotron-Cascade-RL-Math --eval_data=HuggingFaceH4/MATH-500,math-ai/aime25 --out=out/math_clean.jsonl
+    python -m extras.decontaminate --data=nvidia/Nemotron-Cascade-RL-Math --eval_data=HuggingFaceH4/MATH-500,math-ai/aime25 --out=out/math_clean.jsonl
 """
 
-import collections
 import contextlib
-import dataclasses
 import io
 import itertools
 import json
 import os
 import re
-import unicodedata
 
 import numpy as np
-import torch
 
-from common import all_gather, fail, parse_config, print0
+from lib.common import print0
+from lib.guard import fail
 from model import NO_THINK, THINK, render_chat
 
 
@@ -177,17 +174,6 @@ def load_table(path, normalize, limit=0):
     return list(normal_rows(read_rows(path, limit), normalize, path))
 
 
-def language_ok(prompt, response):
-    """False if response has letters of a script that prompt does not use; Latin, Greek and symbols are always fine."""
-
-    def scripts(text):
-        letters = (c for c in set(text) if ord(c) > 127 and c.isalpha() and not 0x2070 <= ord(c) < 0x2190)
-        names = {unicodedata.name(c, "UNNAMED").split()[0].split("-")[0] for c in letters}
-        return names - {"LATIN", "GREEK", "MATHEMATICAL", "MODIFIER", "FULLWIDTH", "MICRO", "FEMININE", "MASCULINE"}
-
-    return scripts(response) <= scripts(prompt)
-
-
 # ---- Prompts of an RL stage ------------------------------------------------------------------------------------------
 def encode_prompts(rows, tokenizer, cfg):
     """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
@@ -226,134 +212,3 @@ def count_correct(rollouts):
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts
-
-
-# ---- Rollouts into packed batches ------------------------------------------------------------------------------------
-# T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
-def deal(units, world):
-    """(largest number of tokens on a rank, shares): the largest unit goes first, each to the rank that then has the fewest tokens. A rank
-    computes a prompt once, so it counts once there."""
-    shares, tokens, there = [[] for _ in range(world)], [0] * world, [set() for _ in range(world)]
-    for unit in sorted(units, key=lambda unit: (-sum(len(r.prompt_ids) + len(r.completion_ids) for r in unit), unit[0].seed)):
-        sums = [n + sum(len(r.completion_ids) for r in unit) + (unit[0].group not in groups) * len(unit[0].prompt_ids) for n, groups in zip(tokens, there)]
-        rank = sums.index(min(sums))
-        shares[rank] += unit
-        tokens[rank] = sums[rank]
-        there[rank].add(unit[0].group)
-    return max(tokens), shares
-
-
-def balance(rollouts, world):
-    """This rank's share of all ranks' rollouts with a gradient: dealt one by one, or by whole groups where prompts are long."""
-    if world == 1:
-        return rollouts
-    groups = {}
-    for rank, part in enumerate(all_gather([dataclasses.replace(r, row={}, text="", pending=None) for r in rollouts if r.advantage])):
-        for r in part:
-            r.group = (rank, r.group)
-            groups.setdefault(r.group, []).append(r)
-    ways = [[r] for group in groups.values() for r in group], groups.values()
-    return min((deal(units, world) for units in ways), key=lambda way: way[0])[1][torch.distributed.get_rank()]
-
-
-def fill(items, length, budget):
-    """Lists of consecutive items, as long as their lengths sum to at most `budget`; a longer item stands alone."""
-    packs, room = [], 0
-    for item in items:
-        if length(item) > room:
-            packs.append([])
-            room = budget
-        packs[-1].append(item)
-        room -= length(item)
-    return packs
-
-
-def collate(rollouts, cfg, device):
-    """Packed micro-batches of at most micro_batch_tokens each, equal prompts together, long sequences first. Rollouts with advantage 0
-    have no gradient and are left out here (their tokens stay in the denominator). Masks come from recorded lengths only."""
-    groups, length = {}, lambda r: len(r.prompt_ids) + len(r.completion_ids)
-    for r in sorted((r for r in rollouts if r.advantage), key=length, reverse=True):
-        groups.setdefault(tuple(r.prompt_ids), []).append(r)
-    return [pack_rollouts(pack, device) for pack in fill((r for group in groups.values() for r in group), length, cfg.micro_batch_tokens)]
-
-
-def shared_prefixes(sequences, device):
-    """(first_U, copy_T) of sequences that are packed one behind another: the places of the first tokens with their past, and for every
-    token which of them it equals, or None where that saves less than a tenth. [[5, 6, 7], [5, 6, 8]] -> [0, 1, 2, 5], [0, 1, 2, 0, 1, 3]."""
-    starts = np.cumsum([0, *map(len, sequences)])
-    copy_T, order = np.arange(starts[-1]), sorted(range(len(sequences)), key=lambda i: (sequences[i], i))
-    for a, b in zip(order, order[1:]):  # sorted: nobody has a longer prefix in common with b than the one before it
-        pairs = enumerate(zip(sequences[a], sequences[b]))
-        length = next((i for i, (x, y) in pairs if x != y), min(len(sequences[a]), len(sequences[b])))
-        copy_T[starts[b] : starts[b] + length] = copy_T[starts[a] : starts[a] + length]
-    first_U, copy_T = np.unique(copy_T, return_inverse=True)
-    return (torch.from_numpy(first_U).to(device), torch.from_numpy(copy_T).to(device)) if len(first_U) < 0.9 * len(copy_T) else None
-
-
-def pack_rollouts(rollouts, device):
-    """One micro-batch: [p1 c1 p2 c2 ...] flat, with the offsets of the sequences and the positions of completion tokens."""
-    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    index = [np.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, cu_seqlens[1:], strict=True)]
-    advantages_T, sampler_logprobs_T, teacher_logprobs_T = np.zeros((3, cu_seqlens[-1]), np.float32)
-    for r, where in zip(rollouts, index, strict=True):
-        advantages_T[where], sampler_logprobs_T[where], teacher_logprobs_T[where] = r.advantage, r.sampler_logprobs, r.teacher_logprobs or 0.0
-    tensor = lambda x, dtype=None: torch.as_tensor(x, dtype=dtype).to(device)
-    return {
-        "input_ids_T": tensor(np.concatenate([r.prompt_ids + r.completion_ids for r in rollouts])),
-        "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
-        "shared": shared_prefixes([r.prompt_ids + r.completion_ids for r in rollouts], device),
-        "advantages_T": tensor(advantages_T), "sampler_logprobs_T": tensor(sampler_logprobs_T), "teacher_logprobs_T": tensor(teacher_logprobs_T),
-    }  # fmt: skip
-
-
-# ---- Decontamination -------------------------------------------------------------------------------------------------
-ASKED = ("problem", "question", "prompt", "messages", "conversation", "input", "description", "problem_statement", "original_prompt")
-
-
-def ngrams(row, n):
-    """{n words in a row, lower-case, without punctuation} of what a row asks, answers left out; a shorter text is one gram by itself."""
-    nested = row.get("responses_create_params")
-    texts = [v for k, v in {**row, **(nested if isinstance(nested, dict) else {})}.items() if k in ASKED]
-    turns = [m for v in texts if isinstance(v, list) for m in v if isinstance(m, dict) and m.get("role") == "user"]
-    grams = set()
-    for text in [v for v in texts if isinstance(v, str)] + [m["content"] for m in turns if isinstance(m.get("content"), str)]:
-        words = re.findall(r"\w+", text.lower())
-        grams |= {" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))} if words else set()
-    return grams
-
-
-def decontaminate(rows, held_out, n=9, template=10):
-    """Yields (where, row, gram): gram is "" or n words that the row shares with a held-out row. Grams of more than `template` held-out
-    rows are the wording around the problems, and no match."""
-    counts = collections.Counter(gram for _, row in held_out for gram in ngrams(row, n))
-    known = {gram for gram, rows_with_it in counts.items() if rows_with_it <= template}
-    for where, row in rows:
-        yield where, row, min(ngrams(row, n) & known, default="")
-
-
-@dataclasses.dataclass
-class Decontamination:
-    data: str = ""  # training set, of any size: it is streamed
-    eval_data: str = ""  # held-out sets, joined by commas
-    out: str = ""  # .jsonl of the rows that are left
-    n: int = 9  # words in a row; paper 3.2 and 4.5.1
-
-
-def write_decontaminated(cfg):
-    """Writes the rows of cfg.data that share no n-gram with cfg.eval_data, and prints how many did, with the first of them."""
-    held_out, shared, total = read_rows(cfg.eval_data), [], 0
-    rows = ((where, row) for file in data_files(cfg.data) for where, row, _ in read_file(file))
-    with open(cfg.out + ".tmp", "w") as f:
-        for total, (where, row, gram) in enumerate(decontaminate(rows, held_out, cfg.n), 1):
-            if gram:
-                shared.append((where, gram))
-            else:
-                f.write(json.dumps(row) + "\n")
-    os.rename(cfg.out + ".tmp", cfg.out)
-    first = f' (first: {shared[0][0]}, "{shared[0][1]}")' if shared else ""
-    print0(f"data {cfg.data}: removed {len(shared)} of {total} rows that share {cfg.n} words in a row with one of {len(held_out)} held-out rows{first}")
-
-
-if __name__ == "__main__":
-    write_decontaminated(parse_config(Decontamination))

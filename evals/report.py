@@ -1,6 +1,6 @@
 """The report of a run: report.html (one file, opens anywhere, asks no network), report.md, matrix.png and the curves.
 
-    python report.py --run=out/toy
+    python -m evals.report --run=out/toy
 
 Everything comes from what the run left in its folder: results.jsonl (scores), samples/ (completions and verdicts), and each
 stage's metrics.jsonl and run.json. The page itself is report_template.html; only its data is written here.
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import common
-import evaluate
-from checkpoint import git_hash
-from evaluate import OWN, STAGES, base_of
+from evals.plots import draw_matrix
+from evals.results import OWN, STAGES, TASK_ORDER, base_of, broken_gates, columns_of, read_results
+from lib.checkpoint import git_hash
+from lib.flags import parse_config
 
 
 @dataclass
@@ -82,7 +82,7 @@ def read_rollouts(folder, stages, cfg):
                 text = text if len(text) <= cfg.characters else f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
                 keep = ("problem", "sample", "score", "reward", "status", "tokens", "finish_reason")
                 shown.append({"stage": stage, "set": f"{task}, {mode}", "prompt": r["prompt"][-cfg.characters :], "text": text, **{k: r[k] for k in keep}})
-    order = list(dict.fromkeys(f"{task}, {mode}" for task in evaluate.TASKS for mode in ("think", "no_think")))
+    order = list(dict.fromkeys(f"{task}, {mode}" for task in TASK_ORDER for mode in ("think", "no_think")))
     return sorted(shown, key=lambda r: (order.index(r["set"]), r["problem"], stages.index(r["stage"]), r["sample"]))
 
 
@@ -103,8 +103,8 @@ def span(seconds):
 
 def gather(cfg):
     """Everything the page shows, as plain JSON."""
-    cells, stages = evaluate.read_results(cfg.run, "run")
-    columns = evaluate.columns_of(cells, stages)
+    cells, stages = read_results(cfg.run, "run")
+    columns = columns_of(cells, stages)
     order = lambda path: (STAGES.index(base_of(os.path.basename(path))), os.path.basename(path))
     folders = [p for p in glob.glob(os.path.join(cfg.run, "*")) if os.path.isdir(p) and base_of(os.path.basename(p)) in STAGES]
     runs = [run for run in (read_stage(p, cfg) for p in sorted(folders, key=order)) if run]
@@ -116,9 +116,9 @@ def gather(cfg):
     return {
         "name": os.path.basename(os.path.normpath(cfg.run)), "subtitle": f"{' > '.join(stages)}, measured {day}", "tiles": tiles,
         "stages": stages, "columns": columns, "cells": measured, "own": OWN, "decodings": [d for d in ("sampled", "greedy") if any(c["decoding"] == d for c in measured)],
-        "gates": [text for _, text in evaluate.broken_gates(cells, stages)], "runs": runs, "rollouts": read_rollouts(cfg.run, stages, cfg),
+        "gates": [text for _, text in broken_gates(cells, stages)], "runs": runs, "rollouts": read_rollouts(cfg.run, stages, cfg),
         "metrics": [m for m in CURVES.values() if any(m in r["curves"] for r in runs)], "versions": versions(),
-        "footer": f"Written by report.py at commit {git_hash()[:10]}.",
+        "footer": f"Written by evals/report.py at commit {git_hash()[:10]}.",
     }  # fmt: skip
 
 
@@ -162,76 +162,9 @@ def write_md(data, path):
         f.write("\n\n".join(text) + "\n")
 
 
-# ---- 3. Plots --------------------------------------------------------------------------------------------------------
-def plot_run(folder, cells, stages, columns):
-    """matrix.png and one curves_<stage>.png a stage, for the README and other places without a browser."""
-    plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns)
-    for s in stages[1:]:
-        if os.path.exists(metrics := os.path.join(folder, s, "metrics.jsonl")):
-            plot_curves(metrics, os.path.join(folder, f"curves_{s}.png"), s)
-
-
-def plot_matrix(path, cells, stages, columns, title="held-out score after each stage, %, with its 95% interval (sampled)", own={s: (task,) for s, task in OWN.items()}):
-    """An outline marks what a stage teaches, an arrow the change against the stage above, bold where the intervals do not overlap."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LinearSegmentedColormap
-
-    figure, axis = plt.subplots(figsize=(1.35 * len(columns) + 1.3, 0.72 * len(stages) + 1.2))
-    teal = LinearSegmentedColormap.from_list("teal", ["#f1f7f5", "#8fc7bd", "#2f8f84", "#0b5d56"])
-    for y, s in enumerate(stages):
-        for x, (task, mode) in enumerate(columns):
-            if not (r := cells.get((s, task, mode, "sampled"))):
-                continue
-            before, taught = cells.get((stages[y - 1], task, mode, "sampled")) if y else None, task in own.get(base_of(s), ())
-            axis.add_patch(plt.Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=teal(r["score"]), edgecolor="#c2570c" if taught else "none", linewidth=2.2))
-            change = r["score"] - before["score"] if before else 0.0
-            how = dict(ha="center", va="center", color="white" if r["score"] > 0.55 else "#16302c")
-            axis.text(x, y - 0.13, f"{100 * r['score']:.1f}", fontsize=12.5, fontweight="bold", **how)
-            band = f"\u00b1{50 * (r['high'] - r['low']):.1f}  " if "low" in r else ""
-            sure = bool(band and before) and (r["low"] > before["high"] or r["high"] < before["low"])
-            arrow = ("\u25bc", "\u25b2")[change > 0] + f"{abs(100 * change):.1f}" if abs(change) >= 0.0005 else ""
-            axis.text(x, y + 0.24, band + arrow, fontsize=8, fontweight="bold" if sure else "normal", **how)
-    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(stages) - 0.5, -0.5))
-    axis.set_xticks(range(len(columns)), [f"{t}\n{m}" if m else t for t, m in columns])
-    axis.set_yticks(range(len(stages)), stages)
-    axis.xaxis.tick_top()
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.text(0.5, 0.015, f"{title}; outlined: the skill a stage teaches", ha="center", fontsize=9, color="#555555")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_curves(metrics_path, path, stage):
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in open(metrics_path)]
-    rows = [r | {"reward": r.get("reward/rm_score", r["reward"])} for r in rows]  # rlhf: the raw score, whatever the shaping
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
-    for axis, (key, title) in zip(axes, (("reward", "reward"), ("len", "completion tokens"), ("trunc", "share truncated"), ("entropy", "entropy, nats/token"))):
-        steps, values = [r["step"] for r in rows], [r[key] for r in rows]
-        window = max(len(values) // 20, 1)
-        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
-        axis.plot(steps, [np.mean(values[max(0, i - window) : i + 1]) for i in range(len(values))], color="tab:blue", label="training")
-        if key == "reward" and any("eval" in r for r in rows):
-            held_out = [(r["step"], r["eval"]) for r in rows if "eval" in r]
-            axis.plot(*zip(*held_out), "o-", color="tab:red", markersize=3, label="held-out (dev)")
-            axis.legend(fontsize=8)
-        axis.set_title(f"{stage}: {title}", fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-# ---- 4. main ---------------------------------------------------------------------------------------------------------
+# ---- 3. main ---------------------------------------------------------------------------------------------------------
 def main(cfg):
-    evaluate.draw_matrix(cfg.run)
+    draw_matrix(cfg.run)
     data = gather(cfg)
     write_html(data, os.path.join(cfg.run, "report.html"))
     write_md(data, os.path.join(cfg.run, "report.md"))
@@ -239,5 +172,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    main(common.parse_config(Config))
+    main(parse_config(Config))

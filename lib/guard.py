@@ -21,7 +21,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,8 +56,10 @@ def file_trouble(kind, error, trace):
 
 # ---- What broke ------------------------------------------------------------------------------------------------------
 def ours(walk):
-    """The frames of this repository's scripts in what a traceback.walk_... function gives."""
-    return [f for f, _ in walk if os.path.normpath(os.path.dirname(f.f_code.co_filename)) == HERE]
+    """The frames of this repository's scripts, and of the script that runs, in what a traceback.walk_... function gives."""
+    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))
+    below = lambda path: path.startswith(ROOT + os.sep) and "site-packages" not in path
+    return [f for f, _ in walk if below(os.path.abspath(f.f_code.co_filename)) or os.path.abspath(f.f_code.co_filename) == script]
 
 
 def where(frames):
