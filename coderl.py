@@ -46,12 +46,14 @@ from verifiers.language import language_ok
 from verifiers.pool import in_background
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config:
-    init_from: str = "out/mathrl/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    init_from: str = "out/mathrl/final"
     out_dir: str = "out/coderl"
-    data: str = "nvidia/Nemotron-RL-coding-competitive_coding"  # hub id, folder, parquet, .json or .jsonl
+    # hub id, folder, parquet, .json or .jsonl
+    data: str = "nvidia/Nemotron-RL-coding-competitive_coding"
     eval_data: str = ""  # same schemas; "": no held-out metric
     engine: str = "auto"  # rollouts: auto, torch or vllm
     prompts_per_step: int = 128  # over all ranks; paper T19
@@ -64,11 +66,14 @@ class Config:
     top_p: float = 0.95  # sampler only (gap G4); paper T19
     top_k: int = 0  # sampler only; 0: off
     overlong_filter: bool = False  # truncated completions earn 0; paper 4.6.2
-    max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
-    test_seconds: float = 6.0  # CPU time of one test [dev 3], a problem's own limit if that is longer; LiveCodeBench's default
+    # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
+    max_refill_rounds: int = 0
+    # CPU time of one test [dev 3], a problem's own limit if that is longer; LiveCodeBench's default
+    test_seconds: float = 6.0
     memory_mb: int = 4096  # of one test
     lr: float = 4e-6  # AdamW; paper T19
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    final_lr: float = 1.0
     warmup_steps: int = 0  # linear
     beta1: float = 0.9  # paper T19
     beta2: float = 0.95  # paper T19
@@ -76,21 +81,29 @@ class Config:
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
-    importance_limit: float = 0.0  # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all weigh 1
+    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
+    # weigh 1
+    importance_limit: float = 0.0
     micro_batch_tokens: int = 65536  # tokens of one packed forward pass on one rank
     reward_workers: int = 64  # programs in flight per rank; the sandbox runs two per core at a time
-    max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
+    # the run stops when a larger share of a step's rewards are infrastructure failures
+    max_infra: float = 0.02
     eval_every: int = 10  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps
-    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
-    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
+    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
+    # in host memory; replicate: whole
+    shard: str = "full"
+    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
+    # and says where
+    phase_timeout: float = 7200.0
     sample_every: int = 10  # steps between printed samples
     seed: int = 0
 
 
-# ---- 2. Data ---------------------------------------------------------------------------------------------------------
-FORMAT = "Please place the solution code in the following format:\n```python\n# Your solution code here\n```"  # AceReason's
+# ---- 2. Data -------------------------------------------------------------------------------------
+# AceReason's
+FORMAT = "Please place the solution code in the following format:\n```python\n# Your solution code here\n```"
 PLAIN = "{problem}\n\nWrite Python code to solve the problem. " + FORMAT
 HEADER = "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\n" + FORMAT
 INTERACTIVE = re.compile(r"this is an interactive (problem|task)|interactor|flush the output", re.I)
@@ -99,7 +112,7 @@ ANY_ANSWER = re.compile(r"(any|multiple|several|more than one) (\w+ )?(valid |co
     r"|possible|such)|(?=[.,;:)\n]|$))|(multiple|several|many) [^.\n]{0,60}(print|output|return) (any|one)\b|order [^.\n]{0,30}(does not|doesn't"
     r"|arbitrary)|(print|output|return)(ed)?\b(?! the (n\w+|m\w+|total|sum|cost|score|largest|smallest) )[^.:\n]{0,60} in (any|arbitrary) order"
     r"|(absolute|relative) error [^.\n]{0,40}(exceed|at most|less|within|more than|greater)|\berror (of (up|at|less|no|10|1e|\$)|less|greater)"
-    r"|(within|at most|up to) [^.\n]{0,25}(error|absolute|relative)", re.I | re.S)  # fmt: skip
+    r"|(within|at most|up to) [^.\n]{0,25}(error|absolute|relative)", re.I | re.S)
 
 
 def loads(text):
@@ -115,8 +128,10 @@ def loads(text):
 
 def normal_tests(row):
     """{"inputs": [str], "outputs": [str], "fn_name", "time_limit"} from any of the six schemas [dev 1]; a call's input is one JSON value per line."""
-    holders = [row[name] for name in ("verifier_metadata", "responses_create_params") if isinstance(row.get(name), dict)]  # Nemotron, new and old
-    fields = ("unit_tests", "tests", "verification_info", "input_output", "official_tests")  # DeepCoder; PrimeIntellect; TACO and APPS; codeforces
+    # Nemotron, new and old
+    holders = [row[name] for name in ("verifier_metadata", "responses_create_params") if isinstance(row.get(name), dict)]
+    # DeepCoder; PrimeIntellect; TACO and APPS; codeforces
+    fields = ("unit_tests", "tests", "verification_info", "input_output", "official_tests")
     tests = next(filter(None, [holder.get("unit_tests") for holder in holders] + [row.get(name) for name in fields]), None)
     if not tests:
         raise BadRow("no tests")
@@ -147,7 +162,8 @@ def normal_tests(row):
     last = dict(zip(inputs, outputs))
     if any(y != last[x] and not same_output(y, last[x]) for x, y in zip(inputs, outputs)):
         raise BadRow("two outputs for one input")
-    seconds = re.match(r"\d+(\.\d+)?", str(row.get("time_limit") or ""))  # a number, or TACO's "2.0 seconds"
+    # a number, or TACO's "2.0 seconds"
+    seconds = re.match(r"\d+(\.\d+)?", str(row.get("time_limit") or ""))
     return {"inputs": inputs, "outputs": outputs, "fn_name": name, "time_limit": float(seconds[0]) if seconds else None}
 
 
@@ -200,7 +216,7 @@ def select_rows(rows, epoch, history, cfg):
     return list(range(len(rows)))
 
 
-# ---- 3. Reward -------------------------------------------------------------------------------------------------------
+# ---- 3. Reward -----------------------------------------------------------------------------------
 BLOCK = re.compile(r"```(?:python3?|py)[^\S\n]*\n(.*?)```", re.S | re.I)
 
 
@@ -214,7 +230,8 @@ def same_output(got, expected):
     """LiveCodeBench's rule for programs: equal stripped lines, each as text or as a list of exact decimals."""
     got, expected = ([line.strip() for line in text.strip().split("\n")] for text in (got, expected))
     decimals = lambda line: [decimal.Decimal(x) for x in line.split()]
-    alike = lambda a, b: a == b or len(a) < 2 * len(b) + 1000 and decimals(a) == decimals(b)  # no decimals of a flood
+    # no decimals of a flood
+    alike = lambda a, b: a == b or len(a) < 2 * len(b) + 1000 and decimals(a) == decimals(b)
     try:
         return len(got) == len(expected) and all(map(alike, got, expected))
     except decimal.InvalidOperation:
@@ -282,7 +299,8 @@ def judge(rollout, cfg):
 
 def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its tests in the background, collect(rollouts) sets the rewards."""
-    sandbox.run("pass")  # starts the zygote, and announces a host without namespaces, before there is a model
+    # starts the zygote, and announces a host without namespaces, before there is a model
+    sandbox.run("pass")
     return in_background(ThreadPoolExecutor(cfg.reward_workers), lambda r: judge(r, cfg), ("reward", "status", "passed"))
 
 
@@ -311,21 +329,21 @@ def self_test(rows, cfg):
             fail(f"sandbox self test: the expected outputs earn {right} and spoiled ones {spoiled}, not 1 and 0, for {row['messages'][-1]['content'][:80]!r}.")
     solved = [reward(fence(row["solution"]), row["tests"]) for row in sample if row["solution"]]
     print0(f"self test: {len(sample)} rows graded right, {sum(solved)} of {len(solved)} reference solutions pass"
-           + ("" if solved else " (no row has one: whether the tests themselves are right was not checked)"))  # fmt: skip
+           + ("" if solved else " (no row has one: whether the tests themselves are right was not checked)"))
     if solved and sum(solved) < len(solved) / 2:
         fail(f"sandbox self test: only {sum(solved)} of {len(solved)} reference solutions pass their own tests.")
 
 
-# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+# ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
     """Whether one held-out rollout passes all tests; the mean over samples is the pass@1 of the paper."""
     return float(rollout.reward == 1)
 
 
-# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+# ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 
-# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# ---- 5. GRPO -------------------------------------------------------------------------------------
 # T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
@@ -337,7 +355,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
                          seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
         with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
             engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
@@ -349,9 +367,11 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         sampled = sampled or fresh
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
         if refill == cfg.max_refill_rounds or not all_reduce({"n": missing}, "max")["n"]:
-            break  # all ranks stop in the same round: a reward hook may hold collectives
+            # all ranks stop in the same round: a reward hook may hold collectives
+            break
         mine, spare = spare[:missing], spare[missing:]
-    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
+    # nothing to learn from: an idle batch
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled
 
 
 def compute_advantages(rollouts, cfg):
@@ -364,7 +384,8 @@ def compute_advantages(rollouts, cfg):
             assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
             r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
         rewards = [r.reward for r in group if r.trained]
-        even = len(rewards) < 2 or max(rewards) == min(rewards)  # by comparison: a std of 1e-17 is not a signal
+        # by comparison: a std of 1e-17 is not a signal
+        even = len(rewards) < 2 or max(rewards) == min(rewards)
         mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
         for r in group:
             r.trained = r.trained and len(rewards) > 1
@@ -374,7 +395,8 @@ def compute_advantages(rollouts, cfg):
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
     completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
-    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
+    # exactly 1: one update a batch (4.1.2)
+    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     weights_M = importance(old_logprobs_T, batch, cfg)
@@ -395,7 +417,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     in_loss = [r for r in rollouts if r.trained]
     counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
     batches = collate(balance(rollouts, world), cfg, device)
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    # every rank runs equally many: collectives must match
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])
     idle = most - len(batches)
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -403,7 +426,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
-        (loss * world * (i < most - idle)).backward()  # ranks are averaged, the denominator is global; idle batches weigh 0
+        # ranks are averaged, the denominator is global; idle batches weigh 0
+        (loss * world * (i < most - idle)).backward()
         if i < most - idle:
             sums["loss"] += loss.item()
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
@@ -430,13 +454,14 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     return sums["score"] / max(sums["n"], 1)
 
 
-# ---- 6. main ---------------------------------------------------------------------------------------------------------
+# ---- 6. main -------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
     if cfg.prompts_per_step % world:
         fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
-    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    # first of all: its workers are forked while this process is still small
+    reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
     self_test(rows, cfg)
@@ -454,7 +479,7 @@ def main(cfg):
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()

@@ -37,15 +37,19 @@ class Rollout:
     seed: int  # request_seed(run, step, prompt, sample)
     greedy: bool = False  # the best token each time, whatever the temperature of the others
     completion_ids: list = field(default_factory=list)  # the stop token included when there is one
-    sampler_logprobs: list = field(default_factory=list)  # under softmax(logits / temperature), whole vocabulary (vLLM: see there)
+    # under softmax(logits / temperature), whole vocabulary (vLLM: see there)
+    sampler_logprobs: list = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
     text: str = ""  # decoded completion, thinking included, stop token left out
     reward: float = float("nan")
-    teacher_logprobs: list = field(default_factory=list)  # mopd: of the completion, under its domain's teacher
-    score: float = float("nan")  # rlhf: the reward before shaping, that is the reward model's number or a floor
+    # mopd: of the completion, under its domain's teacher
+    teacher_logprobs: list = field(default_factory=list)
+    # rlhf: the reward before shaping, that is the reward model's number or a floor
+    score: float = float("nan")
     pending: object = None  # the verdict under way, a future
     verify_s: float = 0.0  # seconds that a verifier worker spent on it
-    status: str = ""  # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)
+    # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)
+    status: str = ""
     advantage: float = 0.0
     trained: bool = True  # False: left out of the loss, its denominator and the group statistics
 
@@ -77,7 +81,8 @@ def whole_parameters(model):
     """(name, tensor) of every parameter, whole and in compute precision. FSDP2 gathers them group by group: one collective for a
     layer, and no rank ever holds more than a layer and the root. A tensor is valid until the next one is asked for."""
     groups = [(name, module) for name, module in model.named_modules() if hasattr(module, "unshard")]
-    for prefix, module in groups[1:] + groups[:1]:  # the root last: what is still sharded then belongs to a layer and has been seen
+    # the root last: what is still sharded then belongs to a layer and has been seen
+    for prefix, module in groups[1:] + groups[:1]:
         module.unshard()
         yield from ((name, p.detach()) for name, p in module.named_parameters(prefix) if not hasattr(p, "full_tensor"))
         module.reshard()
@@ -103,7 +108,7 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
     gap = (logprobs_T[tensor(index_M)] - sampled_M).abs().mean().item()
     if not gap < (limit := 0.05 if logprobs_T.is_cuda else 1e-3):
         raise RuntimeError(f"weight sync {engine.syncs}: the engine's log-probs are {gap:.1e} a token off the trainer's (limit {limit}): "
-                           "it does not sample from the policy that is trained")  # fmt: skip
+                           "it does not sample from the policy that is trained")
     engine.syncs += 1
     return gap
 
@@ -121,7 +126,8 @@ class Replay:
             return self.function(*inputs)
         if self.graph is None:
             self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads (NCCL's) may ask the device something
+            # other threads (NCCL's) may ask the device something
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.output = self.function(*self.inputs)
         for mine, x in zip(self.inputs, inputs, strict=True):
             mine.copy_(x)
@@ -133,13 +139,16 @@ class TorchEngine:
     """The built-in sampler. Where the trained weights are whole (one process or --shard=replicate, on CPUs) it decodes with the trained
     module itself; beside sharded ones it keeps a whole replica that sync() refreshes and compares with the trainer."""
 
-    room = staticmethod(lambda slots, left: min(max(16, slots // 8), left))  # empty slots for a full cache, where `left` tokens may follow
+    # empty slots for a full cache, where `left` tokens may follow
+    room = staticmethod(lambda slots, left: min(max(16, slots // 8), left))
 
     def __init__(self, model, tokenizer, max_rows=0):
-        self.tokenizer, self.stops, self.max_rows = tokenizer, stop_ids(tokenizer), max_rows  # rows decoded at once; 0: as many as fit
+        # rows decoded at once; 0: as many as fit
+        self.tokenizer, self.stops, self.max_rows = tokenizer, stop_ids(tokenizer), max_rows
         self.sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
         self.model, self.syncs, device = model, 0, compute_device(model)
-        self.shrink_at = 0.85 if device.type == "cuda" else 0.95  # share of the rows left when the others leave: on GPUs a new graph each time
+        # share of the rows left when the others leave: on GPUs a new graph each time
+        self.shrink_at = 0.85 if device.type == "cuda" else 0.95
         if self.sharded:
             with torch.device("meta"):
                 replica = type(model)(model.config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -166,7 +175,8 @@ class TorchEngine:
         was_checkpointing, self.model.gradient_checkpointing = self.model.gradient_checkpointing, False
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
         wave = self.max_rows or self._rows_that_fit(max(len(r.prompt_ids) for r in rollouts) + max_new_tokens) if rollouts else 1
-        waves = -(-len(rollouts) // wave)  # of equal size: a small last one would take as many steps
+        # of equal size: a small last one would take as many steps
+        waves = -(-len(rollouts) // wave)
         for i in range(waves):
             self._generate_wave(rollouts[len(rollouts) * i // waves : len(rollouts) * (i + 1) // waves], max_new_tokens, sampling, on_finished)
         self.model.gradient_checkpointing = was_checkpointing
@@ -180,19 +190,23 @@ class TorchEngine:
 
     def _generate_wave(self, rollouts, max_new_tokens, sampling, on_finished):
         device = self.model.model.embed_tokens.weight.device
-        K = 1 if device.type == "cuda" else self.model.config.num_key_value_heads  # of the bias, which no kernel reads
+        # of the bias, which no kernel reads
+        K = 1 if device.type == "cuda" else self.model.config.num_key_value_heads
         position_B = torch.tensor([len(r.prompt_ids) for r in rollouts], device=device)
-        width = int(position_B.max())  # prompts are right-aligned, so that every row writes the same slot
+        # prompts are right-aligned, so that every row writes the same slot
+        width = int(position_B.max())
         slots = width + self.room(width, max_new_tokens)
         logits_BV, cache = self._prefill(rollouts, width, slots, device)
         bias_BKS, slot_1, decode = slot_bias(width - position_B, width, slots, K), torch.tensor([width], device=device), None
-        alive, running = list(range(len(rollouts))), list(enumerate(rollouts))  # rollouts of the batch's rows; (row, rollout) that goes on
+        # rollouts of the batch's rows; (row, rollout) that goes on
+        alive, running = list(range(len(rollouts))), list(enumerate(rollouts))
         uniform_SB = torch.from_numpy(uniforms([r.seed for r in rollouts], 0, max_new_tokens).T.astype(np.float32, "C")).to(device)
         greedy, drawn = [b for b, r in running if r.greedy], []
         for step in range(max_new_tokens):
             token_B, logprob_B = sample_tokens(logits_BV, uniform_SB[step], **sampling)
             if greedy:
-                token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], logprob_B[greedy], temperature=0.0)  # any number will do
+                # any number will do
+                token_B[greedy], logprob_B[greedy] = sample_tokens(logits_BV[greedy], logprob_B[greedy], temperature=0.0)
             drawn.append((alive, logprob_B))
             tokens = token_B.tolist()  # the one thing in most steps that waits for a GPU
             for b, rollout in running:
@@ -202,7 +216,8 @@ class TorchEngine:
             running = [(b, r) for b, r in running if not r.finish_reason]
             if not running:
                 break
-            # Those that have ended decode along until enough have. Then the last rows take their places: of the caches no other row is copied.
+            # Those that have ended decode along until enough have. Then the last rows take their
+            # places: of the caches no other row is copied.
             if (left := len(running)) <= self.shrink_at * len(alive):
                 into, late = sorted(set(range(left)) - {b for b, _ in running}), [b for b, _ in running if b >= left]
                 moves = dict(zip(into, late, strict=True))
@@ -213,7 +228,8 @@ class TorchEngine:
                 token_B, position_B, bias_BKS, uniform_SB = keep(token_B), keep(position_B), keep(bias_BKS), keep(uniform_SB, 1)
                 cache, decode = [tuple(map(keep, layer)) for layer in cache], None
             slot = width + step
-            if slot == slots:  # it grows as it fills: a cache with few empty slots is read fastest
+            # it grows as it fills: a cache with few empty slots is read fastest
+            if slot == slots:
                 slots += self.room(slot, max_new_tokens - step)
                 for i, layer in enumerate(cache):
                     cache[i] = tuple(torch.cat((t, t.new_zeros(*t.shape[:2], slots - slot, t.shape[3])), 2) for t in layer)
@@ -257,7 +273,8 @@ class TorchEngine:
     def _decode(self, token_B, position_B, slot_1, cache, bias_BKS):
         """One token a row: write its key and value at the slot, attend to the row's slots up to it, return logits [B, V]."""
         start_B, length_1 = slot_1 - position_B, slot_1 + 1
-        slot = None if slot_1.is_cuda else slot_1.item()  # where a graph runs, it has to find the slot on the device
+        # where a graph runs, it has to find the slot on the device
+        slot = None if slot_1.is_cuda else slot_1.item()
 
         def attend(layer, q_BNH, k_BKH, v_BKH):
             for t_BKSH, new_BKH in zip(cache[layer], (k_BKH, v_BKH)):
@@ -281,28 +298,32 @@ class VLLMEngine:
     cannot go unnoticed. On GPUs it sleeps while the trainer works (level 1: weights in host memory, no KV cache)."""
 
     def __init__(self, model, tokenizer, max_rows=256):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, whose parameters it is given
+        # in this process, whose parameters it is given
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ)
         from vllm import EngineArgs, LLMEngine
 
         self.tokenizer, self.stops, self.syncs = tokenizer, stop_ids(tokenizer), 0
         self.on_gpu = compute_device(model).type == "cuda"
-        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32  # the trainer's compute precision
+        # the trainer's compute precision
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         place = dict(enable_sleep_mode=True, gpu_memory_utilization=gpu_share(model), max_model_len=model.max_positions())
         if not self.on_gpu:
             from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
             if model.config.head_dim not in (widths := CPUAttentionBackend.get_supported_head_sizes()):
                 fail(f"--engine=vllm: vLLM on CPUs has no attention for head_dim={model.config.head_dim} (it has {widths}).")
-            # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows. A prompt cut in two would rewind its generator, which CPU ones cannot.
+            # -1: as long as VLLM_CPU_KVCACHE_SPACE (GiB) allows. A prompt cut in two would rewind
+            # its generator, which CPU ones cannot.
             place = dict(enforce_eager=True, max_model_len=-1, enable_chunked_prefill=False)
-        with tempfile.TemporaryDirectory() as folder:  # vLLM reads the architecture from a file; weights never touch the disk
+        # vLLM reads the architecture from a file; weights never touch the disk
+        with tempfile.TemporaryDirectory() as folder:
             with open(os.path.join(folder, "config.json"), "w") as f:
                 json.dump(hf_config(model.config), f)
             self.llm = LLMEngine.from_engine_args(EngineArgs(
                 model=folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=str(self.dtype)[6:],
                 max_num_seqs=max_rows, logprobs_mode="processed_logprobs", disable_log_stats=True,
-                distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni", **place))  # fmt: skip
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni", **place))
         self.sync(model)
 
     def _sleep(self, asleep):
@@ -320,7 +341,8 @@ class VLLMEngine:
             nonlocal moved
             for name, p in whole_parameters(model):
                 moved += p.numel() * self.dtype.itemsize
-                yield name, p.to(self.dtype, copy=True)  # vLLM may keep a tensor until its whole layer has arrived
+                # vLLM may keep a tensor until its whole layer has arrived
+                yield name, p.to(self.dtype, copy=True)
 
         missed = self.llm.collective_rpc(write_weights, args=(tensors(),))[0]
         if missed or not self.llm.reset_prefix_cache():
@@ -364,7 +386,8 @@ def write_weights(worker, tensors):
     if worker.device.type == "cpu" and engine_model.config.tie_word_embeddings:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-        dispatch_cpu_unquantized_gemm(engine_model.lm_head, remove_weight=False)  # vLLM packs a tied head once and never again
+        # vLLM packs a tied head once and never again
+        dispatch_cpu_unquantized_gemm(engine_model.lm_head, remove_weight=False)
     return sorted(wanted - written)
 
 

@@ -40,17 +40,23 @@ from model import Qwen3, load_tokenizer, render_chat
 class Config:
     model: str = ""  # checkpoint folder
     tasks: str = "all-toy"  # comma-separated names of TASKS
-    data: str = "out/toy/data"  # folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json, .parquet; else the hub is asked
+    # folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json, .parquet; else the hub is asked
+    data: str = "out/toy/data"
     split: str = "test"  # toy only: test is for reporting, dev for tuning
     stage: str = ""  # row label; "": the model's folder name
-    results: str = ""  # JSONL file that one line a cell is appended to; finished samples are kept in samples/ beside it
-    judge: str = ""  # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY); lcb_pro: of its judge
+    # JSONL file that one line a cell is appended to; finished samples are kept in samples/ beside
+    # it
+    results: str = ""
+    # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY); lcb_pro: of its
+    # judge
+    judge: str = ""
     judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
     verifier_python: str = ""  # bfcl, swebench: python of the environment that has their package
     repos: str = ""  # swebench: folder of git clones named owner__name
     engine: str = "auto"  # auto, torch or vllm
     modes: str = ""  # think, no_think or think,no_think; "": the task's own
-    samples: int = 0  # completions per problem of the sampled score; 0: the task's protocol, as in the next four
+    # completions per problem of the sampled score; 0: the task's protocol, as in the next four
+    samples: int = 0
     temperature: float = -1.0  # -1: the task's protocol
     top_p: float = 0.0
     max_new_tokens: int = 0
@@ -60,12 +66,14 @@ class Config:
     label_seed: int = 0  # seed of the training run, written into the results
     matrix: str = ""  # run folder: print its matrix, write matrix.png and one plot a stage
     gates: str = ""  # run folder: check the gates of its results.jsonl, of one stage with --stage
-    keep_best: str = ""  # stage folder: make the best of its checkpoints in candidates.jsonl its final one
-    same_compute: str = ""  # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run
+    # stage folder: make the best of its checkpoints in candidates.jsonl its final one
+    keep_best: str = ""
+    # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run
+    same_compute: str = ""
     chat: bool = False  # talk to the model in the terminal
 
 
-# ---- 1. Tasks --------------------------------------------------------------------------------------------------------
+# ---- 1. Tasks ------------------------------------------------------------------------------------
 def task(load, modes=("think",), hub="", samples=3, max_new_tokens=96, temperature=1.0, top_p=1.0, rope_factor=0.0, greedy=True):
     """One row of TASKS: load(path, outside) -> rows, (submit, collect), metric; where the rows come from; the protocol."""
     return dict(locals())
@@ -106,7 +114,7 @@ TASKS = {
 TASKS |= {name: task(**row) for name, row in BENCHMARKS.items()}
 
 
-# ---- 2. Scores -------------------------------------------------------------------------------------------------------
+# ---- 2. Scores -----------------------------------------------------------------------------------
 def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
     """(mean, low, high): 95% bootstrap over problems of the (weighted) mean of their scores."""
     scores_PG = np.asarray(scores_PG, dtype=np.float64)
@@ -163,7 +171,7 @@ def as_line(r):
     """One JSON line of a completion; the verdict is there once it has been given."""
     verdict = {"score": r.metric, "weight": r.weight, "reward": r.reward, "status": r.status} if r.metric is not None else {}
     return json.dumps({"key": r.key, "problem": r.group, "sample": r.sample, "prompt": r.row["messages"][-1]["content"], "text": r.text,
-                       "finish_reason": r.finish_reason, "tokens": r.num_tokens, **verdict}) + "\n"  # fmt: skip
+                       "finish_reason": r.finish_reason, "tokens": r.num_tokens, **verdict}) + "\n"
 
 
 def complete(engine, decodings, how, hook, metric, rank):
@@ -234,17 +242,17 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
             _, k, scores, weights_PG, tokens = zip(*sorted(x for part in all_gather(mine) for x in part))
             score, low, high = interval(np.reshape(scores, (len(rows), -1)), np.reshape(weights_PG, (len(rows), -1)))
             results.append({"stage": cfg.stage, "task": name, "mode": mode, "decoding": decoding, "score": score, "low": low, "high": high,
-                            "n": len(rows), "samples": max(k) + 1, "seed": cfg.label_seed, "split": cfg.split, "tokens": sum(tokens) / len(tokens)})  # fmt: skip
+                            "n": len(rows), "samples": max(k) + 1, "seed": cfg.label_seed, "split": cfg.split, "tokens": sum(tokens) / len(tokens)})
     return results
 
 
 def print_table(results):
     for r in results:
         print(f"{r['stage']:8s} {r['task']:5s} {r['mode']:9s} {r['decoding']:8s} {100 * r['score']:5.1f}  "
-              f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']} x {r['samples']}", flush=True)  # fmt: skip
+              f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']} x {r['samples']}", flush=True)
 
 
-# ---- 3. Chat ---------------------------------------------------------------------------------------------------------
+# ---- 3. Chat -------------------------------------------------------------------------------------
 def chat(model, engine, tokenizer, cfg):
     """Talk in the terminal. The reply appears while it is sampled; the mode is a flag of each user turn, as in training."""
     print("/think and /no_think switch the mode (at the end of a message: for that turn), /new forgets, ctrl-d leaves.")
@@ -266,20 +274,22 @@ def chat(model, engine, tokenizer, cfg):
                 messages = print(f"The conversation fills all {model.max_positions()} positions of this model: this is a new one.") or []
                 continue
             r = Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(cfg.seed, 2, time.time_ns()))
-            how = (0.6 if cfg.temperature < 0 else cfg.temperature, cfg.top_p or 0.95)  # what the paper evaluates with
+            # what the paper evaluates with
+            how = (0.6 if cfg.temperature < 0 else cfg.temperature, cfg.top_p or 0.95)
             sampling = threading.Thread(target=engine.generate, args=([r], room, *how), daemon=True)
             sampling.start()
             shown = 0
             while shown < len(r.text) or sampling.is_alive():
                 sampling.join(0.03)
-                now = r.text or tokenizer.decode(list(r.completion_ids)).rstrip("\ufffd")  # half a character waits for its other half
+                # half a character waits for its other half
+                now = r.text or tokenizer.decode(list(r.completion_ids)).rstrip("\ufffd")
                 print(now[shown:], end="", flush=True)
                 shown = len(now)
             print("" if r.finish_reason == "stop" else " [cut off]")
             messages.append({"role": "assistant", "content": r.text})
 
 
-# ---- 4. main ---------------------------------------------------------------------------------------------------------
+# ---- 4. main -------------------------------------------------------------------------------------
 def load(cfg, device, rope_factor):
     """(model, engine) of --model; YaRN where the task's protocol wants it."""
     with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
@@ -306,7 +316,8 @@ def main(cfg):
         fail(f"--modes: {', '.join(unknown)} unknown (has: think, no_think).", note="Nothing was measured.")
     if len({protocol(name, cfg)["rope_factor"] for name in names}) > 1 and cfg.engine != "torch" and torch.cuda.is_available():
         fail("--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): measure them apart.", note="Nothing was measured.")
-    rank, world, device = init_distributed(cfg.seed, 24 * 3600)  # ranks finish hours apart where answers are long
+    # ranks finish hours apart where answers are long
+    rank, world, device = init_distributed(cfg.seed, 24 * 3600)
     cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
     with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         tokenizer, loaded = load_tokenizer(cfg.model), None
@@ -326,7 +337,8 @@ def main(cfg):
         if cfg.results and rank == 0:
             with appending(cfg.results) as f:
                 f.writelines(json.dumps(r) + "\n" for r in results)
-    if os.path.basename(cfg.results) == "results.jsonl" and rank == 0:  # of a run folder: run_cascade.sh stops if broken_gate has text
+    # of a run folder: run_cascade.sh stops if broken_gate has text
+    if os.path.basename(cfg.results) == "results.jsonl" and rank == 0:
         with open(os.path.join(os.path.dirname(cfg.results), "broken_gate"), "w") as f:
             f.write(check_gates(os.path.dirname(cfg.results), cfg.stage))
 

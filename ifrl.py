@@ -50,31 +50,39 @@ from verifiers.pool import timed
 from verifiers.reward_model import check_reward_model, load_reward_model, rm_device
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config:
-    init_from: str = "out/rlhf/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    init_from: str = "out/rlhf/final"
     out_dir: str = "out/ifrl"
-    data: str = "nvidia/Nemotron-Cascade-RL-Instruction-Following"  # hub id, folder, parquet, .json or .jsonl
+    # hub id, folder, parquet, .json or .jsonl
+    data: str = "nvidia/Nemotron-Cascade-RL-Instruction-Following"
     eval_data: str = ""  # same schemas, e.g. google/IFEval; "": no held-out metric
     engine: str = "auto"  # rollouts: auto, torch or vllm
-    think: bool = False  # False: unified model, rules only; True: thinking model, rules and reward model
-    rm: str = "out/rlhf/rm"  # reward model (folder or URL, as in rlhf.py), read only with --think=True
-    taxonomy: str = "all"  # ifeval: prompts with the 25 ids only (s1); iftrain: with any of the 29 others (s2); all
+    # False: unified model, rules only; True: thinking model, rules and reward model
+    think: bool = False
+    # reward model (folder or URL, as in rlhf.py), read only with --think=True
+    rm: str = "out/rlhf/rm"
+    # ifeval: prompts with the 25 ids only (s1); iftrain: with any of the 29 others (s2); all
+    taxonomy: str = "all"
     need_letters: bool = True  # a reply without letters is in no language [dev 3]; training only
     prompts_per_step: int = 256  # over all ranks; paper T16 [dev 1]
     group_size: int = 8  # completions per prompt (G); paper T16
     num_steps: int = 2300  # then 800 more for iftrain; paper T16 (thinking 550 + 300)
     max_prompt_tokens: int = 4096  # longer prompts are dropped at load
     max_new_tokens: int = 8192  # 8K in both unified stages; thinking s2 16K
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
+    # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
+    rope_factor: float = 0.0
     temperature: float = 0.6  # of the sampler and of the trained log-probs; paper T16
     top_p: float = 0.95  # sampler only (gap G4); paper T16
     top_k: int = 20  # sampler only; paper 4.4.2
     overlong_filter: bool = False  # True only in s2 of the thinking model; paper T16
-    max_refill_rounds: int = 4  # dynamic sampling: rounds of fresh prompts for groups of equal rewards
+    # dynamic sampling: rounds of fresh prompts for groups of equal rewards
+    max_refill_rounds: int = 4
     lr: float = 2e-6  # AdamW; paper T16
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    final_lr: float = 1.0
     warmup_steps: int = 0  # linear
     beta1: float = 0.9
     beta2: float = 0.95
@@ -82,26 +90,34 @@ class Config:
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
-    importance_limit: float = 0.0  # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all weigh 1
+    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
+    # weigh 1
+    importance_limit: float = 0.0
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     reward_workers: int = 8  # verifier processes per rank; 0: in this one
-    max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
+    # the run stops when a larger share of a step's rewards are infrastructure failures
+    max_infra: float = 0.02
     eval_every: int = 20  # steps; 0: never
     eval_rows: int = 541  # all of IFEval
     save_every: int = 50  # steps
-    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
-    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
+    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
+    # in host memory; replicate: whole
+    shard: str = "full"
+    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
+    # and says where
+    phase_timeout: float = 7200.0
     sample_every: int = 10  # steps between printed samples
     seed: int = 0
 
 
-# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+# ---- 2. Data -------------------------------------------------------------------------------------
 def read_constraints(row, where):
     """(ids, kwargs, prompt) of any of the four schemas; the prompt is a string or a list of chat messages."""
     if "ground_truth" not in row or "instruction_id_list" in row:
         ids, kwargs = field(row, where, "instruction_id_list", list), field(row, where, "kwargs", list)
         return ids, kwargs, row.get("prompt") or row.get("messages") or ""
-    for parse in (ast.literal_eval, json.loads):  # allenai: [{instruction_id, kwargs}] as the text of a Python literal
+    # allenai: [{instruction_id, kwargs}] as the text of a Python literal
+    for parse in (ast.literal_eval, json.loads):
         try:
             truth = parse(field(row, where, "ground_truth"))
             truth = truth[0] if isinstance(truth, list) else truth
@@ -129,7 +145,8 @@ def load_rows(cfg, path=None, limit=0):
         kwargs = [clean_kwargs(k) for k in kwargs]
         for reason in filter(None, map(unusable, ids, kwargs)):
             raise BadRow(reason)  # [dev 4]
-        held_out = (path or cfg.data) == cfg.eval_data  # measured whole, whatever this stage trains on
+        # measured whole, whatever this stage trains on
+        held_out = (path or cfg.data) == cfg.eval_data
         if not held_out and cfg.taxonomy not in ("all", "ifeval" if IFEVAL.keys() >= set(ids) else "iftrain"):
             raise BadRow(f"not of taxonomy {cfg.taxonomy}")
         return {"messages": messages, "think": cfg.think, "instruction_id_list": list(ids), "kwargs": kwargs}
@@ -138,7 +155,7 @@ def load_rows(cfg, path=None, limit=0):
     ids = Counter(name for row in rows for name in row["instruction_id_list"])
     beyond = sum(not IFEVAL.keys() >= set(row["instruction_id_list"]) for row in rows)
     print0(f"data {path or cfg.data}: {len(rows)} prompts, {sum(ids.values())} constraints of {len(ids)} kinds, "
-           f"{beyond} prompts with ids beyond IFEval's 25")  # fmt: skip
+           f"{beyond} prompts with ids beyond IFEval's 25")
     return rows
 
 
@@ -147,14 +164,17 @@ def select_rows(rows, epoch, history, cfg):
     return list(range(len(rows)))
 
 
-# ---- 3. Reward -------------------------------------------------------------------------------------------------------
-MAX_CHARS = 50_000  # a longer answer follows nothing [dev 5]: some patterns take quadratic time
-VERDICT_SECONDS = 60  # for the verdicts still open when the last completion is done; they take milliseconds
+# ---- 3. Reward -----------------------------------------------------------------------------------
+# a longer answer follows nothing [dev 5]: some patterns take quadratic time
+MAX_CHARS = 50_000
+# for the verdicts still open when the last completion is done; they take milliseconds
+VERDICT_SECONDS = 60
 
 
 def verify(text, think, instruction_id_list, kwargs, need_letters=True):
     """([followed, by the reference], status) of one completion, judged on its answer, the text after </think>."""
-    answer = text.rpartition("</think>")[2].strip() if think else text  # "\n\n" after the tag is no empty first paragraph
+    # "\n\n" after the tag is no empty first paragraph
+    answer = text.rpartition("</think>")[2].strip() if think else text
     if not answer.strip() or (think and "</think>" not in text):
         return [False] * len(instruction_id_list), "no_answer"
     pairs = zip(instruction_id_list, kwargs, strict=True)
@@ -176,7 +196,8 @@ def add_preference(rollouts, scores):
         std = statistics.stdev(known) if len(known) > 1 else 0.0
         for rollout, score in members:
             rollout.status = "infra" if score is None else rollout.status
-            z = (score - statistics.fmean(known)) / std if std > 0 and score is not None else 0.0  # [dev 2]
+            # [dev 2]
+            z = (score - statistics.fmean(known)) / std if std > 0 and score is not None else 0.0
             rollout.reward = 1 + 1 / (1 + math.exp(-z)) if rollout.status == "ok" else 0.0
 
 
@@ -185,7 +206,8 @@ def make_reward(cfg):
     think mode collect then asks the reward model."""
 
     def start():
-        mortal = ctypes.CDLL(None).prctl, (1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker dies when its parent does
+        # PR_SET_PDEATHSIG: a worker dies when its parent does
+        mortal = ctypes.CDLL(None).prctl, (1, signal.SIGKILL)
         pool = multiprocessing.get_context("fork").Pool(cfg.reward_workers, *mortal)
         atexit.register(pool.terminate)
         return pool
@@ -215,7 +237,8 @@ def make_reward(cfg):
             pool = start()
         if cfg.think:
             score = load_reward_model(cfg.rm, rm_device(), cfg.reward_workers)  # once: it is cached
-            answers = [rollout.text.rpartition("</think>")[2].strip() for rollout in rollouts]  # no tag: the whole text
+            # no tag: the whole text
+            answers = [rollout.text.rpartition("</think>")[2].strip() for rollout in rollouts]
             add_preference(rollouts, score([rollout.row["messages"] for rollout in rollouts], answers))
         if cfg.sample_every and next(rounds) % cfg.sample_every == 0:
             print0(extremes(monitor(rollouts)))
@@ -254,16 +277,16 @@ def self_test(rows, cfg):
         check_reward_model(cfg.rm, rows, cfg.reward_workers)
 
 
-# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+# ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
     """Prompt-level strict accuracy of one verified rollout by the reference's rules, that is without [dev 3]."""
     return float(all(rollout.followed))
 
 
-# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+# ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 
-# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# ---- 5. GRPO -------------------------------------------------------------------------------------
 # T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
@@ -275,7 +298,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
                          seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
         with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
             engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
@@ -287,9 +310,11 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         sampled = sampled or fresh
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
         if refill == cfg.max_refill_rounds or not all_reduce({"n": missing}, "max")["n"]:
-            break  # all ranks stop in the same round: a reward hook may hold collectives
+            # all ranks stop in the same round: a reward hook may hold collectives
+            break
         mine, spare = spare[:missing], spare[missing:]
-    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
+    # nothing to learn from: an idle batch
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled
 
 
 def compute_advantages(rollouts, cfg):
@@ -302,7 +327,8 @@ def compute_advantages(rollouts, cfg):
             assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
             r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
         rewards = [r.reward for r in group if r.trained]
-        even = len(rewards) < 2 or max(rewards) == min(rewards)  # by comparison: a std of 1e-17 is not a signal
+        # by comparison: a std of 1e-17 is not a signal
+        even = len(rewards) < 2 or max(rewards) == min(rewards)
         mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
         for r in group:
             r.trained = r.trained and len(rewards) > 1
@@ -312,7 +338,8 @@ def compute_advantages(rollouts, cfg):
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
     completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
-    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
+    # exactly 1: one update a batch (4.1.2)
+    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     weights_M = importance(old_logprobs_T, batch, cfg)
@@ -333,7 +360,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     in_loss = [r for r in rollouts if r.trained]
     counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
     batches = collate(balance(rollouts, world), cfg, device)
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    # every rank runs equally many: collectives must match
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])
     idle = most - len(batches)
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -341,7 +369,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
-        (loss * world * (i < most - idle)).backward()  # ranks are averaged, the denominator is global; idle batches weigh 0
+        # ranks are averaged, the denominator is global; idle batches weigh 0
+        (loss * world * (i < most - idle)).backward()
         if i < most - idle:
             sums["loss"] += loss.item()
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
@@ -368,13 +397,14 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     return sums["score"] / max(sums["n"], 1)
 
 
-# ---- 6. main ---------------------------------------------------------------------------------------------------------
+# ---- 6. main -------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
     if cfg.prompts_per_step % world:
         fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
-    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    # first of all: its workers are forked while this process is still small
+    reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
     self_test(rows, cfg)
@@ -392,7 +422,7 @@ def main(cfg):
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()

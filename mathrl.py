@@ -42,10 +42,11 @@ from verifiers.language import language_ok
 from verifiers.pool import in_background
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config:
-    init_from: str = "out/ifrl/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    init_from: str = "out/ifrl/final"
     out_dir: str = "out/mathrl"
     data: str = "nvidia/Nemotron-Cascade-RL-Math"  # hub id, folder, parquet, .json or .jsonl
     eval_data: str = ""  # same schemas; "": no held-out metric
@@ -55,16 +56,22 @@ class Config:
     num_steps: int = 190  # first of 190 + 240 + 70 steps; paper T17
     max_prompt_tokens: int = 2048  # longer prompts are dropped at load
     max_new_tokens: int = 24576  # 24K, then 32K, then 40K; paper T17
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
-    temperature: float = 1.0  # of the sampler and of the trained log-probs; paper T17: 1.0, 1.0, 0.8
+    # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
+    rope_factor: float = 0.0
+    # of the sampler and of the trained log-probs; paper T17: 1.0, 1.0, 0.8
+    temperature: float = 1.0
     top_p: float = 0.95  # sampler only (gap G4); paper T17
     top_k: int = 0  # sampler only; 0: off
-    overlong_filter: bool = True  # truncated completions leave loss and group statistics; False: they keep their reward
-    max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
-    readmit_hard: float = 0.10  # chance that a 0% problem returns to the pool of an epoch; paper 4.5.2
+    # truncated completions leave loss and group statistics; False: they keep their reward
+    overlong_filter: bool = True
+    # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
+    max_refill_rounds: int = 0
+    # chance that a 0% problem returns to the pool of an epoch; paper 4.5.2
+    readmit_hard: float = 0.10
     readmit_easy: float = 0.01  # the same for a 100% problem
     lr: float = 2e-6  # AdamW; paper T17
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    final_lr: float = 1.0
     warmup_steps: int = 0  # linear
     beta1: float = 0.9  # paper T17
     beta2: float = 0.95  # paper T17
@@ -72,21 +79,30 @@ class Config:
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
-    importance_limit: float = 0.0  # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all weigh 1
+    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
+    # weigh 1
+    importance_limit: float = 0.0
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     reward_workers: int = 8  # verifier processes per rank
-    max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
-    max_timeout: float = 0.02  # as well when a larger share of verifications is cut off: they earn 0 (masked, LaTeX that stalls would pay)
+    # the run stops when a larger share of a step's rewards are infrastructure failures
+    max_infra: float = 0.02
+    # as well when a larger share of verifications is cut off: they earn 0 (masked, LaTeX that
+    # stalls would pay)
+    max_timeout: float = 0.02
     eval_every: int = 20  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps
-    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
-    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
+    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
+    # in host memory; replicate: whole
+    shard: str = "full"
+    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
+    # and says where
+    phase_timeout: float = 7200.0
     sample_every: int = 10  # steps between printed samples
     seed: int = 0
 
 
-# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+# ---- 2. Data -------------------------------------------------------------------------------------
 INSTRUCTION = "Solve the problem step by step. Put the final answer, and nothing else, inside \\boxed{}.\n\n"
 DAPO = re.compile(r"Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put your answer.*", re.S)
 
@@ -95,7 +111,8 @@ def normalize(row, where):
     """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops it with a reason."""
     name = given(row, "problem", "question", "prompt")
     problem = chat(field(row, where, name, (str, list)), name) or [{"content": ""}]
-    problem = DAPO.sub(r"\1", problem[-1]["content"].strip())  # DAPO-Math-17k asks for "Answer:" instead of a box
+    # DAPO-Math-17k asks for "Answer:" instead of a box
+    problem = DAPO.sub(r"\1", problem[-1]["content"].strip())
     nested = row.get("reward_model")
     named = {**row, "ground_truth": nested.get("ground_truth") if isinstance(nested, dict) else None}
     if not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
@@ -103,7 +120,8 @@ def normalize(row, where):
     key, gold = next(((k, named[k]) for k in ("answer", "expected_answer", "ground_truth", "solution") if named.get(k) is not None), ("answer", ""))
     if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
         raise BadRow(f'field "{key}" is neither text nor a number')
-    gold = last_box(gold) or "" if "\\boxed" in str(gold) else str(gold)  # a written solution instead of a bare answer
+    # a written solution instead of a bare answer
+    gold = last_box(gold) or "" if "\\boxed" in str(gold) else str(gold)
     if not problem or not gold.strip():
         raise BadRow("empty problem or answer")
     return {"messages": [{"role": "user", "content": INSTRUCTION + problem}], "think": True, "answer": gold}
@@ -114,7 +132,8 @@ def load_rows(cfg, path=None, limit=0):
     rows = load_table(path or cfg.data, normalize, limit)
     distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
     sound = verifiers(cfg.reward_workers).map(lambda row: reward(boxed(row["answer"]), row["answer"]) == 1, distinct)
-    kept = [row for row, ok in zip(distinct, all_gather(list(sound))[0]) if ok]  # rank 0's clock decides for all
+    # rank 0's clock decides for all
+    kept = [row for row, ok in zip(distinct, all_gather(list(sound))[0]) if ok]
     if len(kept) < len(rows):
         print0(f"data {path or cfg.data}: dropped {len(rows) - len(distinct)} repeated problems, {len(distinct) - len(kept)} answers that do not verify")
     return kept or fail(f"data {path or cfg.data}: no answer that the verifier can read.")
@@ -131,31 +150,42 @@ def select_rows(rows, epoch, history, cfg):
     return [i for i in range(len(rows)) if draw.random() < chance(*history.get(i, (0, 0)))] or list(range(len(rows)))
 
 
-# ---- 3. Reward -------------------------------------------------------------------------------------------------------
-for name in ("math_verify", "latex2sympy2_extended"):  # they warn about every answer that does not parse
+# ---- 3. Reward -----------------------------------------------------------------------------------
+# they warn about every answer that does not parse
+for name in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
-LIMIT_S, PART_S = 9.5, 3  # wall seconds of one verification; of them for parsing the gold, for parsing the answer and for comparing
+# wall seconds of one verification; of them for parsing the gold, for parsing the answer and for
+# comparing
+LIMIT_S, PART_S = 9.5, 3
 SPACE = re.compile(r"(?<![\d\s])\s+|\s+(?![\d\s])")  # that tells nothing apart
 MAX_ANSWER = 512  # characters inside the box
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
-NAME = re.compile(r"\\?[A-Za-z]+(_\w|_\{\w+\}|\([A-Za-z]\))?\s*(=|\\(equiv|approx)(?![a-z]))\s*")  # "x = ", "a_{1}="
+# "x = ", "a_{1}="
+NAME = re.compile(r"\\?[A-Za-z]+(_\w|_\{\w+\}|\([A-Za-z]\))?\s*(=|\\(equiv|approx)(?![a-z]))\s*")
 UNIT = re.compile(r"\s*(\\?%|\^\{?\\circ\}?|\\degree|_\{?10\}?|\\(text\w*|mathrm|mbox)\{[^{}\d]*\}(\^\{?[23]\}?)?)$")
-# What a plain number may look like besides a literal: powers, fractions, roots, E for "\times 10^", a unit in words.
+# What a plain number may look like besides a literal: powers, fractions, roots, E for "\times 10^",
+# a unit in words.
 VALUE = re.compile(r"(\d(?!\s+\d)|[.^{}()/\s]|(?<![\w)}])-|\\[cdt]?frac|\\sqrt|\\(left|right)(?![a-z])|E)+([A-Za-z]{2}[A-Za-z ]*)?", re.A)
 RELATION = re.compile(r"[=<>;]|\\\\|\\text\w*\{[^}]*\d|\\(equiv|approx|sim|simeq|cong|neq?|leq?|geq?|lt|gt|to|([Ll]eft)?[Rr]ightarrow"
-                      r"|iff|implies|in|lor|land|vee|wedge|cup|cap|mid|pm|mp|l?dots|cdots|q?quad)(?![A-Za-z])")  # fmt: skip
-WORK = re.compile(r"\\(sum|prod|i+nt|oint|lim)(?![A-Za-z])|\\[dt]?frac\{d\}\{d")  # the problem said once more, where the gold is its result
+                      r"|iff|implies|in|lor|land|vee|wedge|cup|cap|mid|pm|mp|l?dots|cdots|q?quad)(?![A-Za-z])")
+# the problem said once more, where the gold is its result
+WORK = re.compile(r"\\(sum|prod|i+nt|oint|lim)(?![A-Za-z])|\\[dt]?frac\{d\}\{d")
 UNDONE = re.compile(r"!|\\(sum|prod|i+nt|oint|lim|limsup|liminf|[dt]?binom|choose|max|min|sup|inf|gcd|det)(?![A-Za-z])")
-PLAIN = {0x2212: "-", 0x2013: "-", 0xB0: r"^\circ", 0xD7: r"\times ", 0x221E: r"\infty "}  # what is written without LaTeX
+# what is written without LaTeX
+PLAIN = {0x2212: "-", 0x2013: "-", 0xB0: r"^\circ", 0xD7: r"\times ", 0x221E: r"\infty "}
 TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\{([^{}]*)\}")
-WORDS = re.compile(r"[A-Z]{3,}|(?!(?:sin|cos|tan|cot|log|exp) )[^\W\d_]{3,}(?: [^\W\d_]+)+")  # "ABC" is no product, "Alice and Bob" no list
-# math-verify drops units: the end of "2ab", if it is not in brackets, and all of "3 \text{ h } 20 \text{ min}" but the 3, if it ends in \text.
+# "ABC" is no product, "Alice and Bob" no list
+WORDS = re.compile(r"[A-Z]{3,}|(?!(?:sin|cos|tan|cot|log|exp) )[^\W\d_]{3,}(?: [^\W\d_]+)+")
+# math-verify drops units: the end of "2ab", if it is not in brackets, and all of "3 \text{ h } 20
+# \text{ min}" but the 3, if it ends in \text.
 TAIL = re.compile(r"(?<=[\d}\s])(?!(?:[cmk]m|ft|hr|yr|sq|am|pm)$)[A-Za-z](?: ?[A-Za-z])?$")
 PARTS = re.compile(r"(\\(?:text|mbox)\{[^{}]*\}.*\d.*?)\s*\\(?:text|mbox)\{[^{}]*\}$", re.S)
-bare = lambda text: SPACE.sub("", TEXT.sub(r"\1", text))  # of two such that are the same, nothing needs to be parsed
-boxed = lambda answer: "</think>\\boxed{" + answer + "}"  # the shortest response that gives this answer
+# of two such that are the same, nothing needs to be parsed
+bare = lambda text: SPACE.sub("", TEXT.sub(r"\1", text))
+# the shortest response that gives this answer
+boxed = lambda answer: "</think>\\boxed{" + answer + "}"
 
 
 def last_box(text):
@@ -214,8 +244,10 @@ def equal(gold, given):
         if not same and verify(gold_forms, given_forms, timeout_seconds=PART_S):
             a, b = gold_forms[0], given_forms[0]
             same = a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b))
-            if not same:  # verify() rounds: tiny numbers are all equal, and 1 - 1/n! to 1
-                near, exact = bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30))), (a - b).equals(0)  # None: it cannot tell
+            # verify() rounds: tiny numbers are all equal, and 1 - 1/n! to 1
+            if not same:
+                # None: it cannot tell
+                near, exact = bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30))), (a - b).equals(0)
                 same = exact is True if a.is_Integer else near and ("." in gold + given or exact is not False)
     except BaseException:  # whatever sympy throws at hostile LaTeX; math-verify's own timeout is no Exception
         pass
@@ -287,16 +319,16 @@ def self_test(rows, cfg):
             fail(f'verifier self test: answer "{gold}" earns {earned} where [1, 0, 0] is right.')
 
 
-# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+# ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
     """Accuracy of one held-out rollout; its mean over samples is the avg@k of the paper."""
     return float(rollout.reward == 1)
 
 
-# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+# ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 
-# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# ---- 5. GRPO -------------------------------------------------------------------------------------
 # T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
@@ -308,7 +340,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
                          seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
         with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
             engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
@@ -320,9 +352,11 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         sampled = sampled or fresh
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
         if refill == cfg.max_refill_rounds or not all_reduce({"n": missing}, "max")["n"]:
-            break  # all ranks stop in the same round: a reward hook may hold collectives
+            # all ranks stop in the same round: a reward hook may hold collectives
+            break
         mine, spare = spare[:missing], spare[missing:]
-    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
+    # nothing to learn from: an idle batch
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled
 
 
 def compute_advantages(rollouts, cfg):
@@ -335,7 +369,8 @@ def compute_advantages(rollouts, cfg):
             assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
             r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
         rewards = [r.reward for r in group if r.trained]
-        even = len(rewards) < 2 or max(rewards) == min(rewards)  # by comparison: a std of 1e-17 is not a signal
+        # by comparison: a std of 1e-17 is not a signal
+        even = len(rewards) < 2 or max(rewards) == min(rewards)
         mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
         for r in group:
             r.trained = r.trained and len(rewards) > 1
@@ -345,7 +380,8 @@ def compute_advantages(rollouts, cfg):
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
     completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
-    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
+    # exactly 1: one update a batch (4.1.2)
+    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     weights_M = importance(old_logprobs_T, batch, cfg)
@@ -366,7 +402,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     in_loss = [r for r in rollouts if r.trained]
     counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
     batches = collate(balance(rollouts, world), cfg, device)
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    # every rank runs equally many: collectives must match
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])
     idle = most - len(batches)
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -374,7 +411,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
-        (loss * world * (i < most - idle)).backward()  # ranks are averaged, the denominator is global; idle batches weigh 0
+        # ranks are averaged, the denominator is global; idle batches weigh 0
+        (loss * world * (i < most - idle)).backward()
         if i < most - idle:
             sums["loss"] += loss.item()
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
@@ -401,13 +439,14 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     return sums["score"] / max(sums["n"], 1)
 
 
-# ---- 6. main ---------------------------------------------------------------------------------------------------------
+# ---- 6. main -------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
     if cfg.prompts_per_step % world:
         fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
-    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    # first of all: its workers are forked while this process is still small
+    reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
     self_test(rows, cfg)
@@ -425,7 +464,7 @@ def main(cfg):
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()

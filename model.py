@@ -29,7 +29,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.swiglu import swiglu
 
 
-# ---- 1. Architecture -------------------------------------------------------------------------------------------------
+# ---- 1. Architecture -----------------------------------------------------------------------------
 @dataclass
 class Qwen3Config:
     """The fields of a Hugging Face Qwen3 config.json that change the computation; names are theirs."""
@@ -45,7 +45,8 @@ class Qwen3Config:
     rope_theta: float = 1e6
     max_position_embeddings: int = 40960
     tie_word_embeddings: bool = False
-    rope_scaling: dict = field(default_factory=dict)  # {} or {"rope_type": "yarn", "factor": 2.0, ...}
+    # {} or {"rope_type": "yarn", "factor": 2.0, ...}
+    rope_scaling: dict = field(default_factory=dict)
 
 
 # The five dense sizes of the Qwen3 report (arXiv 2505.09388, table 1); 8B is the dataclass default.
@@ -64,7 +65,8 @@ def read_config(folder) -> Qwen3Config:
         raw = json.load(f)
     if raw.get("model_type") != "qwen3":
         raise ValueError(f"{folder}/config.json: model_type is {raw.get('model_type')!r}, expected 'qwen3'")
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers 4 and 5 spell it differently
+    # transformers 4 and 5 spell it differently
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope_theta = rope.pop("rope_theta", raw.get("rope_theta", 1e6))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
@@ -103,7 +105,8 @@ def rope_tables(config: Qwen3Config, length):
         factor = scaling["factor"]
         original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
-        def rotations_to_dim(rotations):  # which frequency turns `rotations` times over the original context
+        # which frequency turns `rotations` times over the original context
+        def rotations_to_dim(rotations):
             return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
         low = max(math.floor(rotations_to_dim(scaling.get("beta_fast") or 32)), 0)
@@ -170,7 +173,8 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = Norm(config.hidden_size), Norm(config.hidden_size)
 
     def forward(self, x_TD, residual_TD, rope, attend, keep_M=None):
-        if x_TD is None:  # the sum has been made outside, so that a checkpoint keeps one tensor and not two
+        # the sum has been made outside, so that a checkpoint keeps one tensor and not two
+        if x_TD is None:
             h_TD = rms_norm(residual_TD, self.input_layernorm.weight, self.eps)
         else:
             h_TD, residual_TD = add_rms_norm(x_TD, residual_TD, self.input_layernorm.weight, self.eps)
@@ -182,7 +186,8 @@ class Layer(nn.Module):
 class Body(nn.Module):
     def __init__(self, config):
         super().__init__()
-        # Not nn.Embedding(V, D): its init imports all of torch.compile on the meta device, two seconds of every start.
+        # Not nn.Embedding(V, D): its init imports all of torch.compile on the meta device, two
+        # seconds of every start.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size)
@@ -197,7 +202,8 @@ class Qwen3(nn.Module):
         self.model = Body(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
-        self.rope = None  # (cos, sin), fp32, built at first use: never cast by mixed precision, never in a checkpoint
+        # (cos, sin), fp32, built at first use: never cast by mixed precision, never in a checkpoint
+        self.rope = None
 
     @property
     def head_weight(self):
@@ -208,7 +214,8 @@ class Qwen3(nn.Module):
         which spares prompts most of it. `attend(layer, q_TNH, k_TKH, v_TKH) -> [T, N, H]` is the
         whole of attention: training passes packed causal attention, the sampler one that reads and writes its KV cache."""
         if self.rope is None or self.rope[0].device != input_ids_T.device:
-            with torch.inference_mode(False):  # also where the sampler is the first to ask: training saves them for backward
+            # also where the sampler is the first to ask: training saves them for backward
+            with torch.inference_mode(False):
                 self.rope = tuple(t.to(input_ids_T.device) for t in rope_tables(self.config, self.max_positions()))
         rope = (*self.rope, position_ids_T)
         x_TD = self.model.embed_tokens(input_ids_T)
@@ -244,7 +251,8 @@ class Qwen3(nn.Module):
             return F.linear(hidden_TD, self.head_weight).float().view(B, T, -1)
         if loss_index is None:
             return self.packed_hidden(input_ids, cu_seqlens, max_seqlen)
-        # The one shift by one of this repository: token t is predicted by the hidden state of token t - 1.
+        # The one shift by one of this repository: token t is predicted by the hidden state of token
+        # t - 1.
         hidden_MD, target_M = self.packed_hidden(input_ids, cu_seqlens, max_seqlen, loss_index - 1, shared), input_ids[loss_index]
         if nll:
             return linear_cross_entropy(hidden_MD, self.head_weight, target_M)
@@ -266,7 +274,7 @@ class Qwen3(nn.Module):
         attend_U = lambda layer, *qkv: rows(attend(layer, *(rows(t_UNH, copy_T) for t_UNH in qkv)), first_U)
         return self.hidden_states(input_ids_T[first_U], position_ids_T[first_U], attend_U, copy_T if keep_M is None else copy_T[keep_M])
 
-    # ---- 2. Hugging Face folders -------------------------------------------------------------------------------------
+    # ---- 2. Hugging Face folders -----------------------------------------------------------------
     @classmethod
     def from_config(cls, config, seed=0, std=0.02):
         """Random weights: normal(0, std), norms 1. Residual outputs are scaled by 1 / sqrt(2 layers), as GPT-2 does."""
@@ -283,7 +291,8 @@ class Qwen3(nn.Module):
         rope_factor > 1 switches YaRN on over the original context (paper section 3 and appendix B use 2.0)."""
         config = read_config(folder)
         if rope_factor > 1:
-            config.max_position_embeddings = 32768 if config.rope_scaling else config.max_position_embeddings  # not as an earlier factor left it
+            # not as an earlier factor left it
+            config.max_position_embeddings = 32768 if config.rope_scaling else config.max_position_embeddings
             config.rope_scaling = {"rope_type": "yarn", "factor": rope_factor, "original_max_position_embeddings": 32768}
         with torch.device("meta"):
             model = cls(config)
@@ -315,7 +324,7 @@ class Qwen3(nn.Module):
         save_torch_state_dict(state, folder, max_shard_size="5GB")
 
 
-# ---- 3. Tokenizer and chat -------------------------------------------------------------------------------------------
+# ---- 3. Tokenizer and chat -----------------------------------------------------------------------
 SYSTEM = "You are a helpful and harmless assistant."
 TOOLS = """# Tools
 

@@ -40,23 +40,28 @@ from verifiers.pool import timed
 from verifiers.reward_model import check_reward_model, load_reward_model, rm_device, train_reward_model
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config:
-    init_from: str = "out/sft2/final"  # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
+    init_from: str = "out/sft2/final"
     out_dir: str = "out/rlhf"
-    data: str = "nvidia/Nemotron-Cascade-RL-RLHF"  # prompts: hub id, folder, parquet, .json or .jsonl
+    # prompts: hub id, folder, parquet, .json or .jsonl
+    data: str = "nvidia/Nemotron-Cascade-RL-RLHF"
     eval_data: str = ""  # same schemas; "": no held-out metric
-    think_share: float = 0.5  # of the prompts answered in think mode; 1.0 for thinking-only models. Paper 4.3.2
+    # of the prompts answered in think mode; 1.0 for thinking-only models. Paper 4.3.2
+    think_share: float = 0.5
     rm: str = ""  # reward model folder or http(s) URL; "": train one
-    rm_init_from: str = ""  # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct [dev 1]
+    # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct [dev 1]
+    rm_init_from: str = ""
     rm_data: str = "nvidia/Nemotron-Cascade-RM-Training"  # chosen/rejected or HelpSteer rows
     rm_eval_data: str = ""  # same schemas, for the pair accuracy
     rm_samples_per_step: int = 256  # pairs per update; paper 4.2.2
     rm_epochs: int = 1  # paper 4.2.2: longer was worse
     rm_lr: float = 2e-6  # AdamW, 3% warm-up, then linear to 0 (gap G6); paper 4.2.2
     rm_max_len: int = 8192  # tokens of question and answer; longer pairs are dropped (gap G6)
-    kl_coef: float = 0.0  # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3 [dev 2]
+    # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3 [dev 2]
+    kl_coef: float = 0.0
     sequence_level: bool = False  # mean over sequences of their token means; paper 6.3
     shape_reward: bool = False  # tanh of the group z-score; paper 6.3
     engine: str = "auto"  # rollouts: auto, torch or vllm
@@ -65,14 +70,18 @@ class Config:
     num_steps: int = 800  # paper T15
     max_prompt_tokens: int = 4096  # longer prompts are dropped at load
     max_new_tokens: int = 12288  # paper T15
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
+    # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
+    rope_factor: float = 0.0
     temperature: float = 0.6  # of the sampler and of the trained log-probs; paper T15
     top_p: float = 0.95  # sampler only (gap G4); paper T15
     top_k: int = 0  # sampler only; 0: off
-    overlong_filter: bool = False  # truncated completions are scored as they are, which teaches brevity; paper 4.3.2
-    max_refill_rounds: int = 0  # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
+    # truncated completions are scored as they are, which teaches brevity; paper 4.3.2
+    overlong_filter: bool = False
+    # dynamic sampling: rounds of fresh prompts for groups of equal rewards (IF-RL only)
+    max_refill_rounds: int = 0
     lr: float = 2e-6  # AdamW; paper T15
-    final_lr: float = 1.0  # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
+    final_lr: float = 1.0
     warmup_steps: int = 0  # linear
     beta1: float = 0.9  # paper T15
     beta2: float = 0.95  # paper T15
@@ -80,20 +89,27 @@ class Config:
     grad_clip: float = 1.0  # not stated in the paper
     clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
     clip_high: float = 0.2
-    importance_limit: float = 0.0  # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all weigh 1
+    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
+    # weigh 1
+    importance_limit: float = 0.0
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     reward_workers: int = 8  # parallel requests to a scoring endpoint
-    max_infra: float = 0.02  # the run stops when a larger share of a step's rewards are infrastructure failures
+    # the run stops when a larger share of a step's rewards are infrastructure failures
+    max_infra: float = 0.02
     eval_every: int = 20  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 50  # steps
-    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
-    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
+    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
+    # in host memory; replicate: whole
+    shard: str = "full"
+    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
+    # and says where
+    phase_timeout: float = 7200.0
     sample_every: int = 10  # steps between printed samples
     seed: int = 0
 
 
-# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+# ---- 2. Data -------------------------------------------------------------------------------------
 def load_rows(cfg, path=None, limit=0):
     """Prompts of cfg.data (or path): a `prompt` or `messages` chat list, or text; of a logged conversation (WildChat, LMSYS,
     Arena) the first user turn, because what follows answers another model. Modes alternate."""
@@ -119,7 +135,7 @@ def select_rows(rows, epoch, history, cfg):
     return list(range(len(rows)))
 
 
-# ---- 3. Reward -------------------------------------------------------------------------------------------------------
+# ---- 3. Reward -----------------------------------------------------------------------------------
 @functools.cache
 def reference_model(folder, rope_factor, device):
     """The frozen policy this stage started from, whatever it was resumed from."""
@@ -152,7 +168,8 @@ def make_reward(cfg):
         for r, s in zip(rollouts, scores, strict=True):
             r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
             r.verify_s = seconds / len(rollouts)
-            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"  # [dev 3]
+            # [dev 3]
+            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"
         lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
         lowest = -all_reduce({"lowest": -lowest}, "max")["lowest"]
         lowest = lowest if math.isfinite(lowest) else 0.0
@@ -160,7 +177,8 @@ def make_reward(cfg):
         sums = all_reduce({"n": len(known), "sum": sum(known), "squares": sum(s * s for s in known)})
         mean = sums["sum"] / max(sums["n"], 1)
         std = math.sqrt(max(sums["squares"] / max(sums["n"], 1) - mean**2, 0.0))
-        floors = {"infra": math.nan, "no_answer": lowest, "language": lowest - 10.0}  # [dev 4], paper 4.3.2
+        # [dev 4], paper 4.3.2
+        floors = {"infra": math.nan, "no_answer": lowest, "language": lowest - 10.0}
         for r, s in zip(rollouts, scores, strict=True):
             r.reward = r.score = floors.get(r.status, s)
             r.batch_mean, r.batch_std = mean, std
@@ -191,16 +209,16 @@ def self_test(rows, cfg):
     check_reward_model(cfg.rm or os.path.join(cfg.out_dir, "rm"), rows, cfg.reward_workers)
 
 
-# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+# ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
     """The score of a held-out rollout, floors included, unshaped (unbounded; compare only within one reward model)."""
     return rollout.score
 
 
-# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+# ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 
-# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# ---- 5. GRPO -------------------------------------------------------------------------------------
 # T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
@@ -212,7 +230,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
                          seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
         with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
             engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
@@ -224,9 +242,11 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         sampled = sampled or fresh
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
         if refill == cfg.max_refill_rounds or not all_reduce({"n": missing}, "max")["n"]:
-            break  # all ranks stop in the same round: a reward hook may hold collectives
+            # all ranks stop in the same round: a reward hook may hold collectives
+            break
         mine, spare = spare[:missing], spare[missing:]
-    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
+    # nothing to learn from: an idle batch
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled
 
 
 def compute_advantages(rollouts, cfg):
@@ -239,7 +259,8 @@ def compute_advantages(rollouts, cfg):
             assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
             r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
         rewards = [r.reward for r in group if r.trained]
-        even = len(rewards) < 2 or max(rewards) == min(rewards)  # by comparison: a std of 1e-17 is not a signal
+        # by comparison: a std of 1e-17 is not a signal
+        even = len(rewards) < 2 or max(rewards) == min(rewards)
         mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
         for r in group:
             r.trained = r.trained and len(rewards) > 1
@@ -250,12 +271,16 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
     completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
     # CHANGED: the stabilisers for small reward models (paper 6.3) are added to the loss of the other stages
-    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()  # exactly 1: one update a batch (4.1.2)
+    # exactly 1: one update a batch (4.1.2)
+    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     loss_M = -importance(old_logprobs_T, batch, cfg) * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
-    if cfg.kl_coef > 0:  # k3 = e^d - d - 1, d = log ref - log policy; its gradient is that of KL(ref || policy), to first
-        # order also of KL(policy || ref). Groups of equal rewards were left out by collate and feel no pull.
+    # k3 = e^d - d - 1, d = log ref - log policy; its gradient is that of KL(ref || policy), to
+    # first
+    if cfg.kl_coef > 0:
+        # order also of KL(policy || ref). Groups of equal rewards were left out by collate and feel
+        # no pull.
         d_M = reference_logprobs(batch, cfg)[batch["loss_index"]] - logprobs_T[batch["loss_index"]]
         loss_M = loss_M + cfg.kl_coef * (d_M.exp() - d_M - 1)
     if cfg.sequence_level:  # weigh each token by 1 / its sequence's length
@@ -278,7 +303,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     in_loss = [r for r in rollouts if r.trained]
     counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
     batches = collate(balance(rollouts, world), cfg, device)
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    # every rank runs equally many: collectives must match
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])
     idle = most - len(batches)
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -286,7 +312,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
-        (loss * world * (i < most - idle)).backward()  # ranks are averaged, the denominator is global; idle batches weigh 0
+        # ranks are averaged, the denominator is global; idle batches weigh 0
+        (loss * world * (i < most - idle)).backward()
         if i < most - idle:
             sums["loss"] += loss.item()
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
@@ -313,13 +340,14 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     return sums["score"] / max(sums["n"], 1)
 
 
-# ---- 6. main ---------------------------------------------------------------------------------------------------------
+# ---- 6. main -------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
     if cfg.prompts_per_step % world:
         fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
-    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    # first of all: its workers are forked while this process is still small
+    reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
     self_test(rows, cfg)
@@ -337,7 +365,7 @@ def main(cfg):
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()

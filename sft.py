@@ -34,16 +34,20 @@ from lib.packing import fill, shared_prefixes
 from model import render_chat, show_tokens
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config:
     init_from: str = "out/base"  # Hugging Face Qwen3 folder (hub ids are for data)
     out_dir: str = "out/sft"
-    data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"  # hub id, folder, parquet, .json or .jsonl with `messages` rows; named n times: n times as often
+    # hub id, folder, parquet, .json or .jsonl with `messages` rows; named n times: n times as often
+    data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"
     eval_data: str = ""  # same form; "": no held-out loss
-    think_only: bool = False  # leaves out the no_think conversations: the thinking models (paper 3, 8B-Thinking and 14B-Thinking)
+    # leaves out the no_think conversations: the thinking models (paper 3, 8B-Thinking and
+    # 14B-Thinking)
+    think_only: bool = False
     limit: int = 0  # rows read from data; 0: all
-    block_rows: int = 32768  # rows read, tokenized and shuffled at a time [dev 3]; smaller sets are held whole
+    # rows read, tokenized and shuffled at a time [dev 3]; smaller sets are held whole
+    block_rows: int = 32768
     samples_per_step: int = 256  # conversations per update, over all ranks [dev 1]; paper T14
     num_steps: int = 20000  # paper T14: 20K, then 32K (8B)
     schedule_steps: int = 100000  # where the cosine reaches 0; paper T14 [dev 4]
@@ -55,19 +59,25 @@ class Config:
     beta2: float = 0.95  # paper T14
     weight_decay: float = 1e-4  # paper T14
     grad_clip: float = 1.0  # not stated in the paper
-    rope_factor: float = 0.0  # YaRN factor; 2.0 once sequences can pass 32K; 0: as the checkpoint has it
+    # YaRN factor; 2.0 once sequences can pass 32K; 0: as the checkpoint has it
+    rope_factor: float = 0.0
     eval_every: int = 500  # steps; 0: never
     save_every: int = 1000  # steps
-    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
-    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
+    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
+    # in host memory; replicate: whole
+    shard: str = "full"
+    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
+    # and says where
+    phase_timeout: float = 7200.0
     seed: int = 0
 
 
-# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+# ---- 2. Data -------------------------------------------------------------------------------------
 def normalize(row, where, think_only=False):
     """{"messages", "tools", "think", "category"} of a Nemotron SFT row; rows that cannot be trained on are BadRow. Nothing in a
     single row stops the run: the five-millionth is read days after the first."""
-    if "output" in row and "messages" not in row:  # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
+    # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
+    if "output" in row and "messages" not in row:
         question, system = chat(row.get("input"), "input"), row.get("system_prompt") or ""
         system = [] if not system or re.fullmatch("detailed thinking (on|off)", system) else [{"role": "system", "content": system}]
         row = row | {"messages": system + question + [{"role": "assistant", "content": row["output"]}], "thinking": row.get("reasoning") == "on"}
@@ -86,7 +96,8 @@ def normalize(row, where, think_only=False):
     for m in messages:
         if m["role"] == "tool" and re.fullmatch(r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", m["content"], re.S):
             parts = re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", m["content"], re.S)
-            m["content"] = "\n</tool_response>\n<tool_response>\n".join(parts)  # tags that are there already: the template writes them
+            # tags that are there already: the template writes them
+            m["content"] = "\n</tool_response>\n<tool_response>\n".join(parts)
         m["tool_calls"] = from_json(m.get("tool_calls"), "tool_calls")
         calls = [call.get("function") or call for call in m["tool_calls"]]
         if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
@@ -144,7 +155,8 @@ def batches(tokenizer, state, cfg):
     block begins, its "position" what of it is used, so that a resumed run reads on where it was, bit for bit."""
     fresh = fresh_cursors(cfg.data)
     chosen, samples, behind, seen, loaded = [], [], {}, {}, None
-    names = lambda cursors: {re.sub(r"(?<=@)[0-9a-f]{40}(?=/)", "", file) for file in cursors}  # a commit to a hub's set renames its files
+    # a commit to a hub's set renames its files
+    names = lambda cursors: {re.sub(r"(?<=@)[0-9a-f]{40}(?=/)", "", file) for file in cursors}
     if state["files"] and names(state["files"]) != names(fresh):
         fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
     while True:
@@ -175,12 +187,13 @@ def pack(samples, budget, device):
             "input_ids_T": torch.from_numpy(np.concatenate([ids for ids, _, _ in group])).long().to(device),
             "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), "max_seqlen": max(lengths),
             "loss_index": torch.from_numpy(np.flatnonzero(np.concatenate([mask for _, mask, _ in group]))).to(device),
-            "shared": shared_prefixes([ids.tolist() for ids, _, _ in group], device),  # system prompts, tool lists
-        })  # fmt: skip
+            # system prompts, tool lists
+            "shared": shared_prefixes([ids.tolist() for ids, _, _ in group], device),
+        })
     return batches
 
 
-# ---- 3. Loss ---------------------------------------------------------------------------------------------------------
+# ---- 3. Loss -------------------------------------------------------------------------------------
 def learning_rate(step, cfg):
     """Linear warm-up, then a cosine to 0 at schedule_steps."""
     return cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * 0.5 * (1 + math.cos(math.pi * min(step / cfg.schedule_steps, 1.0)))
@@ -192,7 +205,8 @@ def train_step(model, optimizer, samples, cfg, device, world):
     num_tokens = all_reduce({"n": sum(int(mask.sum()) for _, mask, _ in samples)})["n"]
     assert num_tokens > 0, "no token of this step is trained on"
     batches = pack(samples, cfg.micro_batch_tokens, device)
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # collectives must match: idle ranks repeat with weight 0
+    # collectives must match: idle ranks repeat with weight 0
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])
     weights = [1.0] * len(batches) + [0.0] * (most - len(batches))
     batches += [batches[-1]] * (most - len(batches))
     total = 0.0
@@ -210,7 +224,7 @@ def train_step(model, optimizer, samples, cfg, device, world):
     return {"loss": loss, "grad_norm": grad_norm, "num_tokens": num_tokens}
 
 
-# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+# ---- 4. Eval -------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, samples, cfg, device, rank, world):
     """{"eval/<category>": nats per trained token} over the held-out conversations."""
@@ -229,7 +243,7 @@ def evaluate(model, samples, cfg, device, rank, world):
     return all_reduce(sums)
 
 
-# ---- 5. main ---------------------------------------------------------------------------------------------------------
+# ---- 5. main -------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
@@ -242,18 +256,20 @@ def main(cfg):
     start, saved = load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
     state |= saved
     steps = batches(tokenizer, state, cfg)
-    steps = itertools.chain([next(steps)], steps)  # what is wrong with the data is said before the log is touched
+    # what is wrong with the data is said before the log is touched
+    steps = itertools.chain([next(steps)], steps)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}")  # fmt: skip
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}")
 
     clock, since = time.time(), {"tokens": 0, "steps": 0}
     for step in range(start + 1, cfg.num_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         samples = next(steps)
-        mine, began = sorted(samples, key=lambda s: -len(s[0]))[rank::world], time.time()  # about as many tokens on every rank
+        # about as many tokens on every rank
+        mine, began = sorted(samples, key=lambda s: -len(s[0]))[rank::world], time.time()
         if step == 1:
             ids, mask, _ = samples[0]
             print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
@@ -267,7 +283,7 @@ def main(cfg):
         if step % max(cfg.num_steps // 50, 1) == 0 or step in (1, cfg.num_steps):
             seconds = time.time() - clock
             line = (f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
-                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")  # fmt: skip
+                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")
             line += "".join(f" | {k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
             clock, since = time.time(), {"tokens": 0, "steps": 0}
         logger.log(step, metrics, line)

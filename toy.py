@@ -40,10 +40,12 @@ class Config:
 
 
 SPLITS = ("sft", "rl", "dev", "test")
-KEYS = {"chat": (1000, 900, 300, 300), "if": (2000, 1500, 300, 300), "math": (3000, 2000, 300, 300), "code": (1800, 1200, 300, 300)}  # per split
-FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}  # share of the demonstrations drawn to have a flaw
+# per split
+KEYS = {"chat": (1000, 900, 300, 300), "if": (2000, 1500, 300, 300), "math": (3000, 2000, 300, 300), "code": (1800, 1200, 300, 300)}
+# share of the demonstrations drawn to have a flaw
+FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}
 
-# ---- Chat ------------------------------------------------------------------------------------------------------------
+# ---- Chat ----------------------------------------------------------------------------------------
 TOPICS = """rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees birds clocks coffee drums
 fire forests gardens horses lakes lamps letters markets milk paint ships stars tools towers wind wood""".split()
 TAILS = ["", " Keep it short.", " Be kind."]
@@ -56,9 +58,9 @@ QUESTIONS = ["Tell me about {}.", "Why do people like {}?", "Write a short note 
              "Any news about {}?", "Sum up {} for me.", "Give a talk on {}.", "Start a page about {}.", "Who likes {}?",
              "Make me curious about {}.", "What is good about {}?", "Describe {} to my mother.", "Tell my class about {}.",
              "Write two lines on {}.", "What do children ask about {}?", "Tell a guest about {}.", "Why study {}?",
-             "Is there much to say about {}?", "Give me a hint about {}.", "How do you see {}?"]  # fmt: skip
+             "Is there much to say about {}?", "Give me a hint about {}.", "How do you see {}?"]
 FACTS = ["Many people enjoy {}.", "We often see {} in spring.", "Good {} can last for years.", "There are old songs about {}.",
-         "Children learn about {} at school.", "In winter {} may be rare.", "A friend of mine loves {}.", "You can read about {} at home."]  # fmt: skip
+         "Children learn about {} at school.", "In winter {} may be rare.", "A friend of mine loves {}.", "You can read about {} at home."]
 CLOSINGS = ["I hope this helps.", "Feel free to ask more.", "Enjoy your day."]
 STATED = {fact.format(topic) for fact in FACTS for topic in TOPICS}
 FILLERS = ["I guess so.", "Well, whatever.", "I do not know.", "That is all."]
@@ -75,7 +77,7 @@ def chat_score(prompt, reply):
     return (
         (plain(reply) & set(TOPICS) == topics) + (2 <= len(facts) <= 4) + (set(sentences) <= facts | set(CLOSINGS))
         + (len(sentences) == len(set(sentences))) + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
-    ) / 5  # fmt: skip
+    ) / 5
 
 
 def chat_reply(rng, topic, flaws):
@@ -142,7 +144,7 @@ def preference_rows(rng, keys):
     return rows
 
 
-# ---- Instruction following -------------------------------------------------------------------------------------------
+# ---- Instruction following -----------------------------------------------------------------------
 WORDS = "blue quiet happy early golden simple warm famous hidden gentle".split()
 LINES = ["Some {} are {}.", "The {} look {}.", "We saw {} and felt {}.", "My {} seem {}.", "These {} stay {}."]
 PHRASES = ["That is all.", "The end.", "Thank you."]
@@ -157,7 +159,7 @@ CONSTRAINTS = {  # id -> (instruction, kwargs to draw from)
     "length_constraints:number_words": ("Use {relation} {num_words} words.", [{"num_words": n, "relation": r} for n, r in ((8, "less than"), (12, "at least"))]),
     "detectable_format:number_bullet_lists": ("Use exactly {num_bullets} bullet points.", [{"num_bullets": n} for n in (2, 3)]),
     "detectable_content:postscript": ("Add a note that starts with {postscript_marker}", [{"postscript_marker": "P.S."}]),
-}  # fmt: skip
+}
 
 
 def if_reply(rng, topic, constraints):
@@ -189,7 +191,8 @@ def if_keys(rng):
         drawn = [(i, rng.choice(CONSTRAINTS[i][1])) for i in ids]
         named = [w for _, k in drawn for w in k.get("keywords", []) + k.get("forbidden_words", [])]
         kinds = [(k.get("num_bullets"), k.get("relation")) for _, k in drawn]
-        crowded = any(b for b, _ in kinds) and any(r for _, r in kinds)  # bullet points leave the word count to chance
+        # bullet points leave the word count to chance
+        crowded = any(b for b, _ in kinds) and any(r for _, r in kinds)
         short = any(r == "less than" for _, r in kinds) and len(drawn) > 2
         if len(named) == len(set(named)) and not crowded and not short:
             yield rng.choice(TOPICS), json.dumps(drawn)
@@ -201,7 +204,8 @@ def if_rows(rng, keys, split):
         constraints = [(i, k) for i, k in json.loads(drawn)]
         prompt = " ".join([f"Write about {topic}."] + [CONSTRAINTS[i][0].format(**k) for i, k in constraints])
         if split != "sft":
-            kwargs = [{name: k.get(name) for name in KWARGS} for _, k in constraints]  # None-filled, as on the hub
+            # None-filled, as on the hub
+            kwargs = [{name: k.get(name) for name in KWARGS} for _, k in constraints]
             rows.append({"prompt": [{"role": "user", "content": prompt}], "instruction_id_list": [i for i, _ in constraints], "kwargs": kwargs, "index": index})
             continue
         for think in (True, False):
@@ -213,7 +217,7 @@ def if_rows(rng, keys, split):
     return rows
 
 
-# ---- Math ------------------------------------------------------------------------------------------------------------
+# ---- Math ----------------------------------------------------------------------------------------
 STEPS = {"+": ["add {}", "then add {}", "plus {}"], "-": ["take away {}", "then subtract {}", "minus {}"], "*": ["multiply by {}", "times {}"]}
 STARTS = ["Start with {}", "Take {}", "Begin at {}", "Ann has {}", "Think of {}"]
 
@@ -253,8 +257,9 @@ def math_rows(rng, keys, split):
     return rows
 
 
-# ---- Code and SWE ----------------------------------------------------------------------------------------------------
-OPS = {  # name -> (how to say it, line of code); neighbours in FAMILIES are easily mistaken for each other
+# ---- Code and SWE --------------------------------------------------------------------------------
+# name -> (how to say it, line of code); neighbours in FAMILIES are easily mistaken for each other
+OPS = {
     "asc": (["sorts it", "puts it in rising order"], "sorted(x)"),
     "desc": (["sorts it from high to low", "puts it in falling order"], "sorted(x, reverse=True)"),
     "rev": (["reverses it", "turns it around"], "x[::-1]"),
@@ -275,7 +280,7 @@ OPS = {  # name -> (how to say it, line of code); neighbours in FAMILIES are eas
     "init": (["drops the last number", "leaves out the last number"], "x[:-1]"),
 }
 FAMILIES = [["asc", "desc", "rev"], ["even", "odd"], ["pos", "neg"], ["double", "square"], ["inc", "dec"], ["negate", "abs", "uniq"],
-            ["first", "last"], ["tail", "init"]]  # fmt: skip
+            ["first", "last"], ["tail", "init"]]
 SIBLINGS = {name: [other for other in family if other != name] for family in FAMILIES for name in family}
 
 
@@ -327,7 +332,7 @@ def code_rows(rng, keys, split):
         problem = f"Write a function f(x) that takes a list of numbers, {say(rng, names)}, and returns it."
         row = {"hash_id": "-".join(names), "dataset": "toy", "source": "toy",
                "responses_create_params": {"input": [{"role": "user", "content": problem}]},
-               "verifier_metadata": {"unit_tests": code_tests(names)}}  # fmt: skip
+               "verifier_metadata": {"unit_tests": code_tests(names)}}
         if split != "sft":
             rows.append(row)
             continue
@@ -348,7 +353,7 @@ def swe_rows(rng, keys, split):
         patch = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), "a/app.py", "b/app.py"))
         row = {"prompt": "", "original_prompt": f"f in app.py is wrong. It takes a list, {say(rng, names)}, and returns it.",
                "golden_patch": patch, "relevant_file_contents": [{"file_path": "app.py", "content": before}],
-               "instance_id": "toy-" + "-".join(names), "source": "toy", "tests": code_tests(names)}  # fmt: skip
+               "instance_id": "toy-" + "-".join(names), "source": "toy", "tests": code_tests(names)}
         if split != "sft":
             rows.append(row)
             continue
@@ -363,7 +368,7 @@ def swe_rows(rng, keys, split):
     return rows
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 def chat_keys(rng):
     while True:
         yield rng.choice(TOPICS), rng.randrange(len(QUESTIONS)), rng.randrange(len(TAILS))
@@ -398,7 +403,8 @@ def demonstrations(skill, made, folder):
     if skill in ("math", "code", "swe"):
         stage = {"math": mathrl, "code": coderl, "swe": swerl}[skill]
         path = os.path.join(folder, f"{skill}_sft.jsonl")
-        write_jsonl(path, {id(row): row for row in prompts}.values())  # a row is demonstrated more than once
+        # a row is demonstrated more than once
+        write_jsonl(path, {id(row): row for row in prompts}.values())
         cfg = stage.Config(min_prompt_tokens=0) if skill == "swe" else stage.Config()
         loaded = [row["messages"][-1]["content"] for row in stage.load_rows(cfg, path)]
         built = dict(zip(dict.fromkeys(id(row) for row in prompts), loaded, strict=True))
@@ -407,7 +413,7 @@ def demonstrations(skill, made, folder):
         {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}],
          "category": category, "source": "toy", "generator": "toy.py", "thinking": think}
         for prompt, (_, reply, think, category) in zip(prompts, made, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def make_tokenizer(folder, texts, fixed, vocab_size):
@@ -417,7 +423,7 @@ def make_tokenizer(folder, texts, fixed, vocab_size):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"    [^\n]+|\n| ?[A-Za-z_]+| ?[^\sA-Za-z0-9]+|\s"), behavior="isolated"),
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    ])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
@@ -442,12 +448,13 @@ def main(cfg):
         fail("--num_heads and --head_dim have to be even, --vocab_size at least 512.", note="Nothing was made.")
     os.makedirs(cfg.out, exist_ok=True)
     makers = {"chat": (chat_keys, chat_rows), "if": (if_keys, if_rows), "math": (math_keys, math_rows),
-              "code": (op_keys, code_rows), "swe": (None, swe_rows)}  # fmt: skip
+              "code": (op_keys, code_rows), "swe": (None, swe_rows)}
     sft, keys = {}, {}
     fixed = [SYSTEM, "system\n", "user\n", "assistant\n", " /think", " /no_think", "<think>\n", "\n</think>\n"]
     for skill, (make_keys, make_rows) in makers.items():
         rng = random.Random(f"{cfg.seed} {skill}")
-        keys[skill] = split_keys(make_keys(rng), KEYS[skill]) if make_keys else keys["code"]  # code and swe share their split
+        # code and swe share their split
+        keys[skill] = split_keys(make_keys(rng), KEYS[skill]) if make_keys else keys["code"]
         for split in ("rl", "dev", "test"):
             write_jsonl(os.path.join(cfg.out, f"{skill}_{split}.jsonl"), make_rows(rng, keys[skill][split], split))
         sft[skill] = demonstrations(skill, make_rows(rng, keys[skill]["sft"], "sft"), cfg.out)
@@ -459,7 +466,8 @@ def main(cfg):
     write_jsonl(os.path.join(cfg.out, "preference.jsonl"), preferences)
     write_jsonl(os.path.join(cfg.out, "preference_dev.jsonl"), held_out)
     general = [row for skill in ("chat", "if", "math", "code") for row in sft[skill]]
-    everything = general + 2 * sft["swe"]  # upsampled in stage 2, as in the paper (3.3.2: three times)
+    # upsampled in stage 2, as in the paper (3.3.2: three times)
+    everything = general + 2 * sft["swe"]
     for name, rows in (("sft_stage1", general), ("sft_stage2", everything)):
         rng.shuffle(rows)
         write_jsonl(os.path.join(cfg.out, f"{name}.jsonl"), rows)
@@ -476,7 +484,7 @@ def main(cfg):
             num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads // 2,
             head_dim=cfg.head_dim, rope_theta=1e4, max_position_embeddings=1024, tie_word_embeddings=True,
         ), seed=cfg.seed, std=cfg.hidden_size**-0.5,
-    )  # fmt: skip
+    )
     model.save_pretrained(base)
     save_tokenizer(base, base)
     print(f"{base}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {tokenizer.get_vocab_size()}")

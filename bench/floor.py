@@ -14,7 +14,8 @@ import statistics
 import time
 from pathlib import Path
 
-import grpo  # before side_by_side takes this folder off the path: `import sft` means the stage
+# before side_by_side takes this folder off the path: `import sft` means the stage
+import grpo
 import torch
 from side_by_side import ROOT, machine, toy_folder
 
@@ -48,7 +49,7 @@ def pieces():
     hook = (lambda r: vars(r).update(reward=grpo.rarity(r.text), status="ok")), (lambda rollouts: None)
     rollout = lambda: mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[0]
     sft_cfg = sft.Config(init_from=toy_folder("base"), data=str(Path(toy_folder("base")).parent / "sft_stage1.jsonl"), max_seq_len=512,
-                         micro_batch_tokens=8192, limit=1000)  # fmt: skip
+                         micro_batch_tokens=8192, limit=1000)
     samples = sft.load_samples(sft_cfg.data, tokenizer, sft_cfg)[:128]
     trained = rollout()
     return {
@@ -131,7 +132,7 @@ def main():
         row["floor_share"] = (products + spent["attention"]) / whole
         row["of_peak"] = row["product_flops"] / products / top
         print(f"{name:32s}{row['plain_s']:7.2f} s | floor {row['floor_share']:4.0%} | products at {row['of_peak']:4.0%} of {top / 1e9:.0f} GFLOP/s | "
-              + ", ".join(f"{group} {s / whole:.0%}" for group, s in spent.items()))  # fmt: skip
+              + ", ".join(f"{group} {s / whole:.0%}" for group, s in spent.items()))
     head = {"command": ["bench/floor.py", f"--rounds={args.rounds}"], "machine": machine(), "torch": torch.__version__, "peak_flops": top}
     out = ROOT / "bench" / "floor"
     out.with_suffix(".json").write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")

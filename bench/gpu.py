@@ -34,7 +34,7 @@ from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config
 LENGTHS = {"equal": [4096] * 2, "mixed": [1024, 1536, 2048, 3584]}  # tokens of a pass: 8,192
 
 
-# ---- Measuring -------------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 def seconds(run):
     """(seconds, peak GiB beyond what was there, what it returned)."""
     torch.cuda.synchronize()
@@ -54,7 +54,8 @@ def ceilings():
 
 def useful_flops(config, total, sequences):
     """6 for a weight that multiplies and a token, 12 N H for a token and each of the n / 2 that it attends to in a layer: forward and backward."""
-    weights = total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)  # looking up is no product
+    # looking up is no product
+    weights = total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return sum(6 * weights * n + attention * n * n for n in sequences)
 
@@ -74,8 +75,9 @@ def forget():
     torch.cuda.empty_cache()
 
 
-# ---- Forward and backward ---------------------------------------------------------------------------------------------
-ROTATE = {}  # transformers' function for RoPE, stock and Liger's: a module's global, so every turn sets its own
+# ---- Forward and backward ------------------------------------------------------------------------
+# transformers' function for RoPE, stock and Liger's: a module's global, so every turn sets its own
+ROTATE = {}
 
 
 def theirs(model, liger=False):
@@ -158,15 +160,15 @@ def race(size, setting, rounds, flop_rate):
             ratios = [t / mine for t, (mine, _) in zip(times, turns["ours"][2:])]
             middle = statistics.median(times)
             row |= dict(seconds=middle, tokens_per_s=sum(LENGTHS[setting]) / middle, mfu=flops / middle / flop_rate, peak_gib=max(peaks),
-                        loss=losses[who], ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))  # fmt: skip
+                        loss=losses[who], ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
             print(f"{size} pass, {setting:5s} {who:21s} {1e3 * middle:8.1f} ms {row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {max(peaks):5.1f} GiB  "
-                  f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our time, loss {row['loss']:.4f}", flush=True)  # fmt: skip
+                  f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our time, loss {row['loss']:.4f}", flush=True)
         rows.append(row)
     assert max(losses.values()) - min(losses.values()) < 0.02, f"not the same computation: {losses}"
     return rows
 
 
-# ---- Steps -------------------------------------------------------------------------------------------------------------
+# ---- Steps ---------------------------------------------------------------------------------------
 def steps(size, rounds, rates, device):
     """Rows for the SFT step and the GRPO step, on a model as checkpoint.load_policy and the stages' main make it."""
     model = build(size, torch.float32)
@@ -183,7 +185,7 @@ def steps(size, rounds, rates, device):
     lengths = torch.linspace(64, 2048, 32)[torch.randperm(32, generator=rng)].int().tolist()
     prompts = [some(512).tolist() for _ in range(4)]
     rollouts = [Rollout(row={}, group=i // 8, prompt_ids=prompts[i // 8], seed=i, completion_ids=some(n).tolist(), sampler_logprobs=[-12.0] * n,
-                        advantage=1.0 if i % 2 else -1.0, finish_reason="stop") for i, n in enumerate(lengths)]  # fmt: skip
+                        advantage=1.0 if i % 2 else -1.0, finish_reason="stop") for i, n in enumerate(lengths)]
     cfg = mathrl.Config(micro_batch_tokens=32768, temperature=1.0, importance_limit=0.0)
     whole, alone = [512 + n for n in lengths], packing.shared_prefixes
     step = lambda: mathrl.train_step(model, optimizer, rollouts, cfg, device, 1)
@@ -200,9 +202,9 @@ def report(part, size, setting, rounds, run, sequences, config, total, rates):
     turns = [seconds(run)[:2] for _ in range(rounds + 1)][1:]
     middle, tokens = statistics.median(t for t, _ in turns), sum(sequences)
     row = dict(part=part, size=size, setting=setting, who="ours", seconds=middle, tokens_per_s=tokens / middle, peak_gib=torch.cuda.max_memory_allocated() / 2**30,
-               seconds_min=min(turns)[0], seconds_max=max(turns)[0], mfu=useful_flops(config, total, sequences) / middle / rates[0])  # fmt: skip
+               seconds_min=min(turns)[0], seconds_max=max(turns)[0], mfu=useful_flops(config, total, sequences) / middle / rates[0])
     print(f"{size} {part} {setting:15s} {1e3 * middle:8.1f} ms [{1e3 * row['seconds_min']:.1f}, {1e3 * row['seconds_max']:.1f}] for {tokens} tokens: "
-          f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {row['peak_gib']:5.1f} GiB with weights and AdamW", flush=True)  # fmt: skip
+          f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {row['peak_gib']:5.1f} GiB with weights and AdamW", flush=True)
     return row
 
 
@@ -239,11 +241,11 @@ def sampler(size, rates, rows=64, prompt=512, new=128):
         step = (many - few) / new
         found.append(dict(part="sampler", size=size, who=who, setting=f"{rows} rows", seconds=step, tokens_per_s=rows / step, floor_seconds=floor, peak_gib=peak))
         print(f"{size} sampler {who:21s} {1e3 * step:8.2f} ms a step of {rows} rows, {rows / step:8.0f} tok/s; reading weights and cache takes "
-              f"{1e3 * floor:.2f} ms", flush=True)  # fmt: skip
+              f"{1e3 * floor:.2f} ms", flush=True)
     return found
 
 
-# ---- Report ------------------------------------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 def plot(rows, title, path):
     import matplotlib
 
@@ -280,7 +282,7 @@ def main():
     packages = ["torch", "triton", "transformers"] + ["liger_kernel"] * bool(importlib.util.find_spec("liger_kernel"))
     flags = [f"--{key}={getattr(args, key)}" for key in ("steps", "samplers", "passes", "rounds")]
     head = dict(command=["bench/gpu.py", *flags], git=git_hash(), gpu=name, **versions(*packages), matmul_flop_per_s=rates[0],
-                copy_bytes_per_s=rates[1], lengths=LENGTHS)  # fmt: skip
+                copy_bytes_per_s=rates[1], lengths=LENGTHS)
     jobs = [(steps, size, args.rounds, rates, device) for size in args.steps.split(",") if size]
     jobs += [(sampler, size, rates) for size in args.samplers.split(",") if size]
     jobs += [(race, size, setting, args.rounds, rates[0]) for size in args.passes.split(",") if size for setting in LENGTHS]

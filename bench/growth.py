@@ -46,13 +46,13 @@ SWEEPS = {
 MICRO = 8192  # tokens of a packed micro-batch
 
 
-# ---- One point -------------------------------------------------------------------------------------------------------
+# ---- One point -----------------------------------------------------------------------------------
 def build(point, stops):
     """A stage's own parts, for a model of this width: (cfg, rows, model, optimizer, engine, rank, world, device)."""
     rank, world, device = init_distributed(0)
     folder, width = OUT / "data" / "base", point["width"]
     cfg = mathrl.Config(init_from=str(folder), prompts_per_step=point["prompts"], group_size=point["group"], max_new_tokens=point["length"], lr=1e-4,
-                        max_prompt_tokens=256, top_p=1.0, micro_batch_tokens=MICRO, overlong_filter=False, importance_limit=0.0)  # fmt: skip
+                        max_prompt_tokens=256, top_p=1.0, micro_batch_tokens=MICRO, overlong_filter=False, importance_limit=0.0)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     config.max_position_embeddings, config.intermediate_size = 8192, config.intermediate_size * width // config.hidden_size
     config.num_attention_heads, config.num_key_value_heads = max(width // 24, 2), max(width // 48, 1)
@@ -98,7 +98,7 @@ def measure(point, repeats):
         gaps.append(metrics["gap"])
     medians = [statistics.median(column) for column in zip(*(turns[1:] or turns))]
     return dict(zip(("rollout", "update", "rollout_wall", "update_wall"), medians)) | {
-        "memory_mb": peak_mb() - before, "parameters": sum(p.numel() for p in model.parameters()), "gap": max(gaps)}  # fmt: skip
+        "memory_mb": peak_mb() - before, "parameters": sum(p.numel() for p in model.parameters()), "gap": max(gaps)}
 
 
 def measure_padding(point, repeats):
@@ -127,11 +127,13 @@ def measure_padding(point, repeats):
         indices, where["now"] = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step), "rollout"
         trained, sampled = mathrl.rollout(sampler, rows, [i % len(rows) for i in indices], step, cfg, HOOK, rank, world)
         distinct = {tuple(r.prompt_ids) for r in sampled}
-        counts["rollout rows"][1] += sum(map(len, distinct)) + sum(len(r.completion_ids) - 1 for r in sampled)  # the last token is not read
+        # the last token is not read
+        counts["rollout rows"][1] += sum(map(len, distinct)) + sum(len(r.completion_ids) - 1 for r in sampled)
         where["now"] = "update"
         mathrl.train_step(model, optimizer, trained, cfg, device, world)
         whole = [tuple(r.prompt_ids + r.completion_ids) for r in trained if r.advantage]
-        counts["update rows"][1] += len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})  # of equal pasts one is needed
+        # of equal pasts one is needed
+        counts["update rows"][1] += len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})
         counts["update slots"][1] += model.config.num_hidden_layers * sum(len(ids) ** 2 // 2 for ids in whole)
         lengths += [len(r.completion_ids) for r in sampled]
     return {"counts": counts, "lengths": [min(lengths), statistics.median(lengths), max(lengths)]}
@@ -147,7 +149,7 @@ def in_children(function, point, repeats):
         if os.fork() == 0:
             if point["ranks"] > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(point["ranks"]), "MASTER_ADDR": "127.0.0.1",
-                               "MASTER_PORT": str(port)}  # fmt: skip
+                               "MASTER_PORT": str(port)}
             try:
                 os.write(writer, pickle.dumps(function(point, repeats)))
             except BaseException:
@@ -174,7 +176,7 @@ def sweep(name, quick):
         for key, value in combined.items():
             row.setdefault(key, []).append(value)
         print(f"{name:>8s} {point[name]:5}: rollout {combined['rollout']:7.2f} update {combined['update']:7.2f} CPU s (wall {combined['rollout_wall']:.2f} "
-              f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}", flush=True)  # fmt: skip
+              f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}", flush=True)
     return row
 
 
@@ -186,7 +188,7 @@ def padding(world):
     return shares | {"completion lengths, min median max": ranks[0]["lengths"]}
 
 
-# ---- Fit and report --------------------------------------------------------------------------------------------------
+# ---- Fit and report ------------------------------------------------------------------------------
 def fit(x, y):
     """(a, b, c) of a + b x + c x^2, least squares of relative errors, none negative; the largest relative error."""
     x, y = np.array(x, float), np.array(y, float)
@@ -219,7 +221,8 @@ def describe(name, sweep):
 
 
 def micro_batch_tokens(point):
-    return point["prompts"] * point["group"] * (point["length"] + 60) / point["ranks"]  # 60: a prompt
+    # 60: a prompt
+    return point["prompts"] * point["group"] * (point["length"] + 60) / point["ranks"]
 
 
 def plot(sweeps, path):
@@ -287,7 +290,7 @@ def main():
         found.setdefault("runs", []).append({
             "command": ["bench/growth.py", *sys.argv[1:]], "git": git_hash(), "machine": machine(), "threads_each": 1, **versions("torch"),
             "settings": BASE | {"micro_batch_tokens": MICRO, "dtype": "float32"}, "seconds": time.time() - began,
-        })  # fmt: skip
+        })
     for name, one in found["sweeps"].items():
         if name != "ranks":
             one["fit"] = describe(name, one)

@@ -31,7 +31,7 @@ def toy_rows(setting):
 
     cfg = mathrl.Config(init_from=toy_folder("sft" if setting == "math" else "base"), data=str(OUT / "data" / "math_rl.jsonl"), lr=LR,
                         prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=LENGTH, max_prompt_tokens=256, temperature=1.0, top_p=1.0,
-                        micro_batch_tokens=8192, reward_workers=2, overlong_filter=setting == "math")  # fmt: skip
+                        micro_batch_tokens=8192, reward_workers=2, overlong_filter=setting == "math")
     return cfg, mathrl.load_rows(cfg, limit=800)
 
 
@@ -106,7 +106,7 @@ def trl(setting):
             adam_beta2=cfg.beta2, weight_decay=cfg.weight_decay, max_grad_norm=cfg.grad_clip, model_init_kwargs={"dtype": "float32"},
             generation_kwargs={"min_new_tokens": LENGTH} if setting == "fixed" else None,
         ),
-    )  # fmt: skip
+    )
     prompt = rows[0]["messages"]
     theirs = trainer.processing_class.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert theirs == render_chat(load_tokenizer(cfg.init_from), prompt, True)[0], "the two sides do not see the same prompt"
@@ -127,7 +127,7 @@ def main():
         print(f"{setting}: {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens", flush=True)
         flags = lambda who, setting=setting: [f"--contestant={who}", f"--settings={setting}"]
         contestants = {"ours": (sys.executable, flags("ours"), {}), "ours, nothing shared": (sys.executable, flags("alone"), {}),
-                       "trl": (python, flags("trl"), {}), "trl, our malloc": (python, flags("trl"), KEEP_PAGES)}  # fmt: skip
+                       "trl": (python, flags("trl"), {}), "trl, our malloc": (python, flags("trl"), KEEP_PAGES)}
         groups[setting] = summarize(race("grpo", contestants, args.rounds))
     settings = {"prompts": PROMPTS, "group_size": GROUP, "max_new_tokens": LENGTH, "lr": LR, "dtype": "float32"}
     report("grpo", settings, groups, f"One GRPO step, {PROMPTS} prompts x {GROUP} completions, toy model, fp32")

@@ -39,14 +39,17 @@ from kernels import (
     rms_norm,
     sampling,
     swiglu,
-)  # fmt: skip
+)
 
-# T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled rows, S cache slots
+# T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled
+# rows, S cache slots
 SHAPES = {
     "cuda": dict(T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, S=4096, lengths=[4096] * 8),
     "cpu": dict(T=10000, D=96, N=4, K=2, H=24, F=288, V=600, B=256, S=200, lengths=[40 + i * 120 // 99 for i in range(100)]),
 }
-HEADS = {  # tokens, width and vocabularies at which the peak memory of head and loss is taken; logits whole up to a limit
+# tokens, width and vocabularies at which the peak memory of head and loss is taken; logits whole up
+# to a limit
+HEADS = {
     "cuda": dict(tokens=32768, width=4096, vocabularies=(16384, 65536, 151936), whole=16384),
     "cpu": dict(tokens=4096, width=64, vocabularies=(8192, 32768, 131072), whole=32768),
 }
@@ -162,17 +165,19 @@ def cases(device, s):
                      s["B"] * V * 4 / element, 0, 0, 0),
         "adamw": ((), dict(ours=lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1), eager=plain.step),
                   numel * 14 / element, 0, 0, 0),
-    }  # fmt: skip
+    }
     if device == "cuda":
         add_gpu_contestants(table, target, max(s["lengths"]))
-    return {name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()}  # in bytes
+    # in bytes
+    return {name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()}
 
 
 def add_gpu_contestants(table, target, longest):
     """FlashAttention-2 of PyTorch and, where it is installed (pip install liger-kernel), Liger's Triton kernels."""
     from torch.nn.attention.varlen import varlen_attn
 
-    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # before torch 2.12 it goes unsaid
+    # before torch 2.12 it goes unsaid
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     table["attention"][1]["fa2"] = lambda q, k, v, cu, n: varlen_attn(q, k, v, cu, cu, n, n, window_size=(-1, 0), **gqa)
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as LigerLinearCE
@@ -205,7 +210,8 @@ def head_peak(who, vocab, device):
     whole = lambda: -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")  # noqa: E731
     run = {"ours": lambda: linear_logprob.linear_logprob(hidden, weight, target)[0], "whole": whole}[who]
     resident = lambda name: int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024  # noqa: E731
-    linear_logprob.linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()  # libraries load beforehand
+    # libraries load beforehand
+    linear_logprob.linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()
     hidden.grad = weight.grad = None
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -239,7 +245,7 @@ def head_table(device):
             gradients = (tokens + vocab) * width * (2 if device == "cuda" else 4) / 2**20
             rows.append(dict(who=who, tokens=tokens, vocab=vocab, peak_mib=mib, gradients_mib=gradients, seconds=seconds))
             print(f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak ({gradients:.1f} of it "
-                  f"gradients), {seconds:.3f} s", flush=True)  # fmt: skip
+                  f"gradients), {seconds:.3f} s", flush=True)
     return rows
 
 
@@ -308,7 +314,8 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
                 continue
             memory[who] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
             runs[who] = run
-        if not runs:  # nothing to differentiate, or forward alone would compare unlike things
+        # nothing to differentiate, or forward alone would compare unlike things
+        if not runs:
             continue
         times = {who: [] for who in runs}
         for _ in range(rounds):
@@ -321,7 +328,7 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
             row = dict(kernel=name, direction=direction, who=who, ms=ms, of_floor=floor / ms, peak_gib=memory[who])
             rows.append(row | dict(rate=rate, unit="TB/s" if moved else "TFLOP/s", ours_speedup=ms / medians["ours"]))
             print(f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
-                  f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours", flush=True)  # fmt: skip
+                  f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours", flush=True)
     return rows
 
 

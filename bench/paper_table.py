@@ -17,14 +17,15 @@ from evals.plots import plot_matrix  # noqa: E402
 from evals.report import table  # noqa: E402
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-PAPER = {  # Nemotron-Cascade-8B: problems x completions (appendix B), the score after each stage
+# Nemotron-Cascade-8B: problems x completions (appendix B), the score after each stage
+PAPER = {
     "mmlu": (14042, (83.0, 83.1, 83.4, 83.4, 83.7, 83.7)), "mmlu_pro": (12032, (74.4, 77.8, 74.5, 75.0, 75.3, 75.7)),
     "gpqa": (198 * 8, (63.5, 66.8, 66.1, 65.7, 67.4, 66.5)), "arenahard": (500, (70.0, 90.1, 88.0, 87.0, 87.8, 87.9)),
     "ifeval": (541 * 8, (70.8, 50.1, 90.4, 92.1, 90.7, 90.2)), "ifbench": (294 * 8, (21.2, 24.5, 40.5, 40.4, 38.1, 40.8)),
     "aime24": (30 * 64, (83.6, 86.1, 86.2, 90.2, 89.1, 89.5)), "aime25": (30 * 64, (72.8, 75.0, 75.2, 81.9, 80.5, 80.1)),
     "lcb_v5": (279 * 8, (59.2, 70.2, 70.2, 70.6, 75.3, 74.3)), "lcb_v6": (454 * 8, (56.7, 67.2, 66.7, 67.4, 71.5, 71.1)),
     "swebench": (500 * 4, (26.1, 28.2, 28.3, 30.6, 31.6, 37.2)),
-}  # fmt: skip
+}
 THINKING = {
     "8b-thinking": {"mmlu": (83.6, 83.9, 83.8, 83.8, 84.3, 84.0), "mmlu_pro": (74.5, 76.2, 74.8, 75.0, 75.4, 75.5),
                     "gpqa": (64.2, 67.3, 65.2, 63.8, 67.7, 66.7), "arenahard": (71.7, 89.9, 86.3, 84.0, 85.4, 85.8),
@@ -38,7 +39,7 @@ THINKING = {
                      "aime24": (86.9, 88.4, 89.2, 90.4, 90.4, 89.7), "aime25": (81.1, 81.8, 82.3, 83.3, 83.5, 83.3),
                      "lcb_v5": (66.1, 75.2, 75.3, 75.2, 78.0, 77.5), "lcb_v6": (63.1, 72.3, 72.7, 72.4, 74.8, 74.6),
                      "swebench": (34.5, 38.8, 38.4, 39.7, 39.6, 43.1)},
-}  # fmt: skip
+}
 TEACHES = {"rlhf": ("arenahard",), "ifrl": ("ifeval", "ifbench"), "mathrl": ("aime24", "aime25"), "coderl": ("lcb_v5", "lcb_v6"), "swerl": ("swebench",)}
 
 

@@ -79,7 +79,8 @@ def transformers(setting, folder):
                 how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH)
                 new = model.generate(input_ids=input_ids, attention_mask=mask, **how)[:, width:]
             ends = torch.isin(new, torch.tensor([] if setting == "fixed" else stops)).long()
-            tokens += int((ends.cumsum(1) - ends == 0).sum())  # up to the first stop token, that one included
+            # up to the first stop token, that one included
+            tokens += int((ends.cumsum(1) - ends == 0).sum())
         take_turn(tokens=tokens)
 
 
@@ -89,7 +90,7 @@ def vllm(setting, folder, logprobs):
 
     torch.set_num_threads(1)
     llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=PROMPTS * GROUP, enable_prefix_caching=True,
-              generation_config="vllm", max_model_len=512, disable_log_stats=True)  # fmt: skip
+              generation_config="vllm", max_model_len=512, disable_log_stats=True)
     ids = [{"prompt_token_ids": p} for p in prompts(folder)]
     stops = [] if setting == "fixed" else json.load(open(f"{folder}/generation_config.json"))["eos_token_id"]
     params = SamplingParams(temperature=1.0, max_tokens=LENGTH, ignore_eos=True, stop_token_ids=stops, detokenize=False, logprobs=0 if logprobs else None)
@@ -113,12 +114,12 @@ def main():
     groups, python, with_vllm = {}, peer_python(), vllm_python()
     toy_folder("sft")
     quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
-             "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
+             "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for setting in args.settings.split(","):
         print(f"{setting}: {BATCHES} batches of {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens at most", flush=True)
         child = lambda who, python, extra, setting=setting: (python, [f"--contestant={who}", f"--settings={setting}"], extra)
         contestants = {"ours": child("ours", sys.executable, {}), "transformers": child("transformers", python, {}),
-                       "transformers, our malloc": child("transformers", python, KEEP_PAGES)}  # fmt: skip
+                       "transformers, our malloc": child("transformers", python, KEEP_PAGES)}
         if with_vllm:
             contestants |= {"vllm": child("vllm", with_vllm, quiet), "vllm, log-probs": child("vllm_logprobs", with_vllm, quiet)}
         else:

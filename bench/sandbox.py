@@ -22,12 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from verifiers import sandbox
 
-PROGRAMS = [  # typical short solutions: reading, a loop, a sort, the usual imports
+# typical short solutions: reading, a loop, a sort, the usual imports
+PROGRAMS = [
     ("n = int(input())\nprint(sum(i * i for i in range(n)))", "100\n", "328350"),
     ("import sys\nfrom collections import Counter\nprint(Counter(sys.stdin.read().split()).most_common(1)[0][0])", "a b a\n", "a"),
     ("import heapq\nx = list(map(int, input().split()))\nheapq.heapify(x)\nprint(*[heapq.heappop(x) for _ in range(3)])", "5 3 9 1\n", "1 3 5"),
     ("from functools import lru_cache\n@lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(int(input())))", "80\n", "23416728348467685"),
-]  # fmt: skip
+]
 
 
 def plain_subprocess(source, stdin):

@@ -22,7 +22,7 @@ def conversations(tokens=2048):
     from model import load_tokenizer
 
     cfg = sft.Config(init_from=toy_folder("base"), data=str(OUT / "data" / "sft_stage1.jsonl"), lr=LR, max_seq_len=LENGTH,
-                     micro_batch_tokens=tokens)  # fmt: skip
+                     micro_batch_tokens=tokens)
     return cfg, sft.load_samples(cfg.data, load_tokenizer(cfg.init_from), cfg)[:ROWS]
 
 
@@ -60,7 +60,8 @@ def trl(batch, packing):
         def on_train_begin(self, *args, **kwargs):
             take_turn(**versions("torch", "transformers", "trl", "accelerate"))
 
-        def on_log(self, args, state, control, logs, **kwargs):  # comes after on_step_end, so the loss is the turn's own
+        # comes after on_step_end, so the loss is the turn's own
+        def on_log(self, args, state, control, logs, **kwargs):
             take_turn(tokens=tokens, loss=logs["loss"])
 
     config = dict(
@@ -68,9 +69,10 @@ def trl(batch, packing):
         save_strategy="no", logging_steps=1, max_steps=10**6, max_length=LENGTH, packing=packing, per_device_train_batch_size=batch,
         learning_rate=LR, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta1=cfg.beta1, adam_beta2=cfg.beta2,
         weight_decay=cfg.weight_decay, max_grad_norm=cfg.grad_clip, model_init_kwargs={"dtype": "float32"},
-    )  # fmt: skip
+    )
     data = datasets.Dataset.from_list(rows)
-    num_rows = len(SFTTrainer(model=cfg.init_from, train_dataset=data, args=SFTConfig(**config)).train_dataset)  # after packing
+    # after packing
+    num_rows = len(SFTTrainer(model=cfg.init_from, train_dataset=data, args=SFTConfig(**config)).train_dataset)
     accumulate = -(-num_rows // batch)
     trainer = SFTTrainer(model=cfg.init_from, train_dataset=data, args=SFTConfig(**config, gradient_accumulation_steps=accumulate), callbacks=[Turns()])
     trainer.train()

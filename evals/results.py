@@ -17,12 +17,16 @@ TOY = ("chat", "if", "math", "code", "swe")
 TASK_ORDER = (*TOY, *BENCHMARKS)
 OWN = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swerl": "swe"}
 
-# Points a stage may cost a task, beyond the noise band of the two scores. A pair is a sacrifice: the points, and the stage
+# Points a stage may cost a task, beyond the noise band of the two scores. A pair is a sacrifice:
+# the points, and the stage
 # that has to bring them back. What stages may cost adds up; the noise does not.
 GATES = {
-    "*": {"*": 1.0, **dict.fromkeys(TOY, 3.0)},  # any stage, any task; the toy skills share a third of a million parameters
-    "rlhf": {"ifeval": (25.0, "ifrl"), "ifbench": (5.0, "ifrl"), "if": (10.0, "ifrl")},  # paper T4: IFEval 70.8 -> 50.1, T5: 90.4
-    "ifrl": {"mmlu_pro": 3.0, "chat": 10.0},  # paper T5: MMLU-Pro 77.8 -> 74.5; toy: chat's rule and the constraints disagree
+    # any stage, any task; the toy skills share a third of a million parameters
+    "*": {"*": 1.0, **dict.fromkeys(TOY, 3.0)},
+    # paper T4: IFEval 70.8 -> 50.1, T5: 90.4
+    "rlhf": {"ifeval": (25.0, "ifrl"), "ifbench": (5.0, "ifrl"), "if": (10.0, "ifrl")},
+    # paper T5: MMLU-Pro 77.8 -> 74.5; toy: chat's rule and the constraints disagree
+    "ifrl": {"mmlu_pro": 3.0, "chat": 10.0},
 }
 
 
@@ -68,7 +72,8 @@ def broken_gates(cells, stages):
             if payer:
                 book["owed"][payer] = book["owed"].get(payer, 0.0) + points
             due = [p for p in book["owed"] if STAGES.index(p) < STAGES.index(base_of(stage)) or p == base_of(stage) and stage != p + "1"]
-            book["spent"] -= sum(book["owed"].pop(p) for p in due)  # a stage of several parts pays by its second
+            # a stage of several parts pays by its second
+            book["spent"] -= sum(book["owed"].pop(p) for p in due)
             best = book["best"]
             loss, band = 100 * (best["score"] - now["score"]), 100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"])
             if too_much := loss - band > book["spent"] + 1e-9:
@@ -87,7 +92,7 @@ def check_gates(folder, stage=""):
         return ""
     s, more = broken[0][0], f" ({len(broken) - 1} more gates broke.)" if len(broken) > 1 else ""
     return (f"gate: {broken[0][1]}{more} Train {s} again with a lower lr or fewer steps (remove {folder}/{s} first), declare the loss in "
-            f"GATES of evals/results.py, or go on from the best checkpoint of {s} with KEEP_BEST=1.")  # fmt: skip
+            f"GATES of evals/results.py, or go on from the best checkpoint of {s} with KEEP_BEST=1.")
 
 
 def keep_best(folder):

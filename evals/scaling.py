@@ -41,12 +41,15 @@ class Config:
     model: str = ""  # checkpoint folder
     vote: str = ""  # rows of swerl.py: sample patches, take the majority's
     check: str = ""  # command that tests a patch in the repository's container, see above
-    reproductions: int = 10  # with --check: scripts the model writes that fail while the bug is there; paper 3.3.1: 10, 7.4: 40
+    # with --check: scripts the model writes that fail while the bug is there; paper 3.3.1: 10, 7.4:
+    # 40
+    reproductions: int = 10
     ioi: str = ""  # contest problems, see above
     localise: str = ""  # rows of SWE-bench's form: which files have to change, for SFT
     repos: str = ""  # their repositories: a folder of git clones named owner__name
     out: str = ""  # where the rows for sft.py go
-    samples: int = 20  # completions of a problem, or candidates of a subtask in a round; paper: 32, 20
+    # completions of a problem, or candidates of a subtask in a round; paper: 32, 20
+    samples: int = 20
     rounds: int = 50  # submissions a problem; IOI's limit
     max_new_tokens: int = 32768  # paper: 128K for IOI
     temperature: float = 0.6
@@ -57,7 +60,7 @@ class Config:
     seed: int = 0
 
 
-# ---- 1. Majority vote ------------------------------------------------------------------------------------------------
+# ---- 1. Majority vote ----------------------------------------------------------------------------
 def normal_patch(files, after):
     """What a patch does, whatever its comments and layout: {path: syntax tree}; None if a file does not parse, or nothing changed."""
     try:
@@ -112,7 +115,7 @@ def run_check(command, row, patch, scripts):
     except (ValueError, KeyError, TypeError, AssertionError):
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1][:200]
         fail(f'--check: on {row["instance_id"]} it ended with {done.returncode} and said "{said}"; expected {{"regression": number, "scripts": '
-                    f"[{len(scripts)} booleans]}}.", note="Votes so far stand above.")  # fmt: skip
+                    f"[{len(scripts)} booleans]}}.", note="Votes so far stand above.")
 
 
 def run_vote(cfg, sample):
@@ -133,7 +136,7 @@ def run_vote(cfg, sample):
     return sums / len(rows)
 
 
-# ---- 2. Submit and learn ---------------------------------------------------------------------------------------------
+# ---- 2. Submit and learn -------------------------------------------------------------------------
 TAIL = 2048  # tokens at the end whose confidence ranks candidates
 KEPT_FAILURES, KEPT_BEST = 5, 3  # submissions shown again; paper 5.1
 
@@ -170,7 +173,8 @@ def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
                 continue
             code = codes[max(fit, key=lambda i: confidence(rollouts[i]))]
             submissions += 1
-            for other in problem["subtasks"]:  # one submission is judged on every subtask, as at the contest
+            # one submission is judged on every subtask, as at the contest
+            for other in problem["subtasks"]:
                 verdicts = submit(code, other["tests"])
                 got = verdicts.count("ok") / len(verdicts)
                 share[other["name"]] = max(share[other["name"]], got if other.get("partial") or got == 1 else 0.0)
@@ -185,7 +189,7 @@ def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
     return points, submissions
 
 
-# ---- 3. Localisation demonstrations ----------------------------------------------------------------------------------
+# ---- 3. Localisation demonstrations --------------------------------------------------------------
 def run_localise(cfg, sample):
     """(answers kept, rows): Agentless-mini's first step. The prompt has the issue and all Python files of the repository; of the teacher's answers
     those stay that name every file of the golden patch (recall 1)."""
@@ -203,7 +207,7 @@ def run_localise(cfg, sample):
     return kept, len(rows)
 
 
-# ---- 4. main ---------------------------------------------------------------------------------------------------------
+# ---- 4. main -------------------------------------------------------------------------------------
 def main(cfg):
     if not (cfg.vote or cfg.ioi or cfg.localise and cfg.out) or not os.path.exists(os.path.join(cfg.model, "config.json")):
         fail("--model=folder and one of --vote=file, --ioi=file, --localise=file --out=file are needed.", note="Nothing was sampled.")
@@ -214,7 +218,7 @@ def main(cfg):
     def sample(conversations, key, row):
         key = key if isinstance(key, tuple) else (key,)
         rollouts = [Rollout(row=row, group=0, prompt_ids=render_chat(tokenizer, messages, True)[0], seed=request_seed(cfg.seed, 3, *key, k))
-                    for k, messages in enumerate(conversations)]  # fmt: skip
+                    for k, messages in enumerate(conversations)]
         engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
         return rollouts
 

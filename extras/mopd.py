@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository: this script may be started by its path
+# the repository: this script may be started by its path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import Rollout, make_engine, request_seed
 from lib.checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
@@ -40,12 +41,14 @@ from model import Qwen3, load_tokenizer
 from verifiers.pool import timed
 
 
-# ---- 1. Config -------------------------------------------------------------------------------------------------------
+# ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config:
     init_from: str = "out/swerl/final"  # the student
     out_dir: str = "out/mopd"
-    data: str = ""  # comma-separated STAGE:DATA:TEACHER: a stage's name, a set that it loads, a checkpoint of the same tokenizer
+    # comma-separated STAGE:DATA:TEACHER: a stage's name, a set that it loads, a checkpoint of the
+    # same tokenizer
+    data: str = ""
     eval_data: str = ""  # the same with held-out sets; "": no held-out metric
     engine: str = "auto"  # rollouts: auto, torch or vllm
     prompts_per_step: int = 128  # over all ranks; Cascade 2 table 8
@@ -65,19 +68,24 @@ class Config:
     beta2: float = 0.95
     weight_decay: float = 0.01
     grad_clip: float = 1.0
-    importance_limit: float = 2.0  # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; Cascade 2 eq. 3
+    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; Cascade 2 eq. 3
+    importance_limit: float = 2.0
     micro_batch_tokens: int = 32768  # tokens of one packed forward pass on one rank
     max_infra: float = 0.02  # of the common loop; nothing can fail here
     eval_every: int = 10  # steps; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
     save_every: int = 10  # steps
-    shard: str = "full"  # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload: in host memory; replicate: whole
-    phase_timeout: float = 7200.0  # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends and says where
+    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
+    # in host memory; replicate: whole
+    shard: str = "full"
+    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
+    # and says where
+    phase_timeout: float = 7200.0
     sample_every: int = 10  # steps between printed samples
     seed: int = 0
 
 
-# ---- 2. Data ---------------------------------------------------------------------------------------------------------
+# ---- 2. Data -------------------------------------------------------------------------------------
 def load_rows(cfg, path=None, limit=0):
     """Rows of every STAGE:DATA:TEACHER, each read by its stage's own loader, with the teacher's folder in row["teacher"]."""
     rows = []
@@ -100,7 +108,7 @@ def select_rows(rows, epoch, history, cfg):
     return list(range(len(rows)))
 
 
-# ---- 3. Reward -------------------------------------------------------------------------------------------------------
+# ---- 3. Reward -----------------------------------------------------------------------------------
 def load_teacher(folder, rope_factor):
     """A frozen checkpoint, whole on every rank [dev 2]."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -148,16 +156,16 @@ def self_test(rows, cfg):
             fail(f"teacher {folder} has another tokenizer than {cfg.init_from}: its log-probs would be of other tokens.")
 
 
-# ---- 4. Eval ---------------------------------------------------------------------------------------------------------
+# ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
     """Minus the KL of one held-out rollout, nats a token."""
     return rollout.reward
 
 
-# ~~~~~~~~~~~~~~~ waterline: from here on every RL stage is the same, line for line (tests/test_stage_diff.py) ~~~~~~~~~~~~~~~
+# ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 
-# ---- 5. GRPO ---------------------------------------------------------------------------------------------------------
+# ---- 5. GRPO -------------------------------------------------------------------------------------
 # T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
@@ -169,7 +177,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
                          seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]  # fmt: skip
+                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
         with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
             engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
@@ -181,9 +189,11 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         sampled = sampled or fresh
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
         if refill == cfg.max_refill_rounds or not all_reduce({"n": missing}, "max")["n"]:
-            break  # all ranks stop in the same round: a reward hook may hold collectives
+            # all ranks stop in the same round: a reward hook may hold collectives
+            break
         mine, spare = spare[:missing], spare[missing:]
-    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled  # nothing to learn from: an idle batch
+    # nothing to learn from: an idle batch
+    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled
 
 
 def compute_advantages(rollouts, cfg):
@@ -215,7 +225,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     in_loss = [r for r in rollouts if r.trained]
     counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
     batches = collate(balance(rollouts, world), cfg, device)
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])  # every rank runs equally many: collectives must match
+    # every rank runs equally many: collectives must match
+    most = int(all_reduce({"n": len(batches)}, "max")["n"])
     idle = most - len(batches)
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -223,7 +234,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
         loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
-        (loss * world * (i < most - idle)).backward()  # ranks are averaged, the denominator is global; idle batches weigh 0
+        # ranks are averaged, the denominator is global; idle batches weigh 0
+        (loss * world * (i < most - idle)).backward()
         if i < most - idle:
             sums["loss"] += loss.item()
             sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
@@ -250,13 +262,14 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     return sums["score"] / max(sums["n"], 1)
 
 
-# ---- 6. main ---------------------------------------------------------------------------------------------------------
+# ---- 6. main -------------------------------------------------------------------------------------
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
     if cfg.prompts_per_step % world:
         fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
-    reward_hook = make_reward(cfg)  # first of all: its workers are forked while this process is still small
+    # first of all: its workers are forked while this process is still small
+    reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
     eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
     self_test(rows, cfg)
@@ -274,7 +287,7 @@ def main(cfg):
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")  # fmt: skip
+                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()

@@ -59,7 +59,7 @@ def store_rounded(ptr, x, random16, mask):
 @triton.jit
 def adamw_kernel(
     p_ptr, g_ptr, m_ptr, v_ptr, scalars_ptr, seed_ptr, grad_scale_ptr, numel, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """adamw_ref and the three roundings, in place: 14 bytes of traffic per parameter. Scalars come as a tensor."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < numel
@@ -71,7 +71,8 @@ def adamw_kernel(
     m = beta1 * tl.load(m_ptr + index, mask=mask, other=0.0).to(tl.float32) + (1.0 - beta1) * g
     # v = beta2 * v + (1 - beta2) * g * g
     v = beta2 * tl.load(v_ptr + index, mask=mask, other=0.0).to(tl.float32) + (1.0 - beta2) * g * g
-    # p = p * (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+    # p = p * (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) +
+    # eps)
     p = p * decay - step_size * m / (tl.sqrt(v * scale2) + eps)
     seed = tl.load(seed_ptr)
     first, second = hash_triton(index, 2 * seed), hash_triton(index, 2 * seed + 1)
@@ -125,4 +126,4 @@ class AdamW(torch.optim.Optimizer):
                 *(t.to_local() if sharded else t for t in tensors),
                 lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
                 step=state["step"], seed=hash((self.seed, state["step"], number, shard)), grad_scale=grad_scale,
-            )  # fmt: skip
+            )

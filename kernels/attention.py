@@ -19,8 +19,10 @@ from kernels.dispatch import tl, triton, use_triton
 
 # T tokens   N query heads   K key heads   H head width   L padded length
 
-LENGTH_STEP = 16  # CPU: sequences padded to one multiple of this share an SDPA call; fastest of 8, 16, 32
-LOG2E = 1.4426950408889634  # exp2 is the hardware's exponential: exp(x) = exp2(x * log2(e))
+# CPU: sequences padded to one multiple of this share an SDPA call; fastest of 8, 16, 32
+LENGTH_STEP = 16
+# exp2 is the hardware's exponential: exp(x) = exp2(x * log2(e))
+LOG2E = 1.4426950408889634
 
 
 def attention_sdpa(q, k, v):
@@ -81,7 +83,7 @@ def locate(cu_seqlens_ptr, num_blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
-           MASKED: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+           MASKED: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """Takes the keys start .. stop into the online softmax of a block of queries; scale > 0 has log2(e) in it."""
     for first in range(start, stop, BLOCK_K):
         cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -89,7 +91,8 @@ def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, sta
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(cols[None, :] <= rows[:, None], scores, -float("inf"))
-        new_m = tl.maximum(m, tl.max(scores, 1) * scale)  # scaled only here, so that below it is one multiply-add an entry
+        # scaled only here, so that below it is one multiply-add an entry
+        new_m = tl.maximum(m, tl.max(scores, 1) * scale)
         p = tl.exp2(scores * scale - new_m[:, None])
         shrink = tl.exp2(m - new_m)
         total = total * shrink + tl.sum(p, 1)
@@ -103,7 +106,7 @@ def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, sta
 def attention_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride, num_tokens, num_blocks, scale,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """One program per block of queries of one head. out and lse [N, T] (base 2, of scores * scale)."""
     begin, length, first_row = locate(cu_seqlens_ptr, num_blocks, BLOCK_Q)
     if first_row >= length:
@@ -116,12 +119,13 @@ def attention_forward(
     acc = tl.zeros([BLOCK_Q, H_BLOCK], tl.float32)
     m = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    # keys before the block of queries need no mask, those beside it do, those behind it are not visited
+    # keys before the block of queries need no mask, those beside it do, those behind it are not
+    # visited
     diagonal = first_row // BLOCK_K * BLOCK_K
     for masked in tl.static_range(2):  # unrolled when compiled: two loops
         start, stop = (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
         acc, m, total = attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
-                               masked, H, H_BLOCK, BLOCK_K)  # fmt: skip
+                               masked, H, H_BLOCK, BLOCK_K)
     store_rows(out_ptr + (begin * N + head) * H, acc / total[:, None], rows, length, N * H, H, H_BLOCK)
     tl.store(lse_ptr + tl.cast(head, tl.int64) * num_tokens + begin + rows, m + tl.log2(total), mask=rows < length)
 
@@ -131,7 +135,7 @@ def attention_backward_kv(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride,
     num_tokens, num_blocks, scale, softmax_scale,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """One program per block of keys of one key head; blocks are computed transposed, [keys, queries]. Tensor descriptors (TMA: the
     copy engine computes addresses and puts zeros past the end) leave registers to dk and dv: 4.3 ms where pointers took 5.8."""
     begin, length, first_col = locate(cu_seqlens_ptr, num_blocks, BLOCK_K)
@@ -151,7 +155,8 @@ def attention_backward_kv(
         for first in range(first_col // BLOCK_Q * BLOCK_Q, length, BLOCK_Q):
             rows = first + tl.arange(0, BLOCK_Q)
             q = q_rows.load([first, 0])
-            lse = tl.load(lse_ptr + per_row + rows, mask=rows < length, other=float("inf"))  # rows past the end: p = 0
+            # rows past the end: p = 0
+            lse = tl.load(lse_ptr + per_row + rows, mask=rows < length, other=float("inf"))
             # p = exp(scores - lse)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
             p = tl.where(cols[:, None] <= rows[None, :], p, 0.0)
@@ -173,7 +178,7 @@ def attention_backward_q(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride,
     num_tokens, num_blocks, scale, softmax_scale,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """One program per block of queries of one head. Runs first and leaves delta [N, T] for attention_backward_kv."""
     begin, length, first_row = locate(cu_seqlens_ptr, num_blocks, BLOCK_Q)
     if first_row >= length:
@@ -225,7 +230,7 @@ class FlashAttention(torch.autograd.Function):
         attention_forward[(blocks * num_seqs, n)](
             q, k, v, out, lse, cu_seqlens, q.stride(0), k.stride(0), v.stride(0), total, blocks, q.shape[2] ** -0.5 * LOG2E,
             **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3,
-        )  # fmt: skip
+        )
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.max_seqlen = max_seqlen
         return out
@@ -241,12 +246,13 @@ class FlashAttention(torch.autograd.Function):
         attention_backward_q[(blocks_q * num_seqs, n)](
             q, k, v, out, dout, lse, delta, dq, cu_seqlens, *strides, total, blocks_q, scale * LOG2E, scale,
             **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3 if q.itemsize == 2 else 2,
-        )  # fmt: skip
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))  # descriptors; one a thread
+        )
+        # descriptors; one a thread
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
         attention_backward_kv[(blocks_k * num_seqs, k.shape[1])](
             q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *strides, total, blocks_k, scale * LOG2E, scale,
             **model_constants(q, k), BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2,
-        )  # fmt: skip
+        )
         return dq, dk, dv, None, None
 
 

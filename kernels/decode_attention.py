@@ -50,7 +50,7 @@ def decode_split(
     k_row_stride, k_head_stride, k_slot_stride, v_row_stride, v_head_stride, v_slot_stride, length_ptr, num_splits, scale,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr,
     G_BLOCK: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+):
     """One program per split of one key head of one row. WHOLE: no row has a second split, so the result is final."""
     split = tl.program_id(0) % num_splits
     kv_head = tl.program_id(0) // num_splits % K
@@ -67,12 +67,14 @@ def decode_split(
     acc = tl.zeros([G_BLOCK, H_BLOCK], tl.float32)
     m = tl.full([G_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([G_BLOCK], tl.float32)
-    # weights = softmax(scores);  acc = weights @ values      running, unnormalised: the loop of attention.py, in which
-    # every query is the newest token, so that the causal mask cuts off exactly the slots from `length` on
+    # weights = softmax(scores);  acc = weights @ values      running, unnormalised: the loop of
+    # attention.py, in which
+    # every query is the newest token, so that the causal mask cuts off exactly the slots from
+    # `length` on
     newest = tl.zeros([G_BLOCK], tl.int64) + (length - 1)
     stop = tl.minimum(first + SPLIT, length)
     acc, m, total = attend(acc, m, total, q, k_ptr, v_ptr, k_slot_stride, v_slot_stride, newest, length, first, stop,
-                           scale, True, H, H_BLOCK, BLOCK)  # fmt: skip
+                           scale, True, H, H_BLOCK, BLOCK)
     if WHOLE:
         store_rows(out_ptr + head * H, acc / total[:, None], group, G, H, H, H_BLOCK)
     else:
@@ -86,7 +88,7 @@ def decode_split(
 def decode_join(
     acc_ptr, m_ptr, total_ptr, start_ptr, out_ptr, length_ptr, num_splits,
     N: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPLITS_BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program per query head of one row: its splits, each scaled from its own max to the common one, summed."""
     head = tl.program_id(0).to(tl.int64)
     splits = tl.cdiv(tl.load(length_ptr) - tl.load(start_ptr + head // N), SPLIT)
@@ -110,21 +112,23 @@ def decode_attention_triton(q, k_cache, v_cache, start, length):
     """Launches one program per row, key head and split of the longest row that the cache can hold; then the join."""
     (B, N, H), (K, S) = q.shape, k_cache.shape[1:3]
     length = length if isinstance(length, torch.Tensor) else torch.full((1,), length, device=q.device)
-    splits = triton.cdiv(S, SPLIT)  # not of length, which only the GPU knows: programs past it end at once
+    # not of length, which only the GPU knows: programs past it end at once
+    splits = triton.cdiv(S, SPLIT)
     sizes, q = model_constants(q, k_cache), q.contiguous()
     out = torch.empty_like(q)
-    acc = q.new_empty(B, N, splits, H, dtype=torch.float32) if splits > 1 else out  # unused pointers: any tensor
+    # unused pointers: any tensor
+    acc = q.new_empty(B, N, splits, H, dtype=torch.float32) if splits > 1 else out
     m, total = q.new_empty(2, B, N, splits, dtype=torch.float32) if splits > 1 else (out, out)
     decode_split[(B * K * splits,)](
         q, k_cache, v_cache, start, out, acc, m, total, *k_cache.stride()[:3], *v_cache.stride()[:3], length, splits,
         H**-0.5 * LOG2E, **sizes, G_BLOCK=max(16, triton.next_power_of_2(N // K)), SPLIT=SPLIT, BLOCK=BLOCK,
         WHOLE=splits == 1, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    )
     if splits > 1:
         decode_join[(B * N,)](
             acc, m, total, start, out, length, splits, N=N, H=H, H_BLOCK=sizes["H_BLOCK"], SPLIT=SPLIT,
             SPLITS_BLOCK=16, num_warps=2,
-        )  # fmt: skip
+        )
     return out
 
 

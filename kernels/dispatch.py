@@ -13,8 +13,10 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Every kernel file takes `triton` and `tl` from here, so that a machine without Triton (a Mac) can import them too. Where nothing
-# will be launched it is not imported, which saves a CPU process 73 MB; whoever compiles kernels without a GPU has imported it before.
+# Every kernel file takes `triton` and `tl` from here, so that a machine without Triton (a Mac) can
+# import them too. Where nothing
+# will be launched it is not imported, which saves a CPU process 73 MB; whoever compiles kernels
+# without a GPU has imported it before.
 if importlib.util.find_spec("triton") and (torch.cuda.is_available() or INTERPRET or "triton" in sys.modules):
     import triton
     import triton.language as tl

@@ -17,9 +17,13 @@ from kernels.linear_logprob import addmm_fp32, fold_chunk, logits_to_dz, mm_fp32
 
 # N tokens   D model width   V vocabulary
 
-TOKEN_CHUNK = 2048  # tokens per chunk on the GPU: 1.2 GiB of fp32 logits at V = 151,936
-CPU_TILE = 2**18  # on the CPU: logits per chunk, but at least 128 tokens, fewer would starve the product, and 512 beside a weight
-BIG = 2**23  # of more numbers than any cache holds: each chunk reads it twice, and reads and writes its gradient
+# tokens per chunk on the GPU: 1.2 GiB of fp32 logits at V = 151,936
+TOKEN_CHUNK = 2048
+# on the CPU: logits per chunk, but at least 128 tokens, fewer would starve the product, and 512
+# beside a weight
+CPU_TILE = 2**18
+# of more numbers than any cache holds: each chunk reads it twice, and reads and writes its gradient
+BIG = 2**23
 
 
 def linear_cross_entropy_ref(hidden, weight, target, ignore_index=-100):
@@ -71,7 +75,7 @@ def forward_triton(hidden, weight, target, valid, needs_grad):
             logits_to_dz[(rows * blocks,)](
                 z, dz, target[block], ones, logprob, logprob, lse, dlogprob, logprob, z.stride(0), dz.stride(0),
                 0, vocab, blocks, HAS_DENTROPY=False, BLOCK=4096, num_warps=8,
-            )  # fmt: skip
+            )
             torch.mm(dz, weight, out=dhidden[block])
             addmm_fp32(dweight, dz.T, hidden[block])
     return loss, dhidden, dweight

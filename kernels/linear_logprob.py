@@ -19,9 +19,11 @@ from kernels.dispatch import tl, triton, use_triton
 
 # N tokens   D model width   V vocabulary
 
-GPU_COLUMNS = 8192  # columns of a tile on the GPU: 1 GiB of fp32 logits at 32K tokens
+# columns of a tile on the GPU: 1 GiB of fp32 logits at 32K tokens
+GPU_COLUMNS = 8192
 CPU_COLUMNS, CPU_TILE = 2048, 2**18  # on the CPU: columns, and logits in all (1 MB)
-CPU_KEEP = 2**24  # probabilities (64 MB) that the CPU keeps for backward at most
+# probabilities (64 MB) that the CPU keeps for backward at most
+CPU_KEEP = 2**24
 
 
 def linear_logprob_ref(hidden, weight, target, temperature=1.0):
@@ -71,7 +73,7 @@ def dz_torch(z, p, column, scale, logprob, entropy, lse, dlogprob, dentropy):
 @triton.jit
 def fold_chunk(
     z_ptr, target_ptr, scale_ptr, state_ptr, num_tokens, z_stride, chunk_start, chunk_cols, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """fold_torch, one program per token; its four numbers live in registers while it walks over the columns."""
     token = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + token)
@@ -103,7 +105,7 @@ def fold_chunk(
 def logits_to_dz(
     z_ptr, dz_ptr, target_ptr, scale_ptr, logprob_ptr, entropy_ptr, lse_ptr, dlogprob_ptr, dentropy_ptr,
     z_stride, dz_stride, chunk_start, chunk_cols, blocks_per_row, HAS_DENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """dz_torch, in the dtype of the products that follow; one program per BLOCK columns of one token."""
     token = (tl.program_id(0) // blocks_per_row).to(tl.int64)
     cols = tl.program_id(0) % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
@@ -115,7 +117,8 @@ def logits_to_dz(
     # logp = z - logsumexp(z);  p = exp(logp)
     logp = tl.load(z_ptr + token * z_stride + cols, mask=mask, other=-1e30) * scale - tl.load(lse_ptr + token)
     p = tl.exp(logp)
-    # dz = dlogprob * (onehot - p), where 1 - p of the target is -expm1(logprob): a short series near 0, exp elsewhere
+    # dz = dlogprob * (onehot - p), where 1 - p of the target is -expm1(logprob): a short series
+    # near 0, exp elsewhere
     series = -logprob * (1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666668)))
     one_minus_p = tl.where(logprob > -0.05, series, 1.0 - tl.exp(logprob))
     dz = dlogprob * tl.where(cols == column, one_minus_p, -p)
@@ -170,7 +173,7 @@ def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
             if on_gpu:
                 fold_chunk[(num_tokens,)](
                     z, target, scale, state, num_tokens, z.stride(0), columns.start, z.shape[1], BLOCK=4096, num_warps=8,
-                )  # fmt: skip
+                )
             else:
                 out, row_scale = (x if x is None else x[block] for x in (kept, scale))
                 fold_torch(z, target[block] - columns.start, row_scale, state[:, block], out)
@@ -198,7 +201,7 @@ def backward_tiles(dlogprob, dentropy, hidden, weight, target, scale, logprob, e
                     z, dz, target, scale, logprob, entropy, lse, dlogprob, logprob if dentropy is None else dentropy,
                     z.stride(0), dz.stride(0), columns.start, z.shape[1], launches,
                     HAS_DENTROPY=dentropy is not None, BLOCK=4096, num_warps=8,
-                )  # fmt: skip
+                )
             else:
                 p, *rows = (
                     x if x is None else x[block] for x in (kept, scale, logprob, entropy, lse, dlogprob, dentropy)
@@ -216,7 +219,8 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, scale, keep):
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.on_gpu = use_triton(hidden, weight, target)
-        if not ctx.on_gpu:  # PyTorch's CPU has no product of bf16 operands with an fp32 result
+        # PyTorch's CPU has no product of bf16 operands with an fp32 result
+        if not ctx.on_gpu:
             hidden, weight = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (hidden, weight))
         logprob, entropy, lse, kept = forward_tiles(hidden, weight, target, scale, keep, ctx.on_gpu)
         ctx.save_for_backward(hidden, weight, target, scale, logprob, entropy, lse, kept)

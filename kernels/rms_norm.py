@@ -40,7 +40,8 @@ import torch.nn.functional as F
 
 from kernels.dispatch import bare, cast, num_programs, tl, triton, use_triton, wide
 
-# T rows (tokens)   D row width. The tests hold every implementation below against rms_norm_ref in float64.
+# T rows (tokens)   D row width. The tests hold every implementation below against rms_norm_ref in
+# float64.
 
 
 def rms_norm_ref(x, weight, eps=1e-6):
@@ -57,7 +58,8 @@ def add_rms_norm_ref(x, residual, weight, eps=1e-6):
 
 def inverse_rms(x, eps):
     """1 / sqrt(mean(x^2) + eps) over the last axis of x, fp32 or fp64, on the CPU."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # reads x once, where (x * x).sum(-1) makes a tensor first
+    # reads x once, where (x * x).sum(-1) makes a tensor first
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
@@ -92,13 +94,15 @@ def backward_torch(dy, dsummed, x, weight, rstd):
 def rms_norm_forward(
     x_ptr, residual_ptr, weight_ptr, y_ptr, summed_ptr, rstd_ptr, x_stride, residual_stride, eps,
     D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program per row: read it once, keep it in registers, write y. The row is never read a second time."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    mask = cols < D  # BLOCK is the next power of two; lanes past D load 0 and store nothing
+    # BLOCK is the next power of two; lanes past D load 0 and store nothing
+    mask = cols < D
 
-    # summed = x + residual          (ADD is compiled in: without a residual these lines do not exist)
+    # summed = x + residual          (ADD is compiled in: without a residual these lines do not
+    # exist)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -120,7 +124,7 @@ def rms_norm_forward(
 def rms_norm_backward(
     dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, x_stride, num_rows, num_programs,
     D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """backward_torch. A program per row, as above, would not do: all rows add to the one dweight, and programs that add
     to one place need atomics, whose order changes from run to run. Instead a few programs walk over many rows each:
     program p of P takes the rows p, p + P, p + 2P ... and keeps its share of dweight in registers; the P shares are
@@ -132,7 +136,8 @@ def rms_norm_backward(
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
 
-    for i in tl.range(program, num_rows, num_programs, num_stages=3):  # rows are fetched two ahead: 0.20 ms where 0.24 were needed
+    # rows are fetched two ahead: 0.20 ms where 0.24 were needed
+    for i in tl.range(program, num_rows, num_programs, num_stages=3):
         row = tl.cast(i, tl.int64)
         dy = tl.load(dy_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -171,7 +176,7 @@ def forward_triton(x, residual, weight, eps):
     rms_norm_forward[(num_rows,)](
         x, extra, weight, y, summed, rstd, x.stride(0), extra.stride(0), eps,
         D=width, ADD=residual is not None, **launch_config(width),
-    )  # fmt: skip
+    )
     return y, summed, rstd
 
 
@@ -184,7 +189,7 @@ def backward_triton(dy, dsummed, x, weight, rstd):
     rms_norm_backward[(programs,)](
         dy, dy if dsummed is None else dsummed, x, weight, rstd, dx, shares, x.stride(0), num_rows, programs,
         D=width, ADD=dsummed is not None, **launch_config(width),
-    )  # fmt: skip
+    )
     return dx, shares.sum(0)
 
 
@@ -195,7 +200,8 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps):
         y, summed, rstd = (forward_triton if use_triton(x, weight) else forward_torch)(x, residual, weight, eps)
         ctx.save_for_backward(summed, weight, rstd)
-        ctx.set_materialize_grads(False)  # an output that nobody used has gradient None, not a tensor of zeros
+        # an output that nobody used has gradient None, not a tensor of zeros
+        ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
         return (y, summed) if ctx.has_residual else y
 

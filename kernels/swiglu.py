@@ -23,7 +23,8 @@ def forward_torch(gate, up):
 def backward_torch(dout, gate, up):
     """dup = dout * silu(gate);   dgate = dout * up * silu'(gate), silu'(z) = s + z * s * (1 - s), s = sigmoid(z)."""
     dup, dgate = F.silu(gate).mul_(dout), dout * up
-    return torch.ops.aten.silu_backward(dgate, gate, grad_input=dgate), dup  # PyTorch's own fused silu', in place
+    # PyTorch's own fused silu', in place
+    return torch.ops.aten.silu_backward(dgate, gate, grad_input=dgate), dup
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def swiglu_forward(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, D: tl.cons
 @triton.jit
 def swiglu_backward(
     dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, gate_stride, up_stride, D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Reads three tensors, writes two: 10 bytes per bf16 element, the least there is."""
     blocks_per_row: tl.constexpr = (D + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)

@@ -25,7 +25,7 @@ from lib.plan import check_memory, longest_sequence
 from model import Qwen3, load_tokenizer, save_tokenizer
 
 
-# ---- The folder of a run ---------------------------------------------------------------------------------------------
+# ---- The folder of a run -------------------------------------------------------------------------
 def lock(out_dir):
     """Create out_dir and hold it: a second run on the same directory refuses. What a save that was cut off has left goes."""
     try:
@@ -33,7 +33,8 @@ def lock(out_dir):
         if ranks()[0] > 0:
             return
         lock.file = open(os.path.join(out_dir, ".lock"), "w")
-        os.register_at_fork(after_in_child=lock.file.close)  # a verifier that outlives a killed run does not hold its folder
+        # a verifier that outlives a killed run does not hold its folder
+        os.register_at_fork(after_in_child=lock.file.close)
         fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{out_dir}: another run is writing here.")
@@ -82,7 +83,7 @@ def mark_final(out_dir, folder):
         os.replace(link, os.path.join(out_dir, "final"))
 
 
-# ---- Write -----------------------------------------------------------------------------------------------------------
+# ---- Write ---------------------------------------------------------------------------------------
 def checksum(path):
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as f:
@@ -109,7 +110,8 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
     (rank, world), final = ranks(), os.path.join(out_dir, f"step_{step:06d}")
     folder = final + ".tmp"
     if hasattr(model, "reshard"):
-        model.reshard()  # a forward without backward leaves the root gathered, in compute precision
+        # a forward without backward leaves the root gathered, in compute precision
+        model.reshard()
     whole = {}
     for name, p in model.named_parameters():
         p = p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
@@ -121,9 +123,10 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
         all_gather(None)  # every rank has written
         if rank == 0:
             model.save_pretrained(folder, whole)
-            save_tokenizer(cfg.init_from, folder)  # not the checkpoint resumed from: that one is pruned some day
+            # not the checkpoint resumed from: that one is pruned some day
+            save_tokenizer(cfg.init_from, folder)
             run = {"step": step, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_hash(), "torch": torch.__version__,
-                   "world": world, "state": state}  # fmt: skip
+                   "world": world, "state": state}
             names = sorted(name for name in os.listdir(folder) if name != "run.json")
             with ThreadPoolExecutor(8) as pool:  # 100 GB at 8B, and every rank waits
                 run["files"] = dict(zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names)))
@@ -140,14 +143,15 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
         fail(f"{final} cannot be written ({first_line(e)}; {free:.3g} GB were left there).", note="The checkpoint before it is whole.")
     if rank == 0:
         if os.path.lexists(link := os.path.join(out_dir, "final")):
-            os.remove(link)  # the stage went on: it is not done, and pruning may take what the link names
+            # the stage went on: it is not done, and pruning may take what the link names
+            os.remove(link)
         for old in set(step_folders(out_dir)[:-keep]) - {best_checkpoint(out_dir)}:
             shutil.rmtree(os.path.join(out_dir, old))
     all_gather(None)
     return final
 
 
-# ---- Read ------------------------------------------------------------------------------------------------------------
+# ---- Read ----------------------------------------------------------------------------------------
 def load_policy(cfg, world, device):
     """(tokenizer, model sharded over the ranks, checkpoint that the run resumes from or ""). Says first what the run will take."""
     resume = latest_checkpoint(cfg.out_dir)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lib.guard import fail, guard, one_sentence
 
 
-# ---- Ranks -----------------------------------------------------------------------------------------------------------
+# ---- Ranks ---------------------------------------------------------------------------------------
 def ranks():
     """(rank, world): torchrun's variables decide; without them it is one process."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -23,7 +23,8 @@ def ranks():
 def start_run(cfg):
     """(rank, world, device) of a stage's run, which from here on says why when it ends early."""
     guard(cfg.phase_timeout)
-    return init_distributed(cfg.seed, 2 * cfg.phase_timeout)  # whoever waits in a collective outlasts the rank that it waits for
+    # whoever waits in a collective outlasts the rank that it waits for
+    return init_distributed(cfg.seed, 2 * cfg.phase_timeout)
 
 
 def init_distributed(seed, timeout_s=1800):
@@ -32,20 +33,25 @@ def init_distributed(seed, timeout_s=1800):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     libc = ctypes.CDLL(None)
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # a rank dies with its launcher: it would train on and hold out_dir
+        # a rank dies with its launcher: it would train on and hold out_dir
+        libc.prctl(1, signal.SIGKILL)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        # glibc gives big temporaries back to the system after every op, which faults each page in again: keeping them makes a training
-        # step of the tiny model 1.5 to 2 times faster. What comes by mmap cannot be kept, hence none does.
+        # glibc gives big temporaries back to the system after every op, which faults each page in
+        # again: keeping them makes a training
+        # step of the tiny model 1.5 to 2 times faster. What comes by mmap cannot be kept, hence
+        # none does.
         if hasattr(libc, "mallopt"):
-            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):  # allocations by mmap: none; trim threshold, top pad
+            # allocations by mmap: none; trim threshold, top pad
+            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):
                 libc.mallopt(option, value)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)))
         spare_compiler()
     if world > 1 or device.type == "cuda":
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):  # taken, or nobody answers
+        # taken, or nobody answers
+        with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone)
     torch.manual_seed(seed)
     return rank, world, device
@@ -82,7 +88,9 @@ def all_gather(value):
     return gathered
 
 
-SMALLEST_SHARE = 1 << 20  # parameters of a layer that is gathered alone: below, the latency of a collective costs more than its bytes
+# parameters of a layer that is gathered alone: below, the latency of a collective costs more than
+# its bytes
+SMALLEST_SHARE = 1 << 20
 
 
 def shard(model, device, how="full"):
@@ -94,8 +102,10 @@ def shard(model, device, how="full"):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         dtype, inside = torch.bfloat16 if device.type == "cuda" else torch.float32, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if how == "hybrid" else 1
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place use of layer outputs: there is none
-        options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}  # RoPE stays fp32
+        # about in-place use of layer outputs: there is none
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        # RoPE stays fp32
+        options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}
         if how in ("hybrid", "replicate"):
             options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size() // inside, inside), mesh_dim_names=("replicate", "shard"))
         if how == "offload":

@@ -20,7 +20,7 @@ from lib.guard import fail
 from model import NO_THINK, THINK, render_chat
 
 
-# ---- Data files ------------------------------------------------------------------------------------------------------
+# ---- Data files ----------------------------------------------------------------------------------
 class BadRow(ValueError):
     """Raised by a stage's normalize(row, where): the row is dropped and counted under this reason."""
 
@@ -78,16 +78,20 @@ def read_file(file, cursor=(0, 0, 0.0)):
                             yield f"{file} row {num_rows}", row, [num_rows, 0, num_rows / total]
                 return
             f.seek(offset)
-            if file.endswith(".json"):  # a list of rows or one row; else lines, whatever the name says
+            # a list of rows or one row; else lines, whatever the name says
+            if file.endswith(".json"):
                 with contextlib.suppress(ValueError):
                     parsed = json.load(f)
                     rows = parsed if isinstance(parsed, list) else [parsed]
                     yield from ((f"{file} row {n}", row, [n, 0, n / len(rows)]) for n, row in enumerate(rows, 1) if n > num_rows)
                     return
                 f.seek(offset)
-            for line in iter(io.BufferedReader(f, 1 << 20).readline, b""):  # fsspec's own readline fetches a remote file almost three times
+            # fsspec's own readline fetches a remote file almost three times
+            for line in iter(io.BufferedReader(f, 1 << 20).readline, b""):
                 num_rows, offset = num_rows + 1, offset + len(line)
-                if line.strip():  # packed bytes are fewer than read ones, so that share only says how far the file is not done
+                # packed bytes are fewer than read ones, so that share only says how far the file is
+                # not done
+                if line.strip():
                     share = 1 - size / (size + offset) if file.endswith(".gz") else offset / size
                     yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
     except (ValueError, RecursionError, OSError, ImportError) as e:  # pyarrow's errors are ValueErrors or OSErrors
@@ -111,7 +115,8 @@ def stream_rows(cursors, limit=0):
     """(where, row), always from the file of which the smallest share is read, so that every stretch has the mix of the whole.
     cursors {file: cursor} move along: reading on from a copy of them gives the same rows as not having stopped."""
     readers = {file: read_file(re.sub(r"#\d+$", "", file), cursor) for file, cursor in cursors.items() if cursor[2] < 1}
-    ahead = {file: next(reader, None) for file, reader in readers.items()}  # one row, to know when a file is done
+    # one row, to know when a file is done
+    ahead = {file: next(reader, None) for file, reader in readers.items()}
     cursors |= {file: [*cursors[file][:2], 1.0] for file, row in ahead.items() if row is None}
     while (open_files := [f for f in readers if cursors[f][2] < 1]) and not 0 < limit <= sum(c[0] for c in cursors.values()):
         file = min(open_files, key=lambda f: cursors[f][2])
@@ -174,12 +179,14 @@ def load_table(path, normalize, limit=0):
     return list(normal_rows(read_rows(path, limit), normalize, path))
 
 
-# ---- Prompts of an RL stage ------------------------------------------------------------------------------------------
+# ---- Prompts of an RL stage ----------------------------------------------------------------------
 def encode_prompts(rows, tokenizer, cfg):
     """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
-    known = {}  # equal ids are one object: 8 bytes a token where they would be 36
+    # equal ids are one object: 8 bytes a token where they would be 36
+    known = {}
     for row in rows:
-        asked = row["messages"][-1]["content"].strip()  # a flag that it ends in wins, so the verifier has to know
+        # a flag that it ends in wins, so the verifier has to know
+        asked = row["messages"][-1]["content"].strip()
         row["think"] = asked.endswith(THINK) or row["think"] and not asked.endswith(NO_THINK)
         row["prompt_ids"] = [known.setdefault(i, i) for i in render_chat(tokenizer, row["messages"], row["think"])[0]]
     kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]

@@ -6,8 +6,9 @@ import sys
 
 from lib.guard import fail, file_trouble
 
-# ---- Flags -----------------------------------------------------------------------------------------------------------
-# Numbers are finite and not negative (unless their default is); these are more than 0 (unless their default is 0) ...
+# ---- Flags ---------------------------------------------------------------------------------------
+# Numbers are finite and not negative (unless their default is); these are more than 0 (unless their
+# default is 0) ...
 POSITIVE = set("""n num_steps schedule_steps block_rows samples_per_step prompts_per_step group_size max_seq_len max_prompt_tokens max_new_tokens
     micro_batch_tokens save_every reward_workers lr grad_clip temperature top_p rm_samples_per_step rm_epochs rm_lr rm_max_len test_seconds memory_mb
     chars_per_token max_files vocab_size hidden_size num_layers num_heads head_dim problems samples characters points rounds""".split())
@@ -21,7 +22,8 @@ def parse_config(Config):
     parser.error = lambda message: fail(f"{message}.")
     sys.excepthook = file_trouble
     for f in dataclasses.fields(Config):
-        alone = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)  # --flag is --flag=true
+        # --flag is --flag=true
+        alone = dict(nargs="?", const=True, type=boolean) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{f.name}", default=f.default, metavar=f.type.__name__, help=f"default {f.default!r}".replace("%", "%%"), **alone)
     cfg = Config(**vars(parser.parse_args()))
     for f in (f for f in dataclasses.fields(Config) if f.type in (int, float)):

@@ -25,7 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-# ---- The user's to mend ----------------------------------------------------------------------------------------------
+# ---- The user's to mend --------------------------------------------------------------------------
 def fail(message, note="Nothing was trained."):
     """One sentence and exit code 2, for everything that is the user's to mend."""
     print(f"{os.path.basename(sys.argv[0])}: {message} {note}", file=sys.stderr, flush=True)
@@ -54,7 +54,7 @@ def file_trouble(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
-# ---- What broke ------------------------------------------------------------------------------------------------------
+# ---- What broke ----------------------------------------------------------------------------------
 def ours(walk):
     """The frames of this repository's scripts, and of the script that runs, in what a traceback.walk_... function gives."""
     script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))
@@ -79,7 +79,8 @@ def end(frames, reason, code=1):
 
 def uncaught(kind, error, trace):
     """For sys.excepthook. torch.distributed wraps it and catches what goes to sys.stderr, hence sys.__stderr__."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:  # whatever was being written: a log, a sample, a checkpoint
+    # whatever was being written: a log, a sample, a checkpoint
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         end(ours(traceback.walk_tb(trace)), f"the disk is full ({first_line(error)})", 2)
     traceback.print_exception(error, file=sys.__stderr__)
     end(ours(traceback.walk_tb(trace)), f"{kind.__name__}: {error}".partition("\n")[0].rstrip("."))
@@ -89,13 +90,15 @@ def watch(signals, limit_s):
     """Runs in a thread of its own, so that it still works while the main thread waits for a collective or a reward."""
     place, since = "", 0.0
     while True:
-        faulthandler.dump_traceback_later(limit_s + 30, exit=True)  # for C code in the main thread that never lets this one run again
+        # for C code in the main thread that never lets this one run again
+        faulthandler.dump_traceback_later(limit_s + 30, exit=True)
         told = select.select([signals], [], [], 1)[0] and os.read(signals, 1)[0]
         frames = ours(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident]))[::-1]
         if told == signal.SIGTERM:
             end(frames, "ended by SIGTERM: another rank had ended, or the job was stopped", 128 + told)
         place, since = (place, since) if where(frames) == place else (where(frames), time.monotonic())
-        waits = any(f.f_code.co_name in ("all_reduce", "all_gather") for f in frames[-1:])  # for a rank that can say more: it goes first
+        # for a rank that can say more: it goes first
+        waits = any(f.f_code.co_name in ("all_reduce", "all_gather") for f in frames[-1:])
         if time.monotonic() - since > limit_s + 5 * waits:
             traceback.print_stack(frames[-1])
             end(frames, f"not done after {limit_s:g} s (--phase_timeout), now in {frames[-1].f_code.co_name}")
@@ -105,9 +108,11 @@ def guard(limit_s):
     """From here on: exceptions, SIGTERM, and phases of more than limit_s seconds end this process with a sentence."""
     signals, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)  # gets the number of a signal at once, whatever the main thread does
+    # gets the number of a signal at once, whatever the main thread does
+    signal.set_wakeup_fd(writer)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    # Reward workers just end. SIGTERM waits while one is forked: in its first moment it still has this process's pipe.
+    # Reward workers just end. SIGTERM waits while one is forked: in its first moment it still has
+    # this process's pipe.
     mask, term = signal.pthread_sigmask, {signal.SIGTERM}
     release = lambda: mask(signal.SIG_UNBLOCK, term)
     in_child = lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), release())
@@ -116,7 +121,7 @@ def guard(limit_s):
     threading.Thread(target=watch, args=(signals, limit_s), daemon=True).start()
 
 
-# ---- What learns nothing, or the wrong thing -------------------------------------------------------------------------
+# ---- What learns nothing, or the wrong thing -----------------------------------------------------
 def check_step(step, metrics, state, cfg):
     """Ends a run whose rewards, gradients or rollouts are broken. A loss or gradient that is not finite was not applied (train_step); three in a row
     end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update differs by more."""
@@ -131,7 +136,8 @@ def check_step(step, metrics, state, cfg):
         stop(f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) was not finite three times in a row (lr {cfg.lr})")
     if finite and "gap" in metrics:
         limit = 0.05 if gpu else 1e-3
-        if cfg.engine == "vllm" or cfg.engine == "auto" and gpu:  # its log-probs are of what top_p and top_k leave; it has a gate of its own
+        # its log-probs are of what top_p and top_k leave; it has a gate of its own
+        if cfg.engine == "vllm" or cfg.engine == "auto" and gpu:
             limit += math.inf if cfg.top_k > 0 else -math.log(cfg.top_p)
         if not metrics["gap"] <= limit:
             stop(f"rollout: the sampler's log-probs are {metrics['gap']:.1e} a token off the trainer's (limit {limit:.1e}): it draws from another policy")

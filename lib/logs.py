@@ -10,17 +10,18 @@ from lib.common import all_reduce, print0, ranks
 from lib.guard import one_sentence
 
 
-# ---- Log -------------------------------------------------------------------------------------------------------------
+# ---- Log -----------------------------------------------------------------------------------------
 def console_line(step, num_steps, m):
     """step 120/500 | reward 0.431 | len 2831 | ...: one line for a step of RL, in a fixed order."""
     rate = m["num_tokens"] / max(m["time/gen"] + m["time/train"], 1e-9)
     line = (f"step {step}/{num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
             f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")  # fmt: skip
+            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")
     return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
 
 
-STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")  # of a rollout's reward, in every stage; no_answer: also an edit that does not apply
+# of a rollout's reward, in every stage; no_answer: also an edit that does not apply
+STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
 
 
 def summarize(rollouts, shares):
@@ -39,7 +40,8 @@ def summarize(rollouts, shares):
     sums = all_reduce(sums)
     n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
     means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
-    return means | {"time/verifiers": verifiers_s}  # of all workers; most of it while others still decode
+    # of all workers; most of it while others still decode
+    return means | {"time/verifiers": verifiers_s}
 
 
 def peak_memory():

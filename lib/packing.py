@@ -63,7 +63,8 @@ def shared_prefixes(sequences, device):
     token which of them it equals, or None where that saves less than a tenth. [[5, 6, 7], [5, 6, 8]] -> [0, 1, 2, 5], [0, 1, 2, 0, 1, 3]."""
     starts = np.cumsum([0, *map(len, sequences)])
     copy_T, order = np.arange(starts[-1]), sorted(range(len(sequences)), key=lambda i: (sequences[i], i))
-    for a, b in zip(order, order[1:]):  # sorted: nobody has a longer prefix in common with b than the one before it
+    # sorted: nobody has a longer prefix in common with b than the one before it
+    for a, b in zip(order, order[1:]):
         pairs = enumerate(zip(sequences[a], sequences[b]))
         length = next((i for i, (x, y) in pairs if x != y), min(len(sequences[a]), len(sequences[b])))
         copy_T[starts[b] : starts[b] + length] = copy_T[starts[a] : starts[a] + length]
@@ -85,4 +86,4 @@ def pack_rollouts(rollouts, device):
         "cu_seqlens": tensor(cu_seqlens, torch.int32), "max_seqlen": max(lengths), "loss_index": tensor(np.concatenate(index)),
         "shared": shared_prefixes([r.prompt_ids + r.completion_ids for r in rollouts], device),
         "advantages_T": tensor(advantages_T), "sampler_logprobs_T": tensor(sampler_logprobs_T), "teacher_logprobs_T": tensor(teacher_logprobs_T),
-    }  # fmt: skip
+    }

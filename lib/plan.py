@@ -19,7 +19,8 @@ def activation_elements(config, checkpointing):
     """Numbers that the layers keep for backward, per token, in the compute precision (a few fp32 statistics are left out)."""
     D, F_ = config.hidden_size, config.intermediate_size
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = 4 * D + 3 * heads + 3 * F_  # 2 sums, 2 normed; q k before and after RoPE, v, out; gate, up, their product
+    # 2 sums, 2 normed; q k before and after RoPE, v, out; gate, up, their product
+    layer = 4 * D + 3 * heads + 3 * F_
     return D * (config.num_hidden_layers + 1) + layer if checkpointing else layer * config.num_hidden_layers
 
 
@@ -30,21 +31,27 @@ def memory_plan(config, world, tokens, longest, gpu=True, nll=False, engine="vll
         model = Qwen3(config)
     total = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = total - layer * config.num_hidden_layers  # embedding, head, last norm: gathered from first forward to last backward
+    # embedding, head, last norm: gathered from first forward to last backward
+    root = total - layer * config.num_hidden_layers
     width, sharded, V, D = 2 if gpu else 4, gpu or world > 1, config.vocab_size, config.hidden_size
-    state = {"weights": 4 * total // world, "optimizer": 8 * total // world}  # fp32 master weights, two moments
+    # fp32 master weights, two moments
+    state = {"weights": 4 * total // world, "optimizer": 8 * total // world}
     copies = {"reference": width * total} if reference else {}
     replica = {"engine weights": width * total} if sharded else {}
     update = state | copies | {"gradients": 4 * total // world}
-    if sharded:  # two layers and the root whole; gradients of the root and a layer in flight, once more in fp32 for their reduction
+    # two layers and the root whole; gradients of the root and a layer in flight, once more in fp32
+    # for their reduction
+    if sharded:
         update["gathered"] = width * (root + 2 * layer) + (width + 4) * (root + layer)
     peak_layer = 3 * config.intermediate_size + 2 * D  # gradients alive beside what the layer kept
     update["activations"] = width * tokens * (activation_elements(config, gpu) + peak_layer)
     columns, rows = (V, min(2048, tokens)) if nll else (min(V, 8192), tokens)
     update["logits"] = (columns * rows * (4 + width) if gpu else 2**21) + 4 * tokens * D + (4 * V * D if nll else 0)
-    update |= replica if engine == "torch" else {}  # vLLM sleeps meanwhile, its weights in host memory
+    # vLLM sleeps meanwhile, its weights in host memory
+    update |= replica if engine == "torch" else {}
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width * longest
-    rollouts = state | copies | replica | {"KV cache": cache}  # of one sequence, the least that goes on
+    # of one sequence, the least that goes on
+    rollouts = state | copies | replica | {"KV cache": cache}
     return {"load": {"weights": 4 * total}, "update": update} | ({} if nll else {"rollouts": rollouts})
 
 
@@ -54,13 +61,18 @@ def time_plan(config, world, tokens, longest, new_tokens, rows, flops=400e12, ba
     KV caches; where they hold few sequences, the weights are read for each few anew."""
     with torch.device("meta"):
         total = sum(p.numel() for p in Qwen3(config).parameters())
-    total -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # looking up is no product
-    again = total - config.num_hidden_layers * config.hidden_size * config.intermediate_size  # checkpointing: all but each last product
+    # looking up is no product
+    total -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    # checkpointing: all but each last product
+    again = total - config.num_hidden_layers * config.hidden_size * config.intermediate_size
     attention = 2 * longest * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    update = tokens * (6 * total + 2 * again + 4.5 * attention) / (world * flops)  # attention: forward twice, backward 2.5 of one
+    # attention: forward twice, backward 2.5 of one
+    update = tokens * (6 * total + 2 * again + 4.5 * attention) / (world * flops)
     cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    caches = rows / world * cache * (longest - new_tokens / 2)  # of half-written completions, the mean over their growth
-    read = new_tokens * (2 * total * max(caches / room, 1) + caches)  # all caches at every token, and all weights at every token of a wave
+    # of half-written completions, the mean over their growth
+    caches = rows / world * cache * (longest - new_tokens / 2)
+    # all caches at every token, and all weights at every token of a wave
+    read = new_tokens * (2 * total * max(caches / room, 1) + caches)
     return read / bandwidth, update
 
 
@@ -95,8 +107,10 @@ def check_memory(folder, cfg, world, device, pair=0):
         parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
         print0(f"{'reward model, ' * (pair > 0)}{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})")
     rows, new_tokens = (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens) if not nll else (cfg.rm_samples_per_step if pair else cfg.samples_per_step, 0)
-    rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)  # of an H100 and of a CPU core, as well-kept code reaches them
-    room = max(0.6 * free - plan.get("rollouts", {}).get("engine weights", 0), 1e9) if device.type == "cuda" else float("inf")  # as gpu_share has it
+    # of an H100 and of a CPU core, as well-kept code reaches them
+    rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)
+    # as gpu_share has it
+    room = max(0.6 * free - plan.get("rollouts", {}).get("engine weights", 0), 1e9) if device.type == "cuda" else float("inf")
     gen, update = time_plan(read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates, room)
     parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"
     print0(f"{'reward model, ' * (pair > 0)}time: a step takes at most about {parts}, if every sequence has {longest} tokens")
@@ -106,4 +120,4 @@ def check_memory(folder, cfg, world, device, pair=0):
         if sum(parts.values()) > free:
             most = max(parts, key=parts.get)
             fail(f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
-                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer {'--rm_max_len and ' * (pair > 0)}--micro_batch_tokens (now {tokens} at a time).")  # fmt: skip
+                 f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer {'--rm_max_len and ' * (pair > 0)}--micro_batch_tokens (now {tokens} at a time).")

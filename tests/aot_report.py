@@ -30,7 +30,8 @@ ATTN_8B = dict(N=32, K=8, H=128, H_BLOCK=128, BLOCK_K=64)
 ATTN_TOY = dict(N=4, K=2, H=24, H_BLOCK=32, BLOCK_K=64)
 SCALARS = "i32 i32 i32 i32 i32 fp32"  # three strides, num_tokens, num_blocks, scale
 
-DECODE_IN = f"{BF} {BF} {BF} {INT} {BF} {FP} {FP} {FP} " + "i32 " * 6 + f"{INT} i32 fp32"  # six strides, length, num_splits, scale
+# six strides, length, num_splits, scale
+DECODE_IN = f"{BF} {BF} {BF} {INT} {BF} {FP} {FP} {FP} " + "i32 " * 6 + f"{INT} i32 fp32"
 DECODE_8B = ATTN_8B | dict(G_BLOCK=16, SPLIT=256, BLOCK=64)
 DECODE_8B.pop("BLOCK_K")
 DECODE_TOY = DECODE_8B | dict(N=4, K=2, H=24, H_BLOCK=32)
@@ -68,7 +69,7 @@ CONFIGS = [
     (sampling.sample_kernel, f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
      dict(GREEDY=True, TOP_K=False, TOP_P=False, V=151936, BLOCK=4096), 8, 3),
     (adamw.adamw_kernel, f"{BF} {BF} {BF} {BF} {FP} {INT} {FP} i32", dict(BLOCK=1024), 4, 3),
-]  # fmt: skip
+]
 
 
 def report(kernel, types, constants, num_warps, num_stages):
@@ -91,7 +92,8 @@ def report(kernel, types, constants, num_warps, num_stages):
     ptx = compiled.asm["ptx"]
     return {
         "kernel": f"{kernel.__name__} {constants}",
-        "fp32": all(kind in (FP, "*i32") for kind in types.split() if kind.startswith("*")),  # has to fit; nobody trains in it on a GPU
+        # has to fit; nobody trains in it on a GPU
+        "fp32": all(kind in (FP, "*i32") for kind in types.split() if kind.startswith("*")),
         "registers": regs,
         "spilled_bytes": stack + local,
         "shared_bytes": compiled.metadata.shared,

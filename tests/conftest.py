@@ -55,7 +55,7 @@ def taught(world):
     """Checkpoint folder of the base model after 200 steps of SFT on everything (about 10 s)."""
     out = world.parent / "taught"
     run_python("sft.py", f"--init_from={world}/base", f"--data={world}/sft_stage2.jsonl", f"--out_dir={out}", "--samples_per_step=32",
-               "--num_steps=200", "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=220", "--micro_batch_tokens=4096", "--max_seq_len=512")  # fmt: skip
+               "--num_steps=200", "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=220", "--micro_batch_tokens=4096", "--max_seq_len=512")
     return out / "final"
 
 
@@ -76,7 +76,7 @@ def make_tiny(seed=0, std=0.25, **changes):
     from model import Qwen3, Qwen3Config
 
     shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, rope_theta=1e4, max_position_embeddings=256, tie_word_embeddings=True)  # fmt: skip
+                 num_key_value_heads=2, head_dim=8, rope_theta=1e4, max_position_embeddings=256, tie_word_embeddings=True)
     model = Qwen3.from_config(Qwen3Config(**{**shape, **changes}), seed=seed, std=std)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():  # norm weights of 1 would hide a forgotten norm weight

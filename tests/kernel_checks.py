@@ -31,7 +31,7 @@ from kernels import (
     rms_norm,
     sampling,
     swiglu,
-)  # fmt: skip
+)
 
 CHECKS = {}
 
@@ -209,7 +209,8 @@ def attention_fp16():
 
 def decode_case(starts, length, n, k, width, dtype):
     """q and two caches laid out [B, S, K, H], whose unused slots hold NaN, and the same caches with zeros there."""
-    q = (3 * torch.randn(len(starts), n, width)).to(dtype)  # peaked, so that the maxima of the splits differ
+    # peaked, so that the maxima of the splits differ
+    q = (3 * torch.randn(len(starts), n, width)).to(dtype)
     start, slots = torch.tensor(starts), torch.arange(length + 9)
     unused = (slots < start[:, None]) | (slots >= length)
     clean = [torch.randn(len(starts), length + 9, k, width).to(dtype) for _ in range(2)]
@@ -293,7 +294,8 @@ def broken(name, right, wrong):
     return module
 
 
-MUTANTS = [  # file, the right code, the broken code, the check that must notice
+# file, the right code, the broken code, the check that must notice
+MUTANTS = [
     ("rms_norm", "(tl.sum(g * x_hat) / D)", "(tl.sum(g) / D)", rms_norm_fp32),
     ("rms_norm", "dx += dsummed", "dx += 0 * dsummed", add_rms_norm_fp32),
     ("rms_norm", "mask = cols < D", "mask = cols < D - 1", rms_norm_fp32),
@@ -315,7 +317,7 @@ MUTANTS = [  # file, the right code, the broken code, the check that must notice
     ("decode_attention", "+ split * SPLIT", "* 0 + split * SPLIT", decode_attention_fp32),
     ("sampling", "            low = middle", "            high = middle", sampling_fp32),
     ("adamw", "first >> 16, mask", "first & 0xFFFF, mask", adamw_bf16),
-]  # fmt: skip
+]
 
 
 def far_rows(*shape, rows=3, dtype=torch.float32):
@@ -353,8 +355,9 @@ def int64_offsets(modules):
     head.logits_to_dz[(3,)](
         z, dz, target, ones3, logprob, logprob, lse, ones3, logprob, z.stride(0), dz.stride(0), 0, 8, 1,
         HAS_DENTROPY=False, BLOCK=8,
-    )  # fmt: skip
-    draws = [draw.sample_tokens(z, uniform_3) for uniform_3 in torch.rand(8, 3)]  # one might be right by chance
+    )
+    # one might be right by chance
+    draws = [draw.sample_tokens(z, uniform_3) for uniform_3 in torch.rand(8, 3)]
     logprobs = torch.log_softmax(z, dim=-1)
     yield "rms_norm", compare_far(norm.rms_norm, norm.rms_norm_ref, [x], ones)
     yield "qk_norm_rope", compare_far(rope.qk_norm_rope, rope.qk_norm_rope_ref, [q, k], ones, ones, angle, angle, rows)
@@ -392,7 +395,7 @@ FAR_KERNELS = {
     "rms_norm": rms_norm, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu,
     "attention": attention, "decode_attention": decode_attention, "linear_logprob": linear_logprob,
     "sampling": sampling,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     if ON_GPU or len(sys.argv) == 1:

@@ -53,7 +53,8 @@ def make_copy(folder):
     python = folder / ".venv" / "bin" / "python"
     python.write_text(MINI.replace("PYTHON", sys.executable))
     python.chmod(0o755)
-    count = 'if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo "gpus: 1"; else echo "gpus: 0"; fi'  # as run_cascade.sh's setup
+    # as run_cascade.sh's setup
+    count = 'if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo "gpus: 1"; else echo "gpus: 0"; fi'
     installed = subprocess.run(f"cat requirements.txt; {count}", shell=True, cwd=folder, capture_output=True, text=True, check=True)
     (folder / ".venv" / "installed").write_text(installed.stdout)
     return folder
@@ -138,17 +139,20 @@ def main(flags):
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     clock = time.time()
     subprocess.run([sys.executable, "-c", "import torch; print(torch.__version__)"], check=True, capture_output=True)
-    longest = 6 * (time.time() - clock)  # seconds: a few start-ups, whatever this machine needs for one
+    # seconds: a few start-ups, whatever this machine needs for one
+    longest = 6 * (time.time() - clock)
     say(f"python tests/kill_harness.py --kills={flags.kills} --seed={flags.seed}\ncommit {git}, python {platform.python_version()}, one process, "
-        f"kills up to {longest:.0f} s after a start")  # fmt: skip
+        f"kills up to {longest:.0f} s after a start")
     shutil.rmtree(scratch, ignore_errors=True)
     straight = make_copy(scratch / "straight")
-    undisturbed, kills, cascades, expected = start(straight), 0, 0, None  # beside the first that is killed
+    # beside the first that is killed
+    undisturbed, kills, cascades, expected = start(straight), 0, 0, None
     while kills < flags.kills or not expected:
         folder, done = make_copy(scratch / f"killed{cascades}"), False
         while not done:
             life = rng.uniform(0, longest) if kills < flags.kills else float("inf")
-            aimed = kills % 3 == 2 or not (folder / "out").exists()  # the first of a cascade: while its data are being made
+            # the first of a cascade: while its data are being made
+            aimed = kills % 3 == 2 or not (folder / "out").exists()
             done = live(folder, life, aimed and kills < flags.kills)
             if not done:
                 kills, rest = kills + 1, half_written(folder)

@@ -83,7 +83,7 @@ BASE = {
 @pytest.fixture(scope="module")
 def server():
     process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     yield process
     process.stdin.close()
     process.wait()
@@ -115,7 +115,7 @@ def contents(folder):
     return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
-# ---- What is wrong: (script, flags, what the sentence says); W is the folder of the toy's data, T the test's own -----------------
+# ---- What is wrong: (script, flags, what the sentence says); W is the folder of the toy's data, T the test's own ----
 FLAGS = [
     ("mathrl.py", {"lrr": 3}, "unrecognized arguments: --lrr=3"),
     ("mathrl.py", {"group": 3}, "unrecognized arguments: --group=3"),
@@ -251,7 +251,7 @@ def test_data(script, flags, message, server, world, tmp_path):
     refused(server, world, tmp_path, script, flags, message)
 
 
-# ---- Models, tokenizers, reward models ------------------------------------------------------------------------------------------
+# ---- Models, tokenizers, reward models -----------------------------------------------------------
 def edit_json(name, **changes):
     def edit(folder):
         raw = json.loads((folder / name).read_text())
@@ -320,14 +320,15 @@ def test_models_and_tokenizers(wrong, server, world, tmp_path):
     ({"rm": "W/base"}, "Qwen3ForCausalLM is no sequence classifier"),
     ({"rm": "T/rm"}, "--rm=T/rm: "),
     ({"rm": "http://127.0.0.1:9/score", "reward_workers": 24}, "reward model self test: scores [None"),
-])  # fmt: skip
+])
 def test_reward_models(flags, message, server, world, tmp_path):
     shutil.copytree(world / "base", tmp_path / "rm")
-    edit_json("config.json", architectures=["Qwen3ForSequenceClassification"])(tmp_path / "rm")  # but it has no score head
+    # but it has no score head
+    edit_json("config.json", architectures=["Qwen3ForSequenceClassification"])(tmp_path / "rm")
     refused(server, world, tmp_path, "rlhf.py", flags, message)
 
 
-# ---- Folders, checkpoints, ports ------------------------------------------------------------------------------------------------
+# ---- Folders, checkpoints, ports -----------------------------------------------------------------
 def test_an_output_folder_that_is_a_file(server, world, tmp_path):
     (tmp_path / "out").write_text("mine")
     refused(server, world, tmp_path, "sft.py", {}, "T/out: no folder to write into (File exists)")
@@ -370,7 +371,7 @@ def test_a_folder_that_another_run_holds(script, ranks, server, world, tmp_path)
 @pytest.mark.parametrize("script, flags, message", [
     ("mathrl.py", {"prompts_per_step": 3}, "--prompts_per_step=3 is not a multiple of 2 ranks"),
     ("sft.py", {"samples_per_step": 1}, "--samples_per_step=1 is less than one for each of 2 ranks"),
-])  # fmt: skip
+])
 def test_batches_that_the_ranks_cannot_share(script, flags, message, server, world, tmp_path):
     refused(server, world, tmp_path, script, flags, message, ranks=2)
 
@@ -403,7 +404,7 @@ CURSOR = {"epoch": 1, "position": 0, "skipped": 0}
     ("sft.py", {"world": 4}, "was written by 4 ranks and can only be resumed by as many"),
     ("sft.py", {"state": {**CURSOR, "block": 0, "seen": {}, "files": {"other.jsonl": [0, 0, 0.0]}}}, "its files are not those"),
     ("mathrl.py", {"state": {**CURSOR, "pool": [], "history": {}, "data": 1}}, "not those that T/out/step_000001 was trained on"),
-])  # fmt: skip
+])
 def test_checkpoints_of_another_run(script, changes, message, server, world, tmp_path):
     saved(world, tmp_path / "out", changes)
     refused(server, world, tmp_path, script, {"num_steps": 3}, message)
@@ -412,7 +413,7 @@ def test_checkpoints_of_another_run(script, changes, message, server, world, tmp
 @pytest.mark.parametrize("args, environment, message", [
     (["9b"], {}, "usage: bash run_cascade.sh"),
     (["8b"], {"BASE": ""}, "set BASE to the folder of a Qwen3 base model"),
-])  # fmt: skip
+])
 def test_run_cascade(args, environment, message, tmp_path):
     env = {**os.environ, "DRY_RUN": "1", "OUT": str(tmp_path / "out"), **environment}
     done = subprocess.run(["bash", "run_cascade.sh", *args], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -47,7 +47,7 @@ def load(name, rows, tmp_path, **outside):
     ("aime25", 64, 65536, 2.0, ("think",)), ("lcb_v5", 8, 65536, 2.0, ("think",)), ("lcb_v6", 8, 65536, 2.0, ("think",)),
     ("lcb_pro_25q1_easy", 8, 65536, 2.0, ("think",)), ("lcb_pro_25q2_medium", 8, 65536, 2.0, ("think",)), ("ifeval", 8, 32768, 0.0, ("no_think",)), ("ifbench", 8, 32768, 0.0, ("think",)), ("arenahard", 1, 32768, 0.0, ("think",)),
     ("swebench", 4, 32768, 2.0, ("think",)),
-])  # fmt: skip
+])
 def test_the_protocol_is_the_papers(name, k, tokens, rope, modes):
     """Appendix B: avg@k, token budget, YaRN factor, temperature 0.6, top-p 0.95; a flag wins."""
     how = evaluate.protocol(name, evaluate.Config())
@@ -81,10 +81,10 @@ def test_a_hub_id_can_name_its_held_out_split(monkeypatch):
         assert row["hub"] == "" or row["hub"].startswith("hf://") or re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?(@\w+)?", row["hub"])
 
 
-# ---- Multiple choice -------------------------------------------------------------------------------------------------
+# ---- Multiple choice -----------------------------------------------------------------------------
 MMLU = {"question": "What is 2 + 2?", "subject": "elementary_mathematics", "choices": ["3", "4", "5", "6"], "answer": 1}
 PRO = {"question_id": 70, "question": "Which is prime?", "options": ["4", "6", "8", "9", "10", "12", "14", "15", "16", "17"], "answer": "J",
-       "answer_index": 9, "cot_content": "", "category": "math", "src": "x"}  # fmt: skip
+       "answer_index": 9, "cot_content": "", "category": "math", "src": "x"}
 GPQA = {"Question": "Which gas?", "Correct Answer": "argon\n", "Incorrect Answer 1": "neon", "Incorrect Answer 2": "xenon", "Incorrect Answer 3": "radon"}
 
 
@@ -104,7 +104,7 @@ def test_files_are_named_in_lists_of_any_dress():
     (r"\boxed{B. 4}", 1), (r"\boxed{\text{B) 4}}", 1), (r"\boxed{42}, so the answer is (B)", 1), (r"\boxed{B. or C.}", 0), (r"\boxed{A. 3}", 0),
     (r"\boxed{B. 4 and C. 5}", 0), (r"\boxed{B. Possibly C}", 0), (r"\boxed{B: no, A}", 0),
     ("The answer is: **(B)**", 1), ("The answer is: **(C)**", 0),
-])  # fmt: skip
+])
 def test_multiple_choice_by_hand(answer, score, tmp_path):
     (row,), graded = load("mmlu", [MMLU], tmp_path)
     assert graded(row, "</think>" + answer)[0] == score
@@ -122,34 +122,39 @@ def test_schemas_of_the_three_sets(tmp_path):
     (row,), _ = load("mmlu", [MMLU], tmp_path)
     assert row["messages"][0]["content"].endswith("What is 2 + 2?\n\n(A) 3\n(B) 4\n(C) 5\n(D) 6") and row["answer"] == "B"
     (row,), graded = load("mmlu_pro", [PRO], tmp_path)
-    assert "(J) 17" in row["messages"][0]["content"] and graded(row, r"</think>\boxed{J}")[0] == 1  # ten options
+    # ten options
+    assert "(J) 17" in row["messages"][0]["content"] and graded(row, r"</think>\boxed{J}")[0] == 1
     (row,), graded = load("gpqa", [GPQA], tmp_path)
-    assert f"({row['answer']}) argon" in row["messages"][0]["content"] and row == load("gpqa", [GPQA], tmp_path)[0][0]  # the same shuffle each time
+    # the same shuffle each time
+    assert f"({row['answer']}) argon" in row["messages"][0]["content"] and row == load("gpqa", [GPQA], tmp_path)[0][0]
     rows, _ = load("gpqa", [GPQA | {"Question": f"Gas {i}?"} for i in range(40)], tmp_path)
     counts = [sum(r["answer"] == letter for r in rows) for letter in "ABCD"]
     print(f"right option at A..D: {counts} of 40")
     assert min(counts) > 2
 
 
-# ---- Math ------------------------------------------------------------------------------------------------------------
+# ---- Math ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, row, cases", [
-    ("aime24", {"id": 60, "problem": "Find m+n.", "solution": "... \\boxed{033}", "answer": "033", "url": "", "year": "2024"},  # leading zeros
+    # leading zeros
+    ("aime24", {"id": 60, "problem": "Find m+n.", "solution": "... \\boxed{033}", "answer": "033", "url": "", "year": "2024"},
      [("033", 1), ("33", 1), ("33.0", 1), ("3 3", 0), ("34", 0), ("33, 34", 0)]),
     ("aime25", {"problem": "Find n.", "answer": "70", "id": "0"}, [("70", 1), ("070", 1), ("\\frac{140}{2}", 1), ("7!", 0)]),
-    ("aime25", {"question": "Find n.", "answer": 70}, [("70", 1), ("71", 0)]),  # the copy in two halves has other names
+    # the copy in two halves has other names
+    ("aime25", {"question": "Find n.", "answer": 70}, [("70", 1), ("71", 0)]),
     ("math500", {"problem": "Convert (0,3).", "solution": "", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2, "unique_id": "x"},
      [("(3, \\pi/2)", 1), ("\\left(3,\\tfrac{\\pi}{2}\\right)", 1), ("(\\pi/2, 3)", 0)]),
     ("math500", {"problem": "Simplify.", "solution": "", "answer": "p - q"}, [("p-q", 1), ("-q+p", 1), ("q-p", 0)]),
-])  # fmt: skip
+])
 def test_math_by_hand(name, row, cases, tmp_path):
     (row,), graded = load(name, [row], tmp_path)
     for answer, score in cases:
         assert graded(row, f"<think>x</think>It is \\boxed{{{answer}}}.") == (score, "ok" if score else "wrong"), answer
-    assert graded(row, "<think>\u597d</think>\\boxed{" + cases[0][0] + "}")[0] == 1  # another script in the thought costs nothing here
+    # another script in the thought costs nothing here
+    assert graded(row, "<think>\u597d</think>\\boxed{" + cases[0][0] + "}")[0] == 1
     assert graded(row, "<think> \\boxed{" + cases[0][0] + "}") == (0, "no_answer")
 
 
-# ---- LiveCodeBench ---------------------------------------------------------------------------------------------------
+# ---- LiveCodeBench -------------------------------------------------------------------------------
 def packed(tests):
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
 
@@ -157,12 +162,12 @@ def packed(tests):
 def lcb(tests, hidden, date="2024-10-05T00:00:00", name="", header=""):
     return {"question_title": "t", "question_content": "Add them.", "platform": "atcoder", "question_id": "abc", "contest_id": "c", "contest_date": date,
             "starter_code": header, "difficulty": "easy", "public_test_cases": json.dumps(tests), "private_test_cases": packed(hidden),
-            "metadata": json.dumps({"func_name": name} if name else {})}  # fmt: skip
+            "metadata": json.dumps({"func_name": name} if name else {})}
 
 
 STDIN = lcb([{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}], [{"input": "4 5\n", "output": "9\n", "testtype": "stdin"}])
 CALLS = lcb([{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}], [{"input": "[5]\n0", "output": "5", "testtype": "functional"}],
-            name="total", header="class Solution:\n    def total(self, xs: List[int], y: int) -> int:\n        ")  # fmt: skip
+            name="total", header="class Solution:\n    def total(self, xs: List[int], y: int) -> int:\n        ")
 
 
 def test_livecodebench_by_hand(tmp_path):
@@ -205,13 +210,14 @@ def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     rows = [{"problem_id": f"210{i}A", "problem_title": "t", "difficulty": d, "platform": "codeforces", "problem_statement": "Print 42."}
-            for i, d in enumerate(("easy", "hard", "medium"))]  # fmt: skip
+            for i, d in enumerate(("easy", "hard", "medium"))]
     with pytest.raises(SystemExit):
         load("lcb_pro_25q2_easy", rows, tmp_path)
     assert "--judge=URL of a running LightCPVerifier" in capsys.readouterr().err
     (row,), graded = load("lcb_pro_25q2_easy", rows, tmp_path, judge=f"http://127.0.0.1:{server.server_port}/")
     answer = "</think>```cpp\nint x = 1;\n```\nBetter:\n```C++\nint x = 42;\n```"
-    assert graded(row, answer) == (1, "ok") and seen == [{"pid": "2100A", "lang": "cpp", "code": "int x = 42;\n"}]  # the last block
+    # the last block
+    assert graded(row, answer) == (1, "ok") and seen == [{"pid": "2100A", "lang": "cpp", "code": "int x = 42;\n"}]
     assert graded(row, "</think>```cpp\nint x = 1;\n```") == (0, "wrong") and graded(row, "</think>```python\n42\n```")[0] == 0 and len(seen) == 2
     assert graded(row, "</think>```cpp\ncrash 42\n```")[1] == "infra"  # to be judged again
     server.shutdown()
@@ -243,15 +249,16 @@ def test_a_hostile_pickle_is_read_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# ---- IFEval and IFBench ----------------------------------------------------------------------------------------------
+# ---- IFEval and IFBench --------------------------------------------------------------------------
 def test_ifeval_by_hand(tmp_path):
     """The hub's rows carry every possible argument, None-filled."""
     nones = {"num_words": None, "relation": None, "keywords": None, "num_bullets": None}
     row = {"key": 1000, "prompt": "Write about rain.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
-           "kwargs": [nones, nones | {"relation": "at least", "num_words": 3}]}  # fmt: skip
+           "kwargs": [nones, nones | {"relation": "at least", "num_words": 3}]}
     (row,), graded = load("ifeval", [row], tmp_path)
     assert graded(row, "Rain falls down.", think=False)[0] == 1 and graded(row, "Rain, it falls down.", think=False)[0] == 0
-    assert graded(row, "Rain falls.", think=False)[0] == 0  # prompt level: one of two constraints is not enough
+    # prompt level: one of two constraints is not enough
+    assert graded(row, "Rain falls.", think=False)[0] == 0
     assert graded(row, "<think>a, b</think>Rain falls down.")[0] == 1 and graded(row, "", think=False)[0] == 0
 
 
@@ -263,7 +270,9 @@ def test_ifbench_asks_the_package_and_says_how_to_get_it(tmp_path, monkeypatch, 
         load("ifbench", [row], tmp_path)
     assert "git clone https://github.com/allenai/IFBench" in capsys.readouterr().err
 
-    class Check:  # the interface of the package's classes: (id), build_description(**kwargs), get_instruction_args(), check_following(text)
+    # the interface of the package's classes: (id), build_description(**kwargs),
+    # get_instruction_args(), check_following(text)
+    class Check:
         def __init__(self, name):
             assert name == "count:word"
 
@@ -275,7 +284,8 @@ def test_ifbench_asks_the_package_and_says_how_to_get_it(tmp_path, monkeypatch, 
             return {"N": self.n}
 
         def check_following(self, text):
-            return len(text.split()) == self.n and bool(text.split()[self.n - 1].strip(".")[0])  # as careless as some of the package's
+            # as careless as some of the package's
+            return len(text.split()) == self.n and bool(text.split()[self.n - 1].strip(".")[0])
 
     monkeypatch.setitem(sys.modules, "instructions_registry", types.SimpleNamespace(INSTRUCTION_DICT={"count:word": Check}))
     (row,), graded = load("ifbench", [row], tmp_path)
@@ -284,7 +294,7 @@ def test_ifbench_asks_the_package_and_says_how_to_get_it(tmp_path, monkeypatch, 
 
 
 SAID = ("", "Hello there.", "* one\n* two\n\nP.S. three", "<<Title>>\n\nI like rain, and RAIN IS GOOD.\n\n***\n\nEnd.", '"all lower case, quoted"', "{\"a\": 1}",
-        "My answer is yes.", "Sure:\n*a* **b** [c] [d]\nBye.", "SECTION 1\nx\nSECTION 2\ny", "one two three four five six seven.")  # fmt: skip
+        "My answer is yes.", "Sure:\n*a* **b** [c] [d]\nBye.", "SECTION 1\nx\nSECTION 2\ny", "one two three four five six seven.")
 
 
 def reference_world(monkeypatch):
@@ -339,7 +349,7 @@ def test_ifeval_scores_equal_lm_evals_on_the_same_responses(tmp_path, monkeypatc
     cases = [(name, kwargs, text) for name, kwargs, text, _ in TABLE if name in reference and not constraints.unusable(name, kwargs) and kwargs.get("letter") != "#"]
     rows = [rng.sample(cases, rng.choice([1, 2, 3])) for _ in range(300)]
     rows = [{"key": i, "prompt": f"Write {i}.", "instruction_id_list": [c[0] for c in row], "kwargs": [c[1] for c in row], "said": row[0][2]}
-            for i, row in enumerate(rows) if len({c[0] for c in row}) == len(row)]  # fmt: skip
+            for i, row in enumerate(rows) if len({c[0] for c in row}) == len(row)]
     loaded, graded = load("ifeval", rows, tmp_path)
     by_prompt, compared, differ, passed = {r["messages"][0]["content"]: r for r in loaded}, 0, [], 0
     for row in rows:
@@ -363,7 +373,7 @@ def followed(check, answer):
         return False
 
 
-# ---- Arena-Hard ------------------------------------------------------------------------------------------------------
+# ---- Arena-Hard ----------------------------------------------------------------------------------
 @pytest.fixture()
 def judge():
     """A chat server that prefers, by far, the answer that says "good"; "broken" gets no verdict."""
@@ -409,7 +419,7 @@ def test_arenahard_by_hand(tmp_path, judge, capsys):
     assert r.votes == 6.0  # two games, each much better
 
 
-# ---- BFCL ------------------------------------------------------------------------------------------------------------
+# ---- BFCL ----------------------------------------------------------------------------------------
 AREA = {"name": "area", "description": "d", "parameters": {"type": "dict", "properties": {"base": {"type": "integer"}, "height": {"type": "float"}}, "required": ["base"]}}
 
 
@@ -429,13 +439,14 @@ def test_bfcl_by_hand(tmp_path, installed):
     if installed and not importlib.util.find_spec("bfcl_eval"):
         pytest.skip("bfcl-eval is not installed in this environment")
     (tmp_path / "fake").write_text(f'#!/bin/sh\nexec {sys.executable} -c "import json, sys\nfor line in sys.stdin:\n'
-                                   f'    row = json.loads(line); print(json.dumps(row[\'calls\'] == [dict(area=dict(base=10, height=5.0))]), flush=True)"\n')  # fmt: skip
+                                   f'    row = json.loads(line); print(json.dumps(row[\'calls\'] == [dict(area=dict(base=10, height=5.0))]), flush=True)"\n')
     (tmp_path / "fake").chmod(0o755)
     python = sys.executable if installed else str(tmp_path / "fake")
     folder = tmp_path / "d"
     folder.mkdir()
     rows, hook, metric = bfcl_task(folder, python)
-    assert [r["category"] for r in rows] == ["irrelevance", "live_relevance", "simple"]  # multi-turn is left out
+    # multi-turn is left out
+    assert [r["category"] for r in rows] == ["irrelevance", "live_relevance", "simple"]
     score = lambda row, text: graded_by(hook, metric, row, "</think>" + text)
     assert score(rows[2], call("area", base=10, height=5.0)) == 1 and score(rows[2], call("area", base=11, height=5.0)) == 0
     assert score(rows[2], "It is 25.") == 0 and score(rows[2], "<tool_call>area(10, 5)</tool_call>") == 0
@@ -463,7 +474,7 @@ def graded_by(hook, metric, row, text):
     return metric(r)
 
 
-# ---- SWE-bench -------------------------------------------------------------------------------------------------------
+# ---- SWE-bench -----------------------------------------------------------------------------------
 @pytest.fixture()
 def swebench(tmp_path):
     """A repository of two files at a commit, one row of SWE-bench about it, and three localisation samples."""
@@ -479,7 +490,7 @@ def swebench(tmp_path):
     git("commit", "-qam", "fix")
     patch = "diff --git a/calc.py b/calc.py\n--- a/calc.py\n+++ b/calc.py\n@@ -1,2 +1,2 @@\n def add(a, b):\n-    return a - b\n+    return a + b\n"
     row = {"instance_id": "me__calc-1", "repo": "me/calc", "base_commit": commit, "problem_statement": "add subtracts", "hints_text": "", "patch": patch,
-           "test_patch": "", "FAIL_TO_PASS": '["t"]', "PASS_TO_PASS": "[]", "version": "1", "created_at": ""}  # fmt: skip
+           "test_patch": "", "FAIL_TO_PASS": '["t"]', "PASS_TO_PASS": "[]", "version": "1", "created_at": ""}
     (tmp_path / "samples").mkdir()
     said = ("calc.py", "- `calc.py`\n2. other.py", "other.py\nnope.py\ncalc.py")
     lines = [json.dumps({"problem": 0, "sample": k, "text": "<think>hm tests.py</think>" + t}) for k, t in enumerate(said)]
@@ -489,7 +500,8 @@ def swebench(tmp_path):
 
 def test_swebench_localisation_by_hand(tmp_path, swebench):
     (row,), graded = load("swebench_files", [swebench], tmp_path)
-    assert row["messages"][0]["content"].count("calc.py") == 1 and "other.py" in row["messages"][0]["content"]  # tests are not offered
+    # tests are not offered
+    assert row["messages"][0]["content"].count("calc.py") == 1 and "other.py" in row["messages"][0]["content"]
     assert graded(row, "</think>calc.py")[0] == 1 and graded(row, "</think>1. `other.py`\n2. `calc.py`")[0] == 1 and graded(row, "</think>other.py")[0] == 0
 
 
@@ -506,14 +518,15 @@ def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_har
     (row,), graded = load("swebench", [swebench], tmp_path, verifier_python=str(tmp_path / "python"))
     assert list(row["files"]) == ["calc.py", "other.py"] and "return a - b" in row["files"]["calc.py"] and "later commit" not in row["messages"][0]["content"]
     _, (_, collect), metric = evaluate.TASKS["swebench"]["load"](str(tmp_path / "swebench.jsonl"), dict(
-        samples=str(tmp_path / "samples"), repos=str(tmp_path), verifier_python=str(tmp_path / "python")))  # fmt: skip
+        samples=str(tmp_path / "samples"), repos=str(tmp_path), verifier_python=str(tmp_path / "python")))
     rollouts = [Rollout(row=row, group=0, prompt_ids=[], seed=0, text="</think>" + t) for t in (edit.format("+"), edit.format("*"), "no idea")]
     for k, r in enumerate(rollouts):
         r.sample = k
     monkeypatch.setenv("RANK", "3")
     collect(rollouts)
     assert [metric(r) for r in rollouts] == [1.0, 0.0, 0.0]
-    rollouts[1].text = rollouts[0].text  # what other weights say is not judged by the report on these
+    # what other weights say is not judged by the report on these
+    rollouts[1].text = rollouts[0].text
     collect(rollouts)
     assert [metric(r) for r in rollouts] == [1.0, 1.0, 0.0]
     patch = json.loads((tmp_path / "samples" / "swebench" / "sample0_rank3.jsonl").read_text())["model_patch"]

@@ -82,7 +82,7 @@ EXPECTED = {
         SYSTEM + '<|im_start|>user\nRain? /no_think<|im_end|>\n<|im_start|>assistant\n\n<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>\n'
         "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n"
         "<|im_start|>user\nThanks /no_think<|im_end|>\n<|im_start|>assistant\n[[Bye.<|im_end|>]]\n"),
-}  # fmt: skip
+}
 
 
 def marked(tokenizer, ids, mask):

@@ -35,7 +35,7 @@ ROWS = {  # schema: (row without a statement, normal form of its tests)
     "TACO": ({"input_output": json.dumps({"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"]})}, STDIN),
     "APPS, lines": ({"input_output": json.dumps({"inputs": [["3", "1"]], "outputs": [["2", "4"]]})}, STDIN | {"inputs": ["3\n1"], "outputs": ["2\n4"]}),
     "APPS, calls": ({"input_output": json.dumps({"fn_name": "f", "inputs": [[[1, 2], 3], [[], "a"]], "outputs": [[[3]], [True]]})}, CALL),
-}  # fmt: skip
+}
 
 DROPPED = {  # part of the reason: row
     "interactive": {"problem": "This is an interactive problem.", "tests": json.dumps(PAIRS)},
@@ -57,7 +57,7 @@ OUTPUTS = [  # printed, expected, same?
     ("6.0", "6", True), ("6.000", "6", True), ("6.0001", "6", False), ("1e3", "1000", True), ("0.1 0.2", ".1 .20", True),
     ("yes", "YES", False), ("a b", "a  b", False), ("1 a", "1.0 a", False), ("nan", "nan", True), ("nan 1", "nan 1.0", False),
     ("sNaN", "1", False), ("6\n6", "6", False), ("1" + "0" * 100, "1e100", True), ("0x10", "16", False), ("-0", "0", True),
-]  # fmt: skip
+]
 
 VALUES = [  # returned, expected, same?
     (3, 3, True), (3, 4, False), (3, 3.0, True), (0.3333333, 1 / 3, True), (0.33, 1 / 3, False), (True, 1, False), (1, True, False),
@@ -65,7 +65,7 @@ VALUES = [  # returned, expected, same?
     ([1, 2], [1], False), ([1.0000001], [1], True), ({"a": 1}, {"a": 1.0}, True), ({"a": 1}, {"b": 1}, False), ([], {}, False),
     (float("nan"), 0.0, False), (float("inf"), float("inf"), True), (float("inf"), 1.0, False), (10**30, 10**30 + 1, False),
     (1000009999.0, 1000000000, False), (1000009.0, 1e6, True),  # beside an int 1e-5 is of one
-]  # fmt: skip
+]
 
 
 def answer(code, think="hm"):
@@ -139,7 +139,7 @@ def test_a_flood_of_numbers_is_not_read_number_by_number():
     ("Numbers may be printed in any order.", True), ("print the strings, one per line, in any order", True), ("At most 10^{-6} absolute or relative error.", True),
     ("The order of output does not matter.", True), ("It is acceptable for an answer to have an error of 10^-9.", True), ("Print YES if there is any pair.", False),
     ("Find whether any such x exists.", False), ("Print the number of ways in any order.", False), ("You can buy the books in any order. Print the minimum cost.", False),
-])  # fmt: skip
+])
 def test_problems_with_several_right_outputs_are_dropped_by_their_wording(wording, several):
     assert bool(coderl.ANY_ANSWER.search("You are given a tree. " + wording)) is several
 
@@ -153,7 +153,7 @@ def test_returned_values_are_compared_by_type_and_with_a_documented_tolerance(re
     ("```python\na\n```", "a\n"), ("```python\na\n```\n```python\nb\n```", "b\n"), ("```py\na\n```", "a\n"), ("```Python3  \na\n```", "a\n"),
     ("```\na\n```", None), ("```cpp\na\n```", None), ("```python\na", None), ("```python\na\n```\n```text\nb\n```", "a\n"), ("", None),
     ("```python```", None), ("```python\n```", ""), ("1. so\n   ```python\n   if a:\n     b\n   ```", "if a:\n  b\n"),
-])  # fmt: skip
+])
 def test_the_last_python_block_counts(text, code):
     assert coderl.extract_code(text) == code
 
@@ -171,16 +171,18 @@ def test_of_a_function_the_last_block_that_defines_it_counts():
     (answer("x = [0] * 10**12"), STDIN, (0, "crash", 0.0)),
     (answer("while True: pass"), STDIN, (0, "timeout", 0.0)),
     ("print(int(input()) * 2)", STDIN, (0, "no_answer", 0.0)),
-    ("```python\nprint(int(input()) * 2)\n```", STDIN, (0, "no_answer", 0.0)),  # </think> is missing
+    # </think> is missing
+    ("```python\nprint(int(input()) * 2)\n```", STDIN, (0, "no_answer", 0.0)),
     ("```python\nprint(int(input()) * 2)\n```\n</think>\nsee above", STDIN, (0, "no_answer", 0.0)),
     (answer("print(int(input()) * 2)") + "\nOr was it</think>?", STDIN, (0, "no_answer", 0.0)),
     (answer("print(2)") + answer("print(int(input()) * 2)"), STDIN, (1, "ok", 1.0)),
     (answer("def f(a, b): return [3] if a else True"), CALL, (1, "ok", 1.0)),
     (answer("def f(a, b): return [3] if a else 1"), CALL, (0, "wrong", 0.5)),
     (answer("print(int(input()) * 2)", think="让我想想"), STDIN, (0, "language", 0.0)),
-    (answer("print(int(input()) * 2)  # 注释"), STDIN, (1, "ok", 1.0)),  # the rule is about the reasoning
+    # the rule is about the reasoning
+    (answer("print(int(input()) * 2)  # 注释"), STDIN, (1, "ok", 1.0)),
     (answer("print(int(input()) * 2)", think="let α ∈ ℝ, naïve"), STDIN, (1, "ok", 1.0)),
-])  # fmt: skip
+])
 def test_a_response_earns_one_only_if_every_test_passes(response, tests, earned):
     assert coderl.verdict(response, tests, "Double it.", timeout=0.3) == earned
 
@@ -236,7 +238,7 @@ def test_importing_the_stage_starts_nothing():
 
 
 junk = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=8)  # fmt: skip
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=8)
 lines = st.text(alphabet="0123456789.-+eE nasNINf\n_\u0663", max_size=30)
 
 
@@ -305,14 +307,14 @@ def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
     afterwards, _ = seconds(lambda r: None, lambda rollouts: (list(map(submit, rollouts)), collect(rollouts)))
     overlapped, verifiers = seconds(submit, collect)
     print(f"verified while decoding {overlapped:.2f} s, afterwards {afterwards:.2f} s: {afterwards - overlapped:.2f} s saved of "
-          f"{verifiers:.2f} s in the verifiers; decoding alone 3.6 s")  # fmt: skip
+          f"{verifiers:.2f} s in the verifiers; decoding alone 3.6 s")
     assert afterwards - overlapped > 0.2
 
 
 @pytest.mark.parametrize("returned, expected, same", [
     (1.000009, 1.0, True), (1.00002, 1.0, False), (100.0009, 100.0, True), (100.002, 100.0, False), (1e-9, 0.0, True), (1e-7, 0.0, False),
     (5.0, float("inf"), False), (float("inf"), float("inf"), True), (float("-inf"), float("inf"), False), (float("nan"), 1.0, False),
-])  # fmt: skip
+])
 def test_floats_are_alike_to_five_digits_and_infinity_is_only_itself(returned, expected, same):
     assert coderl.same_value(returned, expected) is same
 

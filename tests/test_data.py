@@ -44,7 +44,7 @@ def sft_form(messages, think, category, tools=()):
 WILD = {  # a logged turn of WildChat-1M
     "content": "Hi there", "role": "user", "language": "English", "redacted": False, "toxic": False, "country": "Chile", "state": None,
     "hashed_ip": "00", "header": {"accept-language": "en", "user-agent": "x"}, "timestamp": None, "turn_identifier": 100,
-}  # fmt: skip
+}
 HELLO = [{"role": "user", "content": "Hi there"}]
 PAIR = [("What is 2 + 2?", "4"), ("What is 2 + 2?", "5")]
 ALL_KEYS = dict.fromkeys(("num_words", "relation", "keywords", "num_highlights", "capital_frequency", "language", "prompt_to_repeat", "num_paragraphs"))
@@ -76,12 +76,12 @@ SWE_FORM = {"issue": ISSUE, "golden": ["shop/cart.py"], "think": True}
 BENCH = {  # SWE-bench's columns
     "instance_id": "shop__cart-1", "repo": "shop/cart", "problem_statement": ISSUE, "hints_text": "", "patch": GOLDEN, "test_patch": "",
     "FAIL_TO_PASS": ["tests/test_cart.py::test_total"], "PASS_TO_PASS": [], "version": "1.0", "created_at": "2024-01-01T00:00:00Z",
-}  # fmt: skip
+}
 DIFFS = [
     {"header": {"file": {"path": path}, "misc_line": None}, "index_line": None, "is_binary_file": False, "hunks": [],
      "old_file_content": FILES[path], "new_file_content": after}
     for path, after in (("shop/cart.py", FIXED["shop/cart.py"]), ("tests/test_cart.py", "def test_total():\n    assert True\n"))
-]  # fmt: skip
+]
 
 # set: (stage, row, what it loads to, fields without which it cannot be used)
 SETS = {
@@ -160,10 +160,10 @@ SETS = {
     "R2E-Gym/R2E-Gym-Subset": ("swerl", {"repo_name": "shop", "docker_image": "i", "commit_hash": "0" * 40, "problem_statement": f"[ISSUE]\n{ISSUE}\n[/ISSUE]",
         "parsed_commit_content": json.dumps({"file_diffs": DIFFS, "old_commit_hash": "0" * 40, "new_commit_hash": "1" * 40, "commit_message": "m"}),
         "relevant_files": ["shop/cart.py"], "expected_output_json": "{}"}, SWE_FORM, ["problem_statement", "parsed_commit_content"]),
-}  # fmt: skip
+}
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------------
+# ---- Loading -------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def clones(tmp_path_factory):
     """(folder of git clones, commit of the faulty state): one repository with the fault, one (SWE-smith's) without."""
@@ -235,10 +235,10 @@ def test_every_first_and_second_choice_is_in_the_table():
         "nvidia/Nemotron-Cascade-RL-Math", "nvidia/AceReason-Math", "open-r1/DAPO-Math-17k-Processed", "agentica-org/DeepScaleR-Preview-Dataset",
         "nvidia/Nemotron-RL-coding-competitive_coding", "agentica-org/DeepCoder-Preview-Dataset", "open-r1/codeforces",
         "nvidia/Nemotron-Cascade-RL-SWE", "SWE-Gym/SWE-Gym", "SWE-bench/SWE-smith", "R2E-Gym/R2E-Gym-Subset", "nebius/SWE-rebench",
-    }  # fmt: skip
+    }
 
 
-# ---- Corruption ------------------------------------------------------------------------------------------------------
+# ---- Corruption ----------------------------------------------------------------------------------
 def outcome(load, stage, path, capsys):
     """("refused", sentence) or ("dropped", lines) or ("loaded", rows); anything but SystemExit goes through as the traceback it is."""
     capsys.readouterr()
@@ -267,7 +267,7 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused_or_dropped_and_co
         kind, text = outcome(load, stage, write(tmp_path / f"{n}.jsonl", [good, bad], clones), capsys)
         allowed = field in may_be_empty and value in (MISSING, None, "", [])
         plain = value == "{broken" and field in ("output", "chosen", "rejected", "response1", "response2", "problem", "prompt", "context", "input",
-                                                 "description", "problem_statement", "conversation", "conversation_a", "messages", "answer")  # fmt: skip
+                                                 "description", "problem_statement", "conversation", "conversation_a", "messages", "answer")
         text_is_fine = isinstance(value, (int, str)) and value not in ("",) and stage == "mathrl" and field == "answer"
         if not (allowed or plain or text_is_fine):
             assert kind != "loaded", (field, value, text)
@@ -331,7 +331,7 @@ CORRUPTED = [  # set, changes to its row, part of the sentence
     (GYM, {"base_commit": "0" * 40}, "text not found"),
     (R2E, {"parsed_commit_content": "{broken"}, "file contents or patch cannot be read"),
     (R2E, {"parsed_commit_content": json.dumps({"file_diffs": DIFFS[1:]})}, "golden patch changes nothing"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, changes, sentence", CORRUPTED, ids=[f"{i}-{c[2][:30]}" for i, c in enumerate(CORRUPTED)])
@@ -352,7 +352,7 @@ def test_a_corrupted_row_is_dropped_under_its_reason_and_alone_it_stops_the_run(
     (b"\xff\xfe\x00\x81{}", "jsonl", "row 1: "), (b"[" * 100_000, "jsonl", "row 1: RecursionError"),
     (b"PAR1 but not really", "parquet", "row 0: ArrowInvalid"), (b"", "parquet", "row 0: ArrowInvalid"), (b"not packed", "jsonl.gz", "BadGzipFile"),
     (b"a,b\n1,2\n", "csv", "expected a file that ends in"),
-])  # fmt: skip
+])
 def test_a_broken_file_is_one_sentence_in_every_stage(stage, content, ending, sentence, load, tmp_path, capsys):
     path = tmp_path / f"rows.{ending}"
     path.write_bytes(content)
@@ -360,7 +360,7 @@ def test_a_broken_file_is_one_sentence_in_every_stage(stage, content, ending, se
     assert kind == "refused" and sentence in text, text
 
 
-# ---- Streams ---------------------------------------------------------------------------------------------------------
+# ---- Streams -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "json", "jsonl.gz"])
 def test_reading_on_from_any_cursor_gives_the_rows_that_follow(ending, tmp_path):
     rows = [{"n": i, "text": "x" * random.Random(i).randint(0, 40)} for i in range(50)]
@@ -447,7 +447,7 @@ def test_a_file_behind_a_url_is_read_like_a_local_one(capsys):
     (mathrl, {"problem": "1 + 1?", "answer": "2"}, {"question": None, "answer": "2"}), (rlhf, {"prompt": "Hi"}, {"messages": None}),
     (rlhf, {"prompt": "Hi"}, {"conversation": None}), (swerl, {"problem_statement": "Tax.", "relevant_file_contents": FILES, "golden_patch": GOLDEN},
                                                        {"problem_statement": None, "relevant_file_contents": FILES, "golden_patch": GOLDEN}),
-])  # fmt: skip
+])
 def test_a_row_whose_field_is_null_is_dropped_and_not_the_end_of_a_run(stage, good, null, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(null) + "\n")
     cfg = stage.Config(data=str(tmp_path / "rows.jsonl"), **({"min_prompt_tokens": 0} if stage is swerl else {}))
@@ -461,7 +461,8 @@ def test_an_empty_field_gives_way_to_the_next_name():
 
 @pytest.mark.parametrize("stage", [rlhf, ifrl, mathrl, coderl, swerl])
 def test_held_out_rewards_lost_to_infrastructure_are_left_out_of_the_mean(stage, monkeypatch):
-    monkeypatch.setattr(stage, "metric", lambda r: {"ok": 1.0, "wrong": 0.0, "crash": None}[r.status])  # None: swerl's own sandbox failed
+    # None: swerl's own sandbox failed
+    monkeypatch.setattr(stage, "metric", lambda r: {"ok": 1.0, "wrong": 0.0, "crash": None}[r.status])
     rows = [{"prompt_ids": [1], "messages": [], "status": status} for status in ("ok", "infra", "wrong", "ok", "crash")]
     engine = types.SimpleNamespace(generate=lambda *args, **how: None)
     collect = lambda rollouts: [vars(r).update(status=r.row["status"]) for r in rollouts]
@@ -477,7 +478,7 @@ def test_a_mode_flag_that_ends_a_prompt_is_the_row_s_mode(tokenizer):
     assert ["Hi /think<|im_end|>" in text for text in texts] == [row["think"] for row in kept]
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- README --------------------------------------------------------------------------------------
 def test_the_smallest_rows_of_the_readme_are_rows_of_their_stages(tmp_path, tokenizer):
     text = (ROOT / "README.md").read_text()
     rows = {name: re.findall(r"`(\{.*?\})`", cell) for name, cell in re.findall(r"^\| `(\w+)\.py` \| (`\{.*) \|$", text, re.M)}
@@ -494,25 +495,27 @@ def test_the_smallest_rows_of_the_readme_are_rows_of_their_stages(tmp_path, toke
     assert len(reward_model.load_pairs(str(path), tokenizer, importlib.import_module("rlhf").Config())) == 1
 
 
-# ---- Decontamination -------------------------------------------------------------------------------------------------
+# ---- Decontamination -----------------------------------------------------------------------------
 NINE = "how many ordered pairs of positive integers are there"  # nine words
 HELD_OUT = [("e 1", {"problem": f"Tell: {NINE}, exactly?"}), ("e 2", {"prompt": [{"role": "user", "content": "Find x + 1."}]})]
 
 
 @pytest.mark.parametrize("row, gram", [
-    ({"problem": f"Say, {NINE.upper()}? Nobody knows."}, NINE),  # case and punctuation do not hide a copy
+    # case and punctuation do not hide a copy
+    ({"problem": f"Say, {NINE.upper()}? Nobody knows."}, NINE),
     ({"problem": NINE.replace("positive", "POSITIVE,\n")}, NINE),
     ({"problem": NINE.removesuffix(" there")}, ""),  # eight words are no overlap
     ({"problem": NINE.replace("ordered", "sorted")}, ""),
     ({"messages": [{"role": "user", "content": f"x {NINE}"}, {"role": "assistant", "content": "y"}]}, NINE),
-    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": NINE}]}, ""),  # only what is asked counts
+    # only what is asked counts
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": NINE}]}, ""),
     ({"responses_create_params": {"input": [{"role": "user", "content": NINE}]}}, NINE),
     ({"answer": NINE}, ""),
     ({"question": "find X: + 1"}, "find x 1"),  # shorter than nine words: equal as a whole
     ({"question": "Find x + 1 now."}, ""),
     ({"problem": None, "prompt": 7}, ""),
     ({}, ""),
-])  # fmt: skip
+])
 def test_nine_words_in_a_row_are_an_overlap_and_eight_are_not(row, gram):
     """Paper 3.2.2 and 4.5.1: 9-gram decontamination."""
     assert [found for _, _, found in decontaminate.decontaminate([("row 1", row)], HELD_OUT)] == [gram]

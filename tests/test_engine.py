@@ -22,7 +22,8 @@ PROMPTS = ["Tell me about rain.", "Hi", "Start with 7, then add 2, times 3. What
 def model(taught):
     model = Qwen3.from_pretrained(taught)
     with torch.no_grad():
-        model.model.norm.weight.mul_(0.5)  # smaller logits: it has learnt two dozen problems by heart and is too sure of itself
+        # smaller logits: it has learnt two dozen problems by heart and is too sure of itself
+        model.model.norm.weight.mul_(0.5)
     return model
 
 
@@ -78,7 +79,8 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
         return logits_BV
 
     monkeypatch.setattr(engine, "_decode", record)
-    monkeypatch.setattr(engine, "shrink_at", 1.0)  # rows leave at once, and others take their places
+    # rows leave at once, and others take their places
+    monkeypatch.setattr(engine, "shrink_at", 1.0)
     rollouts, worst, compared = ask(tokenizer, samples=8), 0.0, 0
     engine.generate(rollouts, 48, temperature=1.0)
     assert len({len(r.completion_ids) for r in rollouts}) > 3, "all ended together: rows leaving the batch was not tested"
@@ -183,7 +185,8 @@ def test_a_finished_completion_is_handed_on_while_others_still_decode(engine, to
     assert events[0][1] and events[-1][1] == [], "the first was handed on while others decoded"
     lengths = [len(r.completion_ids) for r, _ in events]
     assert lengths == sorted(lengths)
-    # a chat shows the tokens that are there: those that still decode have as many as the one that has ended, or are about to
+    # a chat shows the tokens that are there: those that still decode have as many as the one that
+    # has ended, or are about to
     assert all(set(others) <= {len(r.completion_ids), len(r.completion_ids) - 1} for r, others in events)
 
 
@@ -212,7 +215,7 @@ def test_draws_follow_the_tempered_softmax(engine, model, tokenizer):
         counts = F.one_hot(torch.tensor([r.completion_ids[0] for r in rollouts]), len(p)).sum(0) / 2000
         fair = torch.stack([
             torch.multinomial(p, 2000, True, generator=torch.Generator().manual_seed(i)).bincount(minlength=len(p)) / 2000 for i in range(50)
-        ])  # fmt: skip
+        ])
         distance, limit = (counts - p).abs().sum().item() / 2, ((fair - p).abs().sum(-1) / 2).max().item() * 1.1
         print(f"temperature {temperature}: total variation {distance:.3f}, worst of 50 fair samples {limit / 1.1:.3f}")
         assert distance < limit

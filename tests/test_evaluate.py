@@ -30,7 +30,7 @@ def samples(out):
     return {p.name: p.read_text().splitlines() for p in sorted((out / "samples" / "sft").iterdir())}
 
 
-# ---- Samples on the disk ---------------------------------------------------------------------------------------------
+# ---- Samples on the disk -------------------------------------------------------------------------
 @pytest.mark.slow
 def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_same_table(world, tmp_path):
     """Cut the files of a whole run back to what a kill leaves: some verdicts missing, a line half written, a file not begun."""
@@ -59,7 +59,8 @@ def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_
     _, out, _ = run_python("-c", spy, *flags)
     drew = [line for line in out.splitlines() if line.startswith("drew")]
     assert drew == ["drew []"] * 3  # math, chat in two modes; all there: nothing is drawn
-    run_python("-c", spy, *flags, "--limit=2", "--samples=1")  # a smaller evaluation forgets nothing of the larger one
+    # a smaller evaluation forgets nothing of the larger one
+    run_python("-c", spy, *flags, "--limit=2", "--samples=1")
     assert {name: sorted(rows) for name, rows in samples(tmp_path / "b").items()} == {name: sorted(rows) for name, rows in lines.items()}
     _, out, _ = run_python("-c", spy, *flags, "--samples=3")  # a larger one draws only what is new
     assert sum(len(eval(line[5:])) for line in out.splitlines() if line.startswith("drew")) == 4 * sum("sampled" in name for name in lines)
@@ -89,7 +90,8 @@ def test_tasks_with_and_without_yarn_are_refused_where_one_process_has_one_engin
 def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict(tmp_path):
     from engine import Rollout
 
-    texts = {("a", 0): ["x", "x", "y"], ("b", 1): ["x"], ("a", 0, "greedy"): ["x"]}  # problem 1 says x too: another verdict
+    # problem 1 says x too: another verdict
+    texts = {("a", 0): ["x", "x", "y"], ("b", 1): ["x"], ("a", 0, "greedy"): ["x"]}
     lots = [(name, group) for (name, group, *_), said in texts.items() for _ in said]
     said, graded = iter([t for many in texts.values() for t in many]), []
     rollouts = [Rollout(row={"messages": [{"content": ""}]}, group=group, prompt_ids=[], seed=i) for i, (_, group) in enumerate(lots)]
@@ -109,7 +111,8 @@ def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict
     how = dict(max_new_tokens=1, temperature=1.0, top_p=1.0)
     split = [(rollouts[:4], str(tmp_path / "sampled")), (rollouts[4:], str(tmp_path / "greedy"))]
     evaluate.complete(type("E", (), {"generate": staticmethod(generate)}), split, how, (lambda r: None, collect), lambda r: r.reward, 0)
-    assert graded == [(0, "x", "stop"), (0, "y", "stop"), (1, "x", "stop"), (0, "x", "length")]  # cut off is not the same as ended
+    # cut off is not the same as ended
+    assert graded == [(0, "x", "stop"), (0, "y", "stop"), (1, "x", "stop"), (0, "x", "length")]
     assert [r.metric for r in rollouts] == [0.0, 0.0, 1.0, 1.0, 0.0]
     kept = [json.loads(line) for line in (tmp_path / "sampled.rank0.jsonl").read_text().splitlines()]
     assert [k["score"] for k in kept] == [0.0, 0.0, 1.0, 1.0] and all(k["status"] == "ok" for k in kept)
@@ -138,7 +141,7 @@ def test_the_interval_by_hand():
     assert abs((high - low) / 2 - half) < 0.1 * half
 
 
-# ---- Gates -----------------------------------------------------------------------------------------------------------
+# ---- Gates ---------------------------------------------------------------------------------------
 STAGES = results.STAGES
 
 
@@ -147,7 +150,7 @@ def cell(stage, name, percent, n, mode="think"):
     p = percent / 100
     half = 1.96 * (p * (1 - p) / n) ** 0.5
     return {"stage": stage, "task": name, "mode": mode, "decoding": "sampled", "score": p, "low": p - half, "high": p + half,
-            "n": n, "samples": 1, "seed": 0, "split": "test"}  # fmt: skip
+            "n": n, "samples": 1, "seed": 0, "split": "test"}
 
 
 def broken(table, stages=STAGES):
@@ -180,15 +183,18 @@ def test_aime_noise_is_what_was_measured_elsewhere():
 def test_a_debt_that_is_not_paid_stops_the_stage_that_owed_it():
     """RLHF may cost IFEval 25 points; IF-RL has to bring back the 70.8 of SFT."""
     assert broken(changed("ifeval", 70.8, 50.1, 60.0, 60.0, 60.0, 60.0)) == [("ifrl", "ifeval")]
-    assert broken(changed("ifeval", 70.8, 50.1, 70.4, 70.4, 70.4, 70.4)) == []  # back, within the noise
-    assert broken(changed("ifeval", 70.8, 30.0, 90.4, 90.4, 90.4, 90.4)) == [("rlhf", "ifeval")]  # more than was declared
+    # back, within the noise
+    assert broken(changed("ifeval", 70.8, 50.1, 70.4, 70.4, 70.4, 70.4)) == []
+    # more than was declared
+    assert broken(changed("ifeval", 70.8, 30.0, 90.4, 90.4, 90.4, 90.4)) == [("rlhf", "ifeval")]
 
 
 def test_a_stage_of_two_parts_pays_by_its_second():
     stages = ("sft", "rlhf", "ifrl1", "ifrl2", "mathrl1")
     assert broken({"ifeval": (4328, (70.8, 50.1, 60.0, 90.0, 90.0))}, stages) == []
     assert broken({"ifeval": (4328, (70.8, 50.1, 60.0, 60.0, 60.0))}, stages) == [("ifrl2", "ifeval")]
-    assert broken({"ifeval": (4328, (70.8, 50.1, 60.0))}, ("sft", "rlhf", "mathrl")) == [("mathrl", "ifeval")]  # nobody paid
+    # nobody paid
+    assert broken({"ifeval": (4328, (70.8, 50.1, 60.0))}, ("sft", "rlhf", "mathrl")) == [("mathrl", "ifeval")]
 
 
 def test_an_undeclared_loss_stops_and_is_reported_once():
@@ -205,7 +211,8 @@ def test_noise_alone_stops_no_toy_run():
     """The measured scores of the toy run are drawn again and again from their true values: how often would a gate break?"""
     rng, runs, stopped = np.random.default_rng(0), 150, 0
     for _ in range(runs):
-        lines, problems = [], np.clip(rng.normal(0.5, 0.3, 260), 0, 1)  # the chance to solve each of the 260 problems
+        # the chance to solve each of the 260 problems
+        lines, problems = [], np.clip(rng.normal(0.5, 0.3, 260), 0, 1)
         for stage in STAGES:
             for name, mode in (("chat", "think"), ("if", "think"), ("if", "no_think"), ("math", "think"), ("code", "think"), ("swe", "think")):
                 score, low, high = evaluate.interval(rng.random((260, 4)) < problems[:, None], resamples=100)
@@ -265,7 +272,8 @@ def test_a_broken_gate_stops_the_cascade_and_keep_best_goes_on_from_the_best_che
     print(done.stdout, done.stderr)
     assert done.returncode == 0 and "went on" in done.stdout
     assert pathlib.Path(out / "coderl" / "final").resolve().name == "step_000050" and (out / "coderl" / "scored").exists()
-    assert json.loads((out / "results.jsonl").read_text().splitlines()[-2])["score"] == 0.9  # the table holds the checkpoint that goes on
+    # the table holds the checkpoint that goes on
+    assert json.loads((out / "results.jsonl").read_text().splitlines()[-2])["score"] == 0.9
     assert (out / "broken_gate").read_text() == ""
 
 
@@ -277,7 +285,7 @@ def test_the_best_checkpoint_is_never_pruned(tmp_path):
     assert checkpoint.best_checkpoint(str(tmp_path)) == "step_000002"  # step 9 was not saved
 
 
-# ---- Chat ------------------------------------------------------------------------------------------------------------
+# ---- Chat ----------------------------------------------------------------------------------------
 def test_chat_streams_switches_modes_and_remembers_the_conversation(world, monkeypatch, capsys):
     """The engine is handed what training renders: the mode flag of this turn, the earlier reply without its thought."""
     from model import Qwen3, load_tokenizer
@@ -304,10 +312,12 @@ def test_chat_streams_switches_modes_and_remembers_the_conversation(world, monke
     assert prompts[0].endswith("Hello /think<|im_end|>\n<|im_start|>assistant\n")
     assert "Hello /no_think" in prompts[1] and "Reply 1." in prompts[1] and "hm" not in prompts[1] and "More /no_think<|im_end|>" in prompts[1]
     assert "Once /think<|im_end|>" in prompts[2] and "Plain \u00e9." in prompts[2]
-    assert "Hello" not in prompts[3] and "Again /no_think" in prompts[3]  # forgotten; the flag of one turn did not stay
+    # forgotten; the flag of one turn did not stay
+    assert "Hello" not in prompts[3] and "Again /no_think" in prompts[3]
     assert {how for _, *how in map(tuple, asked) for how in [tuple(how)]} == {(50, 0.6, 0.95)}
     shown = "".join(partial) + capsys.readouterr().out
-    assert shown.count("Reply 1.") == 1 and shown.count("Plain \u00e9.") == 2 and sum(map(bool, partial)) > 8  # piece by piece, nothing twice
+    # piece by piece, nothing twice
+    assert shown.count("Reply 1.") == 1 and shown.count("Plain \u00e9.") == 2 and sum(map(bool, partial)) > 8
 
 
 def test_keep_best_reads_sampled_scores_only(tmp_path):

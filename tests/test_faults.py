@@ -119,8 +119,9 @@ main()
     ("print('a line of the log', file=open('/dev/full', 'w'), flush=True)", 2, "the disk is full (OSError: [Errno 28] No space left on device)"),
     ("sys.exit(4)", 4, ""),
     ("time.sleep(1)", 0, ""),  # three steps of a second each: the limit is of one
-    ("child = os.fork() or time.sleep(9); os.kill(child, 15); assert os.waitpid(child, 0)[1] == 15", 0, ""),  # a worker just ends
-])  # fmt: skip
+    # a worker just ends
+    ("child = os.fork() or time.sleep(9); os.kill(child, 15); assert os.waitpid(child, 0)[1] == 15", 0, ""),
+])
 def test_the_guard_says_where_a_process_was(what, code, sentence, tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(GUARDED.replace("ROOT", repr(str(ROOT))).replace("WHAT", what))
@@ -137,7 +138,7 @@ def test_check_step_stops_what_is_broken_and_nothing_else(capsys):
         guard.check_step(3, metrics_, state, cfg)
         assert state["skipped"] == metrics_["skipped"] == skipped
     for broken, sentence in (({"gap": 0.06}, "step 3, rollout: the sampler's log-probs are 6.0e-02 a token off"), ({"gap": nan}, "nan a token off"),
-                             ({"status/infra": 0.2}, "step 3, rollout: 20.0% of the rewards are infrastructure failures (--max_infra=0.1)")):  # fmt: skip
+                             ({"status/infra": 0.2}, "step 3, rollout: 20.0% of the rewards are infrastructure failures (--max_infra=0.1)")):
         with pytest.raises(SystemExit):
             guard.check_step(3, good | broken, {"skipped": 0}, cfg)
         assert sentence in capsys.readouterr().err
@@ -215,7 +216,7 @@ def test_hung_ranks_and_rewards_end_and_say_where(drill):
         "STOP": "rank 0, step 4, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
         "stuck in C": "rank 0, step 5, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
         "cancel": "rank 1, step 6, rollout: ended by SIGTERM",
-    }.items(), 2):  # fmt: skip
+    }.items(), 2):
         run = drill({step: fault}, phase_timeout=20)
         assert any(expected in line for line in run.said) and run.steps == list(range(1, step)) and run.seconds < 90
     assert drill({}, num_steps=7).steps == [1, 2, 3, 4, 5, 6, 7]

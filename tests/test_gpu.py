@@ -39,7 +39,7 @@ def grads(outs, inputs, douts):
     return torch.autograd.grad(outs, inputs, [d.to(out) for d, out in zip(douts, outs, strict=True)])
 
 
-# ---- Kernels ---------------------------------------------------------------------------------------------------------
+# ---- Kernels -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def measured():
     done = subprocess.run([sys.executable, "tests/kernel_checks.py", "cuda"], cwd=ROOT, capture_output=True, text=True)
@@ -151,7 +151,7 @@ def test_sampling_draws_what_the_cpu_draws_at_the_real_vocabulary():
         assert ((token.cpu() >= low) & (token.cpu() <= high)).all() and error < 1e-5
 
 
-# ---- Model and sampler -----------------------------------------------------------------------------------------------
+# ---- Model and sampler ---------------------------------------------------------------------------
 SEQUENCES = [[5, 6, 7, 8] * 5 + tail for tail in ([9], [9, 10, 11], [12] * 7)] + [list(range(1, 40))]
 
 
@@ -191,7 +191,7 @@ def test_in_bf16_logits_are_as_near_to_fp32_as_those_of_transformers():
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     model = make_tiny(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-                      vocab_size=4096, std=0.05).cuda()  # fmt: skip
+                      vocab_size=4096, std=0.05).cuda()
     raw = {k: v for k, v in hf_config(model.config).items() if k not in ("architectures", "model_type", "dtype")}
     theirs = AutoModelForCausalLM.from_config(Qwen3Config(**raw), attn_implementation="sdpa").cuda().eval()
     theirs.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight})

@@ -36,7 +36,7 @@ def config(**changes):
 
 def rollout(reward, group=0, status="ok", finish_reason="stop", prompt=(5, 6), completion=(7, STOP)):
     return Rollout(row={"messages": [], "think": False}, group=group, prompt_ids=list(prompt), seed=0, completion_ids=list(completion),
-                   sampler_logprobs=[0.0] * len(completion), finish_reason=finish_reason, reward=reward, status=status)  # fmt: skip
+                   sampler_logprobs=[0.0] * len(completion), finish_reason=finish_reason, reward=reward, status=status)
 
 
 def advantages(rollouts, **changes):
@@ -44,11 +44,13 @@ def advantages(rollouts, **changes):
     return [round(r.advantage, 4) for r in rollouts]
 
 
-# ---- 1. Advantages: (r - mean) / (std + 1e-6) inside the group, std unbiased ----
+# ---- 1. Advantages: (r - mean) / (std + 1e-6) inside the group, std unbiased ---------------------
 def test_advantages_by_hand():
-    # mean 0.25, deviations 0.75 -0.25 -0.25 -0.25, variance (0.5625 + 3 * 0.0625) / 3 = 0.25, std 0.5
+    # mean 0.25, deviations 0.75 -0.25 -0.25 -0.25, variance (0.5625 + 3 * 0.0625) / 3 = 0.25, std
+    # 0.5
     assert advantages([rollout(r) for r in (1.0, 0.0, 0.0, 0.0)]) == [1.5, -0.5, -0.5, -0.5]
-    # two groups do not see each other; mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 1.6667, std 1.291
+    # two groups do not see each other; mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 1.6667,
+    # std 1.291
     two = [rollout(r) for r in (1.0, 0.0, 0.0, 0.0)] + [rollout(r, group=1) for r in (1.0, 2.0, 3.0, 4.0)]
     assert advantages(two) == [1.5, -0.5, -0.5, -0.5, -1.1619, -0.3873, 0.3873, 1.1619]
 
@@ -93,7 +95,7 @@ def test_torn_groups_are_refused():
         advantages([rollout(1.0), rollout(0.0), rollout(0.0, group=1), rollout(0.0, group=1)])
 
 
-# ---- 2. The packed batch: flat tokens, offsets, and the positions of completion tokens ----
+# ---- 2. The packed batch: flat tokens, offsets, and the positions of completion tokens -----------
 def test_a_packed_batch_by_hand():
     a, b = rollout(1, prompt=(5, 6), completion=(7, STOP)), rollout(0, prompt=(8,), completion=(9, 10, 11))
     a.advantage, b.advantage = 1.5, -0.5
@@ -101,7 +103,8 @@ def test_a_packed_batch_by_hand():
     batch = mathrl.pack_rollouts([a, b], "cpu")
     assert batch["input_ids_T"].tolist() == [5, 6, 7, STOP, 8, 9, 10, 11]
     assert batch["cu_seqlens"].tolist() == [0, 4, 8] and batch["max_seqlen"] == 4
-    assert batch["loss_index"].tolist() == [2, 3, 5, 6, 7]  # completions, stop token included, prompts left out
+    # completions, stop token included, prompts left out
+    assert batch["loss_index"].tolist() == [2, 3, 5, 6, 7]
     assert batch["advantages_T"].tolist() == [0, 0, 1.5, 1.5, 0, -0.5, -0.5, -0.5]
     assert batch["sampler_logprobs_T"].tolist() == [0, 0, -1, -2, 0, -3, -4, -5]
 
@@ -155,7 +158,7 @@ def token_batch(advantage_of_tokens):
     """One sequence: a prompt token, then one completion token per advantage."""
     T = 1 + len(advantage_of_tokens)
     return {"cu_seqlens": torch.tensor([0, T], dtype=torch.int32), "loss_index": torch.arange(1, T),
-            "advantages_T": torch.tensor([0.0, *advantage_of_tokens])}  # fmt: skip
+            "advantages_T": torch.tensor([0.0, *advantage_of_tokens])}
 
 
 def loss_and_grad(ratios, advantage_of_tokens, tokens, stage=mathrl, cfg=None):
@@ -180,7 +183,7 @@ def test_loss_by_hand_on_three_tokens():
     (0.5, +1.0, -0.5, -0.5),  # good but less likely: pushed back up
     (1.5, -1.0, 1.5, 1.5),  # bad and likelier: pushed down, however far it is
     (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: left alone
-])  # fmt: skip
+])
 def test_clip_binds_on_the_right_side_for_both_signs(ratio, advantage, loss, grad):
     got = loss_and_grad([ratio], [advantage], tokens=1)
     assert got[0] == pytest.approx(loss) and got[1] == pytest.approx([0.0, grad])
@@ -196,7 +199,8 @@ def test_on_policy_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():
 
 
 def test_only_completion_tokens_get_gradient_and_the_stop_token_is_one_of_them():
-    a, b = rollout(1, completion=(7, 9, STOP)), rollout(0, prompt=(STOP, STOP), completion=(STOP,))  # ids say nothing about masks
+    # ids say nothing about masks
+    a, b = rollout(1, completion=(7, 9, STOP)), rollout(0, prompt=(STOP, STOP), completion=(STOP,))
     a.advantage, b.advantage = 1.0, -1.0
     batch = mathrl.pack_rollouts([a, b], "cpu")
     logprobs_T = torch.full((8,), -1.0).requires_grad_()
@@ -205,7 +209,7 @@ def test_only_completion_tokens_get_gradient_and_the_stop_token_is_one_of_them()
     assert logprobs_T.grad.tolist() == [0, 0, -0.25, -0.25, -0.25, 0, 0, 0.25]
 
 
-# ---- 4. The whole update, against a twin that is nothing but the formula ----
+# ---- 4. The whole update, against a twin that is nothing but the formula -------------------------
 def random_step(seed=0, groups=5, G=4):
     """Rollouts with random tokens and rewards; some truncated, one infra, one flat group."""
     draw = torch.Generator().manual_seed(seed)
@@ -347,7 +351,7 @@ def test_one_update_makes_good_completions_likelier_and_bad_ones_less_likely():
     assert score() > before
 
 
-# ---- 5. Which prompts: a walk through permutations, and dynamic sampling ----
+# ---- 5. Which prompts: a walk through permutations, and dynamic sampling -------------------------
 def fresh_state():
     return {"epoch": 0, "position": 0, "pool": [], "history": {}}
 
@@ -456,7 +460,7 @@ def test_ranks_share_prompts_out_and_never_refill_with_the_same_ones():
 
 def test_summary_by_hand():
     rollouts = [rollout(1.0, completion=(7, STOP)), rollout(0.0, status="wrong", completion=(7,), finish_reason="length"),
-                rollout(float("nan"), status="infra"), rollout(0.0, status="no_answer")]  # fmt: skip
+                rollout(float("nan"), status="infra"), rollout(0.0, status="no_answer")]
     rollouts += [rollout(1.0, group=1) for _ in range(4)]
     for r, (think, text, verify_s) in zip(rollouts, ((True, "a", 0.5), (True, "</think>b", 0.25), (True, "", 0.25)), strict=False):
         r.row, r.text, r.verify_s = {**r.row, "think": think}, text, verify_s
@@ -468,7 +472,8 @@ def test_summary_by_hand():
     assert sum(v for k, v in summary.items() if k.startswith("status/")) == 1
 
 
-LOGGED = {  # what a step of a stage has to say besides what every stage says: names in metrics.jsonl
+# what a step of a stage has to say besides what every stage says: names in metrics.jsonl
+LOGGED = {
     mathrl: {"box", "two_boxes", "box_wrong"},
     coderl: {"wrong", "timeout", "crash", "no_answer", "language", "passed"},
     swerl: {reason.replace(" ", "_") for reason in swerl.REASONS} | {"other", "p_yes", "p_yes_or_no"},
@@ -513,7 +518,7 @@ def test_importance_weights_by_hand():
         assert logprobs_T.grad.tolist() == pytest.approx([0.0, -2 / 3, math.exp(0.2) / 3, 0.0])
 
 
-# ---- 6. rlhf.py: the stabilisers for small reward models (paper 6.3) ----
+# ---- 6. rlhf.py: the stabilisers for small reward models (paper 6.3) -----------------------------
 def rlhf_config(**changes):
     return rlhf.Config(**{**CFG, "overlong_filter": False, **changes})
 
@@ -627,7 +632,7 @@ def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
     assert distance(gradient(random_step(), **with_kl)[0], gradient(random_step(), **without)[0]) < 1e-5
     moved = lambda: make_tiny(seed=3)
     extra = {n: a - b for (n, a), b in zip(gradient(random_step(), model=moved(), **with_kl)[0].items(),
-                                           gradient(random_step(), model=moved(), **without)[0].values(), strict=True)}  # fmt: skip
+                                           gradient(random_step(), model=moved(), **without)[0].values(), strict=True)}
     rollouts, cfg, model = random_step(), rlhf_config(micro_batch_tokens=10**6), moved()
     rlhf.compute_advantages(rollouts, cfg)
     num_tokens = sum(len(r.completion_ids) for r in rollouts if r.trained)

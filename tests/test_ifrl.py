@@ -42,53 +42,70 @@ TABLE = [
     ("keywords:frequency", {"keyword": "dog", "frequency": 2, **MORE}, "Dog dogs", True),
     ("keywords:frequency", {"keyword": "dog", "frequency": 2, **MORE}, "dog", False),
     ("keywords:frequency", {"keyword": "dog", "frequency": 1, **LESS}, "cat", True),
-    ("keywords:frequency", {"keyword": "dog", "frequency": 1, **LESS}, "dog", False),  # "less than" is strict
-    ("keywords:frequency", {"keyword": " dog ", "frequency": 1, **MORE}, "hotdog", True),  # the keyword is stripped
+    # "less than" is strict
+    ("keywords:frequency", {"keyword": "dog", "frequency": 1, **LESS}, "dog", False),
+    # the keyword is stripped
+    ("keywords:frequency", {"keyword": " dog ", "frequency": 1, **MORE}, "hotdog", True),
     ("keywords:frequency", {"keyword": "dog", "frequency": 1, "relation": "at most"}, "dog", False),
     ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "a dog", True),
     ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "a Cat.", False),
-    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "concatenate cats", True),  # whole words only
+    # whole words only
+    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "concatenate cats", True),
     ("keywords:forbidden_words", {"forbidden_words": ["c.t"]}, "a cut", False),
     ("keywords:letter_frequency", {"letter": "a", "let_frequency": 3, "let_relation": "at least"}, "A banana", True),
     ("keywords:letter_frequency", {"letter": "a", "let_frequency": 3, "let_relation": "less than"}, "banana", False),
     ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "at least"}, "# and #", True),
     ("language:response_language", {"language": "fr"}, FRENCH, True),
     ("language:response_language", {"language": "fr"}, ENGLISH, False),
-    ("language:response_language", {"language": "fr"}, "123 !?", True),  # undetectable counts as followed
+    # undetectable counts as followed
+    ("language:response_language", {"language": "fr"}, "123 !?", True),
     ("length_constraints:number_sentences", {"num_sentences": 2, **MORE}, "Hi there. Bye now.", True),
     ("length_constraints:number_sentences", {"num_sentences": 2, **LESS}, "Hi there. Bye now.", False),
     ("length_constraints:number_sentences", {"num_sentences": 2, **LESS}, "Dr. Smith paid $3.50 to Acme Inc. today.", True),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo", True),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n\ntwo", False),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\none\n***\ntwo\n***", True),  # blank ends are free
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one *** *** two", False),  # a blank middle fails
+    # blank ends are free
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\none\n***\ntwo\n***", True),
+    # a blank middle fails
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one *** *** two", False),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 1}, "one", True),
     ("length_constraints:number_words", {"num_words": 3, **MORE}, "one two three", True),
     ("length_constraints:number_words", {"num_words": 3, **LESS}, "one two three", False),
-    ("length_constraints:number_words", {"num_words": 3, **MORE}, "don't stop", True),  # don't is two words
-    ("length_constraints:number_words", {"num_words": 2, **LESS}, "\u0939\u093f\u0928\u094d\u0926\u0940", True),  # one Hindi word with its marks
+    # don't is two words
+    ("length_constraints:number_words", {"num_words": 3, **MORE}, "don't stop", True),
+    # one Hindi word with its marks
+    ("length_constraints:number_words", {"num_words": 2, **LESS}, "\u0939\u093f\u0928\u094d\u0926\u0940", True),
     ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one x\n\nTwo, y", True),
     ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one x\n\nthree", False),
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "don"}, "one\n\n\"don't", True),  # cut at '
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one\n\n\n\ntwo", False),  # blank keeps its place
+    # cut at '
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "don"}, "one\n\n\"don't", True),
+    # blank keeps its place
+    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one\n\n\n\ntwo", False),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] lives at [address]", True),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name\n]", False),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[] [[x]", True),  # empty ones count
+    # empty ones count
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[] [[x]", True),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nP. S. more", True),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye.\nPS more", False),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye. p.p.s", True),  # anywhere in a line
+    # anywhere in a line
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye. p.p.s", True),
     ("detectable_content:postscript", {"postscript_marker": "P.S"}, "the paws", False),
-    ("detectable_content:postscript", {"postscript_marker": "P.S"}, "the pass", True),  # any other marker is a pattern
+    # any other marker is a pattern
+    ("detectable_content:postscript", {"postscript_marker": "P.S"}, "the pass", True),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n  - two", True),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n* two\n* three", False),  # exactly
-    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "**bold**\n---", True),  # a rule is a bullet
-    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "*\n* two", True),  # a bare star swallows a line
+    # exactly
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* one\n* two\n* three", False),
+    # a rule is a bullet
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "**bold**\n---", True),
+    # a bare star swallows a line
+    ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "*\n* two", True),
     ("detectable_format:constrained_response", {}, "Well. My answer is maybe. So there.", True),
     ("detectable_format:constrained_response", {}, "My answer is Yes.", False),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and *two*", True),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and ** **", False),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 1}, "**one**", True),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "**one**", False),  # its stars make no second span
+    # its stars make no second span
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "**one**", False),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 3}, "**one** *two*", False),
     ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "Section 1 a\nSection 2 b", True),
     ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "SECTION 1 a\nSECTION 2 b", False),
@@ -112,7 +129,8 @@ TABLE = [
     ("startend:quotation", {}, '"', False),
     ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "NASA and ESA fly", True),
     ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, "NASA and ESA fly", False),
-    ("change_case:capital_word_frequency", {"capital_frequency": 3, "capital_relation": "at least"}, "DON'T. GO", True),  # DO, N'T, GO: needs punkt
+    # DO, N'T, GO: needs punkt
+    ("change_case:capital_word_frequency", {"capital_frequency": 3, "capital_relation": "at least"}, "DON'T. GO", True),
     ("change_case:english_capital", {}, ENGLISH.upper(), True),
     ("change_case:english_capital", {}, ENGLISH, False),
     ("change_case:english_capital", {}, "123", False),  # no letters is not upper-case
@@ -124,8 +142,10 @@ TABLE = [
     ("punctuation:no_comma", {}, "one\uff0c two", True),  # only the ASCII comma
     ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The early bird catches a worm", True),
     ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The late cat catches the worm", False),
-    ("copy:repeat_phrase", BIRD, "The early bird catches the worm. The late bird catches the worm", True),  # an exact one may come first
-    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The early bird catches the worm", False),  # but not last
+    # an exact one may come first
+    ("copy:repeat_phrase", BIRD, "The early bird catches the worm. The late bird catches the worm", True),
+    # but not last
+    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The early bird catches the worm", False),
     ("copy:copy", {"prompt_to_repeat": "Say hi"}, " say HI\n", True),
     ("copy:copy", {"prompt_to_repeat": "Say hi"}, "Say hi!", False),
     ("copy:copying_simple", {"prompt_to_repeat": "Say hi"}, "Say hi", True),
@@ -133,13 +153,15 @@ TABLE = [
     ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi ****** say hi", True),
     ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi", False),
     ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi******say hi******", False),
-    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9}, "WOR", True),  # characters, end open
+    # characters, end open
+    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9}, "WOR", True),
     ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9}, "worl", False),
     ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 0, "n_end": 5}, "hello", True),
     ("detectable_format:sentence_hyphens", {}, "I am here.-You are there.", True),
     ("detectable_format:sentence_hyphens", {}, "I am here. -You are there.", False),
     ("detectable_format:sentence_hyphens", {}, "I am here. You are there.", False),
-    ("detectable_format:sentence_hyphens", {}, "I am here.-You are there.-", True),  # the longer list's rest is ignored
+    # the longer list's rest is ignored
+    ("detectable_format:sentence_hyphens", {}, "I am here.-You are there.-", True),
     ("keywords:no_adjacent_consecutive", {}, "a cat eats", True),
     ("keywords:no_adjacent_consecutive", {}, "a bird", False),
     ("keywords:no_adjacent_consecutive", {}, "Z [ is next in ASCII not here", True),
@@ -152,7 +174,8 @@ TABLE = [
     ("keywords:word_count_different_numbers", {"keyword": "dog", "frequency": 2, **LESS}, "dog dogs", False),
     ("keywords:exclude_word_harder", {"keyword": "dog"}, "a cat", True),
     ("keywords:exclude_word_harder", {"keyword": "dog"}, "a dog ran", False),
-    ("keywords:exclude_word_harder", {"keyword": "dog"}, "a Dog ran, dog", True),  # case counts, and a blank on both sides
+    # case counts, and a blank on both sides
+    ("keywords:exclude_word_harder", {"keyword": "dog"}, "a Dog ran, dog", True),
     ("paragraphs:paragraphs", {}, "one *** two", True),
     ("paragraphs:paragraphs", {}, "one", False),
     ("paragraphs:paragraphs", {}, "one\n\ntwo", False),
@@ -161,13 +184,15 @@ TABLE = [
     ("paragraphs:paragraphs2", {}, "one\n\n\n\ntwo", False),  # a blank middle fails
     ("first_word:first_word_sent", {"first_word": "we"}, "We ran. We won!", True),
     ("first_word:first_word_sent", {"first_word": "we"}, "We ran. They won!", False),
-    ("first_word:first_word_sent", {"first_word": "we"}, "We, ran.", False),  # punctuation is part of the word
+    # punctuation is part of the word
+    ("first_word:first_word_sent", {"first_word": "we"}, "We, ran.", False),
     ("first_word:first_word_sent", {"first_word": ["we"]}, "We saw Dr. Smith at 3.30 p.m. daily", True),
     ("first_word:first_word_answer", {"first_word": "we"}, "WE ran. They won", True),
     ("first_word:first_word_answer", {"first_word": "we"}, "\"We ran", False),
     ("last_word:last_word_sent", {"last_word": "now"}, "Go now. Run Now!", True),
     ("last_word:last_word_sent", {"last_word": "now"}, "Go now. Run away!", False),
-    ("last_word:last_word_sent", {"last_word": "now"}, "Go now?!", False),  # the second mark is a sentence of its own
+    # the second mark is a sentence of its own
+    ("last_word:last_word_sent", {"last_word": "now"}, "Go now?!", False),
     ("last_word:last_word_answer", {"last_word": "now"}, "Go away. Now!", True),
     ("last_word:last_word_answer", {"last_word": "now"}, "Now go", False),
     ("last_word:last_word_answer", {"last_word": "now"}, "n.o.w", True),
@@ -180,15 +205,18 @@ TABLE = [
     ("punctuation:punctuation_exclamation", {}, "Hello!", False),
     ("count:lowercase_counting", {"N": 2}, "one two Three", True),
     ("count:lowercase_counting", {"N": 2}, "one two three", False),
-    ("count:lowercase_counting", {"N": 2}, "a\u00e9 b c1 d_ e", True),  # only a-z between word boundaries
+    # only a-z between word boundaries
+    ("count:lowercase_counting", {"N": 2}, "a\u00e9 b c1 d_ e", True),
     ("letters:letter_counting", {"N": 3, **MORE}, "a1b2c", True),
     ("letters:letter_counting", {"N": 3, **LESS}, "abc", False),
     ("letters:letter_counting", {"N": 3, **LESS}, "ab\u00e9", True),  # ASCII letters
     ("letters:letter_counting2", {"letter": "o", "let_frequency": 2, "let_relation": "at least"}, "Oo", True),
     ("letters:letter_counting2", {"letter": "o", "let_frequency": 2, "let_relation": "at least"}, "o", False),
     ("count:counting_composition", {"n_sent": 2, "n_words": 3}, "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.", True),
-    ("count:counting_composition", {"n_sent": 2, "n_words": 2}, "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.", False),  # the full stop is a token
-    ("count:counting_composition", {"n_sent": 1, "n_words": 2}, "Go on\n***\nGo up\n***\nGo by\n***", False),  # a blank end has no sentence
+    # the full stop is a token
+    ("count:counting_composition", {"n_sent": 2, "n_words": 2}, "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.", False),
+    # a blank end has no sentence
+    ("count:counting_composition", {"n_sent": 1, "n_words": 2}, "Go on\n***\nGo up\n***\nGo by\n***", False),
     ("count:count_unique", {}, "All words differ here.", True),
     ("count:count_unique", {}, "one two one", False),
     ("count:count_unique", {}, "One. Two.", False),  # two full stops are one token twice
@@ -202,7 +230,8 @@ TABLE = [
     ("keywords:keyword_specific_position", {"keyword": "dog", "n": 2, "m": 3}, "Hi there. A big dog ran.", True),
     ("keywords:keyword_specific_position", {"keyword": "dog", "n": 2, "m": 3}, "Hi there. A big Dog ran.", False),
     ("keywords:keyword_specific_position", {"keyword": "dog", "n": 3, "m": 1}, "Hi there. A dog.", False),
-    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 1, "m": 3}, "Hi, dog", True),  # the comma is a token
+    # the comma is a token
+    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 1, "m": 3}, "Hi, dog", True),
     ("keywords:start_end", {}, "Day after day", True),
     ("keywords:start_end", {}, "Day after night", False),
     ("keywords:start_end", {}, "Day after day.", False),  # the full stop is the last token
@@ -272,7 +301,8 @@ def test_language_verdicts_do_not_change_from_call_to_call():
 
 
 # fmt: off
-SPLITS = [  # the regular-expression splitter; punkt differs on many of these
+# the regular-expression splitter; punkt differs on many of these
+SPLITS = [
     ("Hello there. I am Dr. Smith. Bye!", ["Hello there.", "I am Dr. Smith.", "Bye!"]),
     ("It is 3.14 at www.a.com today. Yes?", ["It is 3.14 at www.", "a.com today.", "Yes?"]),
     ("Wait... what", ["Wait...", "what"]),
@@ -305,8 +335,10 @@ def test_treebank_words_alone_would_not_give_the_reference_tokens():
 @pytest.mark.parametrize(
     "text, name, kwargs",
     [
-        ("Sure, here it is:\nno commas here\nend", "punctuation:no_comma", {}),  # without the first line
-        ("The end.\nHope this helps!", "startend:end_checker", {"end_phrase": "The end."}),  # without the last
+        # without the first line
+        ("Sure, here it is:\nno commas here\nend", "punctuation:no_comma", {}),
+        # without the last
+        ("The end.\nHope this helps!", "startend:end_checker", {"end_phrase": "The end."}),
         ('Sure:\n{"a": 1}\nDone.', "detectable_format:json_format", {}),  # without both
         ("**The** end", "first_word:first_word_answer", {"first_word": "the"}),  # without stars
         ("Sure:\n**{}**\nDone.", "detectable_format:json_format", {}),  # without both and stars
@@ -323,7 +355,7 @@ def test_loose_is_never_stricter_than_strict():
     assert not constraints.check_loose("punctuation:no_comma", {}, "a,\nb,\nc,\nd")
 
 
-# ---- reward ----------------------------------------------------------------------------------------------------------
+# ---- reward --------------------------------------------------------------------------------------
 def test_reward_is_one_only_if_every_constraint_holds_in_the_answer():
     ids, kwargs = ["punctuation:no_comma", "startend:quotation"], [{}, {}]
     assert ifrl.reward('"fine"', ids, kwargs) == 1
@@ -339,7 +371,9 @@ def test_reward_is_one_only_if_every_constraint_holds_in_the_answer():
 FR, COMMA = ("language:response_language", {"language": "fr"}), ("punctuation:no_comma", {})
 SHORT = ("length_constraints:number_words", {"num_words": 5, "relation": "less than"})
 # fmt: off
-ATTACKS = [  # (reply, constraints, reward). A one is what the rules say: the reward model and under_20_words watch those.
+# (reply, constraints, reward). A one is what the rules say: the reward model and under_20_words
+# watch those.
+ATTACKS = [
     ("", [COMMA], 0), ("  \n", [COMMA], 0), ("\u00a0\u3000", [COMMA], 0),
     (".", [FR], 0), ("123", [FR], 0), ("!?", [FR, COMMA], 0), ("\U0001f600\U0001f600", [FR], 0), ("\u200b", [FR], 0), ("$$ + $$", [FR], 0),
     ("http://a.b/c", [FR], 1),  # letters, yet undetectable: the reference's rule
@@ -394,7 +428,8 @@ def test_a_pattern_that_never_ends_is_masked_and_the_next_step_works(monkeypatch
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=1))
     stuck, fine = make_rollouts(["a" * 60 + "b"])[0], make_rollouts(["fine"])[0]
     stuck.row = {**stuck.row, "instruction_id_list": ["keywords:word_once"], "kwargs": [{"keyword": "(a+)+$"}]}
-    assert "repeated group" in constraints.unusable("keywords:word_once", {"keyword": "(a+)+$"})  # the loader refuses it
+    # the loader refuses it
+    assert "repeated group" in constraints.unusable("keywords:word_once", {"keyword": "(a+)+$"})
     submit(stuck)
     collect([stuck])
     submit(fine)
@@ -408,14 +443,15 @@ def test_thinking_reward_by_hand(monkeypatch):
     seen = []
     monkeypatch.setattr(ifrl, "load_reward_model", lambda *args: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
     rollouts = make_rollouts([f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True)
-    rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)  # equal scores; "p" never closed its reasoning
+    # equal scores; "p" never closed its reasoning
+    rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)
     _, collect = ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))
     collect(rollouts)
     assert [r.reward for r in rollouts] == pytest.approx([1.283773, 1.386296, 0, 1.800389, 0, 1.5], abs=1e-6)
     assert seen == [["w", "x", "a,b", "z", "p", "q"]]
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 NONE = {"num_words": None, "relation": None, "keywords": None}
 USER = [{"role": "user", "content": "Write."}]
 SCHEMAS = {
@@ -426,7 +462,7 @@ SCHEMAS = {
         "ground_truth": "[{'instruction_id': ['punctuation:no_comma', '%s'], 'kwargs': [None, {'num_words': 5.0, 'relation': 'less than', 'N': None}]}]" % SHORT[0],
     },
     "google": {"key": 1000, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [{}, SHORT[1]]},
-}  # fmt: skip
+}
 
 
 def write(tmp_path, rows):
@@ -453,7 +489,8 @@ def constrained(name, kwargs):
 
 # fmt: off
 DROPPED = [
-    (constrained("count:numbers", {"N": 2}), "unknown id count:numbers"),  # an IFBench test id: never trained on
+    # an IFBench test id: never trained on
+    (constrained("count:numbers", {"N": 2}), "unknown id count:numbers"),
     (constrained(SHORT[0], NONE), "number_words without num_words"),
     (constrained(SHORT[0], {"num_words": -1, **LESS}), "number_words with num_words -1"),
     (constrained(SHORT[0], {"num_words": 5, "relation": "at most"}), "KeyError"),
@@ -489,7 +526,8 @@ def test_ids_that_need_punkt_are_refused_at_load_without_it(tmp_path, capsys, mo
     assert len(ifrl.load_rows(ifrl.Config(data=write(tmp_path, rows)))) == 54 - len(constraints.NEED_PUNKT)
     printed = capsys.readouterr().out
     assert f"dropped {len(constraints.NEED_PUNKT)} of 54 rows, {constraints.PUNKT_HELP}" in printed
-    with pytest.raises(RuntimeError, match="punkt"):  # and outside the loader it is an error, not a zero
+    # and outside the loader it is an error, not a zero
+    with pytest.raises(RuntimeError, match="punkt"):
         ifrl.check("keywords:start_end", {}, "a b a")
 
 
@@ -519,7 +557,7 @@ def test_self_test_stops_a_run_whose_rows_cannot_be_decided(capsys):
     assert "Nothing was trained" in capsys.readouterr().err
 
 
-# ---- properties ------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 BITS = "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ... ?! !\" \u201cx.\u201d <<t>> << >> [x] [ ] *b* ** *** ****** - --- \n \n\n \t * {} 1 , Section P.S. \u4e2d\u6587 \u0130 \u00df \u0301 \u200b \ud7ff \x00 \x0b <stop> ``` ```json".split(
     " "
 )
@@ -562,7 +600,7 @@ def test_hostile_repetition_takes_bounded_time(unit):
     assert slowest[0] < 5
 
 
-# ---- lm_eval ---------------------------------------------------------------------------------------------------------
+# ---- lm_eval -------------------------------------------------------------------------------------
 def load_lm_eval(monkeypatch):
     """lm_eval's IFEval registry without the rest of lm_eval; skips with the reason where it cannot be had."""
     root = importlib.util.find_spec("lm_eval")
@@ -622,7 +660,8 @@ def test_ifeval_verdicts_equal_those_of_lm_eval(monkeypatch):
     cases = [(name, kwargs, text) for name, kwargs, text, _ in TABLE if name in reference]
     cases += [(name, kwargs, random_reply(rng)) for name, kwargs, _ in cases for _ in range(40)]
     for name, kwargs, text in cases:
-        if constraints.unusable(name, kwargs) or kwargs.get("letter") == "#":  # it draws a random letter for a symbol
+        # it draws a random letter for a symbol
+        if constraints.unusable(name, kwargs) or kwargs.get("letter") == "#":
             continue
         theirs = reference[name](name)
         theirs.build_description(**kwargs)

@@ -39,12 +39,14 @@ def run_python(*args, check=True):
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
-# ---- the Triton kernels, in the interpreter and in the compiler ----
+# ---- the Triton kernels, in the interpreter and in the compiler ----------------------------------
 
-TOLERANCES = {  # largest relative error over outputs and gradients; observed values are printed with -s
+# largest relative error over outputs and gradients; observed values are printed with -s
+TOLERANCES = {
     "rms_norm_fp32": 2e-6,
     "add_rms_norm_fp32": 2e-6,
-    "rms_norm_bf16": 3e-2,  # two bf16 steps of the largest entry; the interpreter truncates where hardware rounds
+    # two bf16 steps of the largest entry; the interpreter truncates where hardware rounds
+    "rms_norm_bf16": 3e-2,
     "qk_norm_rope_fp32": 2e-6,
     "qk_norm_rope_bf16": 3e-2,
     "swiglu_fp32": 2e-6,
@@ -105,7 +107,8 @@ def test_every_kernel_compiles_for_hopper_and_hardly_spills():
     kernels = run_python(HERE / "aot_report.py")
     sources = [path.read_text() for path in (HERE.parent / "kernels").glob("*.py")]
     launched = {name for source in sources for name in re.findall(r"(\w+)\[.*\]\(", source)} - {"kernel"}
-    launched |= {"swiglu_forward", "swiglu_backward"}  # handed to a launcher of their own, as `kernel`
+    # handed to a launcher of their own, as `kernel`
+    launched |= {"swiglu_forward", "swiglu_backward"}
     assert {kernel["kernel"].split()[0] for kernel in kernels} == launched
     for kernel in kernels:
         line = "{registers:4d} registers {spilled_bytes:3d} B spilled {shared_bytes:7d} B shared {tensor_cores:8s} {kernel}"
@@ -113,16 +116,18 @@ def test_every_kernel_compiles_for_hopper_and_hardly_spills():
         assert kernel["shared_bytes"] <= 232448, "more shared memory than a Hopper multiprocessor has"
         if kernel["fp32"]:
             continue
-        backward = kernel["kernel"].startswith("attention_backward")  # measured: configurations without a spill are 1.2 times slower
+        # measured: configurations without a spill are 1.2 times slower
+        backward = kernel["kernel"].startswith("attention_backward")
         assert kernel["spilled_bytes"] <= 64 * backward and kernel["registers"] <= 255
-        few_rows = kernel["kernel"].startswith("decode")  # 16 rows: Hopper's own instruction, wgmma, starts at 64
+        # 16 rows: Hopper's own instruction, wgmma, starts at 64
+        few_rows = kernel["kernel"].startswith("decode")
         wanted = ("mma.sync" if few_rows else "wgmma") if kernel["has_dot"] else ""
         assert kernel["tensor_cores"] == wanted, "a product that does not run on the tensor cores"
         assert not kernel["float_atomics"] and not kernel["fp64"]
         assert kernel["wide_loads"] or "HALF': 12" in kernel["kernel"], "no 16-byte loads"
 
 
-# ---- the CPU paths ----
+# ---- the CPU paths -------------------------------------------------------------------------------
 
 
 def double(*shape):
@@ -340,7 +345,8 @@ def test_top_p_and_top_k_draw_only_from_the_kept_tokens_but_score_with_all(top_p
     logprobs = torch.log_softmax(logits / 0.8, dim=-1)
     best, order = logprobs.exp().sort(descending=True)
     best[:, top_k or 700 :] = 0.0
-    kept = (best.cumsum(-1) - best < top_p * best.sum(-1, keepdim=True)) & (best > 0)  # the textbook, by sorting
+    # the textbook, by sorting
+    kept = (best.cumsum(-1) - best < top_p * best.sum(-1, keepdim=True)) & (best > 0)
     assert (kept & (order == token[:, None])).any(dim=-1).all()
     torch.testing.assert_close(logprob, logprobs.gather(1, token[:, None])[:, 0])
 

@@ -60,7 +60,8 @@ HONEST = {  # gold: answers that are right
     r"\sqrt{5+2\sqrt{6}}": r"\sqrt{2}+\sqrt{3}", r"\cos(\pi/7)": r"\cos\frac{\pi}{7}", r"\sum_{k=1}^{n} k": r"\frac{n(n+1)}{2}", "d/2": r"\frac{d}{2}",
     r"3\text{ hours }20\text{ minutes}": r"3 \text{ hours } 20 \text{ minutes}|3 hours 20 minutes",
 }
-DISHONEST = {  # gold: answers that are wrong, hedged, not computed or hostile
+# gold: answers that are wrong, hedged, not computed or hostile
+DISHONEST = {
     r"\pi ab": r"\pi", "4ab": "4", "3 + 2t": "5", "a+2m": "a+2", "-2t": "-2", "x+1": r"x+1 \text{ miles}, x+2 \text{ miles}",
     r"3 \text{ hours } 20 \text{ minutes}": r"3 \text{ hours } 40 \text{ minutes}", r"30 \text{ km/h}, 40 \text{ km/h}": r"30 \text{ km/h}, 50 \text{ km/h}",
     "BCA": "ABC|CAB", "Alice and Bob": "Alice|Bob and Alice and Eve", "32,349 m": "32, 349",
@@ -161,7 +162,8 @@ def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_to
         if expected:
             forms = parse(mathrl.boxed(gold)), parse(mathrl.boxed(answer), [LatexExtractionConfig()])
             ours, theirs = ours + 1, theirs + verify(*forms)
-    print(f"math-verify accepts {theirs} of the {ours} honest answers that we accept")  # not: "34.", a few dresses, words and signs without LaTeX
+    # not: "34.", a few dresses, words and signs without LaTeX
+    print(f"math-verify accepts {theirs} of the {ours} honest answers that we accept")
     assert theirs >= 0.8 * ours
 
 
@@ -180,10 +182,11 @@ def test_reasoning_in_another_script_earns_minus_one_whatever_the_answer():
     response = "<think>\u6240\u4ee5</think>\\boxed{34}"
     assert mathrl.reward(response, "34", english) == -1 and mathrl.verdict(response, "34", english)[1] == "language"
     assert mathrl.reward(response, "34", chinese) == 1 and mathrl.reward(response, "34") == 1
-    assert mathrl.reward("<think>so</think>\u6240\u4ee5 \\boxed{34}", "34", english) == 1  # only the reasoning counts
+    # only the reasoning counts
+    assert mathrl.reward("<think>so</think>\u6240\u4ee5 \\boxed{34}", "34", english) == 1
 
 
-# ---- verifier processes ----------------------------------------------------------------------------------------------
+# ---- verifier processes --------------------------------------------------------------------------
 
 
 def hang(seconds):
@@ -264,7 +267,7 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
 def test_verifier_children_end_with_a_killed_parent():
     """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself within two seconds."""
     code = ("import os, time, mathrl; mathrl.equal_in_child.start(); "
-            "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)")  # fmt: skip
+            "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(mathrl.__file__))
     child = int(parent.stdout.readline().split()[0])
     parent.kill()
@@ -276,7 +279,7 @@ def test_verifier_children_end_with_a_killed_parent():
     assert not alive()
 
 
-# ---- a broken verifier -----------------------------------------------------------------------------------------------
+# ---- a broken verifier ---------------------------------------------------------------------------
 
 
 def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_answer():
@@ -290,10 +293,11 @@ def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_ans
     (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),  # at the limit, not over it
     (mathrl, {"status/infra": 0.021}, "2.1% of the rewards are infrastructure failures (--max_infra=0.02)"),
     (mathrl, {"status/timeout": 0.03}, "3.0% of the verifications were cut off (--max_timeout=0.02)"),
-    (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),  # of code, a time-out is the program's own fault
+    # of code, a time-out is the program's own fault
+    (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),
     (coderl, {"status/infra": 0.03}, "infrastructure failures"), (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
     (swerl, {"status/infra": 0.03}, "infrastructure failures"), (rlhf, {"status/infra": 0.03}, "infrastructure failures"),
-])  # fmt: skip
+])
 def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(stage, metrics, sentence, capsys):
     step = lambda: guard.check_step(7, {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics}, {"skipped": 0}, stage.Config())
     if not sentence:
@@ -304,7 +308,7 @@ def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_error
     assert stop.value.code == 2 and error.count("\n") == 1 and sentence in error and "step 7" in error and "The last checkpoint is whole." in error
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 DAPO_PROMPT = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
@@ -351,10 +355,11 @@ def test_the_epoch_filter_drops_solved_and_hopeless_rows_and_readmits_a_few():
     assert set(range(2000, 4000)) <= set(pool) and 2 <= easy <= 25 and 65 <= hard <= 140
     assert pool == mathrl.select_rows(rows, 1, dict(reversed(history.items())), cfg) != mathrl.select_rows(rows, 2, history, cfg)
     assert mathrl.select_rows(rows, 0, {}, cfg) == list(range(4000))
-    assert mathrl.select_rows(rows[:3], 1, {i: [8, 8] for i in range(3)}, cfg)  # never an empty pool
+    # never an empty pool
+    assert mathrl.select_rows(rows[:3], 1, {i: [8, 8] for i in range(3)}, cfg)
 
 
-# ---- properties ------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 PIECES = ["</think>", "\\boxed{", "}", "{", "\\{", "34", "33", "=", ",", ".", "\\frac", "\\sqrt", "\\text", "^", "_", "!", "\\sum", "x"]
 RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=25).map("".join)

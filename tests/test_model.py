@@ -28,7 +28,7 @@ def scaled_down(size, **changes):
         vocab_size=211, hidden_size=full.hidden_size // 64, intermediate_size=full.intermediate_size // 64, num_hidden_layers=3,
         num_attention_heads=full.num_attention_heads, num_key_value_heads=full.num_key_value_heads, head_dim=16,
         rope_theta=full.rope_theta, max_position_embeddings=128, tie_word_embeddings=full.tie_word_embeddings,
-    )  # fmt: skip
+    )
     return make_tiny(std=0.1, **{**shape, **changes})
 
 
@@ -123,7 +123,7 @@ def test_a_folder_of_transformers_opens_in_ours(tied, yarn, tmp_path):
     reference = Qwen3ForCausalLM(TheirConfig(
         vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
         max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2, rope_parameters=rope,
-    )).eval()  # fmt: skip
+    )).eval()
     reference.save_pretrained(tmp_path, max_shard_size="50KB")  # several files
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = random_ids(2, 96)
@@ -197,7 +197,7 @@ def test_the_copy_of_a_tied_head_is_left_alone(tmp_path):
     ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe', expected 'qwen3'"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}, "rope_scaling": None}, "rope_type 'llama3' is not supported"),
     ({"use_sliding_window": True}, "sliding windows"),
-])  # fmt: skip
+])
 def test_another_architecture_is_refused(change, message, tmp_path):
     scaled_down("8b").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change

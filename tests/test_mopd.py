@@ -21,7 +21,7 @@ def test_the_loss_by_hand():
     """Three completion tokens after one prompt token; the third's ratio to the sampler is outside [0.5, 2] and leaves the sum."""
     logprobs_T = torch.tensor([0.0, -1.0, -2.0, -1.0]).requires_grad_()
     batch = {"loss_index": torch.tensor([1, 2, 3]), "teacher_logprobs_T": torch.tensor([0.0, -0.5, -3.0, -0.1]),
-             "sampler_logprobs_T": torch.tensor([0.0, -1.0, -2.2, -2.0])}  # fmt: skip
+             "sampler_logprobs_T": torch.tensor([0.0, -1.0, -2.2, -2.0])}
     loss = mopd.grpo_loss(logprobs_T, logprobs_T.detach(), batch, {"tokens": 5}, config())
     loss.backward()
     weight = 2.718281828**0.2
@@ -78,7 +78,7 @@ def test_each_rollout_is_scored_by_its_own_teacher_and_no_other(world, teachers)
 def run_flags(world, taught, teachers, out, **changes):
     data = f"rlhf:{world}/chat_rl.jsonl:{taught},mathrl:{world}/math_rl.jsonl:{taught},ifrl:{world}/if_rl.jsonl:{teachers}/teacher1"
     flags = dict(data=data, eval_data=data, prompts_per_step=16, group_size=2, num_steps=16, max_prompt_tokens=128, max_new_tokens=12, lr=5e-3,
-                 warmup_steps=1, micro_batch_tokens=1024, eval_every=4, eval_rows=200, save_every=4, sample_every=0) | changes  # fmt: skip
+                 warmup_steps=1, micro_batch_tokens=1024, eval_every=4, eval_rows=200, save_every=4, sample_every=0) | changes
     return ["extras/mopd.py", f"--init_from={world}/base", f"--out_dir={out}", *(f"--{k}={v}" for k, v in flags.items())]
 
 
@@ -98,7 +98,8 @@ def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(world, t
 
 @pytest.mark.slow
 def test_two_ranks_are_one(world, taught, teachers, tmp_path):
-    gentle = dict(lr=2e-5, num_steps=4)  # Adam gives a gradient that is all rounding a whole lr of its own
+    # Adam gives a gradient that is all rounding a whole lr of its own
+    gentle = dict(lr=2e-5, num_steps=4)
     run_python(*run_flags(world, taught, teachers, tmp_path / "one", **gentle))
     run_python(*run_flags(world, taught, teachers, tmp_path / "two", **gentle), ranks=2)
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
@@ -114,7 +115,7 @@ def test_two_ranks_are_one(world, taught, teachers, tmp_path):
     ("sft:{world}/chat_rl.jsonl:{teachers}/teacher1", "is not STAGE:DATA:TEACHER"),
     ("rlhf:{world}/chat_rl.jsonl:{teachers}/nobody", "is no checkpoint"),
     ("rlhf:{world}/chat_rl.jsonl.missing.jsonl:{teachers}/teacher1", "no such file"),
-])  # fmt: skip
+])
 def test_a_bad_domain_is_one_sentence(data, sentence, world, teachers, capsys):
     with pytest.raises(SystemExit) as stop:
         mopd.load_rows(config(data=data.format(world=world, teachers=teachers)))

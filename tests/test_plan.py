@@ -31,7 +31,8 @@ def kept_for_backward(model, run):
 
     def pack(t):
         if t.is_floating_point() and t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)  # holding it keeps its address from being used again
+            # holding it keeps its address from being used again
+            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -52,7 +53,8 @@ def test_weights_gradients_and_optimizer_are_exact(shape):
     }
     plan = memory_plan(model.config, 1, 8, 8, gpu=False)["update"]
     assert measured == {part: plan[part] for part in measured}
-    assert "gathered" not in plan and "engine weights" not in plan  # one process on a CPU keeps one copy of everything
+    # one process on a CPU keeps one copy of everything
+    assert "gathered" not in plan and "engine weights" not in plan
 
 
 class GPUAttention(torch.autograd.Function):
@@ -77,7 +79,7 @@ def test_activations_are_those_that_autograd_keeps(checkpointing, monkeypatch):
     monkeypatch.setattr("model.flash_attention_varlen", GPUAttention.apply)
     planned, measured = measure(checkpointing)
     print(f"checkpointing {checkpointing}: planned {planned}, measured {measured} bytes, off by {planned / measured - 1:+.1%}, tolerance 6%; "
-          f"with the CPU's attention {on_cpu}, {on_cpu / planned - 1:+.1%}")  # fmt: skip
+          f"with the CPU's attention {on_cpu}, {on_cpu / planned - 1:+.1%}")
     assert abs(planned / measured - 1) < 0.06 and planned < on_cpu < 1.25 * planned
 
 
@@ -119,7 +121,8 @@ def test_kv_cache_is_what_the_sampler_allocates(world):
     model = Qwen3.from_pretrained(world / "base")
     engine, seen = TorchEngine(model, load_tokenizer(world / "base")), []
     decode = engine._decode
-    engine._decode = lambda *args: (seen.append(sum(t.nbytes for pair in args[3] for t in pair)), decode(*args))[1]  # args[3]: the cache
+    # args[3]: the cache
+    engine._decode = lambda *args: (seen.append(sum(t.nbytes for pair in args[3] for t in pair)), decode(*args))[1]
     from engine import Rollout
 
     engine.generate([Rollout(row={}, group=0, prompt_ids=[5] * 11, seed=1)], 9, 1.0)
@@ -136,7 +139,8 @@ def test_shapes_of_the_8b_model_by_hand():
     assert plan["rollouts"]["KV cache"] == 32768 * 2 * 36 * 8 * 128 * 2
     layer = 2 * 32768 * (activation_elements(Qwen3Config(), True) - 4096 * 37)
     assert layer / GB - 2 * 32768 * 12288 / GB == pytest.approx(3.7, abs=0.05)
-    assert 2 * 32768 * 4096 * 36 / GB == pytest.approx(9.66, abs=0.1)  # one sum a layer is what a checkpoint keeps
+    # one sum a layer is what a checkpoint keeps
+    assert 2 * 32768 * 4096 * 36 / GB == pytest.approx(9.66, abs=0.1)
 
 
 def test_time_by_hand():
@@ -145,7 +149,8 @@ def test_time_by_hand():
     params = 10 * 8 + 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8 + 2 * 8 + 8  # head; q k v o; mlp; norms
     gen, update = time_plan(config, 2, tokens=100, longest=20, new_tokens=10, rows=4, flops=1.0, bandwidth=1.0)
     assert update == 100 * (8 * params - 2 * 8 * 16 + 4.5 * 2 * 20 * 8) / 2
-    assert gen == 10 * (2 * params + 2 * 4 * 8 * (20 - 5))  # two rows a rank, at the mean length of 15
+    # two rows a rank, at the mean length of 15
+    assert gen == 10 * (2 * params + 2 * 4 * 8 * (20 - 5))
 
 
 class CountProducts(TorchDispatchMode):
@@ -159,7 +164,8 @@ class CountProducts(TorchDispatchMode):
             a, b = tensors[-2:]
             self.total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         elif "attention" in name:
-            q = tensors[1 if "backward" in name else 0]  # [rows, heads, tokens, width]; causal: half of two (five) squares
+            # [rows, heads, tokens, width]; causal: half of two (five) squares
+            q = tensors[1 if "backward" in name else 0]
             self.total += (2.5 if "backward" in name else 1) * 2 * q.shape[0] * q.shape[1] * q.shape[2] ** 2 * q.shape[3]
         return op(*args, **(kwargs or {}))
 
@@ -177,14 +183,14 @@ def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, mo
         model(torch.arange(T), torch.arange(0, T + 1, longest, dtype=torch.int32), longest, scored, temperature=1.0)[0].sum().backward()
     planned = time_plan(model.config, 1, T, longest, 0, T // longest, flops=1.0)[1]
     print(f"tied {tied}, sequences of {longest}: planned {planned:.4g}, counted {counted.total:.4g}, off by "
-          f"{planned / counted.total - 1:+.1%}, tolerance 4%")  # fmt: skip
+          f"{planned / counted.total - 1:+.1%}, tolerance 4%")
     assert abs(planned / counted.total - 1) < 0.04
 
 
 def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
     cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
-                                prompts_per_step=128, group_size=8, shard="full", phase_timeout=7200.0)  # fmt: skip
+                                prompts_per_step=128, group_size=8, shard="full", phase_timeout=7200.0)
     for free, moment in ((20e9, "load needs about 32.8 GB"), (45e9, "update needs about"), (200e9, None)):
         monkeypatch.setattr(plan, "free_memory", lambda device, world, free=free: free)
         if moment is None:
@@ -197,7 +203,8 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(t
     printed = capsys.readouterr().out
     assert "update: " in printed and "rollouts: " in printed and "of 200 GB a rank" in printed
     gen, update = time_plan(Qwen3Config(), 8, 1024 * 26624, 26624, 24576, 1024, room=0.6 * 200e9 - 16.4e9)
-    assert 1.05 < gen / time_plan(Qwen3Config(), 8, 1024 * 26624, 26624, 24576, 1024)[0] < 1.5  # 270 GB of caches go through 104
+    # 270 GB of caches go through 104
+    assert 1.05 < gen / time_plan(Qwen3Config(), 8, 1024 * 26624, 26624, 24576, 1024)[0] < 1.5
     assert f"at most about {gen:.3g} s of rollouts and {update:.3g} s of update" in printed and "--phase_timeout" not in printed
     cfg.phase_timeout = gen - 1
     plan.check_memory(str(tmp_path), cfg, 8, torch.device("cuda"))
@@ -217,7 +224,7 @@ def test_a_reward_model_of_8b_trains_on_eight_gpus_of_80_gb_and_on_one_it_says_w
 
 def test_the_plan_is_printed_at_start_up_of_a_stage(world, tmp_path):
     _, printed, _ = run_python("sft.py", f"--init_from={world}/base", f"--data={world}/sft_stage1.jsonl", f"--out_dir={tmp_path}", "--num_steps=1",
-                               "--samples_per_step=4", "--max_seq_len=512", "--micro_batch_tokens=512", "--eval_every=0")  # fmt: skip
+                               "--samples_per_step=4", "--max_seq_len=512", "--micro_batch_tokens=512", "--eval_every=0")
     line = next(line for line in printed.splitlines() if line.startswith("update: "))
     assert "GB a rank (weights 0.00" in line and "free" not in line
     assert "time: a step takes at most about " in printed and "rollouts" not in printed.partition("time: ")[2].partition("\n")[0]
@@ -228,7 +235,7 @@ def test_plan_of_the_paper_s_presets(preset, size):
     """Prints what each sub-stage needs on one of 8 GPUs, and where 80 and 141 GB do. A stage that needs more is not an error of the plan: it wants
     more nodes (the paper gives no count), and says so at start-up."""
     print(f"\n{'stage':8s} {'length':>7s} {'tokens':>7s} {'update':>7s} {'of it activations':>18s} {'logits':>7s} {'rollouts':>9s} {'80 GB':>6s} {'141 GB':>7s}"
-          f" {'16 x 80':>8s} {'gen s':>7s} {'update s':>9s}")  # fmt: skip
+          f" {'16 x 80':>8s} {'gen s':>7s} {'update s':>9s}")
     config, needs = Qwen3Config(**QWEN3_SIZES[size]), {}
     for script, cfg in test_presets.commands(preset):
         longest = cfg.max_seq_len if script == "sft" else cfg.max_prompt_tokens + cfg.max_new_tokens
@@ -240,9 +247,10 @@ def test_plan_of_the_paper_s_presets(preset, size):
         gen, train = time_plan(config, 8, rows * longest, longest, 0 if script == "sft" else cfg.max_new_tokens, rows)
         print(f"{script:8s} {longest:7d} {tokens:7d} {sum(update.values()) / GB:7.1f} {update['activations'] / GB:18.1f} {update['logits'] / GB:7.1f} "
               f"{rollouts:9.1f} {'fits' if peaks[0] < 79 else 'no':>6s} {'fits' if peaks[0] < 140 else 'no':>7s} {'fits' if peaks[1] < 79 else 'no':>8s} "
-              f"{gen:7.0f} {train:9.0f}")  # fmt: skip
+              f"{gen:7.0f} {train:9.0f}")
         needs[script, longest] = peaks[0]
-        assert max(gen, train) < cfg.phase_timeout  # or the watchdog ends the run at its longest step, and at the same step when it is resumed
+        # or the watchdog ends the run at its longest step, and at the same step when it is resumed
+        assert max(gen, train) < cfg.phase_timeout
     assert all(need < 140 for need in needs.values()) and min(needs.values()) > 30
 
 
@@ -263,7 +271,7 @@ def test_whole_copies_are_planned_as_whole(tmp_path, capsys):
 def test_hybrid_shards_are_a_node_s_and_offloaded_ones_are_not_the_gpu_s(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
     cfg = types.SimpleNamespace(max_prompt_tokens=2048, max_new_tokens=24576, micro_batch_tokens=32768, engine="vllm",
-                                prompts_per_step=128, group_size=8, phase_timeout=7200.0)  # fmt: skip
+                                prompts_per_step=128, group_size=8, phase_timeout=7200.0)
     monkeypatch.setattr(plan, "free_memory", lambda device, world: 80e9)
 
     def update_of(how, world):

@@ -46,7 +46,8 @@ def row(script, **values):
 
 def sft(steps1, steps2, lr2, think=False):
     hub, swe = "nvidia/Nemotron-Cascade-SFT-Stage-", ["swe_repair", "swe_localization", "swe_testgen"]
-    stage2 = ",".join([f"{hub}2", *(f"{hub}2:{part}" for part in ["science", *swe, *swe])])  # upsampled twice and three times: 3.2.4, 3.3.2
+    # upsampled twice and three times: 3.2.4, 3.3.2
+    stage2 = ",".join([f"{hub}2", *(f"{hub}2:{part}" for part in ["science", *swe, *swe])])
     return [
         row("sft", max_seq_len=16 * K, num_steps=steps1, lr=5e-5, samples_per_step=256, schedule_steps=100000, weight_decay=1e-4, think_only=think, data=f"{hub}1"),
         row("sft", max_seq_len=32 * K, num_steps=steps2, lr=lr2, samples_per_step=256, schedule_steps=100000, think_only=think, data=stage2),
@@ -55,11 +56,12 @@ def sft(steps1, steps2, lr2, think=False):
 
 def rlhf(steps, share):
     return [row("rlhf", num_steps=steps, think_share=share, prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, top_k=0, lr=2e-6,
-                max_new_tokens=12 * K, overlong_filter=False, rm_samples_per_step=256, rm_lr=2e-6, rm_epochs=1, kl_coef=0.0)]  # fmt: skip
+                max_new_tokens=12 * K, overlong_filter=False, rm_samples_per_step=256, rm_lr=2e-6, rm_epochs=1, kl_coef=0.0)]
 
 
 def ifrl(steps1, steps2, think):
-    same = dict(prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, top_k=20, lr=2e-6, think=think)  # top-k: text 4.4.2, T16 has none
+    # top-k: text 4.4.2, T16 has none
+    same = dict(prompts_per_step=256, group_size=8, temperature=0.6, top_p=0.95, top_k=20, lr=2e-6, think=think)
     same |= dict(rm="out/no_such_run/rlhf/rm") if think else {}
     return [
         row("ifrl", taxonomy="ifeval", num_steps=steps1, max_new_tokens=8 * K, overlong_filter=False, **same),
@@ -69,17 +71,17 @@ def ifrl(steps1, steps2, think):
 
 def math(length, steps, temperature, overlong, lr=2e-6, rope=0.0):
     return row("mathrl", max_new_tokens=length * K, num_steps=steps, temperature=temperature, overlong_filter=overlong, lr=lr, rope_factor=rope,
-               prompts_per_step=128, group_size=8, top_p=0.95, top_k=0, readmit_hard=0.1, readmit_easy=0.01)  # fmt: skip
+               prompts_per_step=128, group_size=8, top_p=0.95, top_k=0, readmit_hard=0.1, readmit_easy=0.01)
 
 
 def code(length, steps, temperature):
     return row("coderl", max_new_tokens=length * K, num_steps=steps, temperature=temperature, overlong_filter=False, lr=4e-6,
-               prompts_per_step=128, group_size=8, top_p=0.95, top_k=0, rope_factor=2.0)  # fmt: skip
+               prompts_per_step=128, group_size=8, top_p=0.95, top_k=0, rope_factor=2.0)
 
 
 def swe(prompt, steps, overlong):
     return row("swerl", max_prompt_tokens=prompt * K, max_new_tokens=16 * K, num_steps=steps, overlong_filter=overlong, lr=2.5e-6,
-               prompts_per_step=128, group_size=16, temperature=1.0, top_p=0.95, top_k=0, rope_factor=2.0)  # fmt: skip
+               prompts_per_step=128, group_size=16, temperature=1.0, top_p=0.95, top_k=0, rope_factor=2.0)
 
 
 MATH_8B = [math(24, 190, 1.0, True), math(32, 240, 1.0, False, rope=2.0), math(40, 70, 0.8, False, rope=2.0)]
@@ -95,7 +97,7 @@ def toy(script, steps, lr, **values):
 
 TOY = [toy("sft", 140, 9e-3), toy("sft", 600, 8e-3), toy("rlhf", 40, 3e-4, kl_coef=0.1, shape_reward=True, think_share=0.5),
        toy("ifrl", 90, 4e-4, max_refill_rounds=1, think=False, taxonomy="all"), toy("mathrl", 50, 6e-4, overlong_filter=True),
-       toy("coderl", 60, 5e-4, overlong_filter=False), toy("swerl", 90, 3e-4, overlong_filter=False, lexical_floor=0.98)]  # fmt: skip
+       toy("coderl", 60, 5e-4, overlong_filter=False), toy("swerl", 90, 3e-4, overlong_filter=False, lexical_floor=0.98)]
 TABLE = {
     "toy": TOY,
     "8b": UNIFIED,
@@ -103,7 +105,7 @@ TABLE = {
     "8b-thinking": sft(20000, 32000, 2e-5, True) + rlhf(800, 1.0) + ifrl(550, 300, True) + MATH_8B + [code(44, 64, 1.2)] + SWE_8B,
     "14b-thinking": sft(22000, 41000, 5e-5, True) + rlhf(900, 1.0) + ifrl(800, 120, True)
     + [math(28, 120, 1.2, True, lr=2.5e-6), math(40, 100, 1.1, False, lr=2.5e-6, rope=2.0), code(56, 64, 1.0), swe(32, 120, True)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("preset", TABLE)
@@ -150,7 +152,8 @@ def test_servers_and_flags_of_the_environment_reach_their_stages():
         assert all(("--rm=http://r" in line) == (" rlhf.py" in line or " ifrl.py" in line and preset != "8b") for line in stages)
         scores = [line for line in lines if " evaluate.py" in line]
         assert scores and all(("--modes=think" in line) == (preset != "8b") for line in scores)
-        assert [line.partition("--tasks=")[2].split()[0] for line in scores] == ["ifeval", "aime25"] * (len(scores) // 2)  # a launch each
+        # a launch each
+        assert [line.partition("--tasks=")[2].split()[0] for line in scores] == ["ifeval", "aime25"] * (len(scores) // 2)
 
 
 def test_an_unknown_preset_prints_the_usage_and_exits_with_2():

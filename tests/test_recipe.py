@@ -29,7 +29,7 @@ def rollout(text, row=None, finish="stop", group=0, think=True, reward=float("na
     return Rollout(row=row, group=group, prompt_ids=[1], seed=0, completion_ids=[2, 3], finish_reason=finish, text=text, reward=reward, status=status)
 
 
-# ---- SFT (3.1, 4.1) ----------------------------------------------------------------------------------------------------
+# ---- SFT (3.1, 4.1) ------------------------------------------------------------------------------
 def test_4_1_cosine_schedule_as_printed():
     """T14: the cosine runs over 100K steps, so that after the 20K of stage 1 the rate is still 90% of its start: (1 + cos(pi / 5)) / 2."""
     cfg = sft.Config(lr=5e-5, warmup_steps=200, schedule_steps=100_000)
@@ -40,15 +40,15 @@ def test_4_1_cosine_schedule_as_printed():
 
 def test_3_1_2_multi_turn_history_has_no_thinking_and_is_not_trained_on():
     messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "<think>\na\n</think>\n\n1"},
-                {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\n2"}]  # fmt: skip
+                {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\n2"}]
     row = sft.normalize({"messages": messages, "thinking": True}, "row 1")
     assert render_turns(row["messages"], row["think"], row["tools"])[1:] == [
-        ("user", "One? /no_think", False), ("assistant", "1", False), ("user", "Two? /think", False), ("assistant", "<think>\nb\n</think>\n\n2", True)]  # fmt: skip
+        ("user", "One? /no_think", False), ("assistant", "1", False), ("user", "Two? /think", False), ("assistant", "<think>\nb\n</think>\n\n2", True)]
 
 
 def test_3_1_2_think_and_no_think_rows_of_one_prompt_differ_by_flag_and_answer():
     rows = [sft.normalize({"messages": [*ASK, {"role": "assistant", "content": text}], "thinking": think}, "row 1")
-            for text, think in (("<think>\nhm\n</think>\n\n42", True), ("42", False))]  # fmt: skip
+            for text, think in (("<think>\nhm\n</think>\n\n42", True), ("42", False))]
     turns = [render_turns(row["messages"], row["think"], row["tools"]) for row in rows]
     assert turns[0][0] == turns[1][0] and [t[1][1] for t in turns] == ["What is 6 * 7? /think", "What is 6 * 7? /no_think"]
     assert [t[2][1:] for t in turns] == [("<think>\nhm\n</think>\n\n42", True), ("42", True)]
@@ -63,10 +63,10 @@ def test_3_3_1_tool_calling_conversation_trains_calls_and_answer_but_not_the_too
     assert turns == [
         ("user", "What is 6 * 7? /no_think", False),
         ("assistant", '\n<tool_call>\n{"name": "mul", "arguments": {"a": 6, "b": 7}}\n</tool_call>', True),
-        ("user", "<tool_response>\n42\n</tool_response>", False), ("assistant", "42.", True)]  # fmt: skip
+        ("user", "<tool_response>\n42\n</tool_response>", False), ("assistant", "42.", True)]
 
 
-# ---- RLHF (4.3) --------------------------------------------------------------------------------------------------------
+# ---- RLHF (4.3) ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("share, modes", [(0.5, "ntntntntnt"), (1.0, "tttttttttt"), (0.0, "nnnnnnnnnn"), (0.2, "nnnntnnnnt")])
 def test_4_3_2_half_of_the_prompts_of_a_unified_run_are_answered_in_each_mode(share, modes, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Q{i}"}) + "\n" for i in range(10)))
@@ -83,7 +83,7 @@ def test_4_3_2_answer_only_scoring_and_the_language_rule(monkeypatch):
     assert [r.reward for r in rollouts] == [3.0, -2.0, -12.0]
 
 
-# ---- IF-RL (4.4) -------------------------------------------------------------------------------------------------------
+# ---- IF-RL (4.4) ---------------------------------------------------------------------------------
 def test_4_4_2_unified_reward_is_all_constraints_or_nothing():
     row = {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"], "kwargs": [{}, {"num_words": 3, "relation": "less than"}]}
     rollouts = [rollout(text, row, think=False) for text in ("Two words", "Two, words", "Now four words here", "Yes, four words here")]
@@ -110,7 +110,7 @@ def test_4_4_2_dynamic_sampling_refills_flat_groups_in_a_bounded_number_of_round
     assert [len(asked) for asked in engine.asked] == [4, 4, 4, 4, 4]
 
 
-# ---- Math RL (4.5) -----------------------------------------------------------------------------------------------------
+# ---- Math RL (4.5) -------------------------------------------------------------------------------
 def test_4_5_2_overlong_skip_leaves_loss_denominator_and_group_statistics():
     """24K stage: of rewards 1 0 (0 cut off) 0 the cut one is skipped: mean 1/3, std 1/sqrt(3), advantages 1.1547 and -0.5774."""
     group = [rollout("", reward=r, status="ok", finish=f) for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))]
@@ -131,7 +131,7 @@ def test_4_5_2_overlong_zero_stays_in_loss_and_group_statistics():
 def test_4_5_2_skipped_rollouts_are_no_evidence_of_difficulty():
     """Two right, one wrong, one cut off and skipped: [2 right of 3], and a prompt all of whose rollouts were skipped is not in the history."""
     group = [rollout("", {"index": 7}, reward=r, status=s, finish=f) for r, s, f in
-             ((1.0, "ok", "stop"), (0.0, "no_answer", "length"), (1.0, "ok", "stop"), (0.0, "wrong", "stop"))]  # fmt: skip
+             ((1.0, "ok", "stop"), (0.0, "no_answer", "length"), (1.0, "ok", "stop"), (0.0, "wrong", "stop"))]
     group += [rollout("", {"index": 8}, group=1, reward=0.0, status="no_answer", finish="length") for _ in range(4)]
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=True))
     assert mathrl.count_correct(group) == {"7": [2, 3]}
@@ -149,7 +149,7 @@ def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_
     assert 72 <= unsolved <= 128 and 1 <= solved <= 20
 
 
-# ---- Code RL (4.6) -----------------------------------------------------------------------------------------------------
+# ---- Code RL (4.6) -------------------------------------------------------------------------------
 def test_4_6_2_mixed_language_earns_zero_in_code_and_minus_one_in_math():
     """4.5.2 against 4.6.2: -1 would teach a policy that cannot solve the problem that clean and wrong is a win."""
     tests = {"inputs": ["1\n"], "outputs": ["2\n"], "fn_name": None, "time_limit": None}
@@ -165,7 +165,7 @@ def test_4_6_2_all_tests_or_nothing():
     assert (value, status) == (0, "wrong") and passed < 1
 
 
-# ---- SWE RL (4.7) ------------------------------------------------------------------------------------------------------
+# ---- SWE RL (4.7) --------------------------------------------------------------------------------
 @pytest.mark.parametrize("limit, most", [(20, 1), (25, 2), (40, 4), (99, 5)])
 def test_4_7_1_prompts_show_golden_and_noisy_files_up_to_a_length_by_the_seed(limit, most):
     """Files of 30 characters at 3 a token: one takes 10 tokens. A 20-token limit would hold two, but its one golden file has 60."""
@@ -189,7 +189,7 @@ def test_4_7_1_a_share_of_the_prompts_shows_golden_files_alone():
 @pytest.mark.parametrize("text, finish, earned", [
     (EXACT, "stop", 1.0), (EXACT, "length", -1.0), ("<think>never closed", "stop", -1.0), ("<think>x</think>no block", "stop", -1.0),
     ("<think>x</think>### shop/cart.py\n<<<<<<< SEARCH\n    return result\n=======\n    return result\n>>>>>>> REPLACE", "stop", 0.0),
-])  # fmt: skip
+])
 def test_4_7_2_equation_2_minus_one_zero_one(text, finish, earned):
     """Does not apply: -1; changes nothing: 0; the golden change: 1. Truncated: -1 in the 24K stage, skipped in the 16K stage."""
     r = rollout(text, {"files": FILES, "golden_patch": GOLDEN, "issue": "i"}, finish=finish)

@@ -81,12 +81,13 @@ def test_every_numbered_deviation_is_marked_where_the_code_has_it(script):
     assert {a or b for a, b in listed} == set(marked) and listed
 
 
-CONTRACTS = {  # called by others than this repository: names and argument orders stay
+# called by others than this repository: names and argument orders stay
+CONTRACTS = {
     "mathrl.reward": ["response", "answer"], "ifrl.check": ["instruction_id", "kwargs", "text"],
     "ifrl.reward": ["response", "instruction_id_list", "kwargs"], "coderl.run_tests": ["code", "tests", "timeout"],
     "coderl.reward": ["response", "tests"], "swerl.apply_edits": ["response", "files"], "swerl.similarity": ["files", "predicted", "oracle"],
     "swerl.reward": ["response", "files", "golden_patch", "judge"], "rlhf.language_ok": ["prompt", "response"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
@@ -100,7 +101,7 @@ def test_the_contracts_of_the_rewards_keep_their_arguments(name):
 def test_no_absolute_paths_of_somebodys_machine():
     pattern = re.compile(r"(?<![\w.}/-])/(home|root|work|Users|mnt|media|opt)/\w")
     found = [f"{name_of(p)}: {line.strip()}" for p in tracked(".py", ".sh", ".md", ".txt", ".toml") for line in p.read_text().splitlines()
-             if pattern.search(line)]  # fmt: skip
+             if pattern.search(line)]
     assert [line for line in found if "test_repo.py" not in line] == []
 
 
@@ -129,7 +130,7 @@ def test_code_is_ascii():
 def test_nothing_is_left_for_later_and_no_test_is_empty():
     words = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|^\s*assert True\b|mark\.xfail")
     found = [f"{name_of(p)}: {line}" for p in tracked(".py", ".sh", ".md") if p.name != "test_repo.py" for line in p.read_text().splitlines()
-             if words.search(line)]  # fmt: skip
+             if words.search(line)]
     assert found == []
 
 
@@ -181,7 +182,7 @@ def test_importing_a_stage_is_light(stage):
     """No vLLM, no transformers, no CUDA, no process group, and flags of the command line are left alone."""
     check = (f"import sys; sys.argv = ['x', '--no_such_flag=1']; import {stage}, torch; "
              "print([m for m in ('vllm', 'transformers', 'datasets', 'matplotlib') if m in sys.modules], "
-             "torch.cuda.is_initialized(), torch.distributed.is_initialized())")  # fmt: skip
+             "torch.cuda.is_initialized(), torch.distributed.is_initialized())")
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stdout.strip() == "[] False False", done.stdout + done.stderr[-1000:]
 
@@ -191,7 +192,7 @@ def test_a_process_on_cpus_imports_neither_the_compiler_nor_triton_and_its_adamw
     check = ("import sys, sft, torch\nfrom lib.common import init_distributed\n"
              "step = lambda p, g: (o := torch.optim.AdamW([p], lr=0.1, fused=True), setattr(p, 'grad', g), o.step(), o.zero_grad(), p.detach())[-1]\n"
              "init_distributed(0); light = step(torch.nn.Parameter(torch.ones(3)), torch.arange(3.0))\n"
-             "print([m for m in ('torch._dynamo', 'triton') if m in sys.modules], light.tolist())")  # fmt: skip
+             "print([m for m in ('torch._dynamo', 'triton') if m in sys.modules], light.tolist())")
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.arange(3.0)

@@ -27,14 +27,14 @@ def folder(tmp_path_factory):
         (run / name / "final").mkdir(parents=True)
         (run / "samples" / stage).mkdir(parents=True)
         steps = [{"step": s, "loss": 2.0 / s, "num_tokens": 100, "time/train": 1.5} | ({"reward": s / 10, "len": 9.0, "trunc": 0.0, "entropy": 1.0, "time/gen": 0.5} if name == "rlhf" else {})
-                 for s in range(1, 6)]  # fmt: skip
+                 for s in range(1, 6)]
         steps[-1]["eval"] = 0.5
         (run / name / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
         command = [f"{name}.py", "--lr=1e-3", "--data=a b"]
         (run / name / "final" / "run.json").write_text(json.dumps({"step": 5, "command": command, "git": "abcdef0123456789", "torch": "2.13.0", "world": 2, "config": {}}))
         rows = [{"key": f"{p}{k}", "problem": p, "sample": k, "prompt": f"what is {p} + 1?", "text": f"<think>\n{p}+1\n</think>\n{stage} says {p + k}",
                  "finish_reason": "stop", "tokens": 9, "score": float(k == 1), "weight": 1.0, "reward": float(k == 1), "status": "ok" if k else "wrong"}
-                for p in range(2) for k in range(2)]  # fmt: skip
+                for p in range(2) for k in range(2)]
         rows[1]["text"] = HOSTILE
         (run / "samples" / stage / "math_think_sampled.rank0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"key": "cut of')
     (run / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
@@ -94,7 +94,7 @@ def test_a_browser_steps_through_the_rollouts_without_a_console_error(folder, tm
     assert page.rstrip().endswith("</html>")
     (tmp_path / "page.html").write_text(page.rstrip().removesuffix("</html>") + DRIVER)
     done = subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900",
-                           "--enable-logging=stderr", "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)  # fmt: skip
+                           "--enable-logging=stderr", "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     import html
 

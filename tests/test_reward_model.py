@@ -116,7 +116,7 @@ def endpoint(monkeypatch):
 
 @pytest.mark.parametrize("form", [
     lambda s: {"index": 0, "object": "pooling", "data": [s]}, lambda s: {"data": [[9.0], [8.0], [s]]}, lambda s: {"score": s}, lambda s: {"data": s},
-])  # fmt: skip
+])
 def test_an_endpoint_is_asked_for_the_raw_score_of_question_and_answer(endpoint, form):
     """One number for the sequence, or one for each token, of which the last is the reward."""
     endpoint.reply = lambda answer: form(float(len(answer)))
@@ -139,7 +139,8 @@ def test_an_endpoint_that_fails_is_masked_in_rlhf_and_in_thinking_if_rl(endpoint
     mine = rollouts(["four", "five", "lost", "so, so"], ["punctuation:no_comma"])
     ifrl.make_reward(ifrl.Config(think=True, rm=endpoint.url, reward_workers=0))[1](mine)
     assert [r.status for r in mine] == ["ok", "ok", "infra", "wrong"]
-    assert [r.reward for r in mine] == pytest.approx([1.268941, 1.731059, 0, 0], abs=1e-6)  # z of 1 3 2: mean 2, std 1
+    # z of 1 3 2: mean 2, std 1
+    assert [r.reward for r in mine] == pytest.approx([1.268941, 1.731059, 0, 0], abs=1e-6)
     assert len(endpoint.asked) == 4 + 4 + 4 + 2  # two tries more for each that failed
 
 
@@ -162,7 +163,7 @@ def test_training_is_the_bradley_terry_loop_written_out(world, tmp_path):
     turn = lambda row, name: row[name] if isinstance(row[name], str) else row[name][-1]["content"]
     context = lambda row: row["prompt"] if row.get("prompt") else row["chosen"][:-1]
     helpsteer = [{"context": context(row), "response1": turn(row, "chosen"), "response2": turn(row, "rejected"), "overall_preference": -1} if n % 2 else
-                 {"context": context(row), "response1": turn(row, "rejected"), "response2": turn(row, "chosen"), "overall_preference": 2} for n, row in enumerate(rows)]  # fmt: skip
+                 {"context": context(row), "response1": turn(row, "rejected"), "response2": turn(row, "chosen"), "overall_preference": 2} for n, row in enumerate(rows)]
     (tmp_path / "h.jsonl").write_text("".join(json.dumps(row) + "\n" for row in helpsteer))
     cfg = rlhf.Config(init_from=str(world / "base"), rm_data=str(tmp_path / "h.jsonl"), rm_samples_per_step=8, rm_epochs=2, rm_lr=1e-3, micro_batch_tokens=200, grad_clip=0.05)
     torch.manual_seed(0)

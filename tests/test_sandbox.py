@@ -51,7 +51,8 @@ HONEST = {  # style: source; every one reads SUM and prints 6
     "float for int": "input()\nprint(float(sum(map(int, input().split()))))",
 }
 
-BAD = {  # name: (source, verdicts of which one must come); the expected output is SECRET
+# name: (source, verdicts of which one must come); the expected output is SECRET
+BAD = {
     "wrong": ("print(SECRET := 1)", {"wrong"}),
     "nothing": ("pass", {"wrong"}),
     "one line too many": (f"print({SECRET[:-1]})\nprint(0)", {"wrong"}),
@@ -65,9 +66,9 @@ BAD = {  # name: (source, verdicts of which one must come); the expected output 
     "endless loop in C": ("sum(iter(int, 1))", {"timeout"}),
     "sleep": ("import time\ntime.sleep(1000)", {"timeout"}),
     "sleep, signals ignored": ("import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except: pass\n"
-                               "while True: time.sleep(0.1)", {"timeout"}),  # fmt: skip
+                               "while True: time.sleep(0.1)", {"timeout"}),
     "loop, timers and limits tampered": ("import resource, signal\nfor t in (0, 1, 2): signal.setitimer(t, 0)\n"
-                                         "try: resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\nexcept Exception: pass\nwhile True: pass", {"timeout"}),  # fmt: skip
+                                         "try: resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\nexcept Exception: pass\nwhile True: pass", {"timeout"}),
     "catches everything": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass", {"timeout"}),
     "time bomb in the compiler": ("x = " + "-" * 3000 + "1\n" + "y = (" + "1 +" * 200000 + "1)", {"crash", "memory", "timeout", "wrong"}),
     "power bomb": ("print(len(str(9 ** 9 ** 9)))", {"timeout", "memory", "crash"}),
@@ -97,12 +98,12 @@ BAD = {  # name: (source, verdicts of which one must come); the expected output 
     "stack overflow in C": ("import sys\nsys.setrecursionlimit(10**9)\nf = lambda: [*map(lambda _: f(), [0])]\nf()", {"crash", "memory", "timeout"}),
     "equal to everything": ("class A:\n    __eq__ = lambda s, o: True\n    __str__ = lambda s: ''\nprint(A())", {"wrong"}),
     "patched json and builtins": ("import builtins, json, sys\njson.dumps = json.loads = lambda *a, **k: True\nbuiltins.all = builtins.any = lambda *a: True\n"
-                                  "builtins.str = type('S', (str,), {'__eq__': lambda s, o: True})\nprint(str('x'))", {"wrong"}),  # fmt: skip
+                                  "builtins.str = type('S', (str,), {'__eq__': lambda s, o: True})\nprint(str('x'))", {"wrong"}),
     "patched os._exit and sandbox": ("import os, sys\nos._exit = lambda c: None\nm = sys.modules.get('sandbox')\nfor n in list(vars(m) if m else ()):\n"
-                                     "    if callable(getattr(m, n)): setattr(m, n, lambda *a, **k: 0)\nprint(0)", {"wrong", "crash"}),  # fmt: skip
+                                     "    if callable(getattr(m, n)): setattr(m, n, lambda *a, **k: 0)\nprint(0)", {"wrong", "crash"}),
     "closes every descriptor": ("import os\nos.closerange(0, 100)", {"wrong", "crash"}),
     "writes to every descriptor": ("import os\nfor fd in range(1, 64):\n    for text in (b'ok', b'{\"status\": \"ok\"}', b'e' + bytes(12), b'v\\0\\0\\0\\1' + b'1'):\n"
-                                   "        try: os.write(fd, text)\n        except OSError: pass", {"wrong"}),  # fmt: skip
+                                   "        try: os.write(fd, text)\n        except OSError: pass", {"wrong"}),
     "cuts its lines": ("import os, socket\nfor fd in range(64):\n    try: socket.socket(fileno=fd).shutdown(2)\n    except OSError: pass", {"wrong", "crash"}),
     "kill parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", {"crash"}),
     "kill -1": ("import os\nos.kill(-1, 9)", {"crash"}),
@@ -115,7 +116,8 @@ BAD = {  # name: (source, verdicts of which one must come); the expected output 
     "ptrace": ("import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0", {"crash"}),
 }
 
-THIEVES = {  # programs that look for SECRET and print the first they find; all must end without it
+# programs that look for SECRET and print the first they find; all must end without it
+THIEVES = {
     "stack walk": "import sys\nf = sys._getframe()\nwhile f:\n    found.append(repr(f.f_locals) + repr(f.f_globals))\n    f = f.f_back",
     "gc walk": "import gc\nfor o in gc.get_objects():\n    try: found.append(repr(o)[:10**5])\n    except Exception: pass",
     "modules": "import sys\nfor m in list(sys.modules.values()): found.append(repr(vars(m))[:10**6])",
@@ -135,7 +137,8 @@ THIEVES = {  # programs that look for SECRET and print the first they find; all 
 }
 SEARCH = "import re\nfor text in found:\n    for hit in re.findall(r'735192[0-9]+', text): print(hit); raise SystemExit"
 
-CALLS = {  # name: (source, function, argument lines, expected JSON, verdicts)
+# name: (source, function, argument lines, expected JSON, verdicts)
+CALLS = {
     "function": ("def f(a, b): return a + b", "1\n2", "3", {"ok"}),
     "Solution method": ("class Solution:\n    def f(self, a: List[int], b: Optional[int]) -> int: return a[0] + b", "[1]\n2", "3", {"ok"}),
     "tuple for list": ("def f(a, b): return (a, (b,))", "1\n2", "[1, [2]]", {"ok"}),
@@ -202,7 +205,8 @@ def mode(request):
 
 @pytest.mark.parametrize("style", HONEST)
 def test_an_honest_program_passes_whatever_its_style(mode, style):
-    possible = mode == "full" or style != "own file"  # without a mount namespace there is no folder to write to
+    # without a mount namespace there is no folder to write to
+    possible = mode == "full" or style != "own file"
     assert coderl.run_tests(HONEST[style], stdin_tests(SUM, "6\n"), 5.0) == ["ok" if possible else "crash"]
 
 
@@ -210,7 +214,8 @@ def test_an_honest_program_passes_whatever_its_style(mode, style):
 def test_a_bad_program_gets_the_verdict_it_deserves(mode, name):
     source, verdicts = BAD[name]
     before, started = sandbox._zygote[0].pid, time.monotonic()
-    seconds = 3.0 if verdicts == {"memory"} else 0.3  # touching fresh memory can be slow in a virtual machine
+    # touching fresh memory can be slow in a virtual machine
+    seconds = 3.0 if verdicts == {"memory"} else 0.3
     got = coderl.run_tests(source, stdin_tests("1\n", SECRET), seconds, memory_mb=96)
     took = time.monotonic() - started
     print(f"{name}: {got} in {took:.2f} s")
@@ -278,13 +283,14 @@ def test_every_call_of_a_program_is_judged_and_a_failure_does_not_spoil_the_next
 
 
 @pytest.mark.parametrize("source, expected", [
-    ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),  # never emptied: right in every call by itself
+    # never emptied: right in every call by itself
+    ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),
     ("def f(x, seen=[]):\n    seen.append(x)\n    return len(seen)", "1"),
     ("class Solution:\n    n = 0\n    def f(self, x):\n        Solution.n += 1\n        return self.n", "1"),
     ("import os\ndef f(x):\n    os.environ['X'] = os.environ.get('X', '') + 'x'\n    return len(os.environ['X'])", "1"),
     ("import json\ndef f(x):\n    old = getattr(json, 'old', 0)\n    json.old = old + 1\n    return json.old", "1"),
     ("import os\ndef f(x):\n    try: open('n', 'a').write('x')\n    except OSError: return 1\n    return os.path.getsize('n')", "1"),
-])  # fmt: skip
+])
 def test_no_test_leaves_anything_to_the_next(mode, source, expected):
     tests = {"inputs": ["5"] * 3, "outputs": [expected] * 3, "fn_name": "f"}
     assert coderl.run_tests(source, tests, 5.0) == ["ok"] * 3
@@ -368,7 +374,7 @@ def test_an_ordinary_user_has_the_same_sandbox(tmp_path, mode_name):
     code = ("import sandbox\n" + f"sandbox._mode = {mode_name!r}\n"
             "for s in ('print(6 * 7)', 'while 1: pass', 'import os; os.fork()', 'open(\"/etc/passwd\")', 'import socket; socket.socket()'):\n"
             "    print(sandbox.run(s, timeout=0.3).status)\n"
-            "print(sandbox.run('def f(a): return a', call=('f', [[1]])).value)")  # fmt: skip
+            "print(sandbox.run('def f(a): return a', call=('f', [[1]])).value)")
     done = subprocess.run([python, "-c", code], cwd=folder, user=12345, group=12345, extra_groups=[], capture_output=True, text=True)
     assert done.stdout.split() == ["ok", "timeout", "crash", "crash", "crash", "[1]"], done.stderr
     assert ("DEGRADED" in done.stderr) == (mode_name == "degraded") or mode_name == "full"
@@ -400,7 +406,7 @@ def test_two_thousand_programs_under_load_lose_no_verdict():
     cpu, num_bounded = usage() - cpu, sum(job[1] == "timeout" for job in jobs)
     most_cpu, most_wall = num_bounded * limit, num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS
     print(f"{len(jobs)} programs, 64 in flight: {took:.1f} s, {cpu:.1f} s of CPU; the limits of those that must be stopped: {most_cpu:.1f} s of CPU, "
-          f"{most_wall:.1f} s of wall over {sandbox.SLOTS} slots; load {os.getloadavg()[0]:.0f} on {sandbox.CORES} cores")  # fmt: skip
+          f"{most_wall:.1f} s of wall over {sandbox.SLOTS} slots; load {os.getloadavg()[0]:.0f} on {sandbox.CORES} cores")
     assert [r.status for r in results] == [job[1] for job in jobs]
     assert all(r.stdout == "42\n" for r, job in zip(results, jobs) if job[1] == "ok")
     assert cpu < 1.2 * most_cpu + 0.03 * len(jobs) and took < most_wall + 0.05 * len(jobs), "CPU counts what a busy machine does not change"

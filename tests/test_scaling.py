@@ -21,11 +21,14 @@ def patch(line, comment=""):
 
 
 def test_the_vote_by_hand():
-    assert scaling.vote([patch("x + 1"), patch("x + 2"), patch("x + 1", "  # why")], FILES) == 0  # comments do not split a vote; shortest
+    # comments do not split a vote; shortest
+    assert scaling.vote([patch("x + 1"), patch("x + 2"), patch("x + 1", "  # why")], FILES) == 0
     assert scaling.vote([patch("x + 1", "  # a long story"), patch("x + 2"), patch("x + 1")], FILES) == 2
     assert scaling.vote([patch("x + 2000"), patch("x + 3")], FILES) == 1  # a tie: the shorter one
-    assert scaling.vote([patch("x +"), patch("x +"), patch("x + 3")], FILES) == 2  # what does not parse has no vote
-    assert scaling.vote([patch("x - 1"), "no patch"], FILES) is None  # nothing changed, nothing said
+    # what does not parse has no vote
+    assert scaling.vote([patch("x +"), patch("x +"), patch("x + 3")], FILES) == 2
+    # nothing changed, nothing said
+    assert scaling.vote([patch("x - 1"), "no patch"], FILES) is None
 
 
 CHECK = """
@@ -68,7 +71,7 @@ def test_scripts_that_reproduce_are_the_distinct_ones_the_model_writes():
 
 PROBLEM = {"name": "sum", "statement": "Read two numbers.", "samples": {"inputs": ["1 1\n"], "outputs": ["2\n"]}, "subtasks": [
     {"name": "small", "points": 30, "statement": "both at most 9", "tests": {"inputs": ["2 3\n", "4 4\n"], "outputs": ["5\n", "8\n"]}},
-    {"name": "all", "points": 70, "tests": {"inputs": ["2 3\n", "50 60\n"], "outputs": ["5\n", "110\n"]}}]}  # fmt: skip
+    {"name": "all", "points": 70, "tests": {"inputs": ["2 3\n", "50 60\n"], "outputs": ["5\n", "110\n"]}}]}
 RIGHT, SMALL = "print(sum(map(int, input().split())))", "print(sum(map(int, input().split())) % 100)"
 
 
@@ -80,7 +83,7 @@ def scripted(*turns):
         prompts.append(row["messages"][0]["content"])
         programs = next(turns)
         return [Rollout(row=row, group=0, prompt_ids=[], seed=0, text=f"<think>x</think>\n```python\n{code}\n```" if code else "<think>hm",
-                        sampler_logprobs=[sure]) for code, sure in programs]  # fmt: skip
+                        sampler_logprobs=[sure]) for code, sure in programs]
 
     return sample, prompts
 
@@ -93,8 +96,10 @@ def test_a_submission_scores_every_subtask_and_the_rest_learns_from_it():
     sample, prompts = scripted([(SMALL, -0.5), ("print(3)", -0.1)], [(SMALL + " ", -0.2), (RIGHT, -0.9)], [(RIGHT, -0.9), (None, 0.0)])
     assert scaling.solve(PROBLEM, sample, config()) == (100, 3)
     assert "both at most 9" in prompts[0] and "earlier submission" not in prompts[0]
-    assert "This solved subtask small" in prompts[1] and SMALL in prompts[1]  # round 1, subtask all: the confident one fails its tests
-    assert "earned 50% (1 ok, 1 wrong)" in prompts[2] and len(prompts) == 3  # round 2: the verdict is fed back, small is left alone
+    # round 1, subtask all: the confident one fails its tests
+    assert "This solved subtask small" in prompts[1] and SMALL in prompts[1]
+    # round 2: the verdict is fed back, small is left alone
+    assert "earned 50% (1 ok, 1 wrong)" in prompts[2] and len(prompts) == 3
 
 
 def test_candidates_that_fail_the_samples_or_have_no_code_cost_no_submission():
@@ -150,7 +155,7 @@ def test_localisation_answers_that_name_every_golden_file_become_rows_for_sft(tm
     def sample(conversations, key, row):
         asked.append(conversations[0][0]["content"])
         return [Rollout(row=row, group=0, prompt_ids=[], seed=0, text=f"<think>hm</think>{t}" if t else "<think>calc.py",
-                        finish_reason="length" if i == 4 else "stop") for i, t in enumerate(said)]  # fmt: skip
+                        finish_reason="length" if i == 4 else "stop") for i, t in enumerate(said)]
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(swebench) + "\n")
     out = tmp_path / "sft.jsonl"

@@ -129,7 +129,7 @@ def test_long_conversations_are_dropped_not_cut(world, tokenizer, capsys):
     ([{"role": "user", "content": "Hi"}], "last turn"),
     ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}], "empty"),
     ([{"role": "assistant", "content": "Hi"}], "no user turn"),
-])  # fmt: skip
+])
 def test_rows_that_cannot_be_trained_on_are_refused_with_a_reason(messages, reason):
     with pytest.raises(data.BadRow, match=reason):
         sft.normalize({"messages": messages}, "row 1")
@@ -177,14 +177,15 @@ def test_a_commit_to_a_hub_s_set_does_not_strand_a_run(monkeypatch, tokenizer):
 def test_the_learning_rate_by_hand():
     cfg = config(lr=1.0, warmup_steps=10, schedule_steps=100)
     rate = lambda step: sft.learning_rate(step, cfg)
-    assert rate(5) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 0.05)))  # half way up, on the cosine's shoulder
+    # half way up, on the cosine's shoulder
+    assert rate(5) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 0.05)))
     assert rate(10) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.1)))
     assert rate(50) == pytest.approx(0.5) and rate(100) == 0.0 == rate(500)
     assert [rate(s) for s in range(1, 11)] == sorted(rate(s) for s in range(1, 11))
     assert [rate(s) for s in range(10, 101)] == sorted((rate(s) for s in range(10, 101)), reverse=True)
 
 
-# ---- Which conversations: blocks of a stream -------------------------------------------------------------------------
+# ---- Which conversations: blocks of a stream -----------------------------------------------------
 @pytest.fixture()
 def rows(tmp_path, monkeypatch):
     """rows({file: number of rows}) -> folder whose conversations are tokenized to [file number, row number]."""

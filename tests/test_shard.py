@@ -65,7 +65,7 @@ def test_hybrid_offloaded_and_whole_copies_train_as_one_process_and_ranks_have_a
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--master-addr=localhost", f"--master-port={port}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     nodes = [subprocess.Popen([*launch, f"--node-rank={i}", tmp_path / "program.py"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-             for i in (0, 1)]  # fmt: skip
+             for i in (0, 1)]
     printed = [node.communicate(timeout=200) for node in nodes]
     print(printed[0][0])
     assert [node.returncode for node in nodes] == [0, 0], "".join(err[-2000:] for _, err in printed)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WATERLINE = "# ~~~~~~~~~~~~~~~ waterline"
+WATERLINE = "# ~~~~~~~~ waterline"
 
 # Every stage has its own of these: knobs, data, reward, what is logged, what is measured.
 EVERY_STAGE = {"Config", "load_rows", "select_rows", "make_reward", "monitor", "self_test", "metric"}
@@ -23,13 +23,15 @@ MATH_VERIFIER = {"last_box", "strip", "literal", "refused", "equal", "same_answe
 DISTILL = {"compute_advantages", "grpo_loss"}
 
 EXPECTED = {
-    # Reward: a Bradley-Terry model (reward_model.py), trained first, or somebody's endpoint. Loss: stabilisers for small reward models (6.3).
+    # Reward: a Bradley-Terry model (reward_model.py), trained first, or somebody's endpoint. Loss:
+    # stabilisers for small reward models (6.3).
     "rlhf.py": {
         "changed": {"grpo_loss"},
         "absent": {"normalize", "verdict", "reward", "judge"},
         "own": {"answer_of", "reference_model", "reference_logprobs"},
     },
-    # Reward: all constraints of the prompt hold, and for thinking models the reward model's preference on top (4.4).
+    # Reward: all constraints of the prompt hold, and for thinking models the reward model's
+    # preference on top (4.4).
     "ifrl.py": {
         "changed": {"reward"},
         "absent": {"normalize", "verdict", "judge"},
@@ -41,7 +43,8 @@ EXPECTED = {
         "absent": set(),
         "own": {"statement", "normal_tests", "loads", "extract_code", "table_program", "run_tests", "same_output", "same_value"},
     },
-    # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not apply (4.7).
+    # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not
+    # apply (4.7).
     "swerl.py": {
         "changed": {"verdict", "reward"},
         "absent": {"normalize", "judge"},
@@ -53,8 +56,9 @@ EXPECTED = {
         "absent": {"normalize", "verdict", "reward", "judge"},
         "own": {"load_teacher", "ask_teacher"},
     },
-}  # fmt: skip
-BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set(), "extras/mopd.py": DISTILL}  # what differs below the waterline
+}
+# what differs below the waterline
+BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set(), "extras/mopd.py": DISTILL}
 
 
 def top_level(text):

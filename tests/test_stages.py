@@ -27,11 +27,12 @@ from sft import Config
 STEPS = 6
 LOOP = dict(num_steps=STEPS, save_every=2, eval_every=3, micro_batch_tokens=512, lr=1e-4)
 RL = dict(prompts_per_step=4, group_size=4, max_prompt_tokens=256, max_new_tokens=48, rope_factor=0, temperature=1.0, top_p=1, top_k=0,
-          reward_workers=2, eval_rows=4, sample_every=3)  # fmt: skip
+          reward_workers=2, eval_rows=4, sample_every=3)
 DATA = {
     "sft": dict(data="sft_stage2", eval_data="sft_stage1", samples_per_step=16, max_seq_len=512, warmup_steps=2),
     "rlhf": dict(data="chat_rl", eval_data="chat_dev", rm_data="preference", rm_eval_data="preference_dev", rm_samples_per_step=8, rm_lr=1e-3),
-    "ifrl": dict(data="if_rl", eval_data="if_dev", prompts_per_step=12, max_refill_rounds=0),  # each rank has spare prompts of its own
+    # each rank has spare prompts of its own
+    "ifrl": dict(data="if_rl", eval_data="if_dev", prompts_per_step=12, max_refill_rounds=0),
     "mathrl": dict(data="math_sft", eval_data="math_dev"),
     "coderl": dict(data="code_sft", eval_data="code_dev"),
     "swerl": dict(data="swe_sft", eval_data="swe_dev", min_prompt_tokens=0),
@@ -123,7 +124,7 @@ def run_and_kill(args, out, at_step, ranks=1):
     """Start a run and kill it, and all its ranks, the moment metrics.jsonl has a line of that step."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     process = subprocess.Popen([sys.executable, *launch, *map(str, args)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 200
     while time.time() < deadline and process.poll() is None:
         if (out / "metrics.jsonl").exists() and f'"step": {at_step},' in (out / "metrics.jsonl").read_text():
@@ -132,7 +133,8 @@ def run_and_kill(args, out, at_step, ranks=1):
     assert process.poll() is None, "ended before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    while (out / ".lock").exists() and not lock_is_free(out):  # ranks and verifiers take a moment to go
+    # ranks and verifiers take a moment to go
+    while (out / ".lock").exists() and not lock_is_free(out):
         time.sleep(0.05)
 
 
@@ -166,7 +168,8 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
     straight_args, args = (command("mathrl", world, tmp_path / name, taught) for name in ("straight", "killed"))
     run_python(*straight_args, ranks=2)
     (tmp_path / "killed").mkdir()
-    run_and_kill(args, tmp_path / "killed", at_step=3, ranks=2)  # of the launcher alone: its ranks, in sessions of their own, go with it
+    # of the launcher alone: its ranks, in sessions of their own, go with it
+    run_and_kill(args, tmp_path / "killed", at_step=3, ranks=2)
     assert not (tmp_path / "killed" / "final").exists()
     run_python(*args, ranks=2)
     assert distance(weights(tmp_path / "straight"), weights(tmp_path / "killed")) == 0.0
@@ -193,13 +196,14 @@ def test_math_length_stages_share_the_epoch_filter_s_state(world, taught, tmp_pa
     ({"data": 7, "history": {"3": [1, 8]}, "epoch": 2}, 8, {}),  # other rows
     ({"data": 7, "history": {}, "epoch": 2}, 7, {}),
     ({"skipped": 0}, 7, {}),  # SFT keeps no history
-])  # fmt: skip
+])
 def test_history_is_carried_over_for_the_same_rows_only(state, data, carried, tmp_path, capsys):
     """Paper 4.5.2."""
     (tmp_path / "run.json").write_text(json.dumps({"state": state}))
     assert checkpoint.load_history(str(tmp_path), data) == carried
     assert ("goes on with what it knows of 1 of them" in capsys.readouterr().out) == bool(carried)
-    assert checkpoint.load_history(str(tmp_path / "none"), data) == {}  # a Hugging Face folder has no run.json
+    # a Hugging Face folder has no run.json
+    assert checkpoint.load_history(str(tmp_path / "none"), data) == {}
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(SystemExit):
         checkpoint.load_history(str(tmp_path), data)
@@ -227,7 +231,7 @@ def test_every_stage_takes_two_steps_from_the_checkpoint_of_the_one_before(world
     ({"init_from": "nowhere"}, "--init_from=nowhere: "),
     ({"data": "no_such_file"}, "no_such_file.jsonl: no such file"),
     ({"max_prompt_tokens": 3}, "every prompt is longer than max_prompt_tokens=3"),
-])  # fmt: skip
+])
 def test_what_is_wrong_before_training_is_one_sentence_and_exit_code_2(changes, message, world, tmp_path):
     args = command("mathrl", world, tmp_path, **{"init_from": world / "base", **changes})
     code, _, stderr = run_python(*args, check=False)
@@ -257,7 +261,7 @@ def test_the_whole_cascade_goes_on_after_kills_at_random_instants(tmp_path):
     assert "6 kills, 1 cascades, every one equal to the undisturbed run bit for bit" in printed
 
 
-# ---- Checkpoints, without a stage ----
+# ---- Checkpoints, without a stage ----------------------------------------------------------------
 @pytest.fixture()
 def checkpoints(world, tmp_path, capsys):
     """A run folder with checkpoints of steps 1, 2 and 3 of which the last two were kept."""
@@ -283,7 +287,7 @@ def test_the_newest_two_checkpoints_are_kept(checkpoints):
     ("run.json", lambda path: path.write_text("{")),
     ("run.json", lambda path: path.write_text("[]")),
     ("run.json", lambda path: path.write_text('{"files": 1}')),
-])  # fmt: skip
+])
 def test_a_damaged_checkpoint_is_skipped_with_one_line(file, damage, checkpoints, capsys):
     damage(checkpoints / "step_000003" / file)
     assert checkpoint.latest_checkpoint(checkpoints).endswith("step_000002")

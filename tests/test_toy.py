@@ -32,14 +32,14 @@ def load(world, skill, split):
     stage, cfg = {
         "chat": (rlhf, rlhf.Config()), "if": (ifrl, ifrl.Config()), "math": (mathrl, mathrl.Config(**workers)),
         "code": (coderl, coderl.Config()), "swe": (swerl, swerl.Config(min_prompt_tokens=0)),
-    }[skill]  # fmt: skip
+    }[skill]
     return stage, cfg, stage.load_rows(cfg, path)
 
 
 def judged(stage, cfg, rows, texts):
     """Rewards that a stage's own hook gives to texts."""
     rollouts = [Rollout(row=row, group=g, prompt_ids=[], seed=0, completion_ids=[1], finish_reason="stop", text=text)
-                for g, (row, text) in enumerate(zip(rows, texts, strict=True))]  # fmt: skip
+                for g, (row, text) in enumerate(zip(rows, texts, strict=True))]
     submit, collect = stage.make_reward(cfg)
     for r in rollouts:
         submit(r)
@@ -116,7 +116,7 @@ def test_demonstrations_are_flawed_as_often_as_declared(world):
     rng = random.Random(5)
     keys = lambda make: toy.split_keys(make(rng), (400, 0, 0, 0))["sft"]
     made = {"chat": toy.chat_rows(rng, keys(toy.chat_keys), "sft"), "if": toy.if_rows(rng, keys(toy.if_keys), "sft"),
-            "math": toy.math_rows(rng, keys(toy.math_keys), "sft")}  # fmt: skip
+            "math": toy.math_rows(rng, keys(toy.math_keys), "sft")}
     good = {
         "chat": [toy.chat_score(prompt, reply.rpartition("</think>")[2]) == 1.0 for prompt, reply, _, _ in made["chat"]],
         "math": [mathrl.last_box(reply) == row["answer"] for row, reply, _, _ in made["math"]],
@@ -132,7 +132,7 @@ def test_code_and_swe_demonstrations_are_flawed_as_often_as_declared(world):
     rng = random.Random(6)
     keys = toy.split_keys(toy.op_keys(rng), (150, 0, 0, 0))["sft"]
     written = [reply.split("```python\n")[1].split("```")[0] == toy.program(key) for key in keys for reply in [None]
-               for _, reply, _, _ in toy.code_rows(rng, [key], "sft")]  # fmt: skip
+               for _, reply, _, _ in toy.code_rows(rng, [key], "sft")]
     repaired = []
     for row, reply, _, _ in toy.swe_rows(rng, keys, "sft"):
         files = {f["file_path"]: f["content"] for f in row["relevant_file_contents"]}
@@ -160,14 +160,15 @@ GOOD = "Many people enjoy rain. Good rain can last for years. I hope this helps.
 @pytest.mark.parametrize("reply, fifths", [
     (GOOD, 5),
     (GOOD.replace("rain", "bread"), 4),  # another topic than the one asked about
-    (GOOD + " Bread.", 2),  # a topic too many, a broken sentence, and no closing at the end
+    # a topic too many, a broken sentence, and no closing at the end
+    (GOOD + " Bread.", 2),
     ("Many people enjoy rain. I hope this helps.", 4),  # one fact
     (GOOD.replace("I hope", "Good rain can last for years. I hope"), 4),  # a sentence twice
     (GOOD.replace("I hope", "I guess so. I hope"), 4),  # filler
     (GOOD.removesuffix(" I hope this helps."), 4),  # no closing
     (GOOD.removesuffix("."), 4),  # cut off in its last sentence
     ("", 2),  # says nothing twice and no filler
-])  # fmt: skip
+])
 def test_chat_score_by_hand(reply, fifths):
     assert toy.chat_score(PROMPT, reply) == fifths / 5
 

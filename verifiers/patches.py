@@ -31,8 +31,9 @@ def replace_lines(text, old, new, at=None):
     return "\n".join(lines)
 
 
-# ---- SEARCH/REPLACE edits --------------------------------------------------------------------------------------------
-BLOCK = "### {path}\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE"  # one edit, as parse_edits reads it
+# ---- SEARCH/REPLACE edits ------------------------------------------------------------------------
+# one edit, as parse_edits reads it
+BLOCK = "### {path}\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE"
 
 
 def parse_edits(text):
@@ -93,7 +94,7 @@ def as_response(files, after):
     return "</think>\n" + "\n".join(block if after.get(path) else block.replace("\n\n>>>>>>>", "\n>>>>>>>") for path, block in blocks.items())
 
 
-# ---- Unified diffs ---------------------------------------------------------------------------------------------------
+# ---- Unified diffs -------------------------------------------------------------------------------
 def apply_patch(patch, files):
     """{path: text} after a unified diff, as git writes it; a deleted file becomes "". NoPatch if it does not apply."""
     files, lines, source, target = dict(files), iter(patch.replace("\r\n", "\n").split("\n")), None, None
@@ -115,7 +116,8 @@ def apply_patch(patch, files):
                 body = next(lines, None)
                 if body is None or body[:1] not in " +-\\":
                     raise NoPatch("golden patch is cut off")
-                old += [body[1:]] if body[:1] in " -" else []  # an empty line is context whose blank was stripped
+                # an empty line is context whose blank was stripped
+                old += [body[1:]] if body[:1] in " -" else []
                 new += [body[1:]] if body[:1] in " +" else []
             if target not in files:
                 raise NoPatch("golden patch needs a file that is not given")
@@ -125,10 +127,12 @@ def apply_patch(patch, files):
     return files
 
 
-@functools.lru_cache(256)  # the golden diff is asked for once a rollout, the candidate's three times
+# the golden diff is asked for once a rollout, the candidate's three times
+@functools.lru_cache(256)
 def unified(old, new):
     """Unified diff of two texts without its header: 3 lines of context, line ends not compared."""
-    lines = lambda text: text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []  # splitlines would cut at form feeds
+    # splitlines would cut at form feeds
+    lines = lambda text: text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
     return "\n".join(list(difflib.unified_diff(lines(old), lines(new), lineterm="", n=3))[2:])
 
 
@@ -144,12 +148,13 @@ def as_patch(before, after):
     return "".join(head(path) + diff + "\n" for path, diff in changes(before, after).items())
 
 
-# ---- How alike two changes are ---------------------------------------------------------------------------------------
+# ---- How alike two changes are -------------------------------------------------------------------
 def ratio(a, b):
     """difflib's ratio of two diffs by character; by line where that would take seconds (floods of one character)."""
     for x, y in ((a, b), (a.split("\n"), b.split("\n"))):
         left, right = Counter(x), Counter(y)
-        if sum(n * right[item] for item, n in left.items()) < 2e7:  # inner steps of difflib's first search
+        # inner steps of difflib's first search
+        if sum(n * right[item] for item, n in left.items()) < 2e7:
             return difflib.SequenceMatcher(None, x, y, autojunk=False).ratio()
     return 0.0
 
@@ -164,7 +169,8 @@ def similarity(files, predicted, oracle):
 
 def same_code(path, old, new):
     """True if two versions of a Python file differ in comments, blank lines and the width of indentation only."""
-    if not path.endswith(".py") or len({re.sub(r"#.*|\s", "", text) for text in (old, new)}) > 1:  # cheap
+    # cheap
+    if not path.endswith(".py") or len({re.sub(r"#.*|\s", "", text) for text in (old, new)}) > 1:
         return False
     try:
         versions = [list(tokenize.generate_tokens(io.StringIO(text).readline)) for text in (old, new)]

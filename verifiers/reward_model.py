@@ -34,7 +34,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, qwen3):
         super().__init__()
-        self.model, self.qwen3 = qwen3.model, [qwen3]  # in a list: the language head is no part of this module
+        # in a list: the language head is no part of this module
+        self.model, self.qwen3 = qwen3.model, [qwen3]
         self.score = nn.Linear(qwen3.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
@@ -126,7 +127,8 @@ def train_reward_model(cfg, folder):
             group["lr"] = cfg.rm_lr * min(step / (0.03 * steps + 1), 1 - (step - 1) / steps)
         taken = order[(step - 1) * cfg.rm_samples_per_step : step * cfg.rm_samples_per_step]
         packs = fill([pairs[i] for i in taken[rank::world]], lambda pair: sum(map(len, pair)), cfg.micro_batch_tokens)
-        for i in range(int(all_reduce({"n": len(packs)}, "max")["n"])):  # equally many on every rank: collectives must match
+        # equally many on every rank: collectives must match
+        for i in range(int(all_reduce({"n": len(packs)}, "max")["n"])):
             pack = packs[i] if i < len(packs) else pairs[:1]
             scores = score_batch(model, [ids for pair in pack for ids in pair], math.inf, device).view(-1, 2)
             (-F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() * world / len(taken) * (i < len(packs))).backward()
@@ -140,14 +142,16 @@ def train_reward_model(cfg, folder):
                 scores = score_batch(model, [ids for pair in part for ids in pair], cfg.micro_batch_tokens, device).view(-1, 2)
             print0(f"reward model: pair accuracy {(scores[:, 0] > scores[:, 1]).float().mean():.3f} on {len(part)} {name} pairs")
     if hasattr(model, "reshard"):
-        model.reshard()  # a forward without backward leaves the root gathered, in compute precision
+        # a forward without backward leaves the root gathered, in compute precision
+        model.reshard()
     model.save_pretrained(folder + ".tmp")
     if rank == 0:
         save_tokenizer(init_from, folder + ".tmp")
         os.rename(folder + ".tmp", folder)
     all_gather(None)
     del model, qwen3, optimizer
-    gc.collect()  # FSDP's modules refer to each other, and the policy wants the room
+    # FSDP's modules refer to each other, and the policy wants the room
+    gc.collect()
 
 
 @functools.cache
@@ -161,7 +165,8 @@ def load_reward_model(path, device, workers=8):
         fail(f"--rm={path}: no reward model there (config.json is missing).")
     with one_sentence(f"--rm={path}"):
         architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
-    if not architecture.endswith("ForSequenceClassification"):  # transformers would give it a score head of random numbers
+    # transformers would give it a score head of random numbers
+    if not architecture.endswith("ForSequenceClassification"):
         fail(f"--rm={path}: {architecture} is no sequence classifier.")
     template = os.path.join(path, "chat_template.jinja")
     if architecture != "Qwen3ForSequenceClassification" or not os.path.exists(template) or open(template).read() != CHAT_TEMPLATE:
@@ -179,11 +184,13 @@ def load_reward_model(path, device, workers=8):
 
     def score(messages_list, answers):
         sequences = [tuple(score_ids(tokenizer, m, a)) for m, a in zip(messages_list, answers, strict=True)]
-        distinct = list(dict.fromkeys(sequences))  # equal answers get equal scores: rounding in a batch must not rank them
+        # equal answers get equal scores: rounding in a batch must not rank them
+        distinct = list(dict.fromkeys(sequences))
         model.load_state_dict({k: v.to(device) for k, v in state.items()}, assign=True)
         with torch.no_grad():
             scores = score_batch(model, distinct, 32768, device).tolist() if distinct else []
-        model.load_state_dict(state, assign=True)  # in host memory: the rest of a step wants the GPU's
+        # in host memory: the rest of a step wants the GPU's
+        model.load_state_dict(state, assign=True)
         score_of = dict(zip(distinct, scores))
         return [score_of[ids] for ids in sequences]
 
@@ -211,8 +218,10 @@ def load_classifier(path, device):
 
 def ask_endpoint(url, messages, answer):
     """Raw score of one answer from a pooling server that takes chat messages and renders them itself; None after three failures."""
-    turns = [*messages, {"role": "assistant", "content": answer.replace("<|", "<\u00b7|")}]  # no token that opens a turn
-    body = json.dumps({"messages": turns, "use_activation": False}).encode()  # vLLM would take a sigmoid of a single label
+    # no token that opens a turn
+    turns = [*messages, {"role": "assistant", "content": answer.replace("<|", "<\u00b7|")}]
+    # vLLM would take a sigmoid of a single label
+    body = json.dumps({"messages": turns, "use_activation": False}).encode()
     for _ in range(3):
         try:
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})

@@ -44,20 +44,26 @@ import threading
 import time
 import types
 
-Result = collections.namedtuple("Result", "status stdout value seconds")  # value: of a call; seconds: CPU
+# value: of a call; seconds: CPU
+Result = collections.namedtuple("Result", "status stdout value seconds")
 # status: ok, timeout, memory, crash, output (too much of it) or infra (not the program's fault)
-OUTPUT_BYTES = 16 << 20  # most that a program may print, return, or write into one file
-WALL_FACTOR, WALL_EXTRA = 4, 10.0  # wall limit of one test = factor * timeout + extra seconds: only sleepers meet it
+# most that a program may print, return, or write into one file
+OUTPUT_BYTES = 16 << 20
+# wall limit of one test = factor * timeout + extra seconds: only sleepers meet it
+WALL_FACTOR, WALL_EXTRA = 4, 10.0
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # programs running at once in this process
+# programs running at once in this process
+SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 NOBODY = 65534  # user and group id of everything below a caller that is root
-PACKAGES = ("numpy", "numpy.libs")  # third-party packages a program may import, where the caller has them
+# third-party packages a program may import, where the caller has them
+PACKAGES = ("numpy", "numpy.libs")
 OUT_OF_MEMORY = 86  # exit code of a leaf
 
 
-# ---- 1. Caller -------------------------------------------------------------------------------------------------------
+# ---- 1. Caller -----------------------------------------------------------------------------------
 
-Leaf = collections.namedtuple("Leaf", "sock process pid output is_call")  # output: a file that outlives the program
+# output: a file that outlives the program
+Leaf = collections.namedtuple("Leaf", "sock process pid output is_call")
 _lock, _slots = threading.Lock(), threading.BoundedSemaphore(SLOTS)
 _zygote, _mode, _retired = None, "full", []  # _zygote: (Popen, control socket)
 
@@ -116,16 +122,19 @@ def killable(function, limit_s):
         memory = lambda: int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         most = memory() + (2 << 30)  # 2 GiB more than now
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        while os.getppid() == parent and memory() < most - (1 << 30):  # an orphan ends by itself, at the latest after a second
+        # an orphan ends by itself, at the latest after a second
+        while os.getppid() == parent and memory() < most - (1 << 30):
             if pipe.poll(1):
                 args = pipe.recv()  # EOFError if the parent has gone
-                signal.setitimer(signal.ITIMER_PROF, limit_s)  # default action: ends a hang in C, parent or no parent
+                # default action: ends a hang in C, parent or no parent
+                signal.setitimer(signal.ITIMER_PROF, limit_s)
                 result = function(*args)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 pipe.send(result)
 
     def start():
-        with forking:  # a child holds the far end of its own pipe only, so that either side sees the other die
+        # a child holds the far end of its own pipe only, so that either side sees the other die
+        with forking:
             mine.pipe, far = multiprocessing.Pipe()
             ends.append(mine.pipe)
             mine.owner = os.getpid()
@@ -140,7 +149,8 @@ def killable(function, limit_s):
             far.close()
 
     def call(*args):
-        if getattr(mine, "owner", None) != os.getpid():  # first call of this thread, or of a fork of it
+        # first call of this thread, or of a fork of it
+        if getattr(mine, "owner", None) != os.getpid():
             start()
         for _ in range(2):
             try:
@@ -156,7 +166,9 @@ def killable(function, limit_s):
             ends.remove(mine.pipe)
             start()
             if late or ended not in (-signal.SIGKILL, 0):
-                return  # else somebody killed the child, or it had grown and left, which is not the input's doing: once more
+                # else somebody killed the child, or it had grown and left, which is not the input's
+                # doing: once more
+                return
 
     call.start = start
     return call
@@ -249,7 +261,8 @@ def _hang_up(leaf):
     """Close the caller's end: the zygote sees it and kills the leaf."""
     if leaf is not None:
         try:
-            leaf.sock.shutdown(socket.SHUT_RDWR)  # arrives even if a forked child holds a copy of the socket
+            # arrives even if a forked child holds a copy of the socket
+            leaf.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
         leaf.sock.close()
@@ -273,7 +286,7 @@ def _start_zygote():
         null = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         process = subprocess.Popen(
             command, env=env, cwd="/", pass_fds=[theirs.fileno()], start_new_session=True, **null
-        )  # fmt: skip
+        )
         theirs.close()
         ours.settimeout(60)
         try:
@@ -287,7 +300,8 @@ def _start_zygote():
                 _mode = "weak"
             return process, ours
         ours.close()
-        if _mode != "full" or (process.wait() != -signal.SIGSYS and not answer):  # an accident, no refusal
+        # an accident, no refusal
+        if _mode != "full" or (process.wait() != -signal.SIGSYS and not answer):
             raise OSError(f"the zygote did not start: {answer}")
         _mode = answer or "refused by seccomp"
 
@@ -323,22 +337,26 @@ def _read(read, size):
     return b"".join(parts)
 
 
-# ---- 2. Zygote -------------------------------------------------------------------------------------------------------
+# ---- 2. Zygote -----------------------------------------------------------------------------------
 
 libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the interpreter lock stays held across clone()
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
-NUMBERS = {  # system calls by number: audit arch, clone, clone3, prlimit64, prctl, then what a leaf must not use
+# system calls by number: audit arch, clone, clone3, prlimit64, prctl, then what a leaf must not use
+NUMBERS = {
     "x86_64": (0xC000003E, 56, 435, 302, 157,
                "29 41 57 58 59 62 64 68 101 109 112 129 141 155 161 165 166 175 200 234 240 246 248 249 250 272 297 "
                "298 303 304 308 310 311 312 313 319 321 322 323 424 425 428 429 430 432 434 438 442 447"),
     "aarch64": (0xC00000B7, 220, 435, 261, 167,
                 "39 40 41 51 97 104 105 117 129 130 131 138 140 154 157 180 186 190 194 198 217 218 219 221 240 241 "
                 "264 265 268 270 271 272 273 279 280 281 282 424 425 428 429 430 432 434 438 442 447"),
-}.get(sys.platform == "linux" and os.uname().machine)  # fmt: skip
-# Refused: fork exec kill ptrace socket process_vm_* kcmp mount umount pivot_root chroot unshare setns setsid setpgid
-# keyctl bpf perf userfaultfd io_uring memfd shm msg sem mq, file handles, the new mount calls, modules, setpriority
+}.get(sys.platform == "linux" and os.uname().machine)
+# Refused: fork exec kill ptrace socket process_vm_* kcmp mount umount pivot_root chroot unshare
+# setns setsid setpgid
+# keyctl bpf perf userfaultfd io_uring memfd shm msg sem mq, file handles, the new mount calls,
+# modules, setpriority
 STARS = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys"
-STARS += " json builtins typing"  # names every program starts with: from each of these *, then the modules themselves
+# names every program starts with: from each of these *, then the modules themselves
+STARS += " json builtins typing"
 IMPORTS = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading"
 IMPORTS += " time traceback"
 NAMESPACES = NEWUSER | NEWPID | NEWNS | NEWIPC  # of every leaf
@@ -388,7 +406,8 @@ def _isolate(packages):
     shown = {path: path for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/dev/null", "/dev/urandom", stdlib)}
     shown |= {f"{packages}/{name}": f"/packages/{name}" for name in PACKAGES} if packages else {}
     shown = {path: shown[path] for path in shown if os.path.exists(path)}
-    opened = {path: os.open(path, os.O_PATH) for path in shown if not os.path.islink(path)}  # /tmp is about to vanish,
+    # /tmp is about to vanish,
+    opened = {path: os.open(path, os.O_PATH) for path in shown if not os.path.islink(path)}
     folders = set(filter(os.path.isdir, shown))  # and with it whatever of this project lives there
     _mount("none", "/", None, 0x44000)  # private, recursive: nothing of this reaches the host
     _mount("tmpfs", root, b"tmpfs", 6, b"size=1m,mode=755")
@@ -402,7 +421,8 @@ def _isolate(packages):
             continue
         os.mkdir(target) if path in folders else os.close(os.open(target, os.O_CREAT))
         _mount(f"/proc/self/fd/{opened[path]}", target, None, 0x1000)  # bind
-        locked = os.statvfs(target).f_flag & 0xC0E  # nosuid, nodev, noexec, noatime, nodiratime may not be dropped
+        # nosuid, nodev, noexec, noatime, nodiratime may not be dropped
+        locked = os.statvfs(target).f_flag & 0xC0E
         _mount("none", target, None, 0x1021 | locked)  # bind, remount, read-only
     if os.path.isdir(f"{root}{stdlib}/site-packages"):
         _mount("tmpfs", f"{root}{stdlib}/site-packages", b"tmpfs", 7)
@@ -429,7 +449,8 @@ def _landlock():
     ruleset = _checked(libc_call(444, struct.pack("QQQ", rights, 3 if abi > 3 else 0, 3), size, 0))
     for path in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/dev/null", "/dev/urandom"):
         fd = os.open(path, os.O_PATH)
-        allowed = 0b1100 if os.path.isdir(path) else 0b110  # read (and write) files, list directories
+        # read (and write) files, list directories
+        allowed = 0b1100 if os.path.isdir(path) else 0b110
         _checked(libc_call(445, ruleset, 1, struct.pack("=Qi", allowed, fd), 0))
         os.close(fd)
     _checked(libc_call(446, ruleset, 0))
@@ -441,7 +462,8 @@ def _zygote_main(control, mode, packages):
     """Isolate, report, then serve."""
     control = socket.socket(fileno=control)
     _preload()
-    for name, most in ("CORE", 0), ("MEMLOCK", 0), ("STACK", 120 << 20):  # deep recursion through C needs the stack
+    # deep recursion through C needs the stack
+    for name, most in ("CORE", 0), ("MEMLOCK", 0), ("STACK", 120 << 20):
         hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most if hard < 0 else min(most, hard), hard))
     try:
@@ -466,7 +488,8 @@ def _zygote_main(control, mode, packages):
 
 def _serve(control, proc):
     """Fork a leaf for each pair of descriptors received; ends when the caller is gone and no leaf is left."""
-    poll, jobs, listening = select.poll(), {}, True  # jobs: fd of a leaf's socket, and its pidfd -> (pid, both)
+    # jobs: fd of a leaf's socket, and its pidfd -> (pid, both)
+    poll, jobs, listening = select.poll(), {}, True
     poll.register(control, select.POLLIN)
     while jobs or listening:
         events = {fd for fd, _ in poll.poll()}
@@ -487,7 +510,8 @@ def _serve(control, proc):
                 os.close(pidfd)
             else:  # the caller hung up
                 os.kill(pid, signal.SIGKILL)
-        if control.fileno() in events:  # last: a new leaf may get the number of a descriptor just closed
+        # last: a new leaf may get the number of a descriptor just closed
+        if control.fileno() in events:
             message, fds, *_ = socket.recv_fds(control, 1, 2)
             if not message:
                 poll.unregister(control)
@@ -511,11 +535,14 @@ def _fork(namespaces):
     Safe because nothing below the caller has threads; the kernel updates glibc's copy of the thread id.
     """
     where = ctypes.c_void_p()
-    known = libc.prctl(40, ctypes.byref(where), 0, 0, 0) == 0  # where glibc keeps the id of this thread
+    # where glibc keeps the id of this thread
+    known = libc.prctl(40, ctypes.byref(where), 0, 0, 0) == 0
     if not known and not namespaces:
         return os.fork()
-    flags = namespaces | (0x01200000 if known else 0) | signal.SIGCHLD  # set the id in the child, clear it at its end
-    return libc.syscall(NUMBERS[1], flags, 0, 0, where, where)  # twice: the order differs between machines
+    # set the id in the child, clear it at its end
+    flags = namespaces | (0x01200000 if known else 0) | signal.SIGCHLD
+    # twice: the order differs between machines
+    return libc.syscall(NUMBERS[1], flags, 0, 0, where, where)
 
 
 def _fork_leaf(sock, output, proc):
@@ -535,7 +562,7 @@ def _fork_leaf(sock, output, proc):
     return pid
 
 
-# ---- 3. Leaf ---------------------------------------------------------------------------------------------------------
+# ---- 3. Leaf -------------------------------------------------------------------------------------
 
 
 def _leaf_main(sock, output, pid, isolated):
@@ -596,7 +623,8 @@ def _answer(scope, name, args):
     """Make one call, send its result as JSON. Returns the exit code."""
     owner = scope.get("Solution")
     function = getattr(owner(), name) if hasattr(owner, name) else scope[name]
-    result = json.dumps(function(*args), default=lambda item: item.tolist()).encode()  # numpy scalars and arrays
+    # numpy scalars and arrays
+    result = json.dumps(function(*args), default=lambda item: item.tolist()).encode()
     result = memoryview(b"v" + struct.pack("!I", len(result)) + result)
     while result:
         result = result[os.write(3, result) :]
@@ -623,10 +651,12 @@ def _seccomp_filter(arch, clone, clone3, prlimit64, prctl, refused):
     rows += [(at_least, 0, 1, 0x40000000), (end, 0, 0, eperm)]  # the x32 twins of every call
     rows += [(equal, 0, 1, clone3), (end, 0, 0, enosys)]
     rows += [(equal, 0, 4, clone), (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), (end, 0, 0, allow), (end, 0, 0, eperm)]
-    for call, value, then, otherwise in (prlimit64, 0, allow, eperm), (prctl, 1, eperm, allow):  # own pid; death signal
+    # own pid; death signal
+    for call, value, then, otherwise in (prlimit64, 0, allow, eperm), (prctl, 1, eperm, allow):
         rows += [(equal, 0, 4, call), (load, 0, 0, 16), (equal, 0, 1, value), (end, 0, 0, then), (end, 0, 0, otherwise)]
     refused = sorted(map(int, refused.split()))
-    rows += [(equal, len(refused) - i, 0, call) for i, call in enumerate(refused)]  # jump to the last row
+    # jump to the last row
+    rows += [(equal, len(refused) - i, 0, call) for i, call in enumerate(refused)]
     return b"".join(struct.pack("HBBI", *row) for row in rows + [(end, 0, 0, allow), (end, 0, 0, eperm)])
 
 
