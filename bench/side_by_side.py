@@ -58,7 +58,7 @@ def vllm_python():
 
 
 def toy_folder(name):
-    """"base": the toy's untrained model; "sft": the same after its first SFT stage (made once, in out/bench, in minutes)."""
+    """Two models: "base" is the toy's untrained model; "sft": the same after its first SFT stage (made once, in out/bench, in minutes)."""
     data = OUT / "data"
     if not (data / "base" / "config.json").exists():
         subprocess.run([sys.executable, ROOT / "toy.py", f"--out={data}"], check=True)

@@ -1,6 +1,9 @@
-"""Removes the rows of a training set that share 9 words in a row with a held-out set, as in the paper's curation:
+"""Removes the rows of a training set that share 9 words in a row with a held-out set (paper 3.2).
 
-    python -m extras.decontaminate --data=nvidia/Nemotron-Cascade-RL-Math --eval_data=HuggingFaceH4/MATH-500,math-ai/aime25 --out=out/math_clean.jsonl
+    python -m extras.decontaminate --data=nvidia/Nemotron-Cascade-RL-Math \\
+        --eval_data=HuggingFaceH4/MATH-500,math-ai/aime25 --out=out/math_clean.jsonl
+
+Prints how many were removed, and the first of them.
 """
 
 import collections

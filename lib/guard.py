@@ -63,7 +63,7 @@ def ours(walk):
 
 
 def where(frames):
-    """"rank 1, step 7, rollout" from frames, outermost first."""
+    """Where it was, "rank 1, step 7, rollout", from frames, outermost first."""
     names = [f.f_code.co_name for f in frames]
     phase = names[names.index("main") :][1:2] if "main" in names else names[:1]
     step = next((f"step {f.f_locals['step']}" for f in frames if "step" in f.f_locals), "start")

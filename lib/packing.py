@@ -1,6 +1,6 @@
 """Rollouts into packed batches: shares of the ranks, micro-batches without padding, shared prefixes computed once.
 
-    T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
+T is the number of tokens of a packed micro-batch; entry t of every per-token tensor is about token t.
 """
 
 import dataclasses
