@@ -74,7 +74,17 @@ class Config:
 
 
 # ---- 1. Tasks ------------------------------------------------------------------------------------
-def task(load, modes=("think",), hub="", samples=3, max_new_tokens=96, temperature=1.0, top_p=1.0, rope_factor=0.0, greedy=True):
+def task(
+    load,
+    modes=("think",),
+    hub="",
+    samples=3,
+    max_new_tokens=96,
+    temperature=1.0,
+    top_p=1.0,
+    rope_factor=0.0,
+    greedy=True,
+):
     """One row of TASKS: load(path, outside) -> rows, (submit, collect), metric; where the rows come from; the protocol."""
     return dict(locals())
 
@@ -98,10 +108,18 @@ def load_chat(path, outside):
     def collect(rollouts):
         for r in rollouts:
             closed = not r.row["think"] or "</think>" in r.text
-            r.reward = toy.chat_score(r.row["messages"][-1]["content"], rlhf.answer_of(r)) if closed and r.finish_reason == "stop" else 0.0
+            r.reward = (
+                toy.chat_score(r.row["messages"][-1]["content"], rlhf.answer_of(r))
+                if closed and r.finish_reason == "stop"
+                else 0.0
+            )
             r.status = "ok"
 
-    return rlhf.load_rows(rlhf.Config(data=path)), (lambda rollout: None, collect), lambda r: r.reward
+    return (
+        rlhf.load_rows(rlhf.Config(data=path)),
+        (lambda rollout: None, collect),
+        lambda r: r.reward,
+    )
 
 
 TASKS = {
@@ -118,7 +136,9 @@ TASKS |= {name: task(**row) for name, row in BENCHMARKS.items()}
 def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
     """(mean, low, high): 95% bootstrap over problems of the (weighted) mean of their scores."""
     scores_PG = np.asarray(scores_PG, dtype=np.float64)
-    weights_PG = np.ones_like(scores_PG) if weights_PG is None else np.asarray(weights_PG, dtype=np.float64)
+    weights_PG = (
+        np.ones_like(scores_PG) if weights_PG is None else np.asarray(weights_PG, dtype=np.float64)
+    )
     sums_P, weights_P = (scores_PG * weights_PG).sum(axis=1), weights_PG.sum(axis=1)
     draws = np.random.default_rng(seed).integers(0, len(sums_P), (resamples, len(sums_P)))
     low, high = np.percentile(sums_P[draws].sum(axis=1) / weights_P[draws].sum(axis=1), [2.5, 97.5])
@@ -134,16 +154,32 @@ def source(name, cfg):
 
 def protocol(name, cfg):
     """The sampling settings of a task: the flags that were given, else its own (paper, appendix B)."""
-    given = dict(samples=cfg.samples, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens, rope_factor=cfg.rope_factor)
+    given = dict(
+        samples=cfg.samples,
+        top_p=cfg.top_p,
+        max_new_tokens=cfg.max_new_tokens,
+        rope_factor=cfg.rope_factor,
+    )
     given = {k: v or TASKS[name][k] for k, v in given.items()}
-    return given | {"temperature": TASKS[name]["temperature"] if cfg.temperature < 0 else cfg.temperature}
+    return given | {
+        "temperature": TASKS[name]["temperature"] if cfg.temperature < 0 else cfg.temperature
+    }
 
 
 def weights_of(folder):
     """What tells the weights of two checkpoints apart: the checksums of run.json, else sizes and times of the files."""
     names = sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", "config.json")))
-    files = json.load(open(run))["files"] if os.path.exists(run := os.path.join(folder, "run.json")) else {}
-    return [[n, files[n]] if n in files else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns] for n in names]
+    files = (
+        json.load(open(run))["files"]
+        if os.path.exists(run := os.path.join(folder, "run.json"))
+        else {}
+    )
+    return [
+        [n, files[n]]
+        if n in files
+        else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns]
+        for n in names
+    ]
 
 
 def appending(path):
@@ -162,22 +198,50 @@ def recall(rollouts, path, rank):
             found[kept["key"]] = kept
     for r in rollouts:
         if kept := found.get(r.key):
-            r.text, r.finish_reason, r.num_tokens = kept["text"], kept["finish_reason"], kept["tokens"]
-            r.metric, r.weight, r.reward, r.status = (kept.get(k) for k in ("score", "weight", "reward", "status"))
+            r.text, r.finish_reason, r.num_tokens = (
+                kept["text"],
+                kept["finish_reason"],
+                kept["tokens"],
+            )
+            r.metric, r.weight, r.reward, r.status = (
+                kept.get(k) for k in ("score", "weight", "reward", "status")
+            )
     return out
 
 
 def as_line(r):
     """One JSON line of a completion; the verdict is there once it has been given."""
-    verdict = {"score": r.metric, "weight": r.weight, "reward": r.reward, "status": r.status} if r.metric is not None else {}
-    return json.dumps({"key": r.key, "problem": r.group, "sample": r.sample, "prompt": r.row["messages"][-1]["content"], "text": r.text,
-                       "finish_reason": r.finish_reason, "tokens": r.num_tokens, **verdict}) + "\n"
+    verdict = (
+        {"score": r.metric, "weight": r.weight, "reward": r.reward, "status": r.status}
+        if r.metric is not None
+        else {}
+    )
+    return (
+        json.dumps(
+            {
+                "key": r.key,
+                "problem": r.group,
+                "sample": r.sample,
+                "prompt": r.row["messages"][-1]["content"],
+                "text": r.text,
+                "finish_reason": r.finish_reason,
+                "tokens": r.num_tokens,
+                **verdict,
+            }
+        )
+        + "\n"
+    )
 
 
 def complete(engine, decodings, how, hook, metric, rank):
     """Sample and grade what no earlier run has: all decodings of a mode in one batch. Each completion is on the disk the moment
     it ends, its verdict when all have. Equal completions of a problem have one verdict, which is worked out once."""
-    (submit, collect), twins, files, same = hook, {}, [], lambda r: (r.group, r.text, r.finish_reason)
+    (submit, collect), twins, files, same = (
+        hook,
+        {},
+        [],
+        lambda r: (r.group, r.text, r.finish_reason),
+    )
     for rollouts, path in decodings:
         files.append(recall(rollouts, path, rank) if path else None)
         for r in rollouts:
@@ -192,24 +256,44 @@ def complete(engine, decodings, how, hook, metric, rank):
             submit(r)
 
     everyone = [r for rollouts, _ in decodings for r in rollouts]
-    engine.generate([r for r in everyone if not r.finish_reason], how["max_new_tokens"], how["temperature"], how["top_p"], on_finished=finished)
+    engine.generate(
+        [r for r in everyone if not r.finish_reason],
+        how["max_new_tokens"],
+        how["temperature"],
+        how["top_p"],
+        on_finished=finished,
+    )
     ungraded = [r for r in everyone if r.twin is r and r.metric is None]
     collect(ungraded)
     with ThreadPoolExecutor(2) as pool:  # swe's metric runs programs
-        for r, value in zip(ungraded, pool.map(lambda r: None if r.status == "infra" else metric(r), ungraded)):
+        for r, value in zip(
+            ungraded, pool.map(lambda r: None if r.status == "infra" else metric(r), ungraded)
+        ):
             r.metric, r.weight = value, float(getattr(r, "votes", 1.0))
     for r in everyone:
-        r.metric, r.weight, r.reward, r.status = r.twin.metric, r.twin.weight, r.twin.reward, r.twin.status
+        r.metric, r.weight, r.reward, r.status = (
+            r.twin.metric,
+            r.twin.weight,
+            r.twin.reward,
+            r.twin.status,
+        )
     [finish_file(rollouts, out) for (rollouts, _), out in zip(decodings, files) if out]
     if missing := sum(r.metric is None for r in everyone):
-        fail(f"{missing} of {len(everyone)} verdicts failed (verifier or judge).", note="Completions are kept: run it again to judge them.")
+        fail(
+            f"{missing} of {len(everyone)} verdicts failed (verifier or judge).",
+            note="Completions are kept: run it again to judge them.",
+        )
 
 
 def finish_file(rollouts, out):
     """The file in its order, with verdicts; what a larger --limit has left there stays."""
     out.close()
     now, same = {r.key for r in rollouts}, rollouts[0].key.partition("-")[0] if rollouts else ""
-    others = [k for k in kept_lines(glob.escape(out.name)) if k["key"] not in now and k["key"].startswith(same)]
+    others = [
+        k
+        for k in kept_lines(glob.escape(out.name))
+        if k["key"] not in now and k["key"].startswith(same)
+    ]
     with open(out.name + ".tmp", "w") as f:
         f.writelines([*map(as_line, rollouts), *(json.dumps(k) + "\n" for k in others)])
     os.replace(out.name + ".tmp", out.name)
@@ -219,43 +303,96 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
     """One result line for each mode and decoding of a task; every rank decodes its share. Prompt and completion share `positions`."""
     how, modes = protocol(name, cfg), cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
     samples = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
-    outside = dict(data=cfg.data, samples=samples, judge=cfg.judge, judge_model=cfg.judge_model, verifier_python=cfg.verifier_python, repos=cfg.repos)
+    outside = dict(
+        data=cfg.data,
+        samples=samples,
+        judge=cfg.judge,
+        judge_model=cfg.judge_model,
+        verifier_python=cfg.verifier_python,
+        repos=cfg.repos,
+    )
     rows, hook, metric = TASKS[name]["load"](source(name, cfg), outside)
     rows, results, weights = rows[: cfg.limit] if cfg.limit else rows, [], weights_of(cfg.model)
     digest = lambda *what: hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
     for mode in modes:
         for row in rows:
             row["think"] = mode == "think"
-            row["prompt_ids"] = render_chat(tokenizer, row["messages"], row["think"], row.get("tools"))[0]
+            row["prompt_ids"] = render_chat(
+                tokenizer, row["messages"], row["think"], row.get("tools")
+            )[0]
         decodings = []
-        for decoding, k, temperature in (("sampled", how["samples"], how["temperature"]), ("greedy", 1, 0.0))[: 1 + TASKS[name]["greedy"]]:
-            mine = [(i, j) for i in range(len(rows)) for j in range(k) if (i * k + j if len(rows) < 8 * world else i) % world == rank]
-            rollouts = [Rollout(row=rows[i], group=i, prompt_ids=rows[i]["prompt_ids"], seed=request_seed(cfg.seed, 1, i, j), greedy=temperature == 0) for i, j in mine]
-            same = digest(weights, how | {"samples": 0, "temperature": temperature}, type(engine).__name__)
+        for decoding, k, temperature in (
+            ("sampled", how["samples"], how["temperature"]),
+            ("greedy", 1, 0.0),
+        )[: 1 + TASKS[name]["greedy"]]:
+            mine = [
+                (i, j)
+                for i in range(len(rows))
+                for j in range(k)
+                if (i * k + j if len(rows) < 8 * world else i) % world == rank
+            ]
+            rollouts = [
+                Rollout(
+                    row=rows[i],
+                    group=i,
+                    prompt_ids=rows[i]["prompt_ids"],
+                    seed=request_seed(cfg.seed, 1, i, j),
+                    greedy=temperature == 0,
+                )
+                for i, j in mine
+            ]
+            same = digest(
+                weights, how | {"samples": 0, "temperature": temperature}, type(engine).__name__
+            )
             for (_, j), r in zip(mine, rollouts, strict=True):
                 r.sample, r.metric, r.key = j, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
-            decodings.append((rollouts, samples and os.path.join(samples, f"{name}_{mode}_{decoding}")))
+            decodings.append(
+                (rollouts, samples and os.path.join(samples, f"{name}_{mode}_{decoding}"))
+            )
         room = min(how["max_new_tokens"], positions - max(len(row["prompt_ids"]) for row in rows))
         complete(engine, decodings, how | {"max_new_tokens": room}, hook, metric, rank)
         for (rollouts, path), decoding in zip(decodings, ("sampled", "greedy")):
             mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
-            _, k, scores, weights_PG, tokens = zip(*sorted(x for part in all_gather(mine) for x in part))
-            score, low, high = interval(np.reshape(scores, (len(rows), -1)), np.reshape(weights_PG, (len(rows), -1)))
-            results.append({"stage": cfg.stage, "task": name, "mode": mode, "decoding": decoding, "score": score, "low": low, "high": high,
-                            "n": len(rows), "samples": max(k) + 1, "seed": cfg.label_seed, "split": cfg.split, "tokens": sum(tokens) / len(tokens)})
+            _, k, scores, weights_PG, tokens = zip(
+                *sorted(x for part in all_gather(mine) for x in part)
+            )
+            score, low, high = interval(
+                np.reshape(scores, (len(rows), -1)), np.reshape(weights_PG, (len(rows), -1))
+            )
+            results.append(
+                {
+                    "stage": cfg.stage,
+                    "task": name,
+                    "mode": mode,
+                    "decoding": decoding,
+                    "score": score,
+                    "low": low,
+                    "high": high,
+                    "n": len(rows),
+                    "samples": max(k) + 1,
+                    "seed": cfg.label_seed,
+                    "split": cfg.split,
+                    "tokens": sum(tokens) / len(tokens),
+                }
+            )
     return results
 
 
 def print_table(results):
     for r in results:
-        print(f"{r['stage']:8s} {r['task']:5s} {r['mode']:9s} {r['decoding']:8s} {100 * r['score']:5.1f}  "
-              f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']} x {r['samples']}", flush=True)
+        print(
+            f"{r['stage']:8s} {r['task']:5s} {r['mode']:9s} {r['decoding']:8s} {100 * r['score']:5.1f}  "
+            f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']} x {r['samples']}",
+            flush=True,
+        )
 
 
 # ---- 3. Chat -------------------------------------------------------------------------------------
 def chat(model, engine, tokenizer, cfg):
     """Talk in the terminal. The reply appears while it is sampled; the mode is a flag of each user turn, as in training."""
-    print("/think and /no_think switch the mode (at the end of a message: for that turn), /new forgets, ctrl-d leaves.")
+    print(
+        "/think and /no_think switch the mode (at the end of a message: for that turn), /new forgets, ctrl-d leaves."
+    )
     messages, think = [], True
     while True:
         try:
@@ -271,9 +408,19 @@ def chat(model, engine, tokenizer, cfg):
             prompt_ids = render_chat(tokenizer, messages, think)[0]
             room = min(cfg.max_new_tokens or 8192, model.max_positions() - len(prompt_ids))
             if room < 1:
-                messages = print(f"The conversation fills all {model.max_positions()} positions of this model: this is a new one.") or []
+                messages = (
+                    print(
+                        f"The conversation fills all {model.max_positions()} positions of this model: this is a new one."
+                    )
+                    or []
+                )
                 continue
-            r = Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=request_seed(cfg.seed, 2, time.time_ns()))
+            r = Rollout(
+                row={},
+                group=0,
+                prompt_ids=prompt_ids,
+                seed=request_seed(cfg.seed, 2, time.time_ns()),
+            )
             # what the paper evaluates with
             how = (0.6 if cfg.temperature < 0 else cfg.temperature, cfg.top_p or 0.95)
             sampling = threading.Thread(target=engine.generate, args=([r], room, *how), daemon=True)
@@ -293,7 +440,12 @@ def chat(model, engine, tokenizer, cfg):
 def load(cfg, device, rope_factor):
     """(model, engine) of --model; YaRN where the task's protocol wants it."""
     with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
-        model = Qwen3.from_pretrained(cfg.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, rope_factor=rope_factor)
+        model = Qwen3.from_pretrained(
+            cfg.model,
+            device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            rope_factor=rope_factor,
+        )
     return model, make_engine("torch" if cfg.chat else cfg.engine, model, load_tokenizer(cfg.model))
 
 
@@ -309,13 +461,29 @@ def main(cfg):
         return print(steps_of_same_compute(*cfg.same_compute.split(",")))
     names = list(TOY) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
     if unknown := [name for name in names if name not in TASKS]:
-        fail(f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).", note="Nothing was measured.")
+        fail(
+            f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).",
+            note="Nothing was measured.",
+        )
     if not os.path.exists(os.path.join(cfg.model, "config.json")):
-        fail(f"--model={cfg.model}: no checkpoint there (config.json is missing).", note="Nothing was measured.")
+        fail(
+            f"--model={cfg.model}: no checkpoint there (config.json is missing).",
+            note="Nothing was measured.",
+        )
     if unknown := [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]:
-        fail(f"--modes: {', '.join(unknown)} unknown (has: think, no_think).", note="Nothing was measured.")
-    if len({protocol(name, cfg)["rope_factor"] for name in names}) > 1 and cfg.engine != "torch" and torch.cuda.is_available():
-        fail("--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): measure them apart.", note="Nothing was measured.")
+        fail(
+            f"--modes: {', '.join(unknown)} unknown (has: think, no_think).",
+            note="Nothing was measured.",
+        )
+    if (
+        len({protocol(name, cfg)["rope_factor"] for name in names}) > 1
+        and cfg.engine != "torch"
+        and torch.cuda.is_available()
+    ):
+        fail(
+            "--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): measure them apart.",
+            note="Nothing was measured.",
+        )
     # ranks finish hours apart where answers are long
     rank, world, device = init_distributed(cfg.seed, 24 * 3600)
     cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
@@ -331,7 +499,10 @@ def main(cfg):
         if loaded != how["rope_factor"]:
             (model, engine), loaded = load(cfg, device, how["rope_factor"]), how["rope_factor"]
         if how["max_new_tokens"] > model.max_positions():
-            fail(f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.", note="")
+            fail(
+                f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.",
+                note="",
+            )
         results = score_task(name, engine, tokenizer, cfg, rank, world, model.max_positions())
         print_table(results if rank == 0 else [])
         if cfg.results and rank == 0:

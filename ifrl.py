@@ -38,7 +38,14 @@ import torch
 from tqdm import tqdm
 
 from engine import Rollout, make_engine, request_seed
-from lib.checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
+from lib.checkpoint import (
+    load_checkpoint,
+    load_history,
+    load_policy,
+    lock,
+    mark_final,
+    save_checkpoint,
+)
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.data import BadRow, chat, count_correct, encode_prompts, field, load_table, next_prompts
 from lib.flags import parse_config
@@ -114,7 +121,10 @@ class Config:
 def read_constraints(row, where):
     """(ids, kwargs, prompt) of any of the four schemas; the prompt is a string or a list of chat messages."""
     if "ground_truth" not in row or "instruction_id_list" in row:
-        ids, kwargs = field(row, where, "instruction_id_list", list), field(row, where, "kwargs", list)
+        ids, kwargs = (
+            field(row, where, "instruction_id_list", list),
+            field(row, where, "kwargs", list),
+        )
         return ids, kwargs, row.get("prompt") or row.get("messages") or ""
     # allenai: [{instruction_id, kwargs}] as the text of a Python literal
     for parse in (ast.literal_eval, json.loads):
@@ -139,23 +149,40 @@ def load_rows(cfg, path=None, limit=0):
             messages.pop()
         if not messages or not messages[-1]["content"].strip():
             raise BadRow("no prompt")
-        list_of = lambda values, kinds: isinstance(values, list) and all(isinstance(v, kinds) for v in values)  # noqa: E731
-        if not list_of(ids, str) or not list_of(kwargs, (dict, type(None))) or not ids or len(ids) != len(kwargs):
+        list_of = lambda values, kinds: (
+            isinstance(values, list) and all(isinstance(v, kinds) for v in values)
+        )  # noqa: E731
+        if (
+            not list_of(ids, str)
+            or not list_of(kwargs, (dict, type(None)))
+            or not ids
+            or len(ids) != len(kwargs)
+        ):
             raise BadRow("no constraints, or not one kwargs object for each")
         kwargs = [clean_kwargs(k) for k in kwargs]
         for reason in filter(None, map(unusable, ids, kwargs)):
             raise BadRow(reason)  # [dev 4]
         # measured whole, whatever this stage trains on
         held_out = (path or cfg.data) == cfg.eval_data
-        if not held_out and cfg.taxonomy not in ("all", "ifeval" if IFEVAL.keys() >= set(ids) else "iftrain"):
+        if not held_out and cfg.taxonomy not in (
+            "all",
+            "ifeval" if IFEVAL.keys() >= set(ids) else "iftrain",
+        ):
             raise BadRow(f"not of taxonomy {cfg.taxonomy}")
-        return {"messages": messages, "think": cfg.think, "instruction_id_list": list(ids), "kwargs": kwargs}
+        return {
+            "messages": messages,
+            "think": cfg.think,
+            "instruction_id_list": list(ids),
+            "kwargs": kwargs,
+        }
 
     rows = load_table(path or cfg.data, normalize, limit)
     ids = Counter(name for row in rows for name in row["instruction_id_list"])
     beyond = sum(not IFEVAL.keys() >= set(row["instruction_id_list"]) for row in rows)
-    print0(f"data {path or cfg.data}: {len(rows)} prompts, {sum(ids.values())} constraints of {len(ids)} kinds, "
-           f"{beyond} prompts with ids beyond IFEval's 25")
+    print0(
+        f"data {path or cfg.data}: {len(rows)} prompts, {sum(ids.values())} constraints of {len(ids)} kinds, "
+        f"{beyond} prompts with ids beyond IFEval's 25"
+    )
     return rows
 
 
@@ -179,18 +206,26 @@ def verify(text, think, instruction_id_list, kwargs, need_letters=True):
         return [False] * len(instruction_id_list), "no_answer"
     pairs = zip(instruction_id_list, kwargs, strict=True)
     followed = [len(answer) <= MAX_CHARS and check(name, k, answer) for name, k in pairs]
-    mute = need_letters and not any(map(str.isalpha, answer)) and "language:response_language" in instruction_id_list
+    mute = (
+        need_letters
+        and not any(map(str.isalpha, answer))
+        and "language:response_language" in instruction_id_list
+    )
     return followed, "ok" if all(followed) and not mute else "wrong"  # mute: [dev 3]
 
 
 def reward(response, instruction_id_list, kwargs):
     """1 if the answer follows every constraint, else 0: the training reward, hence with [dev 3]."""
-    return int(verify(response, re.search("</?think>", response), instruction_id_list, kwargs)[1] == "ok")
+    return int(
+        verify(response, re.search("</?think>", response), instruction_id_list, kwargs)[1] == "ok"
+    )
 
 
 def add_preference(rollouts, scores):
     """Thinking model: reward = 1 + sigmoid(z) where all rules hold, z = score normalised over its whole group."""
-    for _, members in itertools.groupby(zip(rollouts, scores, strict=True), key=lambda pair: pair[0].group):
+    for _, members in itertools.groupby(
+        zip(rollouts, scores, strict=True), key=lambda pair: pair[0].group
+    ):
         members = list(members)
         known = [score for _, score in members if score is not None]  # None: the endpoint failed
         std = statistics.stdev(known) if len(known) > 1 else 0.0
@@ -216,7 +251,14 @@ def make_reward(cfg):
 
     def submit(rollout):
         row = rollout.row
-        job = (verify, rollout.text, row["think"], row["instruction_id_list"], row["kwargs"], cfg.need_letters)
+        job = (
+            verify,
+            rollout.text,
+            row["think"],
+            row["instruction_id_list"],
+            row["kwargs"],
+            cfg.need_letters,
+        )
         rollout.pending = pool.apply_async(timed, job) if pool else timed(*job)
         return rollout.pending
 
@@ -227,7 +269,9 @@ def make_reward(cfg):
         for rollout, result in zip(rollouts, waiting, strict=True):
             try:
                 result = result.get(max(0.0, deadline - time.monotonic())) if pool else result
-            except multiprocessing.TimeoutError:  # a keyword that takes for ever as a pattern: masked, nobody's fault
+            except (
+                multiprocessing.TimeoutError
+            ):  # a keyword that takes for ever as a pattern: masked, nobody's fault
                 result = ([False] * len(rollout.row["kwargs"]), "infra"), VERDICT_SECONDS
             (rollout.followed, rollout.status), rollout.verify_s = result
             rollout.pending = None
@@ -239,7 +283,9 @@ def make_reward(cfg):
             score = load_reward_model(cfg.rm, rm_device(), cfg.reward_workers)  # once: it is cached
             # no tag: the whole text
             answers = [rollout.text.rpartition("</think>")[2].strip() for rollout in rollouts]
-            add_preference(rollouts, score([rollout.row["messages"] for rollout in rollouts], answers))
+            add_preference(
+                rollouts, score([rollout.row["messages"] for rollout in rollouts], answers)
+            )
         if cfg.sample_every and next(rounds) % cfg.sample_every == 0:
             print0(extremes(monitor(rollouts)))
 
@@ -249,7 +295,10 @@ def make_reward(cfg):
 def monitor(rollouts):
     """This stage's numbers for the log, as shares of all rollouts: short replies, constraints given and followed."""
     n = max(len(rollouts), 1)
-    shares = {"under_20_words": sum(len(r.text.rpartition("</think>")[2].split()) < 20 for r in rollouts) / n}
+    shares = {
+        "under_20_words": sum(len(r.text.rpartition("</think>")[2].split()) < 20 for r in rollouts)
+        / n
+    }
     given, followed = Counter(), Counter()
     for r in rollouts:
         given.update(r.row["instruction_id_list"])
@@ -263,7 +312,9 @@ def extremes(shares, k=5):
     """One line: the ids followed least and most often, from monitor()'s shares."""
     given = [name for name in CHECKS if shares[f"given/{name}"]]
     rates = sorted((shares[f"followed/{name}"] / shares[f"given/{name}"], name) for name in given)
-    lowest, highest = (", ".join(f"{name} {rate:.0%}" for rate, name in part) for part in (rates[:k], rates[-k:]))
+    lowest, highest = (
+        ", ".join(f"{name} {rate:.0%}" for rate, name in part) for part in (rates[:k], rates[-k:])
+    )
     return f"  followed least: {lowest} | most: {highest} | under 20 words: {shares['under_20_words']:.0%}"
 
 
@@ -272,7 +323,9 @@ def self_test(rows, cfg):
     for row in random.Random(cfg.seed).sample(rows, min(64, len(rows))):
         ids, kwargs = row["instruction_id_list"], row["kwargs"]
         if reward("", ids, kwargs) or any(map(unusable, ids, kwargs)):
-            fail(f"verifier self test: {ids} with {kwargs} rewards an empty reply or cannot be decided.")
+            fail(
+                f"verifier self test: {ids} with {kwargs} rewards an empty reply or cannot be decided."
+            )
     if cfg.think:
         check_reward_model(cfg.rm, rows, cfg.reward_workers)
 
@@ -294,14 +347,36 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     `sampled` those of the first round, an unbiased view of the policy."""
     submit, collect = reward_hook
     mine, trained, sampled = indices[rank::world], [], []
-    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    wanted, spare = (
+        len(mine),
+        list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world],
+    )
     for refill in range(1 + cfg.max_refill_rounds):
-        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
-                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
-        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+        fresh = [
+            Rollout(
+                row=rows[i],
+                group=refill * wanted + g,
+                prompt_ids=rows[i]["prompt_ids"],
+                seed=request_seed(cfg.seed, step, refill, g * world + rank, sample),
+            )
+            for g, i in enumerate(mine)
+            for sample in range(cfg.group_size)
+        ]
+        with tqdm(
+            total=len(fresh),
+            desc=f"step {step} rollout",
+            leave=False,
+            disable=None if rank == 0 else True,
+        ) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
-            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            engine.generate(
+                fresh,
+                cfg.max_new_tokens,
+                cfg.temperature,
+                cfg.top_p,
+                cfg.top_k,
+                on_finished=finished,
+            )
             collect(fresh)
         compute_advantages(fresh, cfg)
         groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
@@ -324,8 +399,12 @@ def compute_advantages(rollouts, cfg):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"
         for r in group:
-            assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
-            r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+            assert r.status == "infra" or math.isfinite(r.reward), (
+                f"reward {r.reward} for {r.row['messages']}"
+            )
+            r.trained = r.status != "infra" and not (
+                cfg.overlong_filter and r.finish_reason == "length"
+            )
         rewards = [r.reward for r in group if r.trained]
         # by comparison: a std of 1e-17 is not a signal
         even = len(rewards) < 2 or max(rewards) == min(rewards)
@@ -343,7 +422,10 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     weights_M = importance(old_logprobs_T, batch, cfg)
-    return -(weights_M * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)).sum() / counts["tokens"]
+    return (
+        -(weights_M * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)).sum()
+        / counts["tokens"]
+    )
 
 
 def importance(old_logprobs_T, batch, cfg):
@@ -358,7 +440,9 @@ def importance(old_logprobs_T, batch, cfg):
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
-    counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    counts = all_reduce(
+        {"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)}
+    )
     batches = collate(balance(rollouts, world), cfg, device)
     # every rank runs equally many: collectives must match
     most = int(all_reduce({"n": len(batches)}, "max")["n"])
@@ -366,9 +450,21 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
     for i, batch in enumerate(batches):
-        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
+        packed = (
+            batch["input_ids_T"],
+            batch["cu_seqlens"],
+            batch["max_seqlen"],
+            batch["loss_index"],
+            batch["shared"],
+        )
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
-        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        loss = grpo_loss(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach(),
+            batch=batch,
+            counts=counts,
+            cfg=cfg,
+        )
         # ranks are averaged, the denominator is global; idle batches weigh 0
         (loss * world * (i < most - idle)).backward()
         if i < most - idle:
@@ -384,16 +480,40 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
-    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+    return {
+        "loss": sums["loss"],
+        **per_token,
+        "grad_norm": grad_norm,
+        "num_tokens": counts["tokens"],
+    }
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
     """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
-    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = [
+        Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i))
+        for i, row in enumerate(rows)
+    ]
     rollouts = rollouts[rank::world]
-    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    engine.generate(
+        rollouts,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        cfg.top_k,
+        on_finished=reward_hook[0],
+    )
     reward_hook[1](rollouts)
-    sums = all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
+    sums = all_reduce(
+        {
+            "score": sum(
+                known := [
+                    m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None
+                ]
+            ),
+            "n": len(known),
+        }
+    )
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -406,43 +526,81 @@ def main(cfg):
     # first of all: its workers are forked while this process is still small
     reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
-    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    eval_rows = (
+        load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    )
     self_test(rows, cfg)
 
     tokenizer, model, resume = load_policy(cfg, world, device)
-    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    rows, eval_rows = (
+        encode_prompts(rows, tokenizer, cfg),
+        eval_rows and encode_prompts(eval_rows, tokenizer, cfg),
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
+    data = functools.reduce(
+        lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0
+    )
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(all_gather(data)) != {state.setdefault("data", data)}:
-        fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
+        fail(
+            f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on."
+        )
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
+    print0(
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+        f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}"
+    )
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg, select_rows), step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(
+            engine,
+            rows,
+            next_prompts(rows, state, cfg, select_rows),
+            step,
+            cfg,
+            reward_hook,
+            rank,
+            world,
+        )
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = summarize(sampled, monitor(sampled)) | train_step(
+            model, optimizer, trained, cfg, device, world
+        )
         engine.sync(model)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
+        metrics |= {
+            "lr": optimizer.param_groups[0]["lr"],
+            "time/gen": generated - clock,
+            "time/train": time.time() - generated,
+        }
         for counts in all_gather(count_correct(sampled)):
             state["history"] |= counts
         check_step(step, metrics, state, cfg)
-        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+        if (
+            cfg.eval_every
+            and eval_rows
+            and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps))
+        ):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
-            print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+            print0(
+                f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})"
+            )
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)

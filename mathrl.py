@@ -30,9 +30,25 @@ from math_verify import LatexExtractionConfig, parse, verify
 from tqdm import tqdm
 
 from engine import Rollout, make_engine, request_seed
-from lib.checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
+from lib.checkpoint import (
+    load_checkpoint,
+    load_history,
+    load_policy,
+    lock,
+    mark_final,
+    save_checkpoint,
+)
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, chat, count_correct, encode_prompts, field, given, load_table, next_prompts
+from lib.data import (
+    BadRow,
+    chat,
+    count_correct,
+    encode_prompts,
+    field,
+    given,
+    load_table,
+    next_prompts,
+)
 from lib.flags import parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, summarize
@@ -103,8 +119,13 @@ class Config:
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-INSTRUCTION = "Solve the problem step by step. Put the final answer, and nothing else, inside \\boxed{}.\n\n"
-DAPO = re.compile(r"Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put your answer.*", re.S)
+INSTRUCTION = (
+    "Solve the problem step by step. Put the final answer, and nothing else, inside \\boxed{}.\n\n"
+)
+DAPO = re.compile(
+    r"Solve the following math problem step by step\..*?\n\n(.*)\n\nRemember to put your answer.*",
+    re.S,
+)
 
 
 def normalize(row, where):
@@ -114,28 +135,46 @@ def normalize(row, where):
     # DAPO-Math-17k asks for "Answer:" instead of a box
     problem = DAPO.sub(r"\1", problem[-1]["content"].strip())
     nested = row.get("reward_model")
-    named = {**row, "ground_truth": nested.get("ground_truth") if isinstance(nested, dict) else None}
+    named = {
+        **row,
+        "ground_truth": nested.get("ground_truth") if isinstance(nested, dict) else None,
+    }
     if not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
         field(row, where, "answer")  # stops the run and names the fields that are there
-    key, gold = next(((k, named[k]) for k in ("answer", "expected_answer", "ground_truth", "solution") if named.get(k) is not None), ("answer", ""))
+    key, gold = next(
+        (
+            (k, named[k])
+            for k in ("answer", "expected_answer", "ground_truth", "solution")
+            if named.get(k) is not None
+        ),
+        ("answer", ""),
+    )
     if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
         raise BadRow(f'field "{key}" is neither text nor a number')
     # a written solution instead of a bare answer
     gold = last_box(gold) or "" if "\\boxed" in str(gold) else str(gold)
     if not problem or not gold.strip():
         raise BadRow("empty problem or answer")
-    return {"messages": [{"role": "user", "content": INSTRUCTION + problem}], "think": True, "answer": gold}
+    return {
+        "messages": [{"role": "user", "content": INSTRUCTION + problem}],
+        "think": True,
+        "answer": gold,
+    }
 
 
 def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path): each problem once (DAPO repeats them), golds that verify against themselves only."""
     rows = load_table(path or cfg.data, normalize, limit)
     distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
-    sound = verifiers(cfg.reward_workers).map(lambda row: reward(boxed(row["answer"]), row["answer"]) == 1, distinct)
+    sound = verifiers(cfg.reward_workers).map(
+        lambda row: reward(boxed(row["answer"]), row["answer"]) == 1, distinct
+    )
     # rank 0's clock decides for all
     kept = [row for row, ok in zip(distinct, all_gather(list(sound))[0]) if ok]
     if len(kept) < len(rows):
-        print0(f"data {path or cfg.data}: dropped {len(rows) - len(distinct)} repeated problems, {len(distinct) - len(kept)} answers that do not verify")
+        print0(
+            f"data {path or cfg.data}: dropped {len(rows) - len(distinct)} repeated problems, {len(distinct) - len(kept)} answers that do not verify"
+        )
     return kept or fail(f"data {path or cfg.data}: no answer that the verifier can read.")
 
 
@@ -146,8 +185,12 @@ def select_rows(rows, epoch, history, cfg):
     leave, and return with readmit_easy or readmit_hard; unseen rows stay. A pure function, the same on every rank, with a draw for each row, so
     that its luck does not depend on the others."""
     draw = random.Random(f"{cfg.seed} {epoch}")
-    chance = lambda correct, total: {0: cfg.readmit_hard, total: cfg.readmit_easy}.get(correct, 1.0) if total else 1.0
-    return [i for i in range(len(rows)) if draw.random() < chance(*history.get(i, (0, 0)))] or list(range(len(rows)))
+    chance = lambda correct, total: (
+        {0: cfg.readmit_hard, total: cfg.readmit_easy}.get(correct, 1.0) if total else 1.0
+    )
+    return [i for i in range(len(rows)) if draw.random() < chance(*history.get(i, (0, 0)))] or list(
+        range(len(rows))
+    )
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
@@ -164,15 +207,24 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 LITERAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
 # "x = ", "a_{1}="
 NAME = re.compile(r"\\?[A-Za-z]+(_\w|_\{\w+\}|\([A-Za-z]\))?\s*(=|\\(equiv|approx)(?![a-z]))\s*")
-UNIT = re.compile(r"\s*(\\?%|\^\{?\\circ\}?|\\degree|_\{?10\}?|\\(text\w*|mathrm|mbox)\{[^{}\d]*\}(\^\{?[23]\}?)?)$")
+UNIT = re.compile(
+    r"\s*(\\?%|\^\{?\\circ\}?|\\degree|_\{?10\}?|\\(text\w*|mathrm|mbox)\{[^{}\d]*\}(\^\{?[23]\}?)?)$"
+)
 # What a plain number may look like besides a literal: powers, fractions, roots, E for "\times 10^",
 # a unit in words.
-VALUE = re.compile(r"(\d(?!\s+\d)|[.^{}()/\s]|(?<![\w)}])-|\\[cdt]?frac|\\sqrt|\\(left|right)(?![a-z])|E)+([A-Za-z]{2}[A-Za-z ]*)?", re.A)
-RELATION = re.compile(r"[=<>;]|\\\\|\\text\w*\{[^}]*\d|\\(equiv|approx|sim|simeq|cong|neq?|leq?|geq?|lt|gt|to|([Ll]eft)?[Rr]ightarrow"
-                      r"|iff|implies|in|lor|land|vee|wedge|cup|cap|mid|pm|mp|l?dots|cdots|q?quad)(?![A-Za-z])")
+VALUE = re.compile(
+    r"(\d(?!\s+\d)|[.^{}()/\s]|(?<![\w)}])-|\\[cdt]?frac|\\sqrt|\\(left|right)(?![a-z])|E)+([A-Za-z]{2}[A-Za-z ]*)?",
+    re.A,
+)
+RELATION = re.compile(
+    r"[=<>;]|\\\\|\\text\w*\{[^}]*\d|\\(equiv|approx|sim|simeq|cong|neq?|leq?|geq?|lt|gt|to|([Ll]eft)?[Rr]ightarrow"
+    r"|iff|implies|in|lor|land|vee|wedge|cup|cap|mid|pm|mp|l?dots|cdots|q?quad)(?![A-Za-z])"
+)
 # the problem said once more, where the gold is its result
 WORK = re.compile(r"\\(sum|prod|i+nt|oint|lim)(?![A-Za-z])|\\[dt]?frac\{d\}\{d")
-UNDONE = re.compile(r"!|\\(sum|prod|i+nt|oint|lim|limsup|liminf|[dt]?binom|choose|max|min|sup|inf|gcd|det)(?![A-Za-z])")
+UNDONE = re.compile(
+    r"!|\\(sum|prod|i+nt|oint|lim|limsup|liminf|[dt]?binom|choose|max|min|sup|inf|gcd|det)(?![A-Za-z])"
+)
 # what is written without LaTeX
 PLAIN = {0x2212: "-", 0x2013: "-", 0xB0: r"^\circ", 0xD7: r"\times ", 0x221E: r"\infty "}
 TEXT = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox)\{([^{}]*)\}")
@@ -196,14 +248,21 @@ def last_box(text):
         if box.start() < end:
             continue  # inside the previous one
         content, depth = None, 0
-        for token in re.finditer(r"\\.|[{}]|[^\\{}]+", text[box.end() : box.end() + MAX_ANSWER + 2], re.S):
+        for token in re.finditer(
+            r"\\.|[{}]|[^\\{}]+", text[box.end() : box.end() + MAX_ANSWER + 2], re.S
+        ):
             depth += {"{": 1, "}": -1}.get(token[0], 0)
             if depth <= 0:
                 if token[0] == "}":
                     end = box.end() + token.end()
                     content = text[box.end() + 1 : end - 1].strip()
                 break
-    if content and (inner := BOX.match(content)) and content[inner.end() :].startswith("{") and content.endswith("}"):
+    if (
+        content
+        and (inner := BOX.match(content))
+        and content[inner.end() :].startswith("{")
+        and content.endswith("}")
+    ):
         content = content[inner.end() + 1 : -1].strip()
     return None if content is None or BOX.search(content) else content
 
@@ -214,7 +273,11 @@ def strip(text):
     text = re.sub(r"\\[!,:; ()\[\]]|~|\\?\$", "", text).strip().removesuffix(".")
     text = UNIT.sub("", NAME.sub("", text, count=1) if NAME.match(text) else text)
     text = TEXT.sub(r"\1", text).strip() if TEXT.fullmatch(text) else text
-    return re.sub("[, ]", "", text) if re.fullmatch(r"[-+]?[1-9]\d{0,2}([, ]\d{3})+(\.\d+)?", text) else text
+    return (
+        re.sub("[, ]", "", text)
+        if re.fullmatch(r"[-+]?[1-9]\d{0,2}([, ]\d{3})+(\.\d+)?", text)
+        else text
+    )
 
 
 def literal(text):
@@ -229,7 +292,11 @@ def refused(gold, given):
     if literal(gold) is not None or WORK.search(given) and not WORK.search(gold):
         return not VALUE.fullmatch(given)
     symbols = re.sub(r"\\(?!infty)[A-Za-z]+|[ei](?![A-Za-z])", "", strip(gold))
-    if re.search(r"[A-Za-z,=<>|\[\]]", symbols) or RELATION.search(gold) or not re.search(r"\d|\\pi|e", gold):
+    if (
+        re.search(r"[A-Za-z,=<>|\[\]]", symbols)
+        or RELATION.search(gold)
+        or not re.search(r"\d|\\pi|e", gold)
+    ):
         return False  # gold is a set, an interval, an expression, a word
     return bool(RELATION.search(given) or (UNDONE.search(given) and not UNDONE.search(gold)))
 
@@ -243,13 +310,26 @@ def equal(gold, given):
         given_forms = parse(boxed(whole(given)), [LatexExtractionConfig()], parsing_timeout=PART_S)
         if not same and verify(gold_forms, given_forms, timeout_seconds=PART_S):
             a, b = gold_forms[0], given_forms[0]
-            same = a == b or "%" in gold + given or not all(getattr(x, "is_number", False) for x in (a, b))
+            same = (
+                a == b
+                or "%" in gold + given
+                or not all(getattr(x, "is_number", False) for x in (a, b))
+            )
             # verify() rounds: tiny numbers are all equal, and 1 - 1/n! to 1
             if not same:
                 # None: it cannot tell
-                near, exact = bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30))), (a - b).equals(0)
-                same = exact is True if a.is_Integer else near and ("." in gold + given or exact is not False)
-    except BaseException:  # whatever sympy throws at hostile LaTeX; math-verify's own timeout is no Exception
+                near, exact = (
+                    bool(abs((a - b).evalf(30)) <= 1e-4 * abs(a.evalf(30))),
+                    (a - b).equals(0),
+                )
+                same = (
+                    exact is True
+                    if a.is_Integer
+                    else near and ("." in gold + given or exact is not False)
+                )
+    except (
+        BaseException
+    ):  # whatever sympy throws at hostile LaTeX; math-verify's own timeout is no Exception
         pass
     return same or (False if time.monotonic() - start < PART_S else None)
 
@@ -265,7 +345,11 @@ def same_answer(gold, given):
     a, b = literal(gold), literal(given)
     if "%" not in gold and a is not None and b is not None and (a == b or a.denominator == 1):
         return a == b
-    return False if refused(gold, given) and bare(gold) != bare(given) else equal_in_child(gold, given.removesuffix("."))
+    return (
+        False
+        if refused(gold, given) and bare(gold) != bare(given)
+        else equal_in_child(gold, given.removesuffix("."))
+    )
 
 
 def verdict(response, answer, prompt=None):
@@ -276,7 +360,9 @@ def verdict(response, answer, prompt=None):
     given = last_box(final) if closed else None
     if not given:
         return 0, "no_answer"
-    return {True: (1, "ok"), False: (0, "wrong"), None: (0, "timeout")}[same_answer(str(answer), given)]
+    return {True: (1, "ok"), False: (0, "wrong"), None: (0, "timeout")}[
+        same_answer(str(answer), given)
+    ]
 
 
 def reward(response, answer, prompt=None):
@@ -287,7 +373,9 @@ def reward(response, answer, prompt=None):
 def judge(rollout):
     """(reward, status) of a rollout. A truncated one has not answered, whatever it boxed on the way."""
     text = rollout.text if rollout.row["think"] else "</think>" + rollout.text
-    value, status = verdict(text, rollout.row["answer"], " ".join(turn["content"] for turn in rollout.row["messages"]))
+    value, status = verdict(
+        text, rollout.row["answer"], " ".join(turn["content"] for turn in rollout.row["messages"])
+    )
     return (0, "no_answer") if rollout.finish_reason == "length" and value == 1 else (value, status)
 
 
@@ -306,15 +394,28 @@ def make_reward(cfg):
 
 def monitor(rollouts):
     """This stage's numbers for the log, as shares of all rollouts."""
-    boxes = [(len(BOX.findall(r.text.rpartition("</think>")[2])) * ("</think>" in r.text), r.status == "wrong") for r in rollouts]
-    shares = {"box": [n > 0 for n, _ in boxes], "two_boxes": [n > 1 for n, _ in boxes], "box_wrong": [n > 0 and wrong for n, wrong in boxes]}
+    boxes = [
+        (
+            len(BOX.findall(r.text.rpartition("</think>")[2])) * ("</think>" in r.text),
+            r.status == "wrong",
+        )
+        for r in rollouts
+    ]
+    shares = {
+        "box": [n > 0 for n, _ in boxes],
+        "two_boxes": [n > 1 for n, _ in boxes],
+        "box_wrong": [n > 0 and wrong for n, wrong in boxes],
+    }
     return {name: sum(flags) / max(len(flags), 1) for name, flags in shares.items()}
 
 
 def self_test(rows, cfg):
     """Before training: on a sample, the boxed gold earns 1, another number 0, and the gold inside the reasoning 0."""
     for gold in (row["answer"] for row in random.Random(cfg.seed).sample(rows, min(32, len(rows)))):
-        earned = [reward(text, gold) for text in (boxed(gold), boxed("-7151623.5"), boxed(gold).removeprefix("</think>"))]
+        earned = [
+            reward(text, gold)
+            for text in (boxed(gold), boxed("-7151623.5"), boxed(gold).removeprefix("</think>"))
+        ]
         if earned != [1, 0, 0]:
             fail(f'verifier self test: answer "{gold}" earns {earned} where [1, 0, 0] is right.')
 
@@ -336,14 +437,36 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     `sampled` those of the first round, an unbiased view of the policy."""
     submit, collect = reward_hook
     mine, trained, sampled = indices[rank::world], [], []
-    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    wanted, spare = (
+        len(mine),
+        list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world],
+    )
     for refill in range(1 + cfg.max_refill_rounds):
-        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
-                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
-        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+        fresh = [
+            Rollout(
+                row=rows[i],
+                group=refill * wanted + g,
+                prompt_ids=rows[i]["prompt_ids"],
+                seed=request_seed(cfg.seed, step, refill, g * world + rank, sample),
+            )
+            for g, i in enumerate(mine)
+            for sample in range(cfg.group_size)
+        ]
+        with tqdm(
+            total=len(fresh),
+            desc=f"step {step} rollout",
+            leave=False,
+            disable=None if rank == 0 else True,
+        ) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
-            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            engine.generate(
+                fresh,
+                cfg.max_new_tokens,
+                cfg.temperature,
+                cfg.top_p,
+                cfg.top_k,
+                on_finished=finished,
+            )
             collect(fresh)
         compute_advantages(fresh, cfg)
         groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
@@ -366,8 +489,12 @@ def compute_advantages(rollouts, cfg):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"
         for r in group:
-            assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
-            r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+            assert r.status == "infra" or math.isfinite(r.reward), (
+                f"reward {r.reward} for {r.row['messages']}"
+            )
+            r.trained = r.status != "infra" and not (
+                cfg.overlong_filter and r.finish_reason == "length"
+            )
         rewards = [r.reward for r in group if r.trained]
         # by comparison: a std of 1e-17 is not a signal
         even = len(rewards) < 2 or max(rewards) == min(rewards)
@@ -385,7 +512,10 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     weights_M = importance(old_logprobs_T, batch, cfg)
-    return -(weights_M * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)).sum() / counts["tokens"]
+    return (
+        -(weights_M * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)).sum()
+        / counts["tokens"]
+    )
 
 
 def importance(old_logprobs_T, batch, cfg):
@@ -400,7 +530,9 @@ def importance(old_logprobs_T, batch, cfg):
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
-    counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    counts = all_reduce(
+        {"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)}
+    )
     batches = collate(balance(rollouts, world), cfg, device)
     # every rank runs equally many: collectives must match
     most = int(all_reduce({"n": len(batches)}, "max")["n"])
@@ -408,9 +540,21 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
     for i, batch in enumerate(batches):
-        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
+        packed = (
+            batch["input_ids_T"],
+            batch["cu_seqlens"],
+            batch["max_seqlen"],
+            batch["loss_index"],
+            batch["shared"],
+        )
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
-        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        loss = grpo_loss(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach(),
+            batch=batch,
+            counts=counts,
+            cfg=cfg,
+        )
         # ranks are averaged, the denominator is global; idle batches weigh 0
         (loss * world * (i < most - idle)).backward()
         if i < most - idle:
@@ -426,16 +570,40 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
-    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+    return {
+        "loss": sums["loss"],
+        **per_token,
+        "grad_norm": grad_norm,
+        "num_tokens": counts["tokens"],
+    }
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
     """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
-    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = [
+        Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i))
+        for i, row in enumerate(rows)
+    ]
     rollouts = rollouts[rank::world]
-    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    engine.generate(
+        rollouts,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        cfg.top_k,
+        on_finished=reward_hook[0],
+    )
     reward_hook[1](rollouts)
-    sums = all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
+    sums = all_reduce(
+        {
+            "score": sum(
+                known := [
+                    m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None
+                ]
+            ),
+            "n": len(known),
+        }
+    )
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -448,43 +616,81 @@ def main(cfg):
     # first of all: its workers are forked while this process is still small
     reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
-    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    eval_rows = (
+        load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    )
     self_test(rows, cfg)
 
     tokenizer, model, resume = load_policy(cfg, world, device)
-    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    rows, eval_rows = (
+        encode_prompts(rows, tokenizer, cfg),
+        eval_rows and encode_prompts(eval_rows, tokenizer, cfg),
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
+    data = functools.reduce(
+        lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0
+    )
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(all_gather(data)) != {state.setdefault("data", data)}:
-        fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
+        fail(
+            f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on."
+        )
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
+    print0(
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+        f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}"
+    )
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg, select_rows), step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(
+            engine,
+            rows,
+            next_prompts(rows, state, cfg, select_rows),
+            step,
+            cfg,
+            reward_hook,
+            rank,
+            world,
+        )
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = summarize(sampled, monitor(sampled)) | train_step(
+            model, optimizer, trained, cfg, device, world
+        )
         engine.sync(model)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
+        metrics |= {
+            "lr": optimizer.param_groups[0]["lr"],
+            "time/gen": generated - clock,
+            "time/train": time.time() - generated,
+        }
         for counts in all_gather(count_correct(sampled)):
             state["history"] |= counts
         check_step(step, metrics, state, cfg)
-        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+        if (
+            cfg.eval_every
+            and eval_rows
+            and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps))
+        ):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
-            print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+            print0(
+                f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})"
+            )
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)

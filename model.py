@@ -51,11 +51,31 @@ class Qwen3Config:
 
 # The five dense sizes of the Qwen3 report (arXiv 2505.09388, table 1); 8B is the dataclass default.
 QWEN3_SIZES = {
-    "0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True),
-    "1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True),
-    "4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, tie_word_embeddings=True),
+    "0.6b": dict(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "1.7b": dict(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "4b": dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        tie_word_embeddings=True,
+    ),
     "8b": dict(),
-    "14b": dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40),
+    "14b": dict(
+        hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40
+    ),
 }
 
 
@@ -64,16 +84,26 @@ def read_config(folder) -> Qwen3Config:
     with open(os.path.join(folder, "config.json")) as f:
         raw = json.load(f)
     if raw.get("model_type") != "qwen3":
-        raise ValueError(f"{folder}/config.json: model_type is {raw.get('model_type')!r}, expected 'qwen3'")
+        raise ValueError(
+            f"{folder}/config.json: model_type is {raw.get('model_type')!r}, expected 'qwen3'"
+        )
     # transformers 4 and 5 spell it differently
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope_theta = rope.pop("rope_theta", raw.get("rope_theta", 1e6))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
-        raise ValueError(f"{folder}/config.json: rope_type {kind!r} is not supported (default and yarn are)")
+        raise ValueError(
+            f"{folder}/config.json: rope_type {kind!r} is not supported (default and yarn are)"
+        )
     if raw.get("attention_bias") or raw.get("use_sliding_window"):
-        raise ValueError(f"{folder}/config.json: attention_bias and sliding windows are not part of dense Qwen3")
-    known = {k: raw[k] for k in Qwen3Config.__dataclass_fields__ if k in raw and k not in ("rope_scaling", "rope_theta")}
+        raise ValueError(
+            f"{folder}/config.json: attention_bias and sliding windows are not part of dense Qwen3"
+        )
+    known = {
+        k: raw[k]
+        for k in Qwen3Config.__dataclass_fields__
+        if k in raw and k not in ("rope_scaling", "rope_theta")
+    }
     return Qwen3Config(**known, rope_theta=rope_theta, rope_scaling=rope if kind == "yarn" else {})
 
 
@@ -84,15 +114,29 @@ def hf_config(config: Qwen3Config) -> dict:
     raw["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
     if scaling:  # vLLM takes max_position_embeddings for the stretched length
         raw |= {"rope_scaling": scaling, "max_position_embeddings": max_positions(config)}
-    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **raw, "hidden_act": "silu",
-            "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False, "use_cache": True,
-            "initializer_range": 0.02, "dtype": "bfloat16" if config.hidden_size >= 1024 else "float32"}
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **raw,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "use_cache": True,
+        "initializer_range": 0.02,
+        "dtype": "bfloat16" if config.hidden_size >= 1024 else "float32",
+    }
 
 
 def max_positions(config):
     """Tokens of the longest sequence, stretched by YaRN where that is on."""
     scaling = config.rope_scaling
-    return max(config.max_position_embeddings, int(scaling["factor"] * scaling.get("original_max_position_embeddings", 0)) if scaling else 0)
+    return max(
+        config.max_position_embeddings,
+        int(scaling["factor"] * scaling.get("original_max_position_embeddings", 0))
+        if scaling
+        else 0,
+    )
 
 
 def rope_tables(config: Qwen3Config, length):
@@ -107,13 +151,19 @@ def rope_tables(config: Qwen3Config, length):
 
         # which frequency turns `rotations` times over the original context
         def rotations_to_dim(rotations):
-            return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+            return (
+                dim
+                * math.log(original / (rotations * 2 * math.pi))
+                / (2 * math.log(config.rope_theta))
+            )
 
         low = max(math.floor(rotations_to_dim(scaling.get("beta_fast") or 32)), 0)
         high = min(math.ceil(rotations_to_dim(scaling.get("beta_slow") or 1)), dim - 1)
         ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
         inv_freq = ramp / (factor * freq) + (1 - ramp) / freq
-        scale = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+        scale = scaling.get("attention_factor") or (
+            0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        )
     angle = torch.outer(torch.arange(length).float(), inv_freq)
     return angle.cos() * scale, angle.sin() * scale
 
@@ -135,7 +185,12 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        N, K, H, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        N, K, H, D = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.hidden_size,
+        )
         self.N, self.K, self.H, self.eps = N, K, H, config.rms_norm_eps
         self.q_proj = nn.Linear(D, N * H, bias=False)
         self.k_proj = nn.Linear(D, K * H, bias=False)
@@ -147,7 +202,9 @@ class Attention(nn.Module):
         q_TNH = self.q_proj(x_TD).view(-1, self.N, self.H)
         k_TKH = self.k_proj(x_TD).view(-1, self.K, self.H)
         v_TKH = self.v_proj(x_TD).view(-1, self.K, self.H)
-        q_TNH, k_TKH = qk_norm_rope(q_TNH, k_TKH, self.q_norm.weight, self.k_norm.weight, *rope, eps=self.eps)
+        q_TNH, k_TKH = qk_norm_rope(
+            q_TNH, k_TKH, self.q_norm.weight, self.k_norm.weight, *rope, eps=self.eps
+        )
         return self.o_proj(rows(attend(q_TNH, k_TKH, v_TKH), keep_M).reshape(-1, self.N * self.H))
 
 
@@ -170,16 +227,23 @@ class Layer(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.input_layernorm, self.post_attention_layernorm = Norm(config.hidden_size), Norm(config.hidden_size)
+        self.input_layernorm, self.post_attention_layernorm = (
+            Norm(config.hidden_size),
+            Norm(config.hidden_size),
+        )
 
     def forward(self, x_TD, residual_TD, rope, attend, keep_M=None):
         # the sum has been made outside, so that a checkpoint keeps one tensor and not two
         if x_TD is None:
             h_TD = rms_norm(residual_TD, self.input_layernorm.weight, self.eps)
         else:
-            h_TD, residual_TD = add_rms_norm(x_TD, residual_TD, self.input_layernorm.weight, self.eps)
+            h_TD, residual_TD = add_rms_norm(
+                x_TD, residual_TD, self.input_layernorm.weight, self.eps
+            )
         h_TD, residual_TD = self.self_attn(h_TD, rope, attend, keep_M), rows(residual_TD, keep_M)
-        h_TD, residual_TD = add_rms_norm(h_TD, residual_TD, self.post_attention_layernorm.weight, self.eps)
+        h_TD, residual_TD = add_rms_norm(
+            h_TD, residual_TD, self.post_attention_layernorm.weight, self.eps
+        )
         return self.mlp(h_TD), residual_TD
 
 
@@ -188,7 +252,9 @@ class Body(nn.Module):
         super().__init__()
         # Not nn.Embedding(V, D): its init imports all of torch.compile on the meta device, two
         # seconds of every start.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size)
 
@@ -200,7 +266,11 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self.gradient_checkpointing = False
         # (cos, sin), fp32, built at first use: never cast by mixed precision, never in a checkpoint
         self.rope = None
@@ -216,7 +286,9 @@ class Qwen3(nn.Module):
         if self.rope is None or self.rope[0].device != input_ids_T.device:
             # also where the sampler is the first to ask: training saves them for backward
             with torch.inference_mode(False):
-                self.rope = tuple(t.to(input_ids_T.device) for t in rope_tables(self.config, self.max_positions()))
+                self.rope = tuple(
+                    t.to(input_ids_T.device) for t in rope_tables(self.config, self.max_positions())
+                )
         rope = (*self.rope, position_ids_T)
         x_TD = self.model.embed_tokens(input_ids_T)
         residual_TD = torch.zeros_like(x_TD)
@@ -224,7 +296,9 @@ class Qwen3(nn.Module):
             last = i + 1 == len(self.model.layers)
             args = (rope, lambda q, k, v, i=i: attend(i, q, k, v), keep_M if last else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_TD, residual_TD = checkpoint(layer, None, x_TD + residual_TD, *args, use_reentrant=False)
+                x_TD, residual_TD = checkpoint(
+                    layer, None, x_TD + residual_TD, *args, use_reentrant=False
+                )
             else:
                 x_TD, residual_TD = layer(x_TD, residual_TD, *args)
         return add_rms_norm(x_TD, residual_TD, self.model.norm.weight, self.config.rms_norm_eps)[0]
@@ -232,7 +306,16 @@ class Qwen3(nn.Module):
     def max_positions(self):
         return max_positions(self.config)
 
-    def forward(self, input_ids, cu_seqlens=None, max_seqlen=None, loss_index=None, shared=None, temperature=1.0, nll=False):
+    def forward(
+        self,
+        input_ids,
+        cu_seqlens=None,
+        max_seqlen=None,
+        loss_index=None,
+        shared=None,
+        temperature=1.0,
+        nll=False,
+    ):
         """Logits or token log-probs.
 
         input_ids [B, T] alone             -> logits [B, T, V], fp32; packed ones without loss_index -> final-norm output [T, D]
@@ -253,26 +336,44 @@ class Qwen3(nn.Module):
             return self.packed_hidden(input_ids, cu_seqlens, max_seqlen)
         # The one shift by one of this repository: token t is predicted by the hidden state of token
         # t - 1.
-        hidden_MD, target_M = self.packed_hidden(input_ids, cu_seqlens, max_seqlen, loss_index - 1, shared), input_ids[loss_index]
+        hidden_MD, target_M = (
+            self.packed_hidden(input_ids, cu_seqlens, max_seqlen, loss_index - 1, shared),
+            input_ids[loss_index],
+        )
         if nll:
             return linear_cross_entropy(hidden_MD, self.head_weight, target_M)
-        logprobs_M, entropy_M = linear_logprob(hidden_MD, self.head_weight, target_M, temperature=temperature)
+        logprobs_M, entropy_M = linear_logprob(
+            hidden_MD, self.head_weight, target_M, temperature=temperature
+        )
         zeros_T = torch.zeros(input_ids.shape[0], dtype=torch.float32, device=input_ids.device)
-        return zeros_T.index_put((loss_index,), logprobs_M), zeros_T.index_put((loss_index,), entropy_M)
+        return zeros_T.index_put((loss_index,), logprobs_M), zeros_T.index_put(
+            (loss_index,), entropy_M
+        )
 
     def packed_hidden(self, input_ids_T, cu_seqlens, max_seqlen, keep_M=None, shared=None):
         """Final-norm output of the tokens keep_M, or of all. A token's output depends on what stands before it in its sequence alone, so
         of tokens with equal pasts all layers compute one (G samples share their prompt); only attention sees every sequence whole."""
         longest = self.max_positions()
-        assert max_seqlen <= longest, f"a sequence of {max_seqlen} tokens, {longest} positions; rope_factor=2 doubles them"
-        start_T = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=input_ids_T.shape[0])
+        assert max_seqlen <= longest, (
+            f"a sequence of {max_seqlen} tokens, {longest} positions; rope_factor=2 doubles them"
+        )
+        start_T = torch.repeat_interleave(
+            cu_seqlens[:-1], cu_seqlens.diff(), output_size=input_ids_T.shape[0]
+        )
         position_ids_T = torch.arange(input_ids_T.shape[0], device=input_ids_T.device) - start_T
         attend = lambda layer, q, k, v: flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen)
         if shared is None:
             return self.hidden_states(input_ids_T, position_ids_T, attend, keep_M)
         first_U, copy_T = shared
-        attend_U = lambda layer, *qkv: rows(attend(layer, *(rows(t_UNH, copy_T) for t_UNH in qkv)), first_U)
-        return self.hidden_states(input_ids_T[first_U], position_ids_T[first_U], attend_U, copy_T if keep_M is None else copy_T[keep_M])
+        attend_U = lambda layer, *qkv: rows(
+            attend(layer, *(rows(t_UNH, copy_T) for t_UNH in qkv)), first_U
+        )
+        return self.hidden_states(
+            input_ids_T[first_U],
+            position_ids_T[first_U],
+            attend_U,
+            copy_T if keep_M is None else copy_T[keep_M],
+        )
 
     # ---- 2. Hugging Face folders -----------------------------------------------------------------
     @classmethod
@@ -281,7 +382,11 @@ class Qwen3(nn.Module):
         model, generator = cls(config), torch.Generator().manual_seed(seed)
         for name, p in model.named_parameters():
             if p.dim() == 2:
-                scale = (2 * config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                scale = (
+                    (2 * config.num_hidden_layers) ** -0.5
+                    if name.endswith(("o_proj.weight", "down_proj.weight"))
+                    else 1.0
+                )
                 nn.init.normal_(p, std=std * scale, generator=generator)
         return model
 
@@ -292,13 +397,21 @@ class Qwen3(nn.Module):
         config = read_config(folder)
         if rope_factor > 1:
             # not as an earlier factor left it
-            config.max_position_embeddings = 32768 if config.rope_scaling else config.max_position_embeddings
-            config.rope_scaling = {"rope_type": "yarn", "factor": rope_factor, "original_max_position_embeddings": 32768}
+            config.max_position_embeddings = (
+                32768 if config.rope_scaling else config.max_position_embeddings
+            )
+            config.rope_scaling = {
+                "rope_type": "yarn",
+                "factor": rope_factor,
+                "original_max_position_embeddings": 32768,
+            }
         with torch.device("meta"):
             model = cls(config)
         wanted, state = dict(model.named_parameters()), {}
         for file in sorted(f for f in os.listdir(folder) if f.endswith(".safetensors")):
-            with safe_open(os.path.join(folder, file), framework="pt", device=str(device)) as tensors:
+            with safe_open(
+                os.path.join(folder, file), framework="pt", device=str(device)
+            ) as tensors:
                 for name in tensors.keys():
                     if name == "lm_head.weight" and config.tie_word_embeddings:
                         continue  # a saved copy of the tied embedding
@@ -306,7 +419,9 @@ class Qwen3(nn.Module):
                         raise ValueError(f"{folder}/{file}: unknown tensor {name}")
                     state[name] = tensors.get_tensor(name).to(dtype)
                     if state[name].shape != wanted[name].shape:
-                        raise ValueError(f"{folder}/{file}: {name} is {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}")
+                        raise ValueError(
+                            f"{folder}/{file}: {name} is {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
+                        )
         if missing := sorted(wanted.keys() - state.keys()):
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
         model.load_state_dict(state, strict=True, assign=True)
@@ -320,7 +435,9 @@ class Qwen3(nn.Module):
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(hf_config(self.config), f, indent=2)
-        state = {k: v.detach().cpu().contiguous() for k, v in (state_dict or self.state_dict()).items()}
+        state = {
+            k: v.detach().cpu().contiguous() for k, v in (state_dict or self.state_dict()).items()
+        }
         save_torch_state_dict(state, folder, max_shard_size="5GB")
 
 
@@ -367,7 +484,11 @@ CHAT_TEMPLATE = r"""{%- set ns = namespace(last=-1, system='__SYSTEM__', first=0
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 _head, _tail = TOOLS.replace("{{", "{").replace("}}", "}").replace("\n", "\\n").split("\\n{}\\n")
-CHAT_TEMPLATE = CHAT_TEMPLATE.replace("__SYSTEM__", SYSTEM).replace("__TOOLS_HEAD__", _head).replace("__TOOLS_TAIL__", "\\n" + _tail)
+CHAT_TEMPLATE = (
+    CHAT_TEMPLATE.replace("__SYSTEM__", SYSTEM)
+    .replace("__TOOLS_HEAD__", _head)
+    .replace("__TOOLS_TAIL__", "\\n" + _tail)
+)
 
 
 def load_tokenizer(folder) -> Tokenizer:
@@ -378,7 +499,9 @@ def load_tokenizer(folder) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         if tokenizer.token_to_id(name) is None:
-            raise ValueError(f"{folder}/tokenizer.json: no token {name}; a Qwen3 (ChatML) tokenizer is expected")
+            raise ValueError(
+                f"{folder}/tokenizer.json: no token {name}; a Qwen3 (ChatML) tokenizer is expected"
+            )
     return tokenizer
 
 
@@ -390,16 +513,37 @@ def stop_ids(tokenizer):
 def save_tokenizer(source, folder):
     """Copy the tokenizer of `source` and write our chat template into it (tokenizer_config.json and chat_template.jinja)."""
     os.makedirs(folder, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"):
-        if os.path.exists(path := os.path.join(source, name)) and not os.path.samefile(source, folder):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+    ):
+        if os.path.exists(path := os.path.join(source, name)) and not os.path.samefile(
+            source, folder
+        ):
             shutil.copy(path, folder)
     path = os.path.join(folder, "tokenizer_config.json")
-    config = json.load(open(path)) if os.path.exists(path) else {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
+    config = (
+        json.load(open(path))
+        if os.path.exists(path)
+        else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
+    config |= {
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "bos_token": None,
+    }
     json.dump(config, open(path, "w"), indent=2)
     open(os.path.join(folder, "chat_template.jinja"), "w").write(CHAT_TEMPLATE)
     tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-    generation = {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.token_to_id("<|endoftext|>"), "do_sample": True}
+    generation = {
+        "eos_token_id": stop_ids(tokenizer),
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        "do_sample": True,
+    }
     json.dump(generation, open(os.path.join(folder, "generation_config.json"), "w"), indent=2)
 
 
@@ -409,8 +553,13 @@ def render_turns(messages, think, tools=None):
     assistant turns after the last user turn. A flag already written in the last user turn wins over `think`."""
     system = SYSTEM if messages[0]["role"] != "system" else messages[0]["content"]
     if tools:
-        system += "\n\n" + TOOLS.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-    turns, last = [("system", system, False)], max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        system += "\n\n" + TOOLS.format(
+            "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        )
+    turns, last = (
+        [("system", system, False)],
+        max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1),
+    )
     for i, m in enumerate(messages):
         text = (m["content"] or "").strip()
         if m["role"] == "user":
@@ -424,7 +573,11 @@ def render_turns(messages, think, tools=None):
             text = text if i > last else text.split("</think>")[-1].strip()
             for call in m.get("tool_calls") or []:
                 call = call.get("function") or call
-                arguments = call["arguments"] if isinstance(call["arguments"], str) else json.dumps(call["arguments"], ensure_ascii=False)
+                arguments = (
+                    call["arguments"]
+                    if isinstance(call["arguments"], str)
+                    else json.dumps(call["arguments"], ensure_ascii=False)
+                )
                 name = json.dumps(call["name"], ensure_ascii=False)
                 text += f'\n<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
             turns.append(("assistant", text, i > last))
@@ -455,5 +608,7 @@ def render_chat(tokenizer, messages, think, tools=None, add_generation_prompt=Tr
 
 def show_tokens(tokenizer, ids, mask):
     """The text with trained tokens green and the others red: look at it once before every long run."""
-    colour = lambda id, on: f"\033[{32 if on else 31}m{tokenizer.decode([id], skip_special_tokens=False)}"
+    colour = lambda id, on: (
+        f"\033[{32 if on else 31}m{tokenizer.decode([id], skip_special_tokens=False)}"
+    )
     return "".join(colour(id, on) for id, on in zip(ids, mask, strict=True)) + "\033[0m"

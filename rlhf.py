@@ -27,9 +27,25 @@ import torch
 from tqdm import tqdm
 
 from engine import Rollout, make_engine, request_seed
-from lib.checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
+from lib.checkpoint import (
+    load_checkpoint,
+    load_history,
+    load_policy,
+    lock,
+    mark_final,
+    save_checkpoint,
+)
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, chat, count_correct, encode_prompts, field, given, load_table, next_prompts
+from lib.data import (
+    BadRow,
+    chat,
+    count_correct,
+    encode_prompts,
+    field,
+    given,
+    load_table,
+    next_prompts,
+)
 from lib.flags import parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, summarize
@@ -37,7 +53,12 @@ from lib.packing import balance, collate, pack_rollouts
 from model import Qwen3
 from verifiers.language import language_ok
 from verifiers.pool import timed
-from verifiers.reward_model import check_reward_model, load_reward_model, rm_device, train_reward_model
+from verifiers.reward_model import (
+    check_reward_model,
+    load_reward_model,
+    rm_device,
+    train_reward_model,
+)
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------
@@ -122,7 +143,9 @@ def load_rows(cfg, path=None, limit=0):
         last = users[0 if name in logged else -1] if users else -1
         if last < 0 or not turns[last]["content"].strip():
             raise BadRow("no user turn")
-        return {"messages": [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]}
+        return {
+            "messages": [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]
+        }
 
     rows = load_table(path or cfg.data, normalize, limit)
     for i, row in enumerate(rows):  # all G completions of a prompt share its mode (gap G8)
@@ -140,14 +163,22 @@ def select_rows(rows, epoch, history, cfg):
 def reference_model(folder, rope_factor, device):
     """The frozen policy this stage started from, whatever it was resumed from."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor).requires_grad_(False)
+    return Qwen3.from_pretrained(
+        folder, dtype=dtype, device=device, rope_factor=rope_factor
+    ).requires_grad_(False)
 
 
 @torch.no_grad()
 def reference_logprobs(batch, cfg):
     """Token log-probs [T] of a micro-batch under the reference, at the policy's temperature."""
     model = reference_model(cfg.init_from, cfg.rope_factor, batch["input_ids_T"].device)
-    packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
+    packed = (
+        batch["input_ids_T"],
+        batch["cu_seqlens"],
+        batch["max_seqlen"],
+        batch["loss_index"],
+        batch["shared"],
+    )
     return model(*packed, temperature=cfg.temperature)[0]
 
 
@@ -164,17 +195,33 @@ def make_reward(cfg):
     score = load_reward_model(path, rm_device(), cfg.reward_workers)
 
     def collect(rollouts):
-        scores, seconds = timed(score, [r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts])
+        scores, seconds = timed(
+            score, [r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts]
+        )
         for r, s in zip(rollouts, scores, strict=True):
-            r.status = "infra" if s is None else "no_answer" if r.row["think"] and "</think>" not in r.text else "ok"
+            r.status = (
+                "infra"
+                if s is None
+                else "no_answer"
+                if r.row["think"] and "</think>" not in r.text
+                else "ok"
+            )
             r.verify_s = seconds / len(rollouts)
             # [dev 3]
-            r.status = r.status if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text) else "language"
-        lowest = min([s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf)
+            r.status = (
+                r.status
+                if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text)
+                else "language"
+            )
+        lowest = min(
+            [s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf
+        )
         lowest = -all_reduce({"lowest": -lowest}, "max")["lowest"]
         lowest = lowest if math.isfinite(lowest) else 0.0
         known = [s for s in scores if s is not None]
-        sums = all_reduce({"n": len(known), "sum": sum(known), "squares": sum(s * s for s in known)})
+        sums = all_reduce(
+            {"n": len(known), "sum": sum(known), "squares": sum(s * s for s in known)}
+        )
         mean = sums["sum"] / max(sums["n"], 1)
         std = math.sqrt(max(sums["squares"] / max(sums["n"], 1) - mean**2, 0.0))
         # [dev 4], paper 4.3.2
@@ -186,7 +233,10 @@ def make_reward(cfg):
             members = [r for r in rollouts if r.group == group and r.status != "infra"]
             if len(members) < 2:
                 continue
-            mean, std = statistics.fmean(r.reward for r in members), statistics.pstdev(r.reward for r in members)
+            mean, std = (
+                statistics.fmean(r.reward for r in members),
+                statistics.pstdev(r.reward for r in members),
+            )
             for r in members:
                 r.reward = math.tanh((r.reward - mean) / (std + 1e-6))
 
@@ -200,7 +250,10 @@ def monitor(rollouts):
     for r in rollouts:
         if math.isfinite(r.score):
             groups.setdefault(r.group, []).append(r.score)
-    batch = {"rm_score": mean([r.batch_mean for r in rollouts]), "rm_std": mean([r.batch_std for r in rollouts])}
+    batch = {
+        "rm_score": mean([r.batch_mean for r in rollouts]),
+        "rm_std": mean([r.batch_std for r in rollouts]),
+    }
     return batch | {"rm_group_std": mean([statistics.pstdev(group) for group in groups.values()])}
 
 
@@ -226,14 +279,36 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     `sampled` those of the first round, an unbiased view of the policy."""
     submit, collect = reward_hook
     mine, trained, sampled = indices[rank::world], [], []
-    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    wanted, spare = (
+        len(mine),
+        list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world],
+    )
     for refill in range(1 + cfg.max_refill_rounds):
-        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
-                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
-        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+        fresh = [
+            Rollout(
+                row=rows[i],
+                group=refill * wanted + g,
+                prompt_ids=rows[i]["prompt_ids"],
+                seed=request_seed(cfg.seed, step, refill, g * world + rank, sample),
+            )
+            for g, i in enumerate(mine)
+            for sample in range(cfg.group_size)
+        ]
+        with tqdm(
+            total=len(fresh),
+            desc=f"step {step} rollout",
+            leave=False,
+            disable=None if rank == 0 else True,
+        ) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
-            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            engine.generate(
+                fresh,
+                cfg.max_new_tokens,
+                cfg.temperature,
+                cfg.top_p,
+                cfg.top_k,
+                on_finished=finished,
+            )
             collect(fresh)
         compute_advantages(fresh, cfg)
         groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
@@ -256,8 +331,12 @@ def compute_advantages(rollouts, cfg):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"
         for r in group:
-            assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
-            r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+            assert r.status == "infra" or math.isfinite(r.reward), (
+                f"reward {r.reward} for {r.row['messages']}"
+            )
+            r.trained = r.status != "infra" and not (
+                cfg.overlong_filter and r.finish_reason == "length"
+            )
         rewards = [r.reward for r in group if r.trained]
         # by comparison: a std of 1e-17 is not a signal
         even = len(rewards) < 2 or max(rewards) == min(rewards)
@@ -275,7 +354,9 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    loss_M = -importance(old_logprobs_T, batch, cfg) * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
+    loss_M = -importance(old_logprobs_T, batch, cfg) * torch.minimum(
+        ratio_M * advantages_M, clipped_M * advantages_M
+    )
     # k3 = e^d - d - 1, d = log ref - log policy; its gradient is that of KL(ref || policy), to
     # first
     if cfg.kl_coef > 0:
@@ -301,7 +382,9 @@ def importance(old_logprobs_T, batch, cfg):
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
-    counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    counts = all_reduce(
+        {"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)}
+    )
     batches = collate(balance(rollouts, world), cfg, device)
     # every rank runs equally many: collectives must match
     most = int(all_reduce({"n": len(batches)}, "max")["n"])
@@ -309,9 +392,21 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
     for i, batch in enumerate(batches):
-        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
+        packed = (
+            batch["input_ids_T"],
+            batch["cu_seqlens"],
+            batch["max_seqlen"],
+            batch["loss_index"],
+            batch["shared"],
+        )
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
-        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        loss = grpo_loss(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach(),
+            batch=batch,
+            counts=counts,
+            cfg=cfg,
+        )
         # ranks are averaged, the denominator is global; idle batches weigh 0
         (loss * world * (i < most - idle)).backward()
         if i < most - idle:
@@ -327,16 +422,40 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
-    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+    return {
+        "loss": sums["loss"],
+        **per_token,
+        "grad_norm": grad_norm,
+        "num_tokens": counts["tokens"],
+    }
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
     """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
-    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = [
+        Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i))
+        for i, row in enumerate(rows)
+    ]
     rollouts = rollouts[rank::world]
-    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    engine.generate(
+        rollouts,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        cfg.top_k,
+        on_finished=reward_hook[0],
+    )
     reward_hook[1](rollouts)
-    sums = all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
+    sums = all_reduce(
+        {
+            "score": sum(
+                known := [
+                    m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None
+                ]
+            ),
+            "n": len(known),
+        }
+    )
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -349,43 +468,81 @@ def main(cfg):
     # first of all: its workers are forked while this process is still small
     reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
-    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    eval_rows = (
+        load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    )
     self_test(rows, cfg)
 
     tokenizer, model, resume = load_policy(cfg, world, device)
-    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    rows, eval_rows = (
+        encode_prompts(rows, tokenizer, cfg),
+        eval_rows and encode_prompts(eval_rows, tokenizer, cfg),
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
+    data = functools.reduce(
+        lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0
+    )
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(all_gather(data)) != {state.setdefault("data", data)}:
-        fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
+        fail(
+            f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on."
+        )
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
+    print0(
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+        f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}"
+    )
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg, select_rows), step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(
+            engine,
+            rows,
+            next_prompts(rows, state, cfg, select_rows),
+            step,
+            cfg,
+            reward_hook,
+            rank,
+            world,
+        )
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = summarize(sampled, monitor(sampled)) | train_step(
+            model, optimizer, trained, cfg, device, world
+        )
         engine.sync(model)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
+        metrics |= {
+            "lr": optimizer.param_groups[0]["lr"],
+            "time/gen": generated - clock,
+            "time/train": time.time() - generated,
+        }
         for counts in all_gather(count_correct(sampled)):
             state["history"] |= counts
         check_step(step, metrics, state, cfg)
-        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+        if (
+            cfg.eval_every
+            and eval_rows
+            and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps))
+        ):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
-            print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+            print0(
+                f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})"
+            )
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)

@@ -79,8 +79,15 @@ def normalize(row, where, think_only=False):
     # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
     if "output" in row and "messages" not in row:
         question, system = chat(row.get("input"), "input"), row.get("system_prompt") or ""
-        system = [] if not system or re.fullmatch("detailed thinking (on|off)", system) else [{"role": "system", "content": system}]
-        row = row | {"messages": system + question + [{"role": "assistant", "content": row["output"]}], "thinking": row.get("reasoning") == "on"}
+        system = (
+            []
+            if not system or re.fullmatch("detailed thinking (on|off)", system)
+            else [{"role": "system", "content": system}]
+        )
+        row = row | {
+            "messages": system + question + [{"role": "assistant", "content": row["output"]}],
+            "thinking": row.get("reasoning") == "on",
+        }
     if "messages" not in row:
         raise BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
     messages = chat(row["messages"], "messages")
@@ -94,13 +101,18 @@ def normalize(row, where, think_only=False):
         raise BadRow("a turn of an unknown role")
     tools = from_json(row.get("tools"), "tools")
     for m in messages:
-        if m["role"] == "tool" and re.fullmatch(r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", m["content"], re.S):
+        if m["role"] == "tool" and re.fullmatch(
+            r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", m["content"], re.S
+        ):
             parts = re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", m["content"], re.S)
             # tags that are there already: the template writes them
             m["content"] = "\n</tool_response>\n<tool_response>\n".join(parts)
         m["tool_calls"] = from_json(m.get("tool_calls"), "tool_calls")
         calls = [call.get("function") or call for call in m["tool_calls"]]
-        if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
+        if not all(
+            isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call
+            for call in calls
+        ):
             raise BadRow("a tool call without name and arguments")
     think = row.get("thinking")
     think = "<think>" in messages[-1]["content"] if think is None else think
@@ -108,7 +120,12 @@ def normalize(row, where, think_only=False):
         raise BadRow('field "thinking" is neither true nor false')
     if think_only and not think:
         raise BadRow("a no_think conversation")
-    return {"messages": messages, "tools": tools, "think": think, "category": str(row.get("category") or "all")}
+    return {
+        "messages": messages,
+        "tools": tools,
+        "think": think,
+        "category": str(row.get("category") or "all"),
+    }
 
 
 def from_json(value, name):
@@ -126,27 +143,47 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     """[(ids, loss_mask, category)] as numpy arrays; conversations over max_seq_len tokens are dropped and counted. With cursors,
     the next block_rows rows, and the cursors move behind them. Ranks tokenize a share each. seen {category: [conversations,
     tokens]} counts on."""
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
-    block = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows) if cursors else read_rows(path)
+    rank, world = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if torch.distributed.is_initialized()
+        else (0, 1)
+    )
+    block = (
+        itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows)
+        if cursors
+        else read_rows(path)
+    )
     mine = []
     rows = normal_rows(block, functools.partial(normalize, think_only=cfg.think_only), path)
     rows = tqdm(rows, desc="tokenize", leave=False, disable=None)
     for i, row in enumerate(rows):
         if i % world == rank:
-            ids, mask = render_chat(tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False)
+            ids, mask = render_chat(
+                tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False
+            )
             fits = len(ids) <= cfg.max_seq_len and any(mask)
-            mine.append((np.array(ids, np.int32), np.array(mask, bool), row["category"]) if fits else None)
+            mine.append(
+                (np.array(ids, np.int32), np.array(mask, bool), row["category"]) if fits else None
+            )
     shares = all_gather(mine)
     samples = [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
     kept, counts = [s for s in samples if s], {} if seen is None else seen
     if len(kept) < len(samples):
-        print0(f"data {path}: dropped {len(samples) - len(kept)} of {len(samples)} rows, over {cfg.max_seq_len} tokens")
+        print0(
+            f"data {path}: dropped {len(samples) - len(kept)} of {len(samples)} rows, over {cfg.max_seq_len} tokens"
+        )
     for ids, _, category in kept:
         n, tokens = counts.get(category, (0, 0))
         counts[category] = (n + 1, tokens + len(ids))
     for category, (n, tokens) in sorted(counts.items()):
-        print0(f"data {path}: {category:24s} {n:8d} conversations, {tokens / n:6.0f} tokens on average")
-    return kept if kept else fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
+        print0(
+            f"data {path}: {category:24s} {n:8d} conversations, {tokens / n:6.0f} tokens on average"
+        )
+    return (
+        kept
+        if kept
+        else fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
+    )
 
 
 def batches(tokenizer, state, cfg):
@@ -173,9 +210,13 @@ def batches(tokenizer, state, cfg):
             if len(chosen) == cfg.samples_per_step:
                 yield chosen
                 chosen = []
-        ended = all(share >= 1 for _, _, share in behind.values()) or 0 < cfg.limit <= sum(n for n, _, _ in behind.values())
+        ended = all(share >= 1 for _, _, share in behind.values()) or 0 < cfg.limit <= sum(
+            n for n, _, _ in behind.values()
+        )
         state |= {"position": 0, "seen": {} if ended else seen, "files": fresh if ended else behind}
-        state |= {"epoch": state["epoch"] + 1, "block": 0} if ended else {"block": state["block"] + 1}
+        state |= (
+            {"epoch": state["epoch"] + 1, "block": 0} if ended else {"block": state["block"] + 1}
+        )
 
 
 def pack(samples, budget, device):
@@ -183,20 +224,34 @@ def pack(samples, budget, device):
     batches, length = [], lambda sample: len(sample[0])
     for group in fill(sorted(samples, key=length, reverse=True), length, budget):
         lengths = [len(ids) for ids, _, _ in group]
-        batches.append({
-            "input_ids_T": torch.from_numpy(np.concatenate([ids for ids, _, _ in group])).long().to(device),
-            "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), "max_seqlen": max(lengths),
-            "loss_index": torch.from_numpy(np.flatnonzero(np.concatenate([mask for _, mask, _ in group]))).to(device),
-            # system prompts, tool lists
-            "shared": shared_prefixes([ids.tolist() for ids, _, _ in group], device),
-        })
+        batches.append(
+            {
+                "input_ids_T": torch.from_numpy(np.concatenate([ids for ids, _, _ in group]))
+                .long()
+                .to(device),
+                "cu_seqlens": torch.tensor(
+                    [0, *np.cumsum(lengths)], dtype=torch.int32, device=device
+                ),
+                "max_seqlen": max(lengths),
+                "loss_index": torch.from_numpy(
+                    np.flatnonzero(np.concatenate([mask for _, mask, _ in group]))
+                ).to(device),
+                # system prompts, tool lists
+                "shared": shared_prefixes([ids.tolist() for ids, _, _ in group], device),
+            }
+        )
     return batches
 
 
 # ---- 3. Loss -------------------------------------------------------------------------------------
 def learning_rate(step, cfg):
     """Linear warm-up, then a cosine to 0 at schedule_steps."""
-    return cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * 0.5 * (1 + math.cos(math.pi * min(step / cfg.schedule_steps, 1.0)))
+    return (
+        cfg.lr
+        * min(1.0, step / max(cfg.warmup_steps, 1))
+        * 0.5
+        * (1 + math.cos(math.pi * min(step / cfg.schedule_steps, 1.0)))
+    )
 
 
 def train_step(model, optimizer, samples, cfg, device, world):
@@ -248,10 +303,18 @@ def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
     if cfg.samples_per_step < world:
-        fail(f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks.")
+        fail(
+            f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks."
+        )
     tokenizer, model, resume = load_policy(cfg, world, device)
     eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     state = {"skipped": 0, "epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
     start, saved = load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
     state |= saved
@@ -260,8 +323,10 @@ def main(cfg):
     steps = itertools.chain([next(steps)], steps)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}")
+    print0(
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
+        f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}"
+    )
 
     clock, since = time.time(), {"tokens": 0, "steps": 0}
     for step in range(start + 1, cfg.num_steps + 1):
@@ -272,18 +337,30 @@ def main(cfg):
         mine, began = sorted(samples, key=lambda s: -len(s[0]))[rank::world], time.time()
         if step == 1:
             ids, mask, _ = samples[0]
-            print0("first conversation, trained tokens in green:\n" + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400]))
+            print0(
+                "first conversation, trained tokens in green:\n"
+                + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400])
+            )
         metrics = train_step(model, optimizer, mine, cfg, device, world)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
         check_step(step, metrics, state, cfg)
-        if cfg.eval_every and eval_samples and (step % cfg.eval_every == 0 or step == cfg.num_steps):
+        if (
+            cfg.eval_every
+            and eval_samples
+            and (step % cfg.eval_every == 0 or step == cfg.num_steps)
+        ):
             metrics |= evaluate(model, eval_samples, cfg, device, rank, world)
-        since = {"tokens": since["tokens"] + sum(len(ids) for ids, _, _ in mine) * world, "steps": since["steps"] + 1}
+        since = {
+            "tokens": since["tokens"] + sum(len(ids) for ids, _, _ in mine) * world,
+            "steps": since["steps"] + 1,
+        }
         line = ""
         if step % max(cfg.num_steps // 50, 1) == 0 or step in (1, cfg.num_steps):
             seconds = time.time() - clock
-            line = (f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
-                    f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")
+            line = (
+                f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
+                f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB"
+            )
             line += "".join(f" | {k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
             clock, since = time.time(), {"tokens": 0, "steps": 0}
         logger.log(step, metrics, line)

@@ -34,9 +34,25 @@ import torch
 from tqdm import tqdm
 
 from engine import Rollout, make_engine, request_seed
-from lib.checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
+from lib.checkpoint import (
+    load_checkpoint,
+    load_history,
+    load_policy,
+    lock,
+    mark_final,
+    save_checkpoint,
+)
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, chat, count_correct, encode_prompts, field, given, load_table, next_prompts
+from lib.data import (
+    BadRow,
+    chat,
+    count_correct,
+    encode_prompts,
+    field,
+    given,
+    load_table,
+    next_prompts,
+)
 from lib.flags import parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, summarize
@@ -151,28 +167,57 @@ def read_files(contents):
     contents = json.loads(contents) if isinstance(contents, str) else contents
     if isinstance(contents, list):
         contents = {f["file_path"]: f["content"] for f in contents}
-    return {posixpath.normpath(path): text for path, text in contents.items() if isinstance(text, str)}
+    return {
+        posixpath.normpath(path): text for path, text in contents.items() if isinstance(text, str)
+    }
 
 
 def source_files(row, where, cfg, draw):
     """(files before the repair, golden patch): in the row, in R2E-Gym's parsed commit, or from a clone in cfg.repos."""
     if "golden_patch" in row or "relevant_file_contents" in row:
-        patch, contents = field(row, where, "golden_patch"), field(row, where, "relevant_file_contents", (str, list, dict))
+        patch, contents = (
+            field(row, where, "golden_patch"),
+            field(row, where, "relevant_file_contents", (str, list, dict)),
+        )
         return read_files(contents), patch
     if row.get("parsed_commit_content"):
-        diffs = {d["header"]["file"]["path"]: d for d in json.loads(row["parsed_commit_content"])["file_diffs"]}
+        diffs = {
+            d["header"]["file"]["path"]: d
+            for d in json.loads(row["parsed_commit_content"])["file_diffs"]
+        }
         diffs = {path: d for path, d in diffs.items() if not TESTS.search(path)}
-        before, after = ({path: d[key] or "" for path, d in diffs.items()} for key in ("old_file_content", "new_file_content"))
+        before, after = (
+            {path: d[key] or "" for path, d in diffs.items()}
+            for key in ("old_file_content", "new_file_content")
+        )
         return before, as_patch(before, after)
     patch, name = field(row, where, "patch"), field(row, where, "repo").replace("/", "__")
     clone, commit = os.path.join(cfg.repos, name), row.get("base_commit") or "HEAD"
-    if not cfg.repos or not os.path.isdir(clone) or not re.fullmatch(r"[\w.-]*\w", name) or not re.fullmatch("HEAD|[0-9a-f]{7,40}", commit):
+    if (
+        not cfg.repos
+        or not os.path.isdir(clone)
+        or not re.fullmatch(r"[\w.-]*\w", name)
+        or not re.fullmatch("HEAD|[0-9a-f]{7,40}", commit)
+    ):
         raise BadRow("no file contents, and no clone owner__name of its repository in --repos")
-    git = lambda *args: subprocess.run(["git", "-C", clone, *args], capture_output=True, text=True, errors="replace").stdout
+    git = lambda *args: (
+        subprocess.run(
+            ["git", "-C", clone, *args], capture_output=True, text=True, errors="replace"
+        ).stdout
+    )
     touched = re.findall(r"^--- a/(\S+)", patch, re.M)
-    near = git("ls-tree", "--name-only", commit, "--", *sorted({posixpath.dirname(path) + "/" for path in touched} - {"/"})).split("\n")
+    near = git(
+        "ls-tree",
+        "--name-only",
+        commit,
+        "--",
+        *sorted({posixpath.dirname(path) + "/" for path in touched} - {"/"}),
+    ).split("\n")
     near = sorted(path for path in set(near) - set(touched) if path.endswith(".py"))
-    files = {path: git("show", f"{commit}:{path}") for path in touched + draw.sample(near, min(len(near), cfg.max_files))}
+    files = {
+        path: git("show", f"{commit}:{path}")
+        for path in touched + draw.sample(near, min(len(near), cfg.max_files))
+    }
     if row.get("base_commit"):
         return files, patch
     # SWE-smith's patch puts the fault into sound code: the repair is the way back
@@ -201,7 +246,9 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         name = given(row, "original_prompt", "problem_statement", "prompt")
-        issue = ([{"content": ""}] + chat(field(row, where, name, (str, list)), name))[-1]["content"]
+        issue = ([{"content": ""}] + chat(field(row, where, name, (str, list)), name))[-1][
+            "content"
+        ]
         issue = next((a or b for a, b in ISSUE.findall(issue)), issue).strip()
         if not issue:
             raise BadRow("no issue text")
@@ -210,7 +257,11 @@ def load_rows(cfg, path=None, limit=0):
             files, patch = source_files(row, where, cfg, draw)
             touched = changes(files, apply_patch(patch, files))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadRow(error.args[0] if isinstance(error, (NoPatch, BadRow)) else "file contents or patch cannot be read")
+            raise BadRow(
+                error.args[0]
+                if isinstance(error, (NoPatch, BadRow))
+                else "file contents or patch cannot be read"
+            )
         if not touched:
             raise BadRow("golden patch changes nothing")
         shown = choose_files(files, [name for name in touched if name in files], cfg, draw)
@@ -218,7 +269,13 @@ def load_rows(cfg, path=None, limit=0):
         text = PROMPT.format(issue=issue, files=text)
         if len(text) < cfg.min_prompt_tokens * cfg.chars_per_token:
             raise BadRow("prompt shorter than min_prompt_tokens")
-        normal = {"messages": [{"role": "user", "content": text}], "think": True, "issue": issue, "files": shown, "instance_id": str(row.get("instance_id", ""))}
+        normal = {
+            "messages": [{"role": "user", "content": text}],
+            "think": True,
+            "issue": issue,
+            "files": shown,
+            "instance_id": str(row.get("instance_id", "")),
+        }
         tests = row.get("tests")
         tests = {"tests": json.loads(tests) if isinstance(tests, str) else tests} if tests else {}
         return {**normal, "golden_patch": patch, **tests}
@@ -232,13 +289,17 @@ def select_rows(rows, epoch, history, cfg):
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
-TESTS = re.compile(r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*(_test\.\w+|\.(test|spec)\.[jt]sx?)|conftest\.py|(tox|pytest)\.ini)$)")
+TESTS = re.compile(
+    r"(^|/)((tests?|testing|\.github|\.circleci)/|(test_[^/]*|[^/]*(_test\.\w+|\.(test|spec)\.[jt]sx?)|conftest\.py|(tox|pytest)\.ini)$)"
+)
 
 
 def lexical_judge(files, predicted, oracle, floor=0.5):
     """Similarity, zero below the floor and for a patch that only deletes where the golden one writes [dev 1]."""
     ours, golden = ("\n".join(changes(files, after).values()) for after in (predicted, oracle))
-    if re.search(r"^\+", golden, re.M) and not re.search(r"^\+[^\S\n]*(?!(?:pass|return|\.\.\.)[^\S\n]*$)[^\s#]", ours, re.M):
+    if re.search(r"^\+", golden, re.M) and not re.search(
+        r"^\+[^\S\n]*(?!(?:pass|return|\.\.\.)[^\S\n]*$)[^\s#]", ours, re.M
+    ):
         return 0.0
     value = similarity(files, predicted, oracle)
     return value if value >= floor else 0.0
@@ -283,22 +344,39 @@ def ask_judge(cfg, issue, files, predicted, oracle):
         dotted = lambda m: "\u00b7".join(m[0])  # not deleted: what is left on both sides would join
         return re.sub(r"<\||</?(s|im_\w+|judge?ment)>|={5,}", dotted, diffs, flags=re.I)
 
-    if any(re.search(r"^\+.*judge?ment\s*>", diff, re.I | re.M) for diff in changes(files, predicted).values()):
+    if any(
+        re.search(r"^\+.*judge?ment\s*>", diff, re.I | re.M)
+        for diff in changes(files, predicted).values()
+    ):
         return 0.0, 0.0
-    parts = {"ISSUE": issue, "FILES": "\n\n".join(f"### {path}\n{text}" for path, text in files.items())}
+    parts = {
+        "ISSUE": issue,
+        "FILES": "\n\n".join(f"### {path}\n{text}" for path, text in files.items()),
+    }
     parts |= {"GOLDEN PATCH": show(oracle), "CANDIDATE PATCH": show(predicted)}
-    question = "\n\n".join(f"===== {name} =====\n{text}\n===== END OF {name} =====" for name, text in parts.items())
+    question = "\n\n".join(
+        f"===== {name} =====\n{text}\n===== END OF {name} =====" for name, text in parts.items()
+    )
     turns = [("system", JUDGE_SYSTEM), ("user", question), ("assistant", "<judgement>")]
-    body = {"model": cfg.judge_model, "messages": [{"role": role, "content": text} for role, text in turns]}
+    body = {
+        "model": cfg.judge_model,
+        "messages": [{"role": role, "content": text} for role, text in turns],
+    }
     body |= {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
     body |= {"add_generation_prompt": False, "continue_final_message": True}
-    request = urllib.request.Request(cfg.judge + "/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        cfg.judge + "/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
     for attempt in range(3):
         try:
             with urllib.request.urlopen(request, timeout=120) as reply:
                 top = json.load(reply)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             top = [(t["token"].strip() or "?", math.exp(t["logprob"])) for t in top]
-            yes, no = (sum(p for token, p in top if word.startswith(token)) for word in ("YES", "NO"))
+            yes, no = (
+                sum(p for token, p in top if word.startswith(token)) for word in ("YES", "NO")
+            )
             if yes + no > 0.5:  # otherwise the model is not answering the question
                 return min(yes, 1.0), yes + no
         except (OSError, ValueError, KeyError, IndexError, TypeError):
@@ -311,7 +389,12 @@ def judge_rollout(rollout, cfg):
     """(reward, status, reason, the judge's P(YES) + P(NO)) of a rollout. A truncated one, or a thought that never ends, is no patch."""
     row, mass = rollout.row, 0.0
     if rollout.finish_reason == "length" or (row["think"] and "</think>" not in rollout.text):
-        return -1.0, "no_answer", "truncated" if rollout.finish_reason == "length" else "thinking not closed", mass
+        return (
+            -1.0,
+            "no_answer",
+            "truncated" if rollout.finish_reason == "length" else "thinking not closed",
+            mass,
+        )
 
     def judge(*versions):
         if cfg.judge == "lexical":
@@ -330,11 +413,26 @@ def judge_rollout(rollout, cfg):
 def make_reward(cfg):
     """(submit, collect): submit(rollout) starts its verdict in the background, collect(rollouts) waits and sets it."""
     pool = ThreadPoolExecutor(cfg.reward_workers if cfg.judge != "lexical" else 1)
-    return in_background(pool, lambda r: judge_rollout(r, cfg), ("reward", "status", "reason", "mass"))
+    return in_background(
+        pool, lambda r: judge_rollout(r, cfg), ("reward", "status", "reason", "mass")
+    )
 
 
-REASONS = ("exact", "judged", "unchanged", "truncated", "thinking not closed", "no block", "block not closed", "text not found",
-           "text found more than once", "blank search text", "unknown file", "new file", "test or CI file")
+REASONS = (
+    "exact",
+    "judged",
+    "unchanged",
+    "truncated",
+    "thinking not closed",
+    "no block",
+    "block not closed",
+    "text not found",
+    "text found more than once",
+    "blank search text",
+    "unknown file",
+    "new file",
+    "test or CI file",
+)
 
 
 def monitor(rollouts):
@@ -342,7 +440,11 @@ def monitor(rollouts):
     counts = Counter(r.reason if r.reason in REASONS else "other" for r in rollouts)
     n, judged = max(len(rollouts), 1), [r for r in rollouts if r.reason == "judged"]
     shares = {name.replace(" ", "_"): counts[name] / n for name in (*REASONS, "other")}
-    return {**shares, "p_yes": sum(r.reward for r in judged) / n, "p_yes_or_no": sum(getattr(r, "mass", 0.0) for r in judged) / n}
+    return {
+        **shares,
+        "p_yes": sum(r.reward for r in judged) / n,
+        "p_yes_or_no": sum(getattr(r, "mass", 0.0) for r in judged) / n,
+    }
 
 
 def self_test(rows, cfg):
@@ -356,7 +458,9 @@ def self_test(rows, cfg):
         texts = (as_response(files, oracle), as_response(files, worse), "</think> It is fixed.")
         earned = [reward(text, files, row["golden_patch"]) for text in texts]
         if not (earned[0] == 1 and earned[1] < 1 and earned[2] == -1):
-            fail(f"reward self test: golden, corrupted and no patch of {path} earn {earned}, not 1, less and -1.")
+            fail(
+                f"reward self test: golden, corrupted and no patch of {path} earn {earned}, not 1, less and -1."
+            )
     if cfg.judge != "lexical":
         oracle = apply_patch(rows[0]["golden_patch"], rows[0]["files"])
         try:
@@ -379,7 +483,9 @@ def metric(rollout):
         return float(files is not None and changes(row["files"], files) == golden)
     import coderl  # the sandboxed runner; the reward above needs none of it
 
-    verdicts = coderl.run_tests(files[programs[0]], row["tests"], row["tests"].get("time_limit") or 6.0, stop=True)
+    verdicts = coderl.run_tests(
+        files[programs[0]], row["tests"], row["tests"].get("time_limit") or 6.0, stop=True
+    )
     return None if verdicts[-1] == "infra" else float(verdicts[-1] == "ok")
 
 
@@ -394,14 +500,36 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     `sampled` those of the first round, an unbiased view of the policy."""
     submit, collect = reward_hook
     mine, trained, sampled = indices[rank::world], [], []
-    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    wanted, spare = (
+        len(mine),
+        list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world],
+    )
     for refill in range(1 + cfg.max_refill_rounds):
-        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
-                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
-        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+        fresh = [
+            Rollout(
+                row=rows[i],
+                group=refill * wanted + g,
+                prompt_ids=rows[i]["prompt_ids"],
+                seed=request_seed(cfg.seed, step, refill, g * world + rank, sample),
+            )
+            for g, i in enumerate(mine)
+            for sample in range(cfg.group_size)
+        ]
+        with tqdm(
+            total=len(fresh),
+            desc=f"step {step} rollout",
+            leave=False,
+            disable=None if rank == 0 else True,
+        ) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
-            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            engine.generate(
+                fresh,
+                cfg.max_new_tokens,
+                cfg.temperature,
+                cfg.top_p,
+                cfg.top_k,
+                on_finished=finished,
+            )
             collect(fresh)
         compute_advantages(fresh, cfg)
         groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
@@ -424,8 +552,12 @@ def compute_advantages(rollouts, cfg):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"
         for r in group:
-            assert r.status == "infra" or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
-            r.trained = r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+            assert r.status == "infra" or math.isfinite(r.reward), (
+                f"reward {r.reward} for {r.row['messages']}"
+            )
+            r.trained = r.status != "infra" and not (
+                cfg.overlong_filter and r.finish_reason == "length"
+            )
         rewards = [r.reward for r in group if r.trained]
         # by comparison: a std of 1e-17 is not a signal
         even = len(rewards) < 2 or max(rewards) == min(rewards)
@@ -443,7 +575,10 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     advantages_M = batch["advantages_T"][batch["loss_index"]]
     clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     weights_M = importance(old_logprobs_T, batch, cfg)
-    return -(weights_M * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)).sum() / counts["tokens"]
+    return (
+        -(weights_M * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)).sum()
+        / counts["tokens"]
+    )
 
 
 def importance(old_logprobs_T, batch, cfg):
@@ -458,7 +593,9 @@ def importance(old_logprobs_T, batch, cfg):
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
-    counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    counts = all_reduce(
+        {"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)}
+    )
     batches = collate(balance(rollouts, world), cfg, device)
     # every rank runs equally many: collectives must match
     most = int(all_reduce({"n": len(batches)}, "max")["n"])
@@ -466,9 +603,21 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
     for i, batch in enumerate(batches):
-        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
+        packed = (
+            batch["input_ids_T"],
+            batch["cu_seqlens"],
+            batch["max_seqlen"],
+            batch["loss_index"],
+            batch["shared"],
+        )
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
-        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        loss = grpo_loss(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach(),
+            batch=batch,
+            counts=counts,
+            cfg=cfg,
+        )
         # ranks are averaged, the denominator is global; idle batches weigh 0
         (loss * world * (i < most - idle)).backward()
         if i < most - idle:
@@ -484,16 +633,40 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
-    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+    return {
+        "loss": sums["loss"],
+        **per_token,
+        "grad_norm": grad_norm,
+        "num_tokens": counts["tokens"],
+    }
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
     """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
-    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = [
+        Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i))
+        for i, row in enumerate(rows)
+    ]
     rollouts = rollouts[rank::world]
-    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    engine.generate(
+        rollouts,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        cfg.top_k,
+        on_finished=reward_hook[0],
+    )
     reward_hook[1](rollouts)
-    sums = all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
+    sums = all_reduce(
+        {
+            "score": sum(
+                known := [
+                    m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None
+                ]
+            ),
+            "n": len(known),
+        }
+    )
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -506,43 +679,81 @@ def main(cfg):
     # first of all: its workers are forked while this process is still small
     reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
-    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    eval_rows = (
+        load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    )
     self_test(rows, cfg)
 
     tokenizer, model, resume = load_policy(cfg, world, device)
-    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    rows, eval_rows = (
+        encode_prompts(rows, tokenizer, cfg),
+        eval_rows and encode_prompts(eval_rows, tokenizer, cfg),
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
+    data = functools.reduce(
+        lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0
+    )
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(all_gather(data)) != {state.setdefault("data", data)}:
-        fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
+        fail(
+            f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on."
+        )
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
+    print0(
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+        f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}"
+    )
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg, select_rows), step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(
+            engine,
+            rows,
+            next_prompts(rows, state, cfg, select_rows),
+            step,
+            cfg,
+            reward_hook,
+            rank,
+            world,
+        )
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = summarize(sampled, monitor(sampled)) | train_step(
+            model, optimizer, trained, cfg, device, world
+        )
         engine.sync(model)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
+        metrics |= {
+            "lr": optimizer.param_groups[0]["lr"],
+            "time/gen": generated - clock,
+            "time/train": time.time() - generated,
+        }
         for counts in all_gather(count_correct(sampled)):
             state["history"] |= counts
         check_step(step, metrics, state, cfg)
-        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+        if (
+            cfg.eval_every
+            and eval_rows
+            and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps))
+        ):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
-            print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+            print0(
+                f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})"
+            )
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)

@@ -41,7 +41,12 @@ class Config:
 
 SPLITS = ("sft", "rl", "dev", "test")
 # per split
-KEYS = {"chat": (1000, 900, 300, 300), "if": (2000, 1500, 300, 300), "math": (3000, 2000, 300, 300), "code": (1800, 1200, 300, 300)}
+KEYS = {
+    "chat": (1000, 900, 300, 300),
+    "if": (2000, 1500, 300, 300),
+    "math": (3000, 2000, 300, 300),
+    "code": (1800, 1200, 300, 300),
+}
 # share of the demonstrations drawn to have a flaw
 FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}
 
@@ -49,18 +54,58 @@ FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}
 TOPICS = """rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees birds clocks coffee drums
 fire forests gardens horses lakes lamps letters markets milk paint ships stars tools towers wind wood""".split()
 TAILS = ["", " Keep it short.", " Be kind."]
-QUESTIONS = ["Tell me about {}.", "Why do people like {}?", "Write a short note on {}.", "What should I know about {}?",
-             "Say something about {}.", "Give me a few facts about {}.", "How would you describe {}?", "Explain {} to a child.",
-             "What is special about {}?", "Introduce {} to a friend.", "What comes to mind about {}?", "I want to learn about {}.",
-             "Can you talk about {}?", "Help me understand {}.", "What makes {} useful?", "Describe {} in a few words.",
-             "Teach me about {}.", "Share a thought on {}.", "What are {} like?", "Why does {} matter?",
-             "Where do we find {}?", "When do people think of {}?", "Write about {} for a class.", "What do you think of {}?",
-             "Any news about {}?", "Sum up {} for me.", "Give a talk on {}.", "Start a page about {}.", "Who likes {}?",
-             "Make me curious about {}.", "What is good about {}?", "Describe {} to my mother.", "Tell my class about {}.",
-             "Write two lines on {}.", "What do children ask about {}?", "Tell a guest about {}.", "Why study {}?",
-             "Is there much to say about {}?", "Give me a hint about {}.", "How do you see {}?"]
-FACTS = ["Many people enjoy {}.", "We often see {} in spring.", "Good {} can last for years.", "There are old songs about {}.",
-         "Children learn about {} at school.", "In winter {} may be rare.", "A friend of mine loves {}.", "You can read about {} at home."]
+QUESTIONS = [
+    "Tell me about {}.",
+    "Why do people like {}?",
+    "Write a short note on {}.",
+    "What should I know about {}?",
+    "Say something about {}.",
+    "Give me a few facts about {}.",
+    "How would you describe {}?",
+    "Explain {} to a child.",
+    "What is special about {}?",
+    "Introduce {} to a friend.",
+    "What comes to mind about {}?",
+    "I want to learn about {}.",
+    "Can you talk about {}?",
+    "Help me understand {}.",
+    "What makes {} useful?",
+    "Describe {} in a few words.",
+    "Teach me about {}.",
+    "Share a thought on {}.",
+    "What are {} like?",
+    "Why does {} matter?",
+    "Where do we find {}?",
+    "When do people think of {}?",
+    "Write about {} for a class.",
+    "What do you think of {}?",
+    "Any news about {}?",
+    "Sum up {} for me.",
+    "Give a talk on {}.",
+    "Start a page about {}.",
+    "Who likes {}?",
+    "Make me curious about {}.",
+    "What is good about {}?",
+    "Describe {} to my mother.",
+    "Tell my class about {}.",
+    "Write two lines on {}.",
+    "What do children ask about {}?",
+    "Tell a guest about {}.",
+    "Why study {}?",
+    "Is there much to say about {}?",
+    "Give me a hint about {}.",
+    "How do you see {}?",
+]
+FACTS = [
+    "Many people enjoy {}.",
+    "We often see {} in spring.",
+    "Good {} can last for years.",
+    "There are old songs about {}.",
+    "Children learn about {} at school.",
+    "In winter {} may be rare.",
+    "A friend of mine loves {}.",
+    "You can read about {} at home.",
+]
 CLOSINGS = ["I hope this helps.", "Feel free to ask more.", "Enjoy your day."]
 STATED = {fact.format(topic) for fact in FACTS for topic in TOPICS}
 FILLERS = ["I guess so.", "Well, whatever.", "I do not know.", "That is all."]
@@ -70,13 +115,18 @@ def chat_score(prompt, reply):
     """The stated rule of the chat column, in [0, 1]: a fifth each for naming the topic that was asked about and no other,
     two to four facts, nothing but facts and a closing (no filler, no broken sentence), no sentence twice, and a friendly
     closing sentence at the end."""
-    plain = lambda text: set(text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
+    plain = lambda text: set(
+        text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split()
+    )
     topics = plain(prompt) & set(TOPICS)
     sentences = [s.strip() + "." for s in reply.split(".") if s.strip()]
     facts = STATED & set(sentences)
     return (
-        (plain(reply) & set(TOPICS) == topics) + (2 <= len(facts) <= 4) + (set(sentences) <= facts | set(CLOSINGS))
-        + (len(sentences) == len(set(sentences))) + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
+        (plain(reply) & set(TOPICS) == topics)
+        + (2 <= len(facts) <= 4)
+        + (set(sentences) <= facts | set(CLOSINGS))
+        + (len(sentences) == len(set(sentences)))
+        + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
     ) / 5
 
 
@@ -104,10 +154,22 @@ def chat_rows(rng, keys, split):
         rows = []
         for (topic, _, _), prompt in zip(keys, prompts):
             for think in (True, False):  # parallel answers in both modes (paper 3.1.1)
-                reply = chat_reply(rng, topic, 0 if rng.random() > FLAWED["chat"] else rng.choice([1, 1, 2, 3]))
-                rows.append((prompt, f"<think>\nabout {topic}\n</think>\n{reply}" if think else reply, think, "general"))
+                reply = chat_reply(
+                    rng, topic, 0 if rng.random() > FLAWED["chat"] else rng.choice([1, 1, 2, 3])
+                )
+                rows.append(
+                    (
+                        prompt,
+                        f"<think>\nabout {topic}\n</think>\n{reply}" if think else reply,
+                        think,
+                        "general",
+                    )
+                )
         return rows
-    return [{"prompt": [{"role": "user", "content": p}], "data_source": "toy", "category": "chat"} for p in prompts]
+    return [
+        {"prompt": [{"role": "user", "content": p}], "data_source": "toy", "category": "chat"}
+        for p in prompts
+    ]
 
 
 def damage(rng, topic, reply):
@@ -115,14 +177,25 @@ def damage(rng, topic, reply):
     words, kind = reply.split(), rng.random()
     if kind < 0.4:
         other = rng.choice(TOPICS)
-        return " ".join(other + w.removeprefix(topic) if w.startswith(topic) and rng.random() < 0.6 else w for w in words)
+        return " ".join(
+            other + w.removeprefix(topic) if w.startswith(topic) and rng.random() < 0.6 else w
+            for w in words
+        )
     if kind < 0.8:
         for _ in range(rng.choice([1, 1, 2])):
             i = rng.randrange(len(words))
-            words[i : i + rng.choice([0, 1, 1, 2, 3])] = rng.choice([[], rng.choice(FACTS).format(topic).split()[:2], [rng.choice(words)]])
+            words[i : i + rng.choice([0, 1, 1, 2, 3])] = rng.choice(
+                [[], rng.choice(FACTS).format(topic).split()[:2], [rng.choice(words)]]
+            )
             words = words or ["."]
         return " ".join(words)
-    return rng.choice([" ".join(words[: rng.randrange(len(words))]), " ".join(words * 2), reply.replace(". ", ".", 1)])
+    return rng.choice(
+        [
+            " ".join(words[: rng.randrange(len(words))]),
+            " ".join(words * 2),
+            reply.replace(". ", ".", 1),
+        ]
+    )
 
 
 def preference_rows(rng, keys):
@@ -140,25 +213,48 @@ def preference_rows(rng, keys):
                 best, worst = sorted(replies, key=lambda r: -chat_score(prompt, r))
                 best, worst = (worst, best) if rng.random() < 0.05 else (best, worst)
                 user = {"role": "user", "content": prompt}
-                rows.append({"chosen": [user, {"role": "assistant", "content": best}], "rejected": [user, {"role": "assistant", "content": worst}]})
+                rows.append(
+                    {
+                        "chosen": [user, {"role": "assistant", "content": best}],
+                        "rejected": [user, {"role": "assistant", "content": worst}],
+                    }
+                )
     return rows
 
 
 # ---- Instruction following -----------------------------------------------------------------------
 WORDS = "blue quiet happy early golden simple warm famous hidden gentle".split()
-LINES = ["Some {} are {}.", "The {} look {}.", "We saw {} and felt {}.", "My {} seem {}.", "These {} stay {}."]
+LINES = [
+    "Some {} are {}.",
+    "The {} look {}.",
+    "We saw {} and felt {}.",
+    "My {} seem {}.",
+    "These {} stay {}.",
+]
 PHRASES = ["That is all.", "The end.", "Thank you."]
 KWARGS = "num_words relation keywords forbidden_words num_bullets end_phrase keyword frequency postscript_marker num_highlights".split()
 CONSTRAINTS = {  # id -> (instruction, kwargs to draw from)
     "punctuation:no_comma": ("Use no commas.", [{}]),
     "keywords:existence": ("Use the word {keywords[0]}.", [{"keywords": [w]} for w in WORDS]),
-    "keywords:forbidden_words": ("Never say {forbidden_words[0]}.", [{"forbidden_words": [w]} for w in WORDS]),
+    "keywords:forbidden_words": (
+        "Never say {forbidden_words[0]}.",
+        [{"forbidden_words": [w]} for w in WORDS],
+    ),
     "startend:quotation": ("Put it all in double quotes.", [{}]),
     "startend:end_checker": ("End with: {end_phrase}", [{"end_phrase": p} for p in PHRASES]),
     "detectable_format:title": ("Add a title in <<angle brackets>>.", [{}]),
-    "length_constraints:number_words": ("Use {relation} {num_words} words.", [{"num_words": n, "relation": r} for n, r in ((8, "less than"), (12, "at least"))]),
-    "detectable_format:number_bullet_lists": ("Use exactly {num_bullets} bullet points.", [{"num_bullets": n} for n in (2, 3)]),
-    "detectable_content:postscript": ("Add a note that starts with {postscript_marker}", [{"postscript_marker": "P.S."}]),
+    "length_constraints:number_words": (
+        "Use {relation} {num_words} words.",
+        [{"num_words": n, "relation": r} for n, r in ((8, "less than"), (12, "at least"))],
+    ),
+    "detectable_format:number_bullet_lists": (
+        "Use exactly {num_bullets} bullet points.",
+        [{"num_bullets": n} for n in (2, 3)],
+    ),
+    "detectable_content:postscript": (
+        "Add a note that starts with {postscript_marker}",
+        [{"postscript_marker": "P.S."}],
+    ),
 }
 
 
@@ -170,9 +266,16 @@ def if_reply(rng, topic, constraints):
     banned = want.get("keywords:forbidden_words", {}).get("forbidden_words", [])
     words = [w for w in WORDS if w not in banned]
     use = want.get("keywords:existence", {}).get("keywords", [])
-    num_lines = bullets or {"at least": 3, "less than": 1}.get(count.get("relation"), rng.choice([1, 2]))
+    num_lines = bullets or {"at least": 3, "less than": 1}.get(
+        count.get("relation"), rng.choice([1, 2])
+    )
     chosen = use + rng.sample([w for w in words if w not in use], 3)
-    lines = [rng.choice(LINES[2:3] if count.get("relation") == "at least" else LINES).format(topic, chosen[i]) for i in range(num_lines)]
+    lines = [
+        rng.choice(LINES[2:3] if count.get("relation") == "at least" else LINES).format(
+            topic, chosen[i]
+        )
+        for i in range(num_lines)
+    ]
     if "punctuation:no_comma" not in want and rng.random() < 0.5:
         lines[0] = "Yes, " + lines[0][0].lower() + lines[0][1:]
     text = "\n".join("* " + line for line in lines) if bullets else " ".join(lines)
@@ -202,23 +305,43 @@ def if_rows(rng, keys, split):
     rows = []
     for index, (topic, drawn) in enumerate(keys):
         constraints = [(i, k) for i, k in json.loads(drawn)]
-        prompt = " ".join([f"Write about {topic}."] + [CONSTRAINTS[i][0].format(**k) for i, k in constraints])
+        prompt = " ".join(
+            [f"Write about {topic}."] + [CONSTRAINTS[i][0].format(**k) for i, k in constraints]
+        )
         if split != "sft":
             # None-filled, as on the hub
             kwargs = [{name: k.get(name) for name in KWARGS} for _, k in constraints]
-            rows.append({"prompt": [{"role": "user", "content": prompt}], "instruction_id_list": [i for i, _ in constraints], "kwargs": kwargs, "index": index})
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": prompt}],
+                    "instruction_id_list": [i for i, _ in constraints],
+                    "kwargs": kwargs,
+                    "index": index,
+                }
+            )
             continue
         for think in (True, False):
             kept = [c for c in constraints]
             if rng.random() < FLAWED["if"]:
                 kept.remove(rng.choice(kept))
             reply = if_reply(rng, topic, kept)
-            rows.append((prompt, f"<think>\nabout {topic}\n</think>\n{reply}" if think else reply, think, "instruction-following"))
+            rows.append(
+                (
+                    prompt,
+                    f"<think>\nabout {topic}\n</think>\n{reply}" if think else reply,
+                    think,
+                    "instruction-following",
+                )
+            )
     return rows
 
 
 # ---- Math ----------------------------------------------------------------------------------------
-STEPS = {"+": ["add {}", "then add {}", "plus {}"], "-": ["take away {}", "then subtract {}", "minus {}"], "*": ["multiply by {}", "times {}"]}
+STEPS = {
+    "+": ["add {}", "then add {}", "plus {}"],
+    "-": ["take away {}", "then subtract {}", "minus {}"],
+    "*": ["multiply by {}", "times {}"],
+}
 STARTS = ["Start with {}", "Take {}", "Begin at {}", "Ann has {}", "Think of {}"]
 
 
@@ -241,8 +364,15 @@ def math_keys(rng):
 def math_rows(rng, keys, split):
     rows = []
     for start, steps in keys:
-        text = ", ".join([rng.choice(STARTS).format(start)] + [rng.choice(STEPS[op]).format(n) for op, n, _, _ in steps])
-        row = {"problem": text + ". What is the result?", "answer": str(steps[-1][3]), "source": "toy"}
+        text = ", ".join(
+            [rng.choice(STARTS).format(start)]
+            + [rng.choice(STEPS[op]).format(n) for op, n, _, _ in steps]
+        )
+        row = {
+            "problem": text + ". What is the result?",
+            "answer": str(steps[-1][3]),
+            "source": "toy",
+        }
         if split != "sft":
             rows.append(row)
             continue
@@ -253,7 +383,14 @@ def math_rows(rng, keys, split):
                 after = eval(f"{value}{op}{n}") + (rng.choice([-2, -1, 1, 2]) if i == slip else 0)
                 trace.append(f"{value}{op}{n}={after}")
                 value = after
-            rows.append((row, "<think>\n" + "\n".join(trace) + f"\n</think>\n\\boxed{{{value}}}", True, "math"))
+            rows.append(
+                (
+                    row,
+                    "<think>\n" + "\n".join(trace) + f"\n</think>\n\\boxed{{{value}}}",
+                    True,
+                    "math",
+                )
+            )
     return rows
 
 
@@ -279,9 +416,19 @@ OPS = {
     "tail": (["drops the first number", "skips the first number"], "x[1:]"),
     "init": (["drops the last number", "leaves out the last number"], "x[:-1]"),
 }
-FAMILIES = [["asc", "desc", "rev"], ["even", "odd"], ["pos", "neg"], ["double", "square"], ["inc", "dec"], ["negate", "abs", "uniq"],
-            ["first", "last"], ["tail", "init"]]
-SIBLINGS = {name: [other for other in family if other != name] for family in FAMILIES for name in family}
+FAMILIES = [
+    ["asc", "desc", "rev"],
+    ["even", "odd"],
+    ["pos", "neg"],
+    ["double", "square"],
+    ["inc", "dec"],
+    ["negate", "abs", "uniq"],
+    ["first", "last"],
+    ["tail", "init"],
+]
+SIBLINGS = {
+    name: [other for other in family if other != name] for family in FAMILIES for name in family
+}
 
 
 RUN = {name: eval("lambda x: " + line) for name, (_, line) in OPS.items()}  # our own table
@@ -302,7 +449,11 @@ def op_keys(rng):
     while True:
         names = tuple(rng.sample(sorted(OPS), rng.choice([2, 3, 3])))
         inputs = code_inputs(names)
-        wrong = [names[:i] + (other,) + names[i + 1 :] for i, n in enumerate(names) for other in SIBLINGS[n]]
+        wrong = [
+            names[:i] + (other,) + names[i + 1 :]
+            for i, n in enumerate(names)
+            for other in SIBLINGS[n]
+        ]
         if all(any(apply_ops(names, x) != apply_ops(w, x) for x in inputs) for w in wrong):
             yield names
 
@@ -314,7 +465,11 @@ def code_inputs(names):
 
 def code_tests(names):
     inputs = code_inputs(names)
-    return {"inputs": [json.dumps(x) for x in inputs], "outputs": [json.dumps(apply_ops(names, x)) for x in inputs], "fn_name": "f"}
+    return {
+        "inputs": [json.dumps(x) for x in inputs],
+        "outputs": [json.dumps(apply_ops(names, x)) for x in inputs],
+        "fn_name": "f",
+    }
 
 
 def say(rng, names):
@@ -330,15 +485,26 @@ def code_rows(rng, keys, split):
     rows = []
     for names in keys:
         problem = f"Write a function f(x) that takes a list of numbers, {say(rng, names)}, and returns it."
-        row = {"hash_id": "-".join(names), "dataset": "toy", "source": "toy",
-               "responses_create_params": {"input": [{"role": "user", "content": problem}]},
-               "verifier_metadata": {"unit_tests": code_tests(names)}}
+        row = {
+            "hash_id": "-".join(names),
+            "dataset": "toy",
+            "source": "toy",
+            "responses_create_params": {"input": [{"role": "user", "content": problem}]},
+            "verifier_metadata": {"unit_tests": code_tests(names)},
+        }
         if split != "sft":
             rows.append(row)
             continue
         for _ in range(2):
             written = mistaken(rng, names) if rng.random() < FLAWED["code"] else names
-            rows.append((row, f"<think>\n{' '.join(written)}\n</think>\n```python\n{program(written)}```", True, "code"))
+            rows.append(
+                (
+                    row,
+                    f"<think>\n{' '.join(written)}\n</think>\n```python\n{program(written)}```",
+                    True,
+                    "code",
+                )
+            )
     return rows
 
 
@@ -350,10 +516,20 @@ def swe_rows(rng, keys, split):
         if len(set(buggy)) < len(buggy):  # the line to be replaced must be unique in its file
             continue
         before, after = program(buggy), program(names)
-        patch = "".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), "a/app.py", "b/app.py"))
-        row = {"prompt": "", "original_prompt": f"f in app.py is wrong. It takes a list, {say(rng, names)}, and returns it.",
-               "golden_patch": patch, "relevant_file_contents": [{"file_path": "app.py", "content": before}],
-               "instance_id": "toy-" + "-".join(names), "source": "toy", "tests": code_tests(names)}
+        patch = "".join(
+            difflib.unified_diff(
+                before.splitlines(True), after.splitlines(True), "a/app.py", "b/app.py"
+            )
+        )
+        row = {
+            "prompt": "",
+            "original_prompt": f"f in app.py is wrong. It takes a list, {say(rng, names)}, and returns it.",
+            "golden_patch": patch,
+            "relevant_file_contents": [{"file_path": "app.py", "content": before}],
+            "instance_id": "toy-" + "-".join(names),
+            "source": "toy",
+            "tests": code_tests(names),
+        }
         if split != "sft":
             rows.append(row)
             continue
@@ -362,9 +538,19 @@ def swe_rows(rng, keys, split):
             if rng.random() < FLAWED["swe"]:  # a wrong line, or the right line wrongly repaired
                 i = rng.randrange(len(names))
                 wrong = lambda ops: [n for n in ops if n != buggy[i] and (i, n) != (at, names[at])]
-                new = rng.choice(wrong([*SIBLINGS[names[at]], *SIBLINGS[buggy[i]], names[at]]) or wrong(list(OPS)))
+                new = rng.choice(
+                    wrong([*SIBLINGS[names[at]], *SIBLINGS[buggy[i]], names[at]])
+                    or wrong(list(OPS))
+                )
             edit = f"### app.py\n<<<<<<< SEARCH\n    x = {OPS[buggy[i]][1]}\n=======\n    x = {OPS[new][1]}\n>>>>>>> REPLACE"
-            rows.append((row, f"<think>\n{buggy[i]} {new}\n</think>\n```diff\n{edit}\n```", True, "swe_repair"))
+            rows.append(
+                (
+                    row,
+                    f"<think>\n{buggy[i]} {new}\n</think>\n```diff\n{edit}\n```",
+                    True,
+                    "swe_repair",
+                )
+            )
     return rows
 
 
@@ -410,8 +596,16 @@ def demonstrations(skill, made, folder):
         built = dict(zip(dict.fromkeys(id(row) for row in prompts), loaded, strict=True))
         prompts = [built[id(row)] for row in prompts]
     return [
-        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}],
-         "category": category, "source": "toy", "generator": "toy.py", "thinking": think}
+        {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": reply},
+            ],
+            "category": category,
+            "source": "toy",
+            "generator": "toy.py",
+            "thinking": think,
+        }
         for prompt, (_, reply, think, category) in zip(prompts, made, strict=True)
     ]
 
@@ -420,14 +614,22 @@ def make_tokenizer(folder, texts, fixed, vocab_size):
     """Byte-level BPE over words and, so that sequences stay short, over whole lines of code; digits stand alone and each of
     the `fixed` texts (chat headers, the stages' instructions) is one token."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"    [^\n]+|\n| ?[A-Za-z_]+| ?[^\sA-Za-z0-9]+|\s"), behavior="isolated"),
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"    [^\n]+|\n| ?[A-Za-z_]+| ?[^\sA-Za-z0-9]+|\s"), behavior="isolated"
+            ),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(fixed), special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size - len(fixed),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(sorted(fixed, key=len, reverse=True))
@@ -445,21 +647,44 @@ def shared_pieces(texts, least=10):
 
 def main(cfg):
     if cfg.num_heads % 2 or cfg.head_dim % 2 or cfg.vocab_size < 512:
-        fail("--num_heads and --head_dim have to be even, --vocab_size at least 512.", note="Nothing was made.")
+        fail(
+            "--num_heads and --head_dim have to be even, --vocab_size at least 512.",
+            note="Nothing was made.",
+        )
     os.makedirs(cfg.out, exist_ok=True)
-    makers = {"chat": (chat_keys, chat_rows), "if": (if_keys, if_rows), "math": (math_keys, math_rows),
-              "code": (op_keys, code_rows), "swe": (None, swe_rows)}
+    makers = {
+        "chat": (chat_keys, chat_rows),
+        "if": (if_keys, if_rows),
+        "math": (math_keys, math_rows),
+        "code": (op_keys, code_rows),
+        "swe": (None, swe_rows),
+    }
     sft, keys = {}, {}
-    fixed = [SYSTEM, "system\n", "user\n", "assistant\n", " /think", " /no_think", "<think>\n", "\n</think>\n"]
+    fixed = [
+        SYSTEM,
+        "system\n",
+        "user\n",
+        "assistant\n",
+        " /think",
+        " /no_think",
+        "<think>\n",
+        "\n</think>\n",
+    ]
     for skill, (make_keys, make_rows) in makers.items():
         rng = random.Random(f"{cfg.seed} {skill}")
         # code and swe share their split
         keys[skill] = split_keys(make_keys(rng), KEYS[skill]) if make_keys else keys["code"]
         for split in ("rl", "dev", "test"):
-            write_jsonl(os.path.join(cfg.out, f"{skill}_{split}.jsonl"), make_rows(rng, keys[skill][split], split))
+            write_jsonl(
+                os.path.join(cfg.out, f"{skill}_{split}.jsonl"),
+                make_rows(rng, keys[skill][split], split),
+            )
         sft[skill] = demonstrations(skill, make_rows(rng, keys[skill]["sft"], "sft"), cfg.out)
         fixed += shared_pieces([row["messages"][0]["content"] for row in sft[skill]])
-        print(f"{skill:5s}{len(sft[skill]):6d} demonstrations, keys: " + ", ".join(f"{len(k)} {split}" for split, k in keys[skill].items()))
+        print(
+            f"{skill:5s}{len(sft[skill]):6d} demonstrations, keys: "
+            + ", ".join(f"{len(k)} {split}" for split, k in keys[skill].items())
+        )
     rng = random.Random(f"{cfg.seed} files")
     preferences = preference_rows(rng, keys["chat"]["sft"] + keys["chat"]["rl"])
     held_out = preference_rows(rng, keys["chat"]["dev"])
@@ -480,14 +705,25 @@ def main(cfg):
     tokenizer = make_tokenizer(base, texts, fixed, cfg.vocab_size)
     model = Qwen3.from_config(
         Qwen3Config(
-            vocab_size=tokenizer.get_vocab_size(), hidden_size=cfg.hidden_size, intermediate_size=3 * cfg.hidden_size,
-            num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_heads // 2,
-            head_dim=cfg.head_dim, rope_theta=1e4, max_position_embeddings=1024, tie_word_embeddings=True,
-        ), seed=cfg.seed, std=cfg.hidden_size**-0.5,
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=cfg.hidden_size,
+            intermediate_size=3 * cfg.hidden_size,
+            num_hidden_layers=cfg.num_layers,
+            num_attention_heads=cfg.num_heads,
+            num_key_value_heads=cfg.num_heads // 2,
+            head_dim=cfg.head_dim,
+            rope_theta=1e4,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+        ),
+        seed=cfg.seed,
+        std=cfg.hidden_size**-0.5,
     )
     model.save_pretrained(base)
     save_tokenizer(base, base)
-    print(f"{base}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {tokenizer.get_vocab_size()}")
+    print(
+        f"{base}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {tokenizer.get_vocab_size()}"
+    )
 
 
 if __name__ == "__main__":

@@ -24,13 +24,42 @@ from lib.common import init_distributed
 from model import Qwen3, load_tokenizer
 
 GROUPS = {  # first match wins; names are aten operators
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul", "aten::addmv"),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::linear",
+        "aten::matmul",
+        "aten::addmv",
+    ),
     "attention": ("scaled_dot_product", "flash_attention"),
     "optimizer": ("_fused_adam", "foreach"),
-    "copies and indices": ("copy_", "index", "gather", "scatter", "cat", "clone", "zero", "fill", "select", "slice", "sort", "unique", "repeat", "empty", "embedding"),
+    "copies and indices": (
+        "copy_",
+        "index",
+        "gather",
+        "scatter",
+        "cat",
+        "clone",
+        "zero",
+        "fill",
+        "select",
+        "slice",
+        "sort",
+        "unique",
+        "repeat",
+        "empty",
+        "embedding",
+    ),
     "elementwise and norms": ("aten::",),
 }
-COLOURS = dict(zip([*GROUPS, "Python"], ("tab:blue", "tab:cyan", "tab:purple", "tab:orange", "tab:green", "0.75")))
+COLOURS = dict(
+    zip(
+        [*GROUPS, "Python"],
+        ("tab:blue", "tab:cyan", "tab:purple", "tab:orange", "tab:green", "0.75"),
+    )
+)
 
 
 def pieces():
@@ -46,28 +75,47 @@ def pieces():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     engine = mathrl.make_engine("torch", model, tokenizer)
     engine.stops = [-1]  # no completion ends early
-    hook = (lambda r: vars(r).update(reward=grpo.rarity(r.text), status="ok")), (lambda rollouts: None)
-    rollout = lambda: mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[0]
-    sft_cfg = sft.Config(init_from=toy_folder("base"), data=str(Path(toy_folder("base")).parent / "sft_stage1.jsonl"), max_seq_len=512,
-                         micro_batch_tokens=8192, limit=1000)
+    hook = (
+        (lambda r: vars(r).update(reward=grpo.rarity(r.text), status="ok")),
+        (lambda rollouts: None),
+    )
+    rollout = lambda: mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[
+        0
+    ]
+    sft_cfg = sft.Config(
+        init_from=toy_folder("base"),
+        data=str(Path(toy_folder("base")).parent / "sft_stage1.jsonl"),
+        max_seq_len=512,
+        micro_batch_tokens=8192,
+        limit=1000,
+    )
     samples = sft.load_samples(sft_cfg.data, tokenizer, sft_cfg)[:128]
     trained = rollout()
     return {
-        "SFT update, 128 conversations": lambda: sft.train_step(model, optimizer, samples, sft_cfg, device, world),
+        "SFT update, 128 conversations": lambda: sft.train_step(
+            model, optimizer, samples, sft_cfg, device, world
+        ),
         "GRPO rollouts, 128 x 80 tokens": rollout,
-        "GRPO update, 128 completions": lambda: mathrl.train_step(model, optimizer, trained, cfg, device, world),
+        "GRPO update, 128 completions": lambda: mathrl.train_step(
+            model, optimizer, trained, cfg, device, world
+        ),
     }
 
 
 def by_group(run):
     """({group: seconds}, floating point operations of the products) of one profiled run."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True
+    ) as profile:
         clock = time.process_time()
         run()
         whole = time.process_time() - clock
     seconds, flops = dict.fromkeys(GROUPS, 0.0), 0
     for event in profile.key_averages():
-        group = next((name for name, parts in GROUPS.items() if any(part in event.key for part in parts)), None)
+        group = next(
+            (name for name, parts in GROUPS.items() if any(part in event.key for part in parts)),
+            None,
+        )
         if group:
             seconds[group] += event.self_cpu_time_total / 1e6
         flops += event.flops if group == "matrix products" else 0
@@ -94,7 +142,11 @@ def measure(run, rounds):
         plain.append(time.process_time() - clock)
         profiled.append(by_group(run))
     seconds = {group: statistics.median(s[group] for s, _ in profiled) for group in profiled[0][0]}
-    return {"plain_s": statistics.median(plain), "seconds": seconds, "product_flops": profiled[0][1]}
+    return {
+        "plain_s": statistics.median(plain),
+        "seconds": seconds,
+        "product_flops": profiled[0][1],
+    }
 
 
 def plot(rows, path):
@@ -110,7 +162,15 @@ def plot(rows, path):
         axis.barh(list(rows), shares, 0.6, left=left, color=colour, label=group)
         for place, (start, share) in enumerate(zip(left, shares)):
             if share > 0.04:
-                axis.text(start + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, color="white")
+                axis.text(
+                    start + share / 2,
+                    place,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white",
+                )
         left = [a + b for a, b in zip(left, shares)]
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
@@ -131,9 +191,16 @@ def main():
         whole, products = sum(spent.values()), spent["matrix products"]
         row["floor_share"] = (products + spent["attention"]) / whole
         row["of_peak"] = row["product_flops"] / products / top
-        print(f"{name:32s}{row['plain_s']:7.2f} s | floor {row['floor_share']:4.0%} | products at {row['of_peak']:4.0%} of {top / 1e9:.0f} GFLOP/s | "
-              + ", ".join(f"{group} {s / whole:.0%}" for group, s in spent.items()))
-    head = {"command": ["bench/floor.py", f"--rounds={args.rounds}"], "machine": machine(), "torch": torch.__version__, "peak_flops": top}
+        print(
+            f"{name:32s}{row['plain_s']:7.2f} s | floor {row['floor_share']:4.0%} | products at {row['of_peak']:4.0%} of {top / 1e9:.0f} GFLOP/s | "
+            + ", ".join(f"{group} {s / whole:.0%}" for group, s in spent.items())
+        )
+    head = {
+        "command": ["bench/floor.py", f"--rounds={args.rounds}"],
+        "machine": machine(),
+        "torch": torch.__version__,
+        "peak_flops": top,
+    }
     out = ROOT / "bench" / "floor"
     out.with_suffix(".json").write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
     plot(rows, out.with_suffix(".png"))

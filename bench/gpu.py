@@ -47,8 +47,13 @@ def seconds(run):
 
 def ceilings():
     """(FLOP/s of a bf16 product, bytes/s of a copy, both counted as read and written)."""
-    a, source = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), torch.empty(2**30, device="cuda", dtype=torch.int8)
-    product, copy = (min(seconds(run)[0] for _ in range(10)) for run in (lambda: a @ a, lambda: source.clone()))
+    a, source = (
+        torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16),
+        torch.empty(2**30, device="cuda", dtype=torch.int8),
+    )
+    product, copy = (
+        min(seconds(run)[0] for _ in range(10)) for run in (lambda: a @ a, lambda: source.clone())
+    )
     return 2 * 8192**3 / product, 2 * 2**30 / copy
 
 
@@ -85,7 +90,11 @@ def theirs(model, liger=False):
     from transformers import Qwen3Config as TheirConfig
     from transformers.models.qwen3 import modeling_qwen3
 
-    raw = {k: v for k, v in hf_config(model.config).items() if k not in ("architectures", "model_type", "dtype")}
+    raw = {
+        k: v
+        for k, v in hf_config(model.config).items()
+        if k not in ("architectures", "model_type", "dtype")
+    }
     with torch.device("meta"):
         twin = modeling_qwen3.Qwen3ForCausalLM(TheirConfig(**raw, attn_implementation="sdpa"))
     twin.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight}, assign=True)
@@ -112,7 +121,11 @@ def contestants(model, sequences):
     index = (~torch.isin(torch.arange(len(ids_T), device="cuda"), ends[:-1])).nonzero()[:, 0]
     padded = torch.stack([torch.cat((s, s.new_zeros(width - len(s)))) for s in sequences])
     mask = torch.arange(width, device="cuda") < ends.diff()[:, None]
-    batch = dict(input_ids=padded, labels=padded.masked_fill(~mask, -100), attention_mask=None if len(set(lengths)) == 1 else mask.long())
+    batch = dict(
+        input_ids=padded,
+        labels=padded.masked_fill(~mask, -100),
+        attention_mask=None if len(set(lengths)) == 1 else mask.long(),
+    )
 
     def ours():
         loss = model(ids_T, ends.int(), width, index, nll=True) / len(index)
@@ -129,14 +142,18 @@ def contestants(model, sequences):
 
     whos = {"ours": ours, "transformers": lambda twin=theirs(model).train(): turn(twin, False)}
     if importlib.util.find_spec("liger_kernel"):
-        whos["transformers + Liger"] = lambda twin=theirs(model, liger=True).train(): turn(twin, True)
+        whos["transformers + Liger"] = lambda twin=theirs(model, liger=True).train(): turn(
+            twin, True
+        )
     return whos
 
 
 def race(size, setting, rounds, flop_rate):
     """Rows of one setting. A contestant that does not fit into the GPU's memory says so and leaves."""
     model = build(size, torch.bfloat16)
-    sequences = [torch.randint(model.config.vocab_size, (n,), device="cuda") for n in LENGTHS[setting]]
+    sequences = [
+        torch.randint(model.config.vocab_size, (n,), device="cuda") for n in LENGTHS[setting]
+    ]
     flops = useful_flops(model.config, sum(p.numel() for p in model.parameters()), LENGTHS[setting])
     whos, turns, losses = contestants(model, sequences), {}, {}
     for _ in range(rounds + 2):
@@ -146,7 +163,12 @@ def race(size, setting, rounds, flop_rate):
             except Exception as error:  # a peer that does not fit, or not to this version
                 if who == "ours":
                     raise
-                print(f"{size} pass, {setting:5s} {who:21s} left: {type(error).__name__}: {error}"[:200].splitlines()[0], flush=True)
+                print(
+                    f"{size} pass, {setting:5s} {who:21s} left: {type(error).__name__}: {error}"[
+                        :200
+                    ].splitlines()[0],
+                    flush=True,
+                )
                 del whos[who], error
                 turns[who] = []
                 forget()
@@ -159,10 +181,21 @@ def race(size, setting, rounds, flop_rate):
             times, peaks = zip(*all_[2:])
             ratios = [t / mine for t, (mine, _) in zip(times, turns["ours"][2:])]
             middle = statistics.median(times)
-            row |= dict(seconds=middle, tokens_per_s=sum(LENGTHS[setting]) / middle, mfu=flops / middle / flop_rate, peak_gib=max(peaks),
-                        loss=losses[who], ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
-            print(f"{size} pass, {setting:5s} {who:21s} {1e3 * middle:8.1f} ms {row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {max(peaks):5.1f} GiB  "
-                  f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our time, loss {row['loss']:.4f}", flush=True)
+            row |= dict(
+                seconds=middle,
+                tokens_per_s=sum(LENGTHS[setting]) / middle,
+                mfu=flops / middle / flop_rate,
+                peak_gib=max(peaks),
+                loss=losses[who],
+                ratio=statistics.median(ratios),
+                ratio_min=min(ratios),
+                ratio_max=max(ratios),
+            )
+            print(
+                f"{size} pass, {setting:5s} {who:21s} {1e3 * middle:8.1f} ms {row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {max(peaks):5.1f} GiB  "
+                f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our time, loss {row['loss']:.4f}",
+                flush=True,
+            )
         rows.append(row)
     assert max(losses.values()) - min(losses.values()) < 0.02, f"not the same computation: {losses}"
     return rows
@@ -178,20 +211,47 @@ def steps(size, rounds, rates, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     rng = torch.Generator().manual_seed(0)
     some = lambda n: torch.randint(config.vocab_size, (n,), generator=rng)
-    samples = [(some(4096).int().numpy(), (torch.arange(4096) > 255).numpy(), "all") for _ in range(8)]
+    samples = [
+        (some(4096).int().numpy(), (torch.arange(4096) > 255).numpy(), "all") for _ in range(8)
+    ]
     cfg = sft.Config(micro_batch_tokens=32768)
-    rows = [report("SFT step", size, "", rounds, lambda: sft.train_step(model, optimizer, samples, cfg, device, 1), [4096] * 8, config, total, rates)]
+    rows = [
+        report(
+            "SFT step",
+            size,
+            "",
+            rounds,
+            lambda: sft.train_step(model, optimizer, samples, cfg, device, 1),
+            [4096] * 8,
+            config,
+            total,
+            rates,
+        )
+    ]
 
     lengths = torch.linspace(64, 2048, 32)[torch.randperm(32, generator=rng)].int().tolist()
     prompts = [some(512).tolist() for _ in range(4)]
-    rollouts = [Rollout(row={}, group=i // 8, prompt_ids=prompts[i // 8], seed=i, completion_ids=some(n).tolist(), sampler_logprobs=[-12.0] * n,
-                        advantage=1.0 if i % 2 else -1.0, finish_reason="stop") for i, n in enumerate(lengths)]
+    rollouts = [
+        Rollout(
+            row={},
+            group=i // 8,
+            prompt_ids=prompts[i // 8],
+            seed=i,
+            completion_ids=some(n).tolist(),
+            sampler_logprobs=[-12.0] * n,
+            advantage=1.0 if i % 2 else -1.0,
+            finish_reason="stop",
+        )
+        for i, n in enumerate(lengths)
+    ]
     cfg = mathrl.Config(micro_batch_tokens=32768, temperature=1.0, importance_limit=0.0)
     whole, alone = [512 + n for n in lengths], packing.shared_prefixes
     step = lambda: mathrl.train_step(model, optimizer, rollouts, cfg, device, 1)
     rows.append(report("GRPO step", size, "", rounds, step, whole, config, total, rates))
     packing.shared_prefixes = lambda sequences, device: None
-    rows.append(report("GRPO step", size, "nothing shared", rounds, step, whole, config, total, rates))
+    rows.append(
+        report("GRPO step", size, "nothing shared", rounds, step, whole, config, total, rates)
+    )
     packing.shared_prefixes = alone
     return rows
 
@@ -201,10 +261,23 @@ def report(part, size, setting, rounds, run, sequences, config, total, rates):
     torch.cuda.reset_peak_memory_stats()
     turns = [seconds(run)[:2] for _ in range(rounds + 1)][1:]
     middle, tokens = statistics.median(t for t, _ in turns), sum(sequences)
-    row = dict(part=part, size=size, setting=setting, who="ours", seconds=middle, tokens_per_s=tokens / middle, peak_gib=torch.cuda.max_memory_allocated() / 2**30,
-               seconds_min=min(turns)[0], seconds_max=max(turns)[0], mfu=useful_flops(config, total, sequences) / middle / rates[0])
-    print(f"{size} {part} {setting:15s} {1e3 * middle:8.1f} ms [{1e3 * row['seconds_min']:.1f}, {1e3 * row['seconds_max']:.1f}] for {tokens} tokens: "
-          f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {row['peak_gib']:5.1f} GiB with weights and AdamW", flush=True)
+    row = dict(
+        part=part,
+        size=size,
+        setting=setting,
+        who="ours",
+        seconds=middle,
+        tokens_per_s=tokens / middle,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30,
+        seconds_min=min(turns)[0],
+        seconds_max=max(turns)[0],
+        mfu=useful_flops(config, total, sequences) / middle / rates[0],
+    )
+    print(
+        f"{size} {part} {setting:15s} {1e3 * middle:8.1f} ms [{1e3 * row['seconds_min']:.1f}, {1e3 * row['seconds_max']:.1f}] for {tokens} tokens: "
+        f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {row['peak_gib']:5.1f} GiB with weights and AdamW",
+        flush=True,
+    )
     return row
 
 
@@ -226,22 +299,58 @@ def sampler(size, rates, rows=64, prompt=512, new=128):
     twin.generation_config.eos_token_id, twin.generation_config.pad_token_id = None, 0
 
     def ours(n):
-        engine.generate([Rollout(row={}, group=0, prompt_ids=p, seed=request_seed(i)) for i, p in enumerate(ids.tolist())], n, 1.0)
+        engine.generate(
+            [
+                Rollout(row={}, group=0, prompt_ids=p, seed=request_seed(i))
+                for i, p in enumerate(ids.tolist())
+            ],
+            n,
+            1.0,
+        )
 
     @torch.no_grad()
     def transformers(n):
-        twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=n)
+        twin.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=n,
+        )
 
     weights = sum(p.numel() for p in model.parameters())
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * rows * (prompt + 32 + new / 2)
+    cache = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * config.head_dim
+        * rows
+        * (prompt + 32 + new / 2)
+    )
     floor, found = 2 * (weights + cache) / rates[1], []
     for who, run in {"ours": ours, "transformers": transformers}.items():
         run(8)
         (few, *_), (many, peak, _) = seconds(lambda: run(32)), seconds(lambda: run(32 + new))
         step = (many - few) / new
-        found.append(dict(part="sampler", size=size, who=who, setting=f"{rows} rows", seconds=step, tokens_per_s=rows / step, floor_seconds=floor, peak_gib=peak))
-        print(f"{size} sampler {who:21s} {1e3 * step:8.2f} ms a step of {rows} rows, {rows / step:8.0f} tok/s; reading weights and cache takes "
-              f"{1e3 * floor:.2f} ms", flush=True)
+        found.append(
+            dict(
+                part="sampler",
+                size=size,
+                who=who,
+                setting=f"{rows} rows",
+                seconds=step,
+                tokens_per_s=rows / step,
+                floor_seconds=floor,
+                peak_gib=peak,
+            )
+        )
+        print(
+            f"{size} sampler {who:21s} {1e3 * step:8.2f} ms a step of {rows} rows, {rows / step:8.0f} tok/s; reading weights and cache takes "
+            f"{1e3 * floor:.2f} ms",
+            flush=True,
+        )
     return found
 
 
@@ -254,9 +363,18 @@ def plot(rows, title, path):
 
     found = [row for row in rows if row["seconds"] and row["part"] != "sampler"]
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.32 * len(found) + 1.4), sharey=True)
-    names = [f"{row['size']} {row['part']} {row['setting']}, {row['who']}".replace(" ,", ",") for row in found]
-    for axis, key, label in zip(axes, ("mfu", "peak_gib"), ("share of this GPU's matmul rate (MFU)", "peak GiB")):
-        bars = axis.barh(range(len(found)), [row[key] for row in found], color=["tab:blue" if row["who"] == "ours" else "0.7" for row in found])
+    names = [
+        f"{row['size']} {row['part']} {row['setting']}, {row['who']}".replace(" ,", ",")
+        for row in found
+    ]
+    for axis, key, label in zip(
+        axes, ("mfu", "peak_gib"), ("share of this GPU's matmul rate (MFU)", "peak GiB")
+    ):
+        bars = axis.barh(
+            range(len(found)),
+            [row[key] for row in found],
+            color=["tab:blue" if row["who"] == "ours" else "0.7" for row in found],
+        )
         axis.bar_label(bars, fmt="%.2f" if key == "mfu" else "%.0f", fontsize=8, padding=2)
         axis.margins(x=0.08)
         axis.set_xlabel(label)
@@ -278,20 +396,41 @@ def main():
     torch.manual_seed(0)
     _, _, device = init_distributed(0)
     rates, name, rows = ceilings(), torch.cuda.get_device_name(), []
-    print(f"{name}: bf16 product {rates[0] / 1e12:.0f} TFLOP/s, copy {rates[1] / 1e12:.2f} TB/s", flush=True)
-    packages = ["torch", "triton", "transformers"] + ["liger_kernel"] * bool(importlib.util.find_spec("liger_kernel"))
+    print(
+        f"{name}: bf16 product {rates[0] / 1e12:.0f} TFLOP/s, copy {rates[1] / 1e12:.2f} TB/s",
+        flush=True,
+    )
+    packages = ["torch", "triton", "transformers"] + ["liger_kernel"] * bool(
+        importlib.util.find_spec("liger_kernel")
+    )
     flags = [f"--{key}={getattr(args, key)}" for key in ("steps", "samplers", "passes", "rounds")]
-    head = dict(command=["bench/gpu.py", *flags], git=git_hash(), gpu=name, **versions(*packages), matmul_flop_per_s=rates[0],
-                copy_bytes_per_s=rates[1], lengths=LENGTHS)
+    head = dict(
+        command=["bench/gpu.py", *flags],
+        git=git_hash(),
+        gpu=name,
+        **versions(*packages),
+        matmul_flop_per_s=rates[0],
+        copy_bytes_per_s=rates[1],
+        lengths=LENGTHS,
+    )
     jobs = [(steps, size, args.rounds, rates, device) for size in args.steps.split(",") if size]
     jobs += [(sampler, size, rates) for size in args.samplers.split(",") if size]
-    jobs += [(race, size, setting, args.rounds, rates[0]) for size in args.passes.split(",") if size for setting in LENGTHS]
+    jobs += [
+        (race, size, setting, args.rounds, rates[0])
+        for size in args.passes.split(",")
+        if size
+        for setting in LENGTHS
+    ]
     for job, *flags in jobs:
         rows += job(*flags)
         forget()
         with open(args.out + ".json", "w") as f:  # after every part: what has been measured stays
             f.write(json.dumps(head | {"rows": rows}, indent=1) + "\n")
-    plot(rows, f"One {name}, Qwen3 in bf16, random weights, torch {torch.__version__}", args.out + ".png")
+    plot(
+        rows,
+        f"One {name}, Qwen3 in bf16, random weights, torch {torch.__version__}",
+        args.out + ".png",
+    )
     finish()
 
 

@@ -38,10 +38,22 @@ from model import Qwen3, load_tokenizer, read_config
 
 BASE = dict(prompts=2, group=4, length=128, width=96, ranks=1)
 SWEEPS = {
-    "length": ("response length (tokens), 2 prompts x 4", [dict(length=n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]),
-    "group": ("completions a prompt, 2 prompts x 128 tokens", [dict(group=n) for n in (2, 4, 8, 16, 32, 64)]),
-    "width": ("model width (0.17M to 31M parameters), 2 x 4 x 128 tokens", [dict(width=n) for n in (48, 96, 192, 384, 768)]),
-    "ranks": ("ranks, 8 prompts x 8 x 128 tokens", [dict(prompts=8, group=8, ranks=n) for n in (1, 2)]),
+    "length": (
+        "response length (tokens), 2 prompts x 4",
+        [dict(length=n) for n in (64, 128, 256, 512, 1024, 2048, 4096)],
+    ),
+    "group": (
+        "completions a prompt, 2 prompts x 128 tokens",
+        [dict(group=n) for n in (2, 4, 8, 16, 32, 64)],
+    ),
+    "width": (
+        "model width (0.17M to 31M parameters), 2 x 4 x 128 tokens",
+        [dict(width=n) for n in (48, 96, 192, 384, 768)],
+    ),
+    "ranks": (
+        "ranks, 8 prompts x 8 x 128 tokens",
+        [dict(prompts=8, group=8, ranks=n) for n in (1, 2)],
+    ),
 }
 MICRO = 8192  # tokens of a packed micro-batch
 
@@ -51,11 +63,27 @@ def build(point, stops):
     """A stage's own parts, for a model of this width: (cfg, rows, model, optimizer, engine, rank, world, device)."""
     rank, world, device = init_distributed(0)
     folder, width = OUT / "data" / "base", point["width"]
-    cfg = mathrl.Config(init_from=str(folder), prompts_per_step=point["prompts"], group_size=point["group"], max_new_tokens=point["length"], lr=1e-4,
-                        max_prompt_tokens=256, top_p=1.0, micro_batch_tokens=MICRO, overlong_filter=False, importance_limit=0.0)
+    cfg = mathrl.Config(
+        init_from=str(folder),
+        prompts_per_step=point["prompts"],
+        group_size=point["group"],
+        max_new_tokens=point["length"],
+        lr=1e-4,
+        max_prompt_tokens=256,
+        top_p=1.0,
+        micro_batch_tokens=MICRO,
+        overlong_filter=False,
+        importance_limit=0.0,
+    )
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    config.max_position_embeddings, config.intermediate_size = 8192, config.intermediate_size * width // config.hidden_size
-    config.num_attention_heads, config.num_key_value_heads = max(width // 24, 2), max(width // 48, 1)
+    config.max_position_embeddings, config.intermediate_size = (
+        8192,
+        config.intermediate_size * width // config.hidden_size,
+    )
+    config.num_attention_heads, config.num_key_value_heads = (
+        max(width // 24, 2),
+        max(width // 48, 1),
+    )
     config.hidden_size = width
     model = shard(Qwen3.from_config(config, seed=0), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, fused=True)
@@ -63,7 +91,16 @@ def build(point, stops):
         rows = [mathrl.normalize(json.loads(line), "") for _, line in zip(range(64), f)]
     sampler = engine.TorchEngine(model, tokenizer)
     sampler.stops = stops(config.vocab_size)
-    return cfg, mathrl.encode_prompts(rows, tokenizer, cfg), model, optimizer, sampler, rank, world, device
+    return (
+        cfg,
+        mathrl.encode_prompts(rows, tokenizer, cfg),
+        model,
+        optimizer,
+        sampler,
+        rank,
+        world,
+        device,
+    )
 
 
 HOOK = (lambda r: vars(r).update(reward=rarity(r.text), status="ok")), (lambda rollouts: None)
@@ -86,26 +123,42 @@ def measure(point, repeats):
     turns, gaps = [], []
     for step in range(1, 1 + repeats):
         marks = [(time.process_time(), time.perf_counter())]
-        indices = [(step * cfg.prompts_per_step + i) % len(rows) for i in range(cfg.prompts_per_step)]
+        indices = [
+            (step * cfg.prompts_per_step + i) % len(rows) for i in range(cfg.prompts_per_step)
+        ]
         trained, _ = mathrl.rollout(sampler, rows, indices, step, cfg, HOOK, rank, world)
         marks.append((time.process_time(), time.perf_counter()))
         metrics = mathrl.train_step(model, optimizer, trained, cfg, device, world)
         sampler.sync(model)
         marks.append((time.process_time(), time.perf_counter()))
-        (gen_cpu, gen_wall), (update_cpu, update_wall) = ([b - a for a, b in zip(*pair)] for pair in zip(marks, marks[1:]))
+        (gen_cpu, gen_wall), (update_cpu, update_wall) = (
+            [b - a for a, b in zip(*pair)] for pair in zip(marks, marks[1:])
+        )
         assert metrics["num_tokens"] == cfg.prompts_per_step * cfg.group_size * cfg.max_new_tokens
         turns.append((gen_cpu, update_cpu, gen_wall, update_wall))
         gaps.append(metrics["gap"])
     medians = [statistics.median(column) for column in zip(*(turns[1:] or turns))]
     return dict(zip(("rollout", "update", "rollout_wall", "update_wall"), medians)) | {
-        "memory_mb": peak_mb() - before, "parameters": sum(p.numel() for p in model.parameters()), "gap": max(gaps)}
+        "memory_mb": peak_mb() - before,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gap": max(gaps),
+    }
 
 
 def measure_padding(point, repeats):
     """{"rollout", "update"}: [rows computed, rows needed], and the same of attention's slots, over steps with ragged completions."""
-    cfg, rows, model, optimizer, sampler, rank, world, device = build(point, lambda vocab: list(range(0, vocab, 48)))
-    counts, where = {k: [0, 0] for k in ("rollout rows", "rollout slots", "update rows", "update slots")}, {"now": "rollout"}
-    hidden_states, decode, sdpa = Qwen3.hidden_states, engine.TorchEngine._decode, attention.attention_sdpa
+    cfg, rows, model, optimizer, sampler, rank, world, device = build(
+        point, lambda vocab: list(range(0, vocab, 48))
+    )
+    counts, where = (
+        {k: [0, 0] for k in ("rollout rows", "rollout slots", "update rows", "update slots")},
+        {"now": "rollout"},
+    )
+    hidden_states, decode, sdpa = (
+        Qwen3.hidden_states,
+        engine.TorchEngine._decode,
+        attention.attention_sdpa,
+    )
 
     def counting_hidden_states(self, input_ids_T, *args, **kwargs):
         counts[f"{where['now']} rows"][0] += len(input_ids_T)
@@ -121,20 +174,33 @@ def measure_padding(point, repeats):
             counts["update slots"][0] += q.shape[0] * q.shape[1] ** 2 // 2
         return sdpa(q, k, v)
 
-    Qwen3.hidden_states, engine.TorchEngine._decode, attention.attention_sdpa = counting_hidden_states, counting_decode, counting_sdpa
+    Qwen3.hidden_states, engine.TorchEngine._decode, attention.attention_sdpa = (
+        counting_hidden_states,
+        counting_decode,
+        counting_sdpa,
+    )
     lengths = []
     for step in range(1, 1 + repeats):
-        indices, where["now"] = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step), "rollout"
-        trained, sampled = mathrl.rollout(sampler, rows, [i % len(rows) for i in indices], step, cfg, HOOK, rank, world)
+        indices, where["now"] = (
+            range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step),
+            "rollout",
+        )
+        trained, sampled = mathrl.rollout(
+            sampler, rows, [i % len(rows) for i in indices], step, cfg, HOOK, rank, world
+        )
         distinct = {tuple(r.prompt_ids) for r in sampled}
         # the last token is not read
-        counts["rollout rows"][1] += sum(map(len, distinct)) + sum(len(r.completion_ids) - 1 for r in sampled)
+        counts["rollout rows"][1] += sum(map(len, distinct)) + sum(
+            len(r.completion_ids) - 1 for r in sampled
+        )
         where["now"] = "update"
         mathrl.train_step(model, optimizer, trained, cfg, device, world)
         whole = [tuple(r.prompt_ids + r.completion_ids) for r in trained if r.advantage]
         # of equal pasts one is needed
         counts["update rows"][1] += len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})
-        counts["update slots"][1] += model.config.num_hidden_layers * sum(len(ids) ** 2 // 2 for ids in whole)
+        counts["update slots"][1] += model.config.num_hidden_layers * sum(
+            len(ids) ** 2 // 2 for ids in whole
+        )
         lengths += [len(r.completion_ids) for r in sampled]
     return {"counts": counts, "lengths": [min(lengths), statistics.median(lengths), max(lengths)]}
 
@@ -148,8 +214,13 @@ def in_children(function, point, repeats):
         reader, writer = os.pipe()
         if os.fork() == 0:
             if point["ranks"] > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(point["ranks"]), "MASTER_ADDR": "127.0.0.1",
-                               "MASTER_PORT": str(port)}
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(point["ranks"]),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
             try:
                 os.write(writer, pickle.dumps(function(point, repeats)))
             except BaseException:
@@ -160,7 +231,11 @@ def in_children(function, point, repeats):
     answers = [pipe.read() for pipe in pipes]
     for _ in pipes:
         os.wait()
-    return [pickle.loads(answer) for answer in answers] if all(answers) else sys.exit("growth.py: a point failed")
+    return (
+        [pickle.loads(answer) for answer in answers]
+        if all(answers)
+        else sys.exit("growth.py: a point failed")
+    )
 
 
 def sweep(name, quick):
@@ -171,20 +246,41 @@ def sweep(name, quick):
         if quick and size > 500_000:
             continue
         ranks = in_children(measure, point, 1 if quick or size > 800_000 else 3)
-        combined = {key: (max if key.endswith(("wall", "mb", "gap", "parameters")) else sum)(r[key] for r in ranks) for key in ranks[0]}
+        combined = {
+            key: (max if key.endswith(("wall", "mb", "gap", "parameters")) else sum)(
+                r[key] for r in ranks
+            )
+            for key in ranks[0]
+        }
         row["x"].append(point[name])
         for key, value in combined.items():
             row.setdefault(key, []).append(value)
-        print(f"{name:>8s} {point[name]:5}: rollout {combined['rollout']:7.2f} update {combined['update']:7.2f} CPU s (wall {combined['rollout_wall']:.2f} "
-              f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}", flush=True)
+        print(
+            f"{name:>8s} {point[name]:5}: rollout {combined['rollout']:7.2f} update {combined['update']:7.2f} CPU s (wall {combined['rollout_wall']:.2f} "
+            f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}",
+            flush=True,
+        )
     return row
 
 
 def padding(world):
-    ranks = in_children(measure_padding, BASE | dict(prompts=8, group=8, length=512, ranks=world), 4)
-    totals = {key: [sum(r["counts"][key][i] for r in ranks) for i in (0, 1)] for key in ranks[0]["counts"]}
-    print(f"padding, {world} ranks: " + ", ".join(f"{key} {1 - needed / computed:.2%}" for key, (computed, needed) in totals.items()), flush=True)
-    shares = {key: {"computed": computed, "needed": needed, "share": 1 - needed / computed} for key, (computed, needed) in totals.items()}
+    ranks = in_children(
+        measure_padding, BASE | dict(prompts=8, group=8, length=512, ranks=world), 4
+    )
+    totals = {
+        key: [sum(r["counts"][key][i] for r in ranks) for i in (0, 1)] for key in ranks[0]["counts"]
+    }
+    print(
+        f"padding, {world} ranks: "
+        + ", ".join(
+            f"{key} {1 - needed / computed:.2%}" for key, (computed, needed) in totals.items()
+        ),
+        flush=True,
+    )
+    shares = {
+        key: {"computed": computed, "needed": needed, "share": 1 - needed / computed}
+        for key, (computed, needed) in totals.items()
+    }
     return shares | {"completion lengths, min median max": ranks[0]["lengths"]}
 
 
@@ -214,7 +310,14 @@ def describe(name, sweep):
         x, y, _ = zip(*points)
         (a, b, c), worst = fit(x, y)
         share = np.array([a, b * x[-1], c * x[-1] ** 2]) / (a + b * x[-1] + c * x[-1] ** 2)
-        fits[key] = {"a": a, "b": b, "c": c, "up_to": x[-1], "share_at_largest": list(share), "worst_relative_error": worst}
+        fits[key] = {
+            "a": a,
+            "b": b,
+            "c": c,
+            "up_to": x[-1],
+            "share_at_largest": list(share),
+            "worst_relative_error": worst,
+        }
         line += f"\n{key:>22s} = {a:.3g} + {b:.3g} x + {c:.3g} x^2 up to {x[-1]}: there {share[0]:.0%} {share[1]:.0%} {share[2]:.0%}, off by at most {worst:.0%}"
     print(line, flush=True)
     return fits
@@ -235,25 +338,68 @@ def plot(sweeps, path):
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.6), sharex="col")
     for (time_axis, memory_axis), (name, sweep) in zip(axes.T, sweeps.items(), strict=True):
         x, bars = np.array(sweep["x"], float), name == "ranks"
-        for axis, keys in ((time_axis, {"rollout": "tab:orange", "update": "tab:blue"}), (memory_axis, {"memory_mb": "tab:green"})):
+        for axis, keys in (
+            (time_axis, {"rollout": "tab:orange", "update": "tab:blue"}),
+            (memory_axis, {"memory_mb": "tab:green"}),
+        ):
             for place, (key, colour) in enumerate(keys.items()):
                 if bars:
-                    axis.bar(x + 0.3 * (place - 0.5 * (len(keys) - 1)), sweep[key], 0.28, color=colour, label=key)
+                    axis.bar(
+                        x + 0.3 * (place - 0.5 * (len(keys) - 1)),
+                        sweep[key],
+                        0.28,
+                        color=colour,
+                        label=key,
+                    )
                     continue
                 coefficients = [sweep["fit"][key][k] for k in "abc"]
                 smooth = np.geomspace(x[0], sweep["fit"][key]["up_to"], 100)
                 axis.plot(smooth, np.polyval(coefficients[::-1], smooth), color=colour, linewidth=1)
-                axis.plot(x, sweep[key], "o", color=colour, markersize=5, label=key.replace("memory_mb", "memory"))
-                axis.plot(x, sweep[key][0] * x / x[0], ":", color=colour, linewidth=1, label="proportional" if key != "rollout" else None)
+                axis.plot(
+                    x,
+                    sweep[key],
+                    "o",
+                    color=colour,
+                    markersize=5,
+                    label=key.replace("memory_mb", "memory"),
+                )
+                axis.plot(
+                    x,
+                    sweep[key][0] * x / x[0],
+                    ":",
+                    color=colour,
+                    linewidth=1,
+                    label="proportional" if key != "rollout" else None,
+                )
                 if smooth[-1] < x[-1]:
-                    axis.axvline(np.sqrt(smooth[-1] * x[list(x).index(round(smooth[-1])) + 1]), color="0.6", linewidth=1)
-                    axis.text(0.98, 0.03, "several micro-batches", transform=axis.transAxes, fontsize=7, color="0.4", ha="right")
+                    axis.axvline(
+                        np.sqrt(smooth[-1] * x[list(x).index(round(smooth[-1])) + 1]),
+                        color="0.6",
+                        linewidth=1,
+                    )
+                    axis.text(
+                        0.98,
+                        0.03,
+                        "several micro-batches",
+                        transform=axis.transAxes,
+                        fontsize=7,
+                        color="0.4",
+                        ha="right",
+                    )
             if not bars:
                 axis.set_xscale("log")
                 axis.set_yscale("log")
-                axis.set_ylim(min(sweep[k][0] for k in keys) / 1.5, max(max(sweep[k]) for k in keys) * 2)
+                axis.set_ylim(
+                    min(sweep[k][0] for k in keys) / 1.5, max(max(sweep[k]) for k in keys) * 2
+                )
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if key == "memory_mb" and f"{value:g}"[0] in "235" else ""))
+                axis.yaxis.set_minor_formatter(
+                    FuncFormatter(
+                        lambda value, _: (
+                            f"{value:g}" if key == "memory_mb" and f"{value:g}"[0] in "235" else ""
+                        )
+                    )
+                )
             axis.set_xticks(x, [f"{n:.0f}" for n in x], fontsize=8)
             axis.minorticks_off() if bars else axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
@@ -263,7 +409,10 @@ def plot(sweeps, path):
         memory_axis.set_xlabel(name)
     axes[0][0].legend(fontsize=8)
     axes[1][0].legend(fontsize=8)
-    figure.suptitle("Growth of one GRPO step (toy shape, fp32): dots measured, lines a + b x + c x^2, dotted: proportional from the first point", fontsize=10)
+    figure.suptitle(
+        "Growth of one GRPO step (toy shape, fp32): dots measured, lines a + b x + c x^2, dotted: proportional from the first point",
+        fontsize=10,
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -271,7 +420,9 @@ def plot(sweeps, path):
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="one step a point, no length over 512")
-    parser.add_argument("--sweeps", default=",".join([*SWEEPS, "padding"]), help="what to measure; the rest is kept")
+    parser.add_argument(
+        "--sweeps", default=",".join([*SWEEPS, "padding"]), help="what to measure; the rest is kept"
+    )
     parser.add_argument("--out", default=str(ROOT / "bench" / "growth"), help="path without suffix")
     args = parser.parse_args()
     toy_folder("base")
@@ -287,10 +438,17 @@ def main():
         else:
             found["sweeps"][name] = sweep(name, args.quick)
     if args.sweeps:
-        found.setdefault("runs", []).append({
-            "command": ["bench/growth.py", *sys.argv[1:]], "git": git_hash(), "machine": machine(), "threads_each": 1, **versions("torch"),
-            "settings": BASE | {"micro_batch_tokens": MICRO, "dtype": "float32"}, "seconds": time.time() - began,
-        })
+        found.setdefault("runs", []).append(
+            {
+                "command": ["bench/growth.py", *sys.argv[1:]],
+                "git": git_hash(),
+                "machine": machine(),
+                "threads_each": 1,
+                **versions("torch"),
+                "settings": BASE | {"micro_batch_tokens": MICRO, "dtype": "float32"},
+                "seconds": time.time() - began,
+            }
+        )
     for name, one in found["sweeps"].items():
         if name != "ranks":
             one["fit"] = describe(name, one)

@@ -44,8 +44,21 @@ from kernels import (
 # T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled
 # rows, S cache slots
 SHAPES = {
-    "cuda": dict(T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, S=4096, lengths=[4096] * 8),
-    "cpu": dict(T=10000, D=96, N=4, K=2, H=24, F=288, V=600, B=256, S=200, lengths=[40 + i * 120 // 99 for i in range(100)]),
+    "cuda": dict(
+        T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, S=4096, lengths=[4096] * 8
+    ),
+    "cpu": dict(
+        T=10000,
+        D=96,
+        N=4,
+        K=2,
+        H=24,
+        F=288,
+        V=600,
+        B=256,
+        S=200,
+        lengths=[40 + i * 120 // 99 for i in range(100)],
+    ),
 }
 # tokens, width and vocabularies at which the peak memory of head and loss is taken; logits whole up
 # to a limit
@@ -84,7 +97,9 @@ def padded_sdpa(q, k, v, cu_seqlens, max_seqlen):
     inside = torch.arange(max_seqlen, device=q.device) < lengths[:, None]
     slots = inside.flatten().nonzero()[:, 0]
     padded = [
-        x.new_zeros(len(lengths) * max_seqlen, *x.shape[1:]).index_copy(0, slots, x).unflatten(0, (-1, max_seqlen))
+        x.new_zeros(len(lengths) * max_seqlen, *x.shape[1:])
+        .index_copy(0, slots, x)
+        .unflatten(0, (-1, max_seqlen))
         for x in (q, k, v)
     ]
     q, k, v = (x.transpose(1, 2) for x in padded)
@@ -96,15 +111,21 @@ def masked_sdpa(q, k_cache, v_cache, start, length, bias):
     """The new token against its cache with PyTorch's fused attention; the mask is ready-made, as for ours."""
     k, v = k_cache[:, :, :length], v_cache[:, :, :length]
     mask = bias[:, None, :, :length].to(q.dtype)
-    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[
+        :, :, 0
+    ]
 
 
 def sorted_sampling(logits, uniform, temperature, top_p):
     """Nucleus sampling by sorting the vocabulary."""
     probs, order = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0).cumsum(-1)
-    place = torch.searchsorted(probs, uniform[:, None] * probs[:, -1:]).clamp(max=probs.shape[-1] - 1)
-    return order.gather(1, place)[:, 0], torch.log_softmax(logits.float() / temperature, -1).gather(1, place)[:, 0]
+    place = torch.searchsorted(probs, uniform[:, None] * probs[:, -1:]).clamp(
+        max=probs.shape[-1] - 1
+    )
+    return order.gather(1, place)[:, 0], torch.log_softmax(logits.float() / temperature, -1).gather(
+        1, place
+    )[:, 0]
 
 
 def logprob_entropy(hidden, weight, target):
@@ -141,35 +162,107 @@ def cases(device, s):
     slots = int((s["S"] - 1 - start).sum())
     ce = lambda h, w: F.cross_entropy((h @ w.T).float(), target, reduction="sum")  # noqa: E731
     table = {
-        "rms_norm": ((x, norm_weight), dict(ours=rms_norm.rms_norm, eager=hf_rms_norm,
-                     fused=lambda x, w: F.rms_norm(x, (D,), w, 1e-6)), 2 * T * D, 5 * T * D, 0, 0),
-        "add_rms_norm": ((x, randn(T, D), norm_weight), dict(ours=rms_norm.add_rms_norm, eager=hf_add_rms_norm),
-                         4 * T * D, 8 * T * D, 0, 0),
-        "qk_norm_rope": ((randn(T, N, H), randn(T, K, H), randn(H), randn(H), *rope),
-                         dict(ours=qk_norm_rope.qk_norm_rope, eager=hf_qk_norm_rope),
-                         2 * T * (N + K) * H, 5 * T * (N + K) * H, 0, 0),
-        "swiglu": ((randn(T, width), randn(T, width)), dict(ours=swiglu.swiglu, eager=lambda g, u: F.silu(g) * u),
-                   3 * T * width, 8 * T * width, 0, 0),
-        "attention": ((*qkv, cu_seqlens, max(s["lengths"])),
-                      dict(ours=attention.flash_attention_varlen, eager=padded_sdpa), 0, 0,
-                      attention_flops, 3.5 * attention_flops),
-        "decode_attention": ((randn(s["B"], N, H).detach(), *cache, *decode_args),
-                             dict(ours=decode_attention.decode_attention, eager=masked_sdpa), 2 * slots * K * H, 0, 0, 0),
-        "linear_logprob": ((hidden, head, target), dict(ours=linear_logprob.linear_logprob,
-                           eager=logprob_entropy), 0, 0, head_flops, 3 * head_flops),
-        "logprob vs cross_entropy": ((hidden, head), dict(ours=lambda h, w: linear_logprob.linear_logprob(
-                           h, w, target)[0], eager=ce), 0, 0, head_flops, 3 * head_flops),
-        "linear_cross_entropy": ((hidden, head), dict(ours=lambda h, w: linear_cross_entropy.linear_cross_entropy(
-                           h, w, target), eager=ce), 0, 0, 0, 3 * head_flops),
-        "sampling": ((logits, uniform, 0.6, 0.95), dict(ours=sampling.sample_tokens, eager=sorted_sampling),
-                     s["B"] * V * 4 / element, 0, 0, 0),
-        "adamw": ((), dict(ours=lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1), eager=plain.step),
-                  numel * 14 / element, 0, 0, 0),
+        "rms_norm": (
+            (x, norm_weight),
+            dict(
+                ours=rms_norm.rms_norm,
+                eager=hf_rms_norm,
+                fused=lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
+            ),
+            2 * T * D,
+            5 * T * D,
+            0,
+            0,
+        ),
+        "add_rms_norm": (
+            (x, randn(T, D), norm_weight),
+            dict(ours=rms_norm.add_rms_norm, eager=hf_add_rms_norm),
+            4 * T * D,
+            8 * T * D,
+            0,
+            0,
+        ),
+        "qk_norm_rope": (
+            (randn(T, N, H), randn(T, K, H), randn(H), randn(H), *rope),
+            dict(ours=qk_norm_rope.qk_norm_rope, eager=hf_qk_norm_rope),
+            2 * T * (N + K) * H,
+            5 * T * (N + K) * H,
+            0,
+            0,
+        ),
+        "swiglu": (
+            (randn(T, width), randn(T, width)),
+            dict(ours=swiglu.swiglu, eager=lambda g, u: F.silu(g) * u),
+            3 * T * width,
+            8 * T * width,
+            0,
+            0,
+        ),
+        "attention": (
+            (*qkv, cu_seqlens, max(s["lengths"])),
+            dict(ours=attention.flash_attention_varlen, eager=padded_sdpa),
+            0,
+            0,
+            attention_flops,
+            3.5 * attention_flops,
+        ),
+        "decode_attention": (
+            (randn(s["B"], N, H).detach(), *cache, *decode_args),
+            dict(ours=decode_attention.decode_attention, eager=masked_sdpa),
+            2 * slots * K * H,
+            0,
+            0,
+            0,
+        ),
+        "linear_logprob": (
+            (hidden, head, target),
+            dict(ours=linear_logprob.linear_logprob, eager=logprob_entropy),
+            0,
+            0,
+            head_flops,
+            3 * head_flops,
+        ),
+        "logprob vs cross_entropy": (
+            (hidden, head),
+            dict(ours=lambda h, w: linear_logprob.linear_logprob(h, w, target)[0], eager=ce),
+            0,
+            0,
+            head_flops,
+            3 * head_flops,
+        ),
+        "linear_cross_entropy": (
+            (hidden, head),
+            dict(
+                ours=lambda h, w: linear_cross_entropy.linear_cross_entropy(h, w, target), eager=ce
+            ),
+            0,
+            0,
+            0,
+            3 * head_flops,
+        ),
+        "sampling": (
+            (logits, uniform, 0.6, 0.95),
+            dict(ours=sampling.sample_tokens, eager=sorted_sampling),
+            s["B"] * V * 4 / element,
+            0,
+            0,
+            0,
+        ),
+        "adamw": (
+            (),
+            dict(ours=lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1), eager=plain.step),
+            numel * 14 / element,
+            0,
+            0,
+            0,
+        ),
     }
     if device == "cuda":
         add_gpu_contestants(table, target, max(s["lengths"]))
     # in bytes
-    return {name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()}
+    return {
+        name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()
+    }
 
 
 def add_gpu_contestants(table, target, longest):
@@ -178,13 +271,19 @@ def add_gpu_contestants(table, target, longest):
 
     # before torch 2.12 it goes unsaid
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    table["attention"][1]["fa2"] = lambda q, k, v, cu, n: varlen_attn(q, k, v, cu, cu, n, n, window_size=(-1, 0), **gqa)
+    table["attention"][1]["fa2"] = lambda q, k, v, cu, n: varlen_attn(
+        q, k, v, cu, cu, n, n, window_size=(-1, 0), **gqa
+    )
     if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as LigerLinearCE
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as LigerLinearCE,
+        )
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        table["rms_norm"][1]["liger"] = lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False)
+        table["rms_norm"][1]["liger"] = lambda x, w: LigerRMSNormFunction.apply(
+            x, w, 1e-6, 0.0, "llama", False
+        )
         table["swiglu"][1]["liger"] = lambda g, u: LigerSiLUMulFunction.apply(g, u)
         table["linear_cross_entropy"][1]["liger"] = lambda h, w: LigerLinearCE.apply(
             h, w, target, None, None, -100, 0.0, 0.0, "sum"
@@ -196,7 +295,11 @@ def liger_version(device):
     if device == "cpu":
         return "not compared: its kernels need a GPU"
     installed = importlib.util.find_spec("liger_kernel")
-    return importlib.metadata.version("liger_kernel") if installed else "not compared: not installed (pip install liger-kernel)"
+    return (
+        importlib.metadata.version("liger_kernel")
+        if installed
+        else "not compared: not installed (pip install liger-kernel)"
+    )
 
 
 def head_peak(who, vocab, device):
@@ -205,11 +308,18 @@ def head_peak(who, vocab, device):
     tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.set_num_threads(1)
-    hidden, weight = (torch.randn(n, width, device=device).to(dtype).requires_grad_() for n in (tokens, vocab))
+    hidden, weight = (
+        torch.randn(n, width, device=device).to(dtype).requires_grad_() for n in (tokens, vocab)
+    )
     target = torch.randint(vocab, (tokens,), device=device)
     whole = lambda: -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")  # noqa: E731
-    run = {"ours": lambda: linear_logprob.linear_logprob(hidden, weight, target)[0], "whole": whole}[who]
-    resident = lambda name: int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024  # noqa: E731
+    run = {
+        "ours": lambda: linear_logprob.linear_logprob(hidden, weight, target)[0],
+        "whole": whole,
+    }[who]
+    resident = lambda name: (
+        int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
+    )  # noqa: E731
     # libraries load beforehand
     linear_logprob.linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()
     hidden.grad = weight.grad = None
@@ -243,9 +353,21 @@ def head_table(device):
             mib, seconds = (min(values) for values in zip(*runs[who]))
             tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
             gradients = (tokens + vocab) * width * (2 if device == "cuda" else 4) / 2**20
-            rows.append(dict(who=who, tokens=tokens, vocab=vocab, peak_mib=mib, gradients_mib=gradients, seconds=seconds))
-            print(f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak ({gradients:.1f} of it "
-                  f"gradients), {seconds:.3f} s", flush=True)
+            rows.append(
+                dict(
+                    who=who,
+                    tokens=tokens,
+                    vocab=vocab,
+                    peak_mib=mib,
+                    gradients_mib=gradients,
+                    seconds=seconds,
+                )
+            )
+            print(
+                f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak ({gradients:.1f} of it "
+                f"gradients), {seconds:.3f} s",
+                flush=True,
+            )
     return rows
 
 
@@ -284,7 +406,10 @@ def full_pass(fn, inputs):
 def ceilings(device, dtype):
     """Copy bandwidth in bytes/s and matmul rate in FLOP/s of this machine, best of 20."""
     numel, n = (2**29, 8192) if device == "cuda" else (2**24, 1024)
-    source, a = torch.ones(numel, device=device, dtype=dtype), torch.randn(n, n, device=device).to(dtype)
+    source, a = (
+        torch.ones(numel, device=device, dtype=dtype),
+        torch.randn(n, n, device=device).to(dtype),
+    )
     sink, flush = torch.empty_like(source), torch.empty(2**26, device=device)
     copy = min(clock(lambda: sink.copy_(source), device, flush) for _ in range(20))
     product = min(clock(lambda: a @ a, device, flush) for _ in range(20))
@@ -298,7 +423,10 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
     if use_compile and name != "adamw":
         contestants["compile"] = torch.compile(contestants["eager"], dynamic=False)
     rows = []
-    for direction, moved, flops in (("forward", work[0], work[2]), ("forward+backward", work[1], work[3])):
+    for direction, moved, flops in (
+        ("forward", work[0], work[2]),
+        ("forward+backward", work[1], work[3]),
+    ):
         runs, memory = {}, {}
         for who, fn in contestants.items():
             run = (lambda fn=fn: fn(*inputs)) if direction == "forward" else full_pass(fn, inputs)
@@ -312,7 +440,9 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
             except torch.OutOfMemoryError:
                 print(f"{name:26s} {direction:17s} {who:8s} does not fit into memory", flush=True)
                 continue
-            memory[who] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
+            memory[who] = (
+                (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
+            )
             runs[who] = run
         # nothing to differentiate, or forward alone would compare unlike things
         if not runs:
@@ -325,10 +455,27 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
         floor = moved / rates[0] * 1e3 if moved else flops / rates[1] * 1e3
         for who, ms in medians.items():
             rate = moved / ms / 1e9 if moved else flops / ms / 1e9
-            row = dict(kernel=name, direction=direction, who=who, ms=ms, of_floor=floor / ms, peak_gib=memory[who])
-            rows.append(row | dict(rate=rate, unit="TB/s" if moved else "TFLOP/s", ours_speedup=ms / medians["ours"]))
-            print(f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
-                  f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours", flush=True)
+            row = dict(
+                kernel=name,
+                direction=direction,
+                who=who,
+                ms=ms,
+                of_floor=floor / ms,
+                peak_gib=memory[who],
+            )
+            rows.append(
+                row
+                | dict(
+                    rate=rate,
+                    unit="TB/s" if moved else "TFLOP/s",
+                    ours_speedup=ms / medians["ours"],
+                )
+            )
+            print(
+                f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
+                f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours",
+                flush=True,
+            )
     return rows
 
 
@@ -344,11 +491,19 @@ def plot(rows, title, path):
     figure, axis = plt.subplots(figsize=(10, 0.42 * len(groups) + 1.5))
     height = 0.8 / len(whos)
     for i, who in enumerate(whos):
-        found = {(row["kernel"], row["direction"]): row["ours_speedup"] for row in rows if row["who"] == who}
+        found = {
+            (row["kernel"], row["direction"]): row["ours_speedup"]
+            for row in rows
+            if row["who"] == who
+        }
         places = [g + i * height for g, group in enumerate(groups) if group in found]
         axis.barh(places, [found[group] for group in groups if group in found], height, label=who)
     axis.axvline(1.0, color="black", linewidth=0.8)
-    axis.set_yticks([g + 0.4 - height / 2 for g in range(len(groups))], [f"{k}, {d}" for k, d in groups], fontsize=8)
+    axis.set_yticks(
+        [g + 0.4 - height / 2 for g in range(len(groups))],
+        [f"{k}, {d}" for k, d in groups],
+        fontsize=8,
+    )
     axis.invert_yaxis()
     axis.set_xlabel("time relative to ours (right of 1: slower than ours)")
     axis.set_title(title, fontsize=9)
@@ -364,7 +519,11 @@ def main():
     parser.add_argument("--compile", type=int, default=1)
     parser.add_argument("--only", default="", help="part of a kernel's name")
     parser.add_argument("--out", default="", help="path without suffix")
-    parser.add_argument("--head", default="", help="ours or whole: print the peak MiB and the seconds of head and loss, no more")
+    parser.add_argument(
+        "--head",
+        default="",
+        help="ours or whole: print the peak MiB and the seconds of head and loss, no more",
+    )
     parser.add_argument("--vocab", type=int, default=32768)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -378,7 +537,9 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
     rates = ceilings(device, dtype)
-    print(f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\nLiger: {liger_version(device)}")
+    print(
+        f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\nLiger: {liger_version(device)}"
+    )
     flush = torch.empty(2**26, device=device) if device == "cuda" else None
     rows = []
     for kernel, case in cases(device, SHAPES[device]).items():
@@ -386,15 +547,32 @@ def main():
             rows += measure(kernel, case, device, args.rounds, args.compile, rates, flush)
     memory = [] if args.only else head_table(device)
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    versions |= {name: importlib.util.find_spec(name) and __import__(name).__version__ for name in ("triton",)}
+    versions |= {
+        name: importlib.util.find_spec(name) and __import__(name).__version__
+        for name in ("triton",)
+    }
     versions["liger"] = liger_version(device)
     head = dict(
-        device=name, threads=torch.get_num_threads(), versions=versions, shapes=SHAPES[device], rounds=args.rounds
+        device=name,
+        threads=torch.get_num_threads(),
+        versions=versions,
+        shapes=SHAPES[device],
+        rounds=args.rounds,
     )
-    head |= dict(command=["bench/kernels.py", *sys.argv[1:]], copy_bytes_per_s=rates[0], matmul_flop_per_s=rates[1])
+    head |= dict(
+        command=["bench/kernels.py", *sys.argv[1:]],
+        copy_bytes_per_s=rates[0],
+        matmul_flop_per_s=rates[1],
+    )
     out = pathlib.Path(args.out or ROOT / "bench" / f"kernels_{device}")
-    out.with_suffix(".json").write_text(json.dumps(head | {"head_memory": memory, "rows": rows}, indent=1) + "\n")
-    plot(rows, f"{name}, torch {torch.__version__}, {args.rounds} interleaved rounds", out.with_suffix(".png"))
+    out.with_suffix(".json").write_text(
+        json.dumps(head | {"head_memory": memory, "rows": rows}, indent=1) + "\n"
+    )
+    plot(
+        rows,
+        f"{name}, torch {torch.__version__}, {args.rounds} interleaved rounds",
+        out.with_suffix(".png"),
+    )
 
 
 if __name__ == "__main__":

@@ -21,10 +21,14 @@ def weights(args):
 
     from model import QWEN3_SIZES, Qwen3, Qwen3Config
 
-    config = Qwen3Config(**QWEN3_SIZES[args.size] | {"num_hidden_layers": args.layers, "vocab_size": args.vocab})
+    config = Qwen3Config(
+        **QWEN3_SIZES[args.size] | {"num_hidden_layers": args.layers, "vocab_size": args.vocab}
+    )
     generator = torch.Generator().manual_seed(1)
     lengths = [n for _ in range(args.tokens // 512) for n in LENGTHS[args.setting]]
-    return Qwen3.from_config(config).to(getattr(torch, args.dtype)), [torch.randint(args.vocab, (n,), generator=generator) for n in lengths]
+    return Qwen3.from_config(config).to(getattr(torch, args.dtype)), [
+        torch.randint(args.vocab, (n,), generator=generator) for n in lengths
+    ]
 
 
 def ours(args):
@@ -55,7 +59,14 @@ def transformers(args):
 
     torch.set_num_threads(1)
     mine, sequences = weights(args)
-    config = Qwen3Config(**{k: v for k, v in hf_config(mine.config).items() if k not in ("architectures", "model_type", "dtype")}, attn_implementation="sdpa")
+    config = Qwen3Config(
+        **{
+            k: v
+            for k, v in hf_config(mine.config).items()
+            if k not in ("architectures", "model_type", "dtype")
+        },
+        attn_implementation="sdpa",
+    )
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
     state = dict(mine.state_dict())
@@ -95,15 +106,38 @@ def main():
     peer_python()
     groups = {}
     for setting in args.setting.split(","):
-        print(f"{setting}: {args.size}, {args.layers} layers, {args.tokens} tokens, {args.dtype}", flush=True)
-        flags = [f"--{name}={getattr(args, name)}" for name in ("size", "layers", "vocab", "tokens", "dtype")] + [f"--setting={setting}"]
+        print(
+            f"{setting}: {args.size}, {args.layers} layers, {args.tokens} tokens, {args.dtype}",
+            flush=True,
+        )
+        flags = [
+            f"--{name}={getattr(args, name)}"
+            for name in ("size", "layers", "vocab", "tokens", "dtype")
+        ] + [f"--setting={setting}"]
         # two warm-ups: the heap has to reach its size
-        found = race("qwen3", {who: (sys.executable, [*flags, f"--contestant={who}"], {}) for who in ("ours", "transformers")}, args.rounds, warmups=2)
+        found = race(
+            "qwen3",
+            {
+                who: (sys.executable, [*flags, f"--contestant={who}"], {})
+                for who in ("ours", "transformers")
+            },
+            args.rounds,
+            warmups=2,
+        )
         losses = [child["turns"][0]["loss"] for child in found.values()]
-        assert abs(losses[0] - losses[1]) < (1e-4 if args.dtype == "float32" else 0.02), f"not the same computation: {losses}"
+        assert abs(losses[0] - losses[1]) < (1e-4 if args.dtype == "float32" else 0.02), (
+            f"not the same computation: {losses}"
+        )
         groups[setting] = summarize(found)
-    settings = {k: v for k, v in vars(args).items() if k in ("size", "layers", "vocab", "tokens", "dtype")} | {"lengths": LENGTHS}
-    report("qwen3", settings, groups, f"Forward and backward, Qwen3-{args.size} with {args.layers} layers, {args.tokens} tokens, {args.dtype}")
+    settings = {
+        k: v for k, v in vars(args).items() if k in ("size", "layers", "vocab", "tokens", "dtype")
+    } | {"lengths": LENGTHS}
+    report(
+        "qwen3",
+        settings,
+        groups,
+        f"Forward and backward, Qwen3-{args.size} with {args.layers} layers, {args.tokens} tokens, {args.dtype}",
+    )
 
 
 if __name__ == "__main__":

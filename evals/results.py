@@ -71,11 +71,20 @@ def broken_gates(cells, stages):
             book["spent"] += points
             if payer:
                 book["owed"][payer] = book["owed"].get(payer, 0.0) + points
-            due = [p for p in book["owed"] if STAGES.index(p) < STAGES.index(base_of(stage)) or p == base_of(stage) and stage != p + "1"]
+            due = [
+                p
+                for p in book["owed"]
+                if STAGES.index(p) < STAGES.index(base_of(stage))
+                or p == base_of(stage)
+                and stage != p + "1"
+            ]
             # a stage of several parts pays by its second
             book["spent"] -= sum(book["owed"].pop(p) for p in due)
             best = book["best"]
-            loss, band = 100 * (best["score"] - now["score"]), 100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"])
+            loss, band = (
+                100 * (best["score"] - now["score"]),
+                100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"]),
+            )
             if too_much := loss - band > book["spent"] + 1e-9:
                 text = f"{name} ({mode}) is at {100 * now['score']:.1f} after {stage}, {loss:.1f} below {best['stage']} ({100 * best['score']:.1f}); "
                 text += f"noise explains {band:.1f} and {book['spent']:.1f} may be lost"
@@ -87,12 +96,16 @@ def broken_gates(cells, stages):
 
 def check_gates(folder, stage=""):
     """One sentence and a next step for broken gates (of one stage, if named), else ""."""
-    broken = [(s, text) for s, text in broken_gates(*read_results(folder, "gates")) if stage in ("", s)]
+    broken = [
+        (s, text) for s, text in broken_gates(*read_results(folder, "gates")) if stage in ("", s)
+    ]
     if not broken:
         return ""
     s, more = broken[0][0], f" ({len(broken) - 1} more gates broke.)" if len(broken) > 1 else ""
-    return (f"gate: {broken[0][1]}{more} Train {s} again with a lower lr or fewer steps (remove {folder}/{s} first), declare the loss in "
-            f"GATES of evals/results.py, or go on from the best checkpoint of {s} with KEEP_BEST=1.")
+    return (
+        f"gate: {broken[0][1]}{more} Train {s} again with a lower lr or fewer steps (remove {folder}/{s} first), declare the loss in "
+        f"GATES of evals/results.py, or go on from the best checkpoint of {s} with KEEP_BEST=1."
+    )
 
 
 def keep_best(folder):
@@ -103,15 +116,29 @@ def keep_best(folder):
             means.setdefault(r["stage"], {})[r["task"], r["mode"]] = r["score"]
     means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
     if not means:
-        fail(f"--keep_best={folder}: no candidates.jsonl with scores of checkpoints that are there.", note="")
+        fail(
+            f"--keep_best={folder}: no candidates.jsonl with scores of checkpoints that are there.",
+            note="",
+        )
     mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
-    print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} (" + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items())) + ")")
+    print(
+        f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} ("
+        + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items()))
+        + ")"
+    )
 
 
 def columns_of(cells, stages):
     """[(task, mode)] that some stage was measured on, in the order of TASK_ORDER."""
     present, order = {key[1:3] for key in cells if key[0] in stages}, list(TASK_ORDER)
-    return sorted(present, key=lambda c: (order.index(c[0]) if c[0] in TASK_ORDER else len(order), c[0], c[1] != "think"))
+    return sorted(
+        present,
+        key=lambda c: (
+            order.index(c[0]) if c[0] in TASK_ORDER else len(order),
+            c[0],
+            c[1] != "think",
+        ),
+    )
 
 
 def steps_of_same_compute(rl_folder, sft_folder):

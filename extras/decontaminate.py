@@ -16,18 +16,42 @@ from lib.common import print0
 from lib.data import data_files, read_file, read_rows
 from lib.flags import parse_config
 
-ASKED = ("problem", "question", "prompt", "messages", "conversation", "input", "description", "problem_statement", "original_prompt")
+ASKED = (
+    "problem",
+    "question",
+    "prompt",
+    "messages",
+    "conversation",
+    "input",
+    "description",
+    "problem_statement",
+    "original_prompt",
+)
 
 
 def ngrams(row, n):
     """{n words in a row, lower-case, without punctuation} of what a row asks, answers left out; a shorter text is one gram by itself."""
     nested = row.get("responses_create_params")
-    texts = [v for k, v in {**row, **(nested if isinstance(nested, dict) else {})}.items() if k in ASKED]
-    turns = [m for v in texts if isinstance(v, list) for m in v if isinstance(m, dict) and m.get("role") == "user"]
+    texts = [
+        v for k, v in {**row, **(nested if isinstance(nested, dict) else {})}.items() if k in ASKED
+    ]
+    turns = [
+        m
+        for v in texts
+        if isinstance(v, list)
+        for m in v
+        if isinstance(m, dict) and m.get("role") == "user"
+    ]
     grams = set()
-    for text in [v for v in texts if isinstance(v, str)] + [m["content"] for m in turns if isinstance(m.get("content"), str)]:
+    for text in [v for v in texts if isinstance(v, str)] + [
+        m["content"] for m in turns if isinstance(m.get("content"), str)
+    ]:
         words = re.findall(r"\w+", text.lower())
-        grams |= {" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))} if words else set()
+        grams |= (
+            {" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))}
+            if words
+            else set()
+        )
     return grams
 
 
@@ -60,7 +84,9 @@ def write_decontaminated(cfg):
                 f.write(json.dumps(row) + "\n")
     os.rename(cfg.out + ".tmp", cfg.out)
     first = f' (first: {shared[0][0]}, "{shared[0][1]}")' if shared else ""
-    print0(f"data {cfg.data}: removed {len(shared)} of {total} rows that share {cfg.n} words in a row with one of {len(held_out)} held-out rows{first}")
+    print0(
+        f"data {cfg.data}: removed {len(shared)} of {total} rows that share {cfg.n} words in a row with one of {len(held_out)} held-out rows{first}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,14 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import Rollout, make_engine, request_seed
-from lib.checkpoint import load_checkpoint, load_history, load_policy, lock, mark_final, save_checkpoint
+from lib.checkpoint import (
+    load_checkpoint,
+    load_history,
+    load_policy,
+    lock,
+    mark_final,
+    save_checkpoint,
+)
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.data import count_correct, encode_prompts, next_prompts
 from lib.flags import parse_config
@@ -93,13 +100,20 @@ def load_rows(cfg, path=None, limit=0):
         stage, _, rest = item.partition(":")
         data, _, teacher = rest.rpartition(":")
         if stage not in ("rlhf", "ifrl", "mathrl", "coderl", "swerl") or not data:
-            fail(f"--data: {item!r} is not STAGE:DATA:TEACHER, e.g. mathrl:math.jsonl:out/mathrl/final.")
+            fail(
+                f"--data: {item!r} is not STAGE:DATA:TEACHER, e.g. mathrl:math.jsonl:out/mathrl/final."
+            )
         if not os.path.exists(os.path.join(teacher, "config.json")):
             fail(f"--data: teacher {teacher} of {data} is no checkpoint (config.json is missing).")
         module = importlib.import_module(stage)
         knobs = {"min_prompt_tokens": 0} if stage == "swerl" else {}
-        loaded = module.load_rows(module.Config(data=data, max_prompt_tokens=cfg.max_prompt_tokens, **knobs), limit=limit)
-        rows += [{"messages": row["messages"], "think": row["think"], "teacher": teacher} for row in loaded]
+        loaded = module.load_rows(
+            module.Config(data=data, max_prompt_tokens=cfg.max_prompt_tokens, **knobs), limit=limit
+        )
+        rows += [
+            {"messages": row["messages"], "think": row["think"], "teacher": teacher}
+            for row in loaded
+        ]
     return rows
 
 
@@ -111,18 +125,28 @@ def select_rows(rows, epoch, history, cfg):
 # ---- 3. Reward -----------------------------------------------------------------------------------
 def load_teacher(folder, rope_factor):
     """A frozen checkpoint, whole on every rank [dev 2]."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor).requires_grad_(False)
+    return Qwen3.from_pretrained(
+        folder, dtype=dtype, device=device, rope_factor=rope_factor
+    ).requires_grad_(False)
 
 
 @torch.no_grad()
 def ask_teacher(teacher, rollout, temperature):
     """Log-probs of the student's completion tokens under the teacher of their domain. One rollout at a time: real ones are long."""
-    ids_T = torch.tensor(rollout.prompt_ids + rollout.completion_ids, device=teacher.head_weight.device)
+    ids_T = torch.tensor(
+        rollout.prompt_ids + rollout.completion_ids, device=teacher.head_weight.device
+    )
     cu_seqlens = torch.tensor([0, len(ids_T)], dtype=torch.int32, device=ids_T.device)
     index_M = torch.arange(len(rollout.prompt_ids), len(ids_T), device=ids_T.device)
-    return teacher(ids_T, cu_seqlens, len(ids_T), index_M, temperature=temperature)[0][index_M].tolist()
+    return teacher(ids_T, cu_seqlens, len(ids_T), index_M, temperature=temperature)[0][
+        index_M
+    ].tolist()
 
 
 def make_reward(cfg):
@@ -135,7 +159,9 @@ def make_reward(cfg):
             teacher = load_teacher(folder, cfg.rope_factor)
             for r in asked:
                 r.teacher_logprobs, r.verify_s = timed(ask_teacher, teacher, r, cfg.temperature)
-                r.reward = statistics.fmean(t - s for t, s in zip(r.teacher_logprobs, r.sampler_logprobs, strict=True))
+                r.reward = statistics.fmean(
+                    t - s for t, s in zip(r.teacher_logprobs, r.sampler_logprobs, strict=True)
+                )
                 r.status = "ok"
             del teacher
 
@@ -144,7 +170,10 @@ def make_reward(cfg):
 
 def monitor(rollouts):
     """This stage's numbers for the log: by how many nats teacher and student differ on a token, whichever is surer."""
-    spread = [statistics.fmean(abs(t - s) for t, s in zip(r.teacher_logprobs, r.sampler_logprobs)) for r in rollouts]
+    spread = [
+        statistics.fmean(abs(t - s) for t, s in zip(r.teacher_logprobs, r.sampler_logprobs))
+        for r in rollouts
+    ]
     return {"abs_difference": sum(spread) / max(len(rollouts), 1)}
 
 
@@ -153,7 +182,9 @@ def self_test(rows, cfg):
     vocabulary = load_tokenizer(cfg.init_from).get_vocab()
     for folder in sorted({row["teacher"] for row in rows}):
         if load_tokenizer(folder).get_vocab() != vocabulary:
-            fail(f"teacher {folder} has another tokenizer than {cfg.init_from}: its log-probs would be of other tokens.")
+            fail(
+                f"teacher {folder} has another tokenizer than {cfg.init_from}: its log-probs would be of other tokens."
+            )
 
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
@@ -173,14 +204,36 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     `sampled` those of the first round, an unbiased view of the policy."""
     submit, collect = reward_hook
     mine, trained, sampled = indices[rank::world], [], []
-    wanted, spare = len(mine), list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world]
+    wanted, spare = (
+        len(mine),
+        list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world],
+    )
     for refill in range(1 + cfg.max_refill_rounds):
-        fresh = [Rollout(row=rows[i], group=refill * wanted + g, prompt_ids=rows[i]["prompt_ids"],
-                         seed=request_seed(cfg.seed, step, refill, g * world + rank, sample))
-                 for g, i in enumerate(mine) for sample in range(cfg.group_size)]
-        with tqdm(total=len(fresh), desc=f"step {step} rollout", leave=False, disable=None if rank == 0 else True) as bar:
+        fresh = [
+            Rollout(
+                row=rows[i],
+                group=refill * wanted + g,
+                prompt_ids=rows[i]["prompt_ids"],
+                seed=request_seed(cfg.seed, step, refill, g * world + rank, sample),
+            )
+            for g, i in enumerate(mine)
+            for sample in range(cfg.group_size)
+        ]
+        with tqdm(
+            total=len(fresh),
+            desc=f"step {step} rollout",
+            leave=False,
+            disable=None if rank == 0 else True,
+        ) as bar:
             finished = lambda r, bar=bar: (submit(r), bar.update())
-            engine.generate(fresh, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=finished)
+            engine.generate(
+                fresh,
+                cfg.max_new_tokens,
+                cfg.temperature,
+                cfg.top_p,
+                cfg.top_k,
+                on_finished=finished,
+            )
             collect(fresh)
         compute_advantages(fresh, cfg)
         groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
@@ -208,7 +261,12 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     and micro-batches. a = log pi_teacher - log pi_train, w = pi_train / pi_sampler; neither has a gradient.
     # CHANGED: distillation instead of a policy gradient on rewards (Cascade 2 paper 4.4)"""
     advantages_M = (batch["teacher_logprobs_T"] - old_logprobs_T)[batch["loss_index"]]
-    return -(importance(old_logprobs_T, batch, cfg) * advantages_M * logprobs_T[batch["loss_index"]]).sum() / counts["tokens"]
+    return (
+        -(
+            importance(old_logprobs_T, batch, cfg) * advantages_M * logprobs_T[batch["loss_index"]]
+        ).sum()
+        / counts["tokens"]
+    )
 
 
 def importance(old_logprobs_T, batch, cfg):
@@ -223,7 +281,9 @@ def importance(old_logprobs_T, batch, cfg):
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
     in_loss = [r for r in rollouts if r.trained]
-    counts = all_reduce({"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)})
+    counts = all_reduce(
+        {"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)}
+    )
     batches = collate(balance(rollouts, world), cfg, device)
     # every rank runs equally many: collectives must match
     most = int(all_reduce({"n": len(batches)}, "max")["n"])
@@ -231,9 +291,21 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
     for i, batch in enumerate(batches):
-        packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"], batch["shared"])
+        packed = (
+            batch["input_ids_T"],
+            batch["cu_seqlens"],
+            batch["max_seqlen"],
+            batch["loss_index"],
+            batch["shared"],
+        )
         logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
-        loss = grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+        loss = grpo_loss(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach(),
+            batch=batch,
+            counts=counts,
+            cfg=cfg,
+        )
         # ranks are averaged, the denominator is global; idle batches weigh 0
         (loss * world * (i < most - idle)).backward()
         if i < most - idle:
@@ -249,16 +321,40 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
-    return {"loss": sums["loss"], **per_token, "grad_norm": grad_norm, "num_tokens": counts["tokens"]}
+    return {
+        "loss": sums["loss"],
+        **per_token,
+        "grad_norm": grad_norm,
+        "num_tokens": counts["tokens"],
+    }
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
     """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
-    rollouts = [Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i)) for i, row in enumerate(rows)]
+    rollouts = [
+        Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i))
+        for i, row in enumerate(rows)
+    ]
     rollouts = rollouts[rank::world]
-    engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, on_finished=reward_hook[0])
+    engine.generate(
+        rollouts,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        cfg.top_p,
+        cfg.top_k,
+        on_finished=reward_hook[0],
+    )
     reward_hook[1](rollouts)
-    sums = all_reduce({"score": sum(known := [m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None]), "n": len(known)})
+    sums = all_reduce(
+        {
+            "score": sum(
+                known := [
+                    m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None
+                ]
+            ),
+            "n": len(known),
+        }
+    )
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -271,43 +367,81 @@ def main(cfg):
     # first of all: its workers are forked while this process is still small
     reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
-    eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    eval_rows = (
+        load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
+    )
     self_test(rows, cfg)
 
     tokenizer, model, resume = load_policy(cfg, world, device)
-    rows, eval_rows = encode_prompts(rows, tokenizer, cfg), eval_rows and encode_prompts(eval_rows, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    rows, eval_rows = (
+        encode_prompts(rows, tokenizer, cfg),
+        eval_rows and encode_prompts(eval_rows, tokenizer, cfg),
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = functools.reduce(lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0)
+    data = functools.reduce(
+        lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0
+    )
     state |= load_history(cfg.init_from, data)
     start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
     if set(all_gather(data)) != {state.setdefault("data", data)}:
-        fail(f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on.")
+        fail(
+            f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on."
+        )
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
-    print0(f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
-                  f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}")
+    print0(
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+        f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}"
+    )
 
     for step in range(start + 1, cfg.num_steps + 1):
         clock = time.time()
-        trained, sampled = rollout(engine, rows, next_prompts(rows, state, cfg, select_rows), step, cfg, reward_hook, rank, world)
+        trained, sampled = rollout(
+            engine,
+            rows,
+            next_prompts(rows, state, cfg, select_rows),
+            step,
+            cfg,
+            reward_hook,
+            rank,
+            world,
+        )
         generated = time.time()
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = summarize(sampled, monitor(sampled)) | train_step(model, optimizer, trained, cfg, device, world)
+        metrics = summarize(sampled, monitor(sampled)) | train_step(
+            model, optimizer, trained, cfg, device, world
+        )
         engine.sync(model)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/gen": generated - clock, "time/train": time.time() - generated}
+        metrics |= {
+            "lr": optimizer.param_groups[0]["lr"],
+            "time/gen": generated - clock,
+            "time/train": time.time() - generated,
+        }
         for counts in all_gather(count_correct(sampled)):
             state["history"] |= counts
         check_step(step, metrics, state, cfg)
-        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps)):
+        if (
+            cfg.eval_every
+            and eval_rows
+            and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps))
+        ):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             r = sampled[0]
-            print0(f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})")
+            print0(
+                f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})"
+            )
         if step % cfg.save_every == 0 or step == cfg.num_steps:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)

@@ -58,13 +58,25 @@ def store_rounded(ptr, x, random16, mask):
 
 @triton.jit
 def adamw_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, scalars_ptr, seed_ptr, grad_scale_ptr, numel, BLOCK: tl.constexpr,
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    scalars_ptr,
+    seed_ptr,
+    grad_scale_ptr,
+    numel,
+    BLOCK: tl.constexpr,
 ):
     """adamw_ref and the three roundings, in place: 14 bytes of traffic per parameter. Scalars come as a tensor."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < numel
     decay, beta1, beta2 = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
-    step_size, scale2, eps = tl.load(scalars_ptr + 3), tl.load(scalars_ptr + 4), tl.load(scalars_ptr + 5)
+    step_size, scale2, eps = (
+        tl.load(scalars_ptr + 3),
+        tl.load(scalars_ptr + 4),
+        tl.load(scalars_ptr + 5),
+    )
     p = tl.load(p_ptr + index, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + index, mask=mask, other=0.0).to(tl.float32) * tl.load(grad_scale_ptr)
     # m = beta1 * m + (1 - beta1) * g
@@ -81,7 +93,9 @@ def adamw_kernel(
     store_rounded(v_ptr + index, v, second & 0xFFFF, mask)
 
 
-def adamw_bf16_(p, g, m, v, *, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step, seed, grad_scale=None):
+def adamw_bf16_(
+    p, g, m, v, *, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step, seed, grad_scale=None
+):
     """One step in place on one bf16 parameter p with gradient g (bf16 or fp32) and bf16 moments m, v.
 
     step counts from 1; seed must differ for each parameter and step. grad_scale, a tensor of one element, multiplies
@@ -90,16 +104,29 @@ def adamw_bf16_(p, g, m, v, *, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
     (beta1, beta2), seed = betas, seed & 0x7FFFFFFF
     grad_scale = torch.ones(1, device=p.device) if grad_scale is None else grad_scale.float()
     if not use_triton(p, g, m, v):
-        new, random = adamw_ref(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, grad_scale)
+        new, random = adamw_ref(
+            p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, grad_scale
+        )
         for old, x, bits in zip((p, m, v), new, random):
             old.copy_(round_torch(x, bits))
         return
-    assert p.is_contiguous() and m.is_contiguous() and v.is_contiguous(), "p, m and v are updated in place"
-    scalars = [1 - lr * weight_decay, beta1, beta2, lr / (1 - beta1**step), 1 / (1 - beta2**step), eps]
+    assert p.is_contiguous() and m.is_contiguous() and v.is_contiguous(), (
+        "p, m and v are updated in place"
+    )
+    scalars = [
+        1 - lr * weight_decay,
+        beta1,
+        beta2,
+        lr / (1 - beta1**step),
+        1 / (1 - beta2**step),
+        eps,
+    ]
     scalars = torch.tensor(scalars, dtype=torch.float32).to(p.device, non_blocking=True)
     seed = torch.tensor([seed], dtype=torch.int64).to(p.device, non_blocking=True)
     grid = (triton.cdiv(p.numel(), 1024),)
-    adamw_kernel[grid](p, g.contiguous(), m, v, scalars, seed, grad_scale, p.numel(), BLOCK=1024, num_warps=4)
+    adamw_kernel[grid](
+        p, g.contiguous(), m, v, scalars, seed, grad_scale, p.numel(), BLOCK=1024, num_warps=4
+    )
 
 
 class AdamW(torch.optim.Optimizer):
@@ -124,6 +151,11 @@ class AdamW(torch.optim.Optimizer):
             shard = torch.distributed.get_rank() if sharded else 0
             adamw_bf16_(
                 *(t.to_local() if sharded else t for t in tensors),
-                lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-                step=state["step"], seed=hash((self.seed, state["step"], number, shard)), grad_scale=grad_scale,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=state["step"],
+                seed=hash((self.seed, state["step"], number, shard)),
+                grad_scale=grad_scale,
             )

@@ -36,16 +36,25 @@ def flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen):
     padding all to max_seqlen at lengths of 40 to 160, and 3x as fast as a call per sequence at lengths of 3 to 20."""
     num_seqs, total = len(cu_seqlens) - 1, len(q)
     if num_seqs * max_seqlen == total:  # equally long: views only, nothing is copied
-        return attention_sdpa(*(x.unflatten(0, (num_seqs, max_seqlen)) for x in (q, k, v))).flatten(0, 1)
+        return attention_sdpa(*(x.unflatten(0, (num_seqs, max_seqlen)) for x in (q, k, v))).flatten(
+            0, 1
+        )
     lengths = cu_seqlens.diff().long()
     padded = (lengths + LENGTH_STEP - 1) // LENGTH_STEP * LENGTH_STEP
     order = padded.argsort()
     starts = torch.empty_like(padded)  # place of each sequence in the padded buffer, shortest first
     starts[order] = padded[order].cumsum(0) - padded[order]
-    slots = torch.arange(total) + torch.repeat_interleave(starts - cu_seqlens[:-1], lengths, output_size=total)
-    bucket_lengths, counts = (x.tolist() for x in padded[order].unique_consecutive(return_counts=True))
+    slots = torch.arange(total) + torch.repeat_interleave(
+        starts - cu_seqlens[:-1], lengths, output_size=total
+    )
+    bucket_lengths, counts = (
+        x.tolist() for x in padded[order].unique_consecutive(return_counts=True)
+    )
     sizes = [length * count for length, count in zip(bucket_lengths, counts)]
-    buffers = [x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, slots, x).split(sizes) for x in (q, k, v)]
+    buffers = [
+        x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, slots, x).split(sizes)
+        for x in (q, k, v)
+    ]
     outs = [
         attention_sdpa(*(x.unflatten(0, (count, length)) for x in bucket)).flatten(0, 1)
         for length, count, *bucket in zip(bucket_lengths, counts, *buffers)
@@ -54,7 +63,15 @@ def flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen):
 
 
 @triton.jit
-def load_rows(ptr, rows, length, token_stride, H: tl.constexpr, H_BLOCK: tl.constexpr, INSIDE: tl.constexpr = False):
+def load_rows(
+    ptr,
+    rows,
+    length,
+    token_stride,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    INSIDE: tl.constexpr = False,
+):
     """[rows, H] of one head of one sequence, zeros past its end (INSIDE: none is); rows is int64, so no offset can wrap."""
     cols = tl.arange(0, H_BLOCK)
     place = ptr + rows[:, None] * token_stride + cols[None, :]
@@ -68,7 +85,9 @@ def store_rows(ptr, x, rows, length, token_stride, H: tl.constexpr, H_BLOCK: tl.
     """The reverse of load_rows."""
     cols = tl.arange(0, H_BLOCK)
     mask = (rows[:, None] < length) & (cols[None, :] < H)
-    tl.store(ptr + rows[:, None] * token_stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        ptr + rows[:, None] * token_stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit
@@ -82,8 +101,25 @@ def locate(cu_seqlens_ptr, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
-           MASKED: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+def attend(
+    acc,
+    m,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    rows,
+    length,
+    start,
+    stop,
+    scale,
+    MASKED: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Takes the keys start .. stop into the online softmax of a block of queries; scale > 0 has log2(e) in it."""
     for first in range(start, stop, BLOCK_K):
         cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -104,8 +140,24 @@ def attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, sta
 
 @triton.jit
 def attention_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride, num_tokens, num_blocks, scale,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    num_tokens,
+    num_blocks,
+    scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """One program per block of queries of one head. out and lse [N, T] (base 2, of scores * scale)."""
     begin, length, first_row = locate(cu_seqlens_ptr, num_blocks, BLOCK_Q)
@@ -123,18 +175,62 @@ def attention_forward(
     # visited
     diagonal = first_row // BLOCK_K * BLOCK_K
     for masked in tl.static_range(2):  # unrolled when compiled: two loops
-        start, stop = (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
-        acc, m, total = attend(acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, rows, length, start, stop, scale,
-                               masked, H, H_BLOCK, BLOCK_K)
-    store_rows(out_ptr + (begin * N + head) * H, acc / total[:, None], rows, length, N * H, H, H_BLOCK)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * num_tokens + begin + rows, m + tl.log2(total), mask=rows < length)
+        start, stop = (
+            (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
+        )
+        acc, m, total = attend(
+            acc,
+            m,
+            total,
+            q,
+            k_ptr,
+            v_ptr,
+            k_stride,
+            v_stride,
+            rows,
+            length,
+            start,
+            stop,
+            scale,
+            masked,
+            H,
+            H_BLOCK,
+            BLOCK_K,
+        )
+    store_rows(
+        out_ptr + (begin * N + head) * H, acc / total[:, None], rows, length, N * H, H, H_BLOCK
+    )
+    tl.store(
+        lse_ptr + tl.cast(head, tl.int64) * num_tokens + begin + rows,
+        m + tl.log2(total),
+        mask=rows < length,
+    )
 
 
 @triton.jit
 def attention_backward_kv(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride,
-    num_tokens, num_blocks, scale, softmax_scale,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    num_tokens,
+    num_blocks,
+    scale,
+    softmax_scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """One program per block of keys of one key head; blocks are computed transposed, [keys, queries]. Tensor descriptors (TMA: the
     copy engine computes addresses and puts zeros past the end) leave registers to dk and dv: 4.3 ms where pointers took 5.8."""
@@ -143,14 +239,22 @@ def attention_backward_kv(
         return
     kv_head, length, first_col = tl.program_id(1), length.to(tl.int32), first_col.to(tl.int32)
     cols = first_col + tl.arange(0, BLOCK_K)
-    k_rows = tl.make_tensor_descriptor(k_ptr + begin * k_stride + kv_head * H, [length, H], [k_stride, 1], [BLOCK_K, H_BLOCK])
-    v_rows = tl.make_tensor_descriptor(v_ptr + begin * v_stride + kv_head * H, [length, H], [v_stride, 1], [BLOCK_K, H_BLOCK])
+    k_rows = tl.make_tensor_descriptor(
+        k_ptr + begin * k_stride + kv_head * H, [length, H], [k_stride, 1], [BLOCK_K, H_BLOCK]
+    )
+    v_rows = tl.make_tensor_descriptor(
+        v_ptr + begin * v_stride + kv_head * H, [length, H], [v_stride, 1], [BLOCK_K, H_BLOCK]
+    )
     k, v = k_rows.load([first_col, 0]), v_rows.load([first_col, 0])
     dk = tl.zeros([BLOCK_K, H_BLOCK], tl.float32)
     dv = tl.zeros([BLOCK_K, H_BLOCK], tl.float32)
     for head in range(kv_head * (N // K), (kv_head + 1) * (N // K)):
-        q_rows = tl.make_tensor_descriptor(q_ptr + begin * q_stride + head * H, [length, H], [q_stride, 1], [BLOCK_Q, H_BLOCK])
-        dout_rows = tl.make_tensor_descriptor(dout_ptr + (begin * N + head) * H, [length, H], [N * H, 1], [BLOCK_Q, H_BLOCK])
+        q_rows = tl.make_tensor_descriptor(
+            q_ptr + begin * q_stride + head * H, [length, H], [q_stride, 1], [BLOCK_Q, H_BLOCK]
+        )
+        dout_rows = tl.make_tensor_descriptor(
+            dout_ptr + (begin * N + head) * H, [length, H], [N * H, 1], [BLOCK_Q, H_BLOCK]
+        )
         per_row = begin + tl.cast(head, tl.int64) * num_tokens
         for first in range(first_col // BLOCK_Q * BLOCK_Q, length, BLOCK_Q):
             rows = first + tl.arange(0, BLOCK_Q)
@@ -169,15 +273,36 @@ def attention_backward_kv(
             # dk += ds^T q
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     wide = cols.to(tl.int64)
-    store_rows(dk_ptr + (begin * K + kv_head) * H, dk * softmax_scale, wide, length, K * H, H, H_BLOCK)
+    store_rows(
+        dk_ptr + (begin * K + kv_head) * H, dk * softmax_scale, wide, length, K * H, H, H_BLOCK
+    )
     store_rows(dv_ptr + (begin * K + kv_head) * H, dv, wide, length, K * H, H, H_BLOCK)
 
 
 @triton.jit
 def attention_backward_q(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, q_stride, k_stride, v_stride,
-    num_tokens, num_blocks, scale, softmax_scale,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    num_tokens,
+    num_blocks,
+    scale,
+    softmax_scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """One program per block of queries of one head. Runs first and leaves delta [N, T] for attention_backward_kv."""
     begin, length, first_row = locate(cu_seqlens_ptr, num_blocks, BLOCK_Q)
@@ -198,7 +323,9 @@ def attention_backward_q(
     dq = tl.zeros([BLOCK_Q, H_BLOCK], tl.float32)
     diagonal = first_row // BLOCK_K * BLOCK_K
     for masked in tl.static_range(2):  # as in the forward kernel
-        start, stop = (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
+        start, stop = (
+            (diagonal, tl.minimum(first_row + BLOCK_Q, length)) if masked else (0, diagonal)
+        )
         for first in range(start, stop, BLOCK_K):
             cols = first + tl.arange(0, BLOCK_K).to(tl.int64)
             k = load_rows(k_ptr, cols, length, k_stride, H, H_BLOCK, not masked)
@@ -225,11 +352,29 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen):
         (total, n, _), num_seqs = q.shape, len(cu_seqlens) - 1
-        out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(n, total, dtype=torch.float32)
+        out, lse = (
+            torch.empty(q.shape, dtype=q.dtype, device=q.device),
+            q.new_empty(n, total, dtype=torch.float32),
+        )
         blocks = triton.cdiv(max_seqlen, 128)
         attention_forward[(blocks * num_seqs, n)](
-            q, k, v, out, lse, cu_seqlens, q.stride(0), k.stride(0), v.stride(0), total, blocks, q.shape[2] ** -0.5 * LOG2E,
-            **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            total,
+            blocks,
+            q.shape[2] ** -0.5 * LOG2E,
+            **model_constants(q, k),
+            BLOCK_Q=128,
+            BLOCK_K=64,
+            num_warps=8,
+            num_stages=3,
         )
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.max_seqlen = max_seqlen
@@ -244,14 +389,50 @@ class FlashAttention(torch.autograd.Function):
         strides, scale = (q.stride(0), k.stride(0), v.stride(0)), q.shape[2] ** -0.5
         blocks_q, blocks_k = triton.cdiv(ctx.max_seqlen, 128), triton.cdiv(ctx.max_seqlen, 64)
         attention_backward_q[(blocks_q * num_seqs, n)](
-            q, k, v, out, dout, lse, delta, dq, cu_seqlens, *strides, total, blocks_q, scale * LOG2E, scale,
-            **model_constants(q, k), BLOCK_Q=128, BLOCK_K=64, num_warps=8, num_stages=3 if q.itemsize == 2 else 2,
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            delta,
+            dq,
+            cu_seqlens,
+            *strides,
+            total,
+            blocks_q,
+            scale * LOG2E,
+            scale,
+            **model_constants(q, k),
+            BLOCK_Q=128,
+            BLOCK_K=64,
+            num_warps=8,
+            num_stages=3 if q.itemsize == 2 else 2,
         )
         # descriptors; one a thread
-        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+        triton.set_allocator(
+            lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device)
+        )
         attention_backward_kv[(blocks_k * num_seqs, k.shape[1])](
-            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, *strides, total, blocks_k, scale * LOG2E, scale,
-            **model_constants(q, k), BLOCK_Q=64, BLOCK_K=64, num_warps=4, num_stages=2,
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            dk,
+            dv,
+            cu_seqlens,
+            *strides,
+            total,
+            blocks_k,
+            scale * LOG2E,
+            scale,
+            **model_constants(q, k),
+            BLOCK_Q=64,
+            BLOCK_K=64,
+            num_warps=4,
+            num_stages=2,
         )
         return dq, dk, dv, None, None
 
@@ -261,8 +442,13 @@ def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen):
     where a head is no multiple of 16 bytes, as the copy engine wants it."""
     if not use_triton(q, k, v, cu_seqlens):
         return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen)
-    fits = lambda x: x.stride()[1:] == (x.shape[2], 1) and (x.stride(0) * x.element_size() | x.data_ptr()) % 16 == 0
+    fits = lambda x: (
+        x.stride()[1:] == (x.shape[2], 1)
+        and (x.stride(0) * x.element_size() | x.data_ptr()) % 16 == 0
+    )
     q, k, v = (x if fits(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.shape[2] * q.element_size() % 16:
-        raise ValueError(f"a head of {q.shape[2]} numbers of {q.element_size()} bytes: on GPUs a multiple of 16 bytes is needed")
+        raise ValueError(
+            f"a head of {q.shape[2]} numbers of {q.element_size()} bytes: on GPUs a multiple of 16 bytes is needed"
+        )
     return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen)

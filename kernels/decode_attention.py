@@ -29,7 +29,9 @@ def slot_bias(start, length, slots, heads=1):
     it lies, with one it is copied in each call."""
     slot = torch.arange(slots, device=start.device)
     outside = (slot < start[:, None, None]) | (slot >= length)
-    return torch.zeros(len(start), heads, slots, device=start.device).masked_fill_(outside, -torch.inf)
+    return torch.zeros(len(start), heads, slots, device=start.device).masked_fill_(
+        outside, -torch.inf
+    )
 
 
 def decode_attention_ref(q, k_cache, v_cache, start, length, bias=None):
@@ -38,24 +40,54 @@ def decode_attention_ref(q, k_cache, v_cache, start, length, bias=None):
     all slots, in use or not, so they must hold numbers: the product with a part of each row reads memory with gaps and takes
     two to three times as long."""
     (B, N, H), (K, S) = q.shape, k_cache.shape[1:3]
-    bias = cast(slot_bias(start, length, S) if bias is None else bias, q.dtype).expand(B, K, S).reshape(B * K, 1, S)
-    scores = torch.baddbmm(bias, q.reshape(B * K, -1, H), k_cache.flatten(0, 1).transpose(1, 2), alpha=H**-0.5)
+    bias = (
+        cast(slot_bias(start, length, S) if bias is None else bias, q.dtype)
+        .expand(B, K, S)
+        .reshape(B * K, 1, S)
+    )
+    scores = torch.baddbmm(
+        bias, q.reshape(B * K, -1, H), k_cache.flatten(0, 1).transpose(1, 2), alpha=H**-0.5
+    )
     weights = cast(wide(scores).softmax(-1), v_cache.dtype)
     return torch.bmm(weights, v_cache.flatten(0, 1)).view(B, N, H)
 
 
 @triton.jit
 def decode_split(
-    q_ptr, k_ptr, v_ptr, start_ptr, out_ptr, acc_ptr, m_ptr, total_ptr,
-    k_row_stride, k_head_stride, k_slot_stride, v_row_stride, v_head_stride, v_slot_stride, length_ptr, num_splits, scale,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr,
-    G_BLOCK: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    start_ptr,
+    out_ptr,
+    acc_ptr,
+    m_ptr,
+    total_ptr,
+    k_row_stride,
+    k_head_stride,
+    k_slot_stride,
+    v_row_stride,
+    v_head_stride,
+    v_slot_stride,
+    length_ptr,
+    num_splits,
+    scale,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    G_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """One program per split of one key head of one row. WHOLE: no row has a second split, so the result is final."""
     split = tl.program_id(0) % num_splits
     kv_head = tl.program_id(0) // num_splits % K
     row = (tl.program_id(0) // num_splits // K).to(tl.int64)
-    first, length = tl.load(start_ptr + row).to(tl.int64) + split * SPLIT, tl.load(length_ptr).to(tl.int64)
+    first, length = (
+        tl.load(start_ptr + row).to(tl.int64) + split * SPLIT,
+        tl.load(length_ptr).to(tl.int64),
+    )
     if first >= length:  # a row with fewer splits than the longest
         return
     G: tl.constexpr = N // K
@@ -73,12 +105,31 @@ def decode_split(
     # `length` on
     newest = tl.zeros([G_BLOCK], tl.int64) + (length - 1)
     stop = tl.minimum(first + SPLIT, length)
-    acc, m, total = attend(acc, m, total, q, k_ptr, v_ptr, k_slot_stride, v_slot_stride, newest, length, first, stop,
-                           scale, True, H, H_BLOCK, BLOCK)
+    acc, m, total = attend(
+        acc,
+        m,
+        total,
+        q,
+        k_ptr,
+        v_ptr,
+        k_slot_stride,
+        v_slot_stride,
+        newest,
+        length,
+        first,
+        stop,
+        scale,
+        True,
+        H,
+        H_BLOCK,
+        BLOCK,
+    )
     if WHOLE:
         store_rows(out_ptr + head * H, acc / total[:, None], group, G, H, H, H_BLOCK)
     else:
-        store_rows(acc_ptr + (head * num_splits + split) * H, acc, group, G, num_splits * H, H, H_BLOCK)
+        store_rows(
+            acc_ptr + (head * num_splits + split) * H, acc, group, G, num_splits * H, H, H_BLOCK
+        )
         place = (head + group) * num_splits + split
         tl.store(m_ptr + place, m, mask=group < G)
         tl.store(total_ptr + place, total, mask=group < G)
@@ -86,8 +137,18 @@ def decode_split(
 
 @triton.jit
 def decode_join(
-    acc_ptr, m_ptr, total_ptr, start_ptr, out_ptr, length_ptr, num_splits,
-    N: tl.constexpr, H: tl.constexpr, H_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SPLITS_BLOCK: tl.constexpr,
+    acc_ptr,
+    m_ptr,
+    total_ptr,
+    start_ptr,
+    out_ptr,
+    length_ptr,
+    num_splits,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
 ):
     """One program per query head of one row: its splits, each scaled from its own max to the common one, summed."""
     head = tl.program_id(0).to(tl.int64)
@@ -96,7 +157,9 @@ def decode_join(
     m, total = -float("inf"), 0.0
     for first in range(0, splits, SPLITS_BLOCK):
         split = first + tl.arange(0, SPLITS_BLOCK).to(tl.int64)
-        split_m = tl.load(m_ptr + head * num_splits + split, mask=split < splits, other=-float("inf"))
+        split_m = tl.load(
+            m_ptr + head * num_splits + split, mask=split < splits, other=-float("inf")
+        )
         split_total = tl.load(total_ptr + head * num_splits + split, mask=split < splits, other=0.0)
         split_acc = load_rows(acc_ptr + head * num_splits * H, split, splits, H, H, H_BLOCK)
         new_m = tl.maximum(m, tl.max(split_m))
@@ -111,7 +174,9 @@ def decode_join(
 def decode_attention_triton(q, k_cache, v_cache, start, length):
     """Launches one program per row, key head and split of the longest row that the cache can hold; then the join."""
     (B, N, H), (K, S) = q.shape, k_cache.shape[1:3]
-    length = length if isinstance(length, torch.Tensor) else torch.full((1,), length, device=q.device)
+    length = (
+        length if isinstance(length, torch.Tensor) else torch.full((1,), length, device=q.device)
+    )
     # not of length, which only the GPU knows: programs past it end at once
     splits = triton.cdiv(S, SPLIT)
     sizes, q = model_constants(q, k_cache), q.contiguous()
@@ -120,14 +185,42 @@ def decode_attention_triton(q, k_cache, v_cache, start, length):
     acc = q.new_empty(B, N, splits, H, dtype=torch.float32) if splits > 1 else out
     m, total = q.new_empty(2, B, N, splits, dtype=torch.float32) if splits > 1 else (out, out)
     decode_split[(B * K * splits,)](
-        q, k_cache, v_cache, start, out, acc, m, total, *k_cache.stride()[:3], *v_cache.stride()[:3], length, splits,
-        H**-0.5 * LOG2E, **sizes, G_BLOCK=max(16, triton.next_power_of_2(N // K)), SPLIT=SPLIT, BLOCK=BLOCK,
-        WHOLE=splits == 1, num_warps=4, num_stages=3,
+        q,
+        k_cache,
+        v_cache,
+        start,
+        out,
+        acc,
+        m,
+        total,
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        length,
+        splits,
+        H**-0.5 * LOG2E,
+        **sizes,
+        G_BLOCK=max(16, triton.next_power_of_2(N // K)),
+        SPLIT=SPLIT,
+        BLOCK=BLOCK,
+        WHOLE=splits == 1,
+        num_warps=4,
+        num_stages=3,
     )
     if splits > 1:
         decode_join[(B * N,)](
-            acc, m, total, start, out, length, splits, N=N, H=H, H_BLOCK=sizes["H_BLOCK"], SPLIT=SPLIT,
-            SPLITS_BLOCK=16, num_warps=2,
+            acc,
+            m,
+            total,
+            start,
+            out,
+            length,
+            splits,
+            N=N,
+            H=H,
+            H_BLOCK=sizes["H_BLOCK"],
+            SPLIT=SPLIT,
+            SPLITS_BLOCK=16,
+            num_warps=2,
         )
     return out
 

@@ -17,7 +17,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # import them too. Where nothing
 # will be launched it is not imported, which saves a CPU process 73 MB; whoever compiles kernels
 # without a GPU has imported it before.
-if importlib.util.find_spec("triton") and (torch.cuda.is_available() or INTERPRET or "triton" in sys.modules):
+if importlib.util.find_spec("triton") and (
+    torch.cuda.is_available() or INTERPRET or "triton" in sys.modules
+):
     import triton
     import triton.language as tl
 else:
@@ -30,15 +32,23 @@ def use_triton(*tensors):
     device = tensors[0].device
     for tensor in tensors:
         if hasattr(tensor, "placements"):
-            raise TypeError("kernels take plain tensors; call them inside the module that FSDP gathers, or .to_local()")
+            raise TypeError(
+                "kernels take plain tensors; call them inside the module that FSDP gathers, or .to_local()"
+            )
         if tensor.device != device:
-            raise ValueError(f"tensors on different devices: {sorted({str(t.device) for t in tensors})}")
+            raise ValueError(
+                f"tensors on different devices: {sorted({str(t.device) for t in tensors})}"
+            )
     return INTERPRET or tensors[0].is_cuda
 
 
 def num_programs(device, per_sm=4):
     """How many programs to launch for a kernel whose programs loop over rows: a few for each multiprocessor."""
-    return 3 if device.type == "cpu" else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    return (
+        3
+        if device.type == "cpu"
+        else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    )
 
 
 def bare(*tensors):

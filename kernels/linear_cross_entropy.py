@@ -29,13 +29,17 @@ BIG = 2**23
 def linear_cross_entropy_ref(hidden, weight, target, ignore_index=-100):
     """The definition, logits and all."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return F.cross_entropy(hidden.to(wide) @ weight.to(wide).T, target, ignore_index=ignore_index, reduction="sum")
+    return F.cross_entropy(
+        hidden.to(wide) @ weight.to(wide).T, target, ignore_index=ignore_index, reduction="sum"
+    )
 
 
 def forward_torch(hidden, weight, target, valid, needs_grad):
     """CPU path: returns the summed loss and, if wanted, both gradients. Ignored rows must have target 0."""
     loss = hidden.new_zeros(())
-    dhidden, dweight = (torch.empty_like(hidden), torch.zeros_like(weight)) if needs_grad else (None, None)
+    dhidden, dweight = (
+        (torch.empty_like(hidden), torch.zeros_like(weight)) if needs_grad else (None, None)
+    )
     step = max(512 if weight.numel() > BIG else 128, CPU_TILE // len(weight))
     for block in (slice(start, start + step) for start in range(0, len(hidden), step)):
         index, weight_of = target[block, None], valid[block, None].to(hidden.dtype)
@@ -56,9 +60,13 @@ def forward_triton(hidden, weight, target, valid, needs_grad):
     (num_tokens, _), vocab, dtype = hidden.shape, len(weight), hidden.dtype
     loss = hidden.new_zeros((), dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if needs_grad else None
-    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+    dweight = (
+        torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+    )
     z_buffer = hidden.new_empty(min(TOKEN_CHUNK, num_tokens), vocab, dtype=torch.float32)
-    dz_buffer = z_buffer if dtype == torch.float32 else z_buffer.new_empty(z_buffer.shape, dtype=dtype)
+    dz_buffer = (
+        z_buffer if dtype == torch.float32 else z_buffer.new_empty(z_buffer.shape, dtype=dtype)
+    )
     ones = z_buffer.new_ones(len(z_buffer))
     blocks = triton.cdiv(vocab, 4096)
     for start in range(0, num_tokens, TOKEN_CHUNK):
@@ -67,14 +75,31 @@ def forward_triton(hidden, weight, target, valid, needs_grad):
         z, dz = mm_fp32(hidden[block], weight.T, z_buffer[:rows]), dz_buffer[:rows]
         m, s, u, zt = state = z.new_zeros(4, rows)
         m.fill_(-1e30)
-        fold_chunk[(rows,)](z, target[block], ones, state, rows, z.stride(0), 0, vocab, BLOCK=4096, num_warps=8)
+        fold_chunk[(rows,)](
+            z, target[block], ones, state, rows, z.stride(0), 0, vocab, BLOCK=4096, num_warps=8
+        )
         lse = m + s.log()
         logprob, dlogprob = zt - lse, -valid[block].float()
         loss += torch.dot(logprob, dlogprob)
         if needs_grad:
             logits_to_dz[(rows * blocks,)](
-                z, dz, target[block], ones, logprob, logprob, lse, dlogprob, logprob, z.stride(0), dz.stride(0),
-                0, vocab, blocks, HAS_DENTROPY=False, BLOCK=4096, num_warps=8,
+                z,
+                dz,
+                target[block],
+                ones,
+                logprob,
+                logprob,
+                lse,
+                dlogprob,
+                logprob,
+                z.stride(0),
+                dz.stride(0),
+                0,
+                vocab,
+                blocks,
+                HAS_DENTROPY=False,
+                BLOCK=4096,
+                num_warps=8,
             )
             torch.mm(dz, weight, out=dhidden[block])
             addmm_fp32(dweight, dz.T, hidden[block])
@@ -92,7 +117,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss, dhidden, dweight = forward_triton(hidden, weight, target, valid, needs_grad)
         else:
             wide = torch.promote_types(hidden.dtype, torch.float32)
-            loss, dhidden, dweight = forward_torch(hidden.to(wide), weight.to(wide), target, valid, needs_grad)
+            loss, dhidden, dweight = forward_torch(
+                hidden.to(wide), weight.to(wide), target, valid, needs_grad
+            )
         if needs_grad:
             ctx.save_for_backward(dhidden.to(hidden.dtype), dweight.to(weight.dtype))
         return loss
@@ -100,7 +127,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        return *(gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors), None, None, None
+        return (
+            *(gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors),
+            None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(hidden, weight, target, ignore_index=-100):

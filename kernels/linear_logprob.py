@@ -72,7 +72,15 @@ def dz_torch(z, p, column, scale, logprob, entropy, lse, dlogprob, dentropy):
 
 @triton.jit
 def fold_chunk(
-    z_ptr, target_ptr, scale_ptr, state_ptr, num_tokens, z_stride, chunk_start, chunk_cols, BLOCK: tl.constexpr,
+    z_ptr,
+    target_ptr,
+    scale_ptr,
+    state_ptr,
+    num_tokens,
+    z_stride,
+    chunk_start,
+    chunk_cols,
+    BLOCK: tl.constexpr,
 ):
     """fold_torch, one program per token; its four numbers live in registers while it walks over the columns."""
     token = tl.program_id(0).to(tl.int64)
@@ -103,8 +111,22 @@ def fold_chunk(
 
 @triton.jit
 def logits_to_dz(
-    z_ptr, dz_ptr, target_ptr, scale_ptr, logprob_ptr, entropy_ptr, lse_ptr, dlogprob_ptr, dentropy_ptr,
-    z_stride, dz_stride, chunk_start, chunk_cols, blocks_per_row, HAS_DENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr,
+    dz_ptr,
+    target_ptr,
+    scale_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    lse_ptr,
+    dlogprob_ptr,
+    dentropy_ptr,
+    z_stride,
+    dz_stride,
+    chunk_start,
+    chunk_cols,
+    blocks_per_row,
+    HAS_DENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """dz_torch, in the dtype of the products that follow; one program per BLOCK columns of one token."""
     token = (tl.program_id(0) // blocks_per_row).to(tl.int64)
@@ -115,7 +137,9 @@ def logits_to_dz(
     dlogprob = tl.load(dlogprob_ptr + token)
     column = tl.load(target_ptr + token) - chunk_start
     # logp = z - logsumexp(z);  p = exp(logp)
-    logp = tl.load(z_ptr + token * z_stride + cols, mask=mask, other=-1e30) * scale - tl.load(lse_ptr + token)
+    logp = tl.load(z_ptr + token * z_stride + cols, mask=mask, other=-1e30) * scale - tl.load(
+        lse_ptr + token
+    )
     p = tl.exp(logp)
     # dz = dlogprob * (onehot - p), where 1 - p of the target is -expm1(logprob): a short series
     # near 0, exp elsewhere
@@ -130,19 +154,29 @@ def logits_to_dz(
 
 def mm_fp32(a, b, out):
     """out = a @ b, summed and written in fp32: from bf16 operands that needs out_dtype, which only CUDA has."""
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return (
+        torch.mm(a, b, out=out)
+        if a.dtype == out.dtype
+        else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    )
 
 
 def addmm_fp32(out, a, b):
     """out += a @ b in fp32, from operands of either width."""
-    return out.addmm_(a, b) if a.dtype == out.dtype else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return (
+        out.addmm_(a, b)
+        if a.dtype == out.dtype
+        else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    )
 
 
 def tiles(num_tokens, vocab, on_gpu):
     """Pairs (columns, list of token blocks) of slices that cover the logits, column by column."""
     width = min(vocab, GPU_COLUMNS if on_gpu else CPU_COLUMNS)
     height = max(1, num_tokens if on_gpu else CPU_TILE // width)
-    blocks = [slice(start, min(start + height, num_tokens)) for start in range(0, num_tokens, height)]
+    blocks = [
+        slice(start, min(start + height, num_tokens)) for start in range(0, num_tokens, height)
+    ]
     return [(slice(start, min(start + width, vocab)), blocks) for start in range(0, vocab, width)]
 
 
@@ -160,7 +194,11 @@ def make_tile(hidden, weight, block, columns, buffer):
 
 def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
     """Returns logprob, entropy and logsumexp [N], and the probabilities if they are wanted and few."""
-    num_tokens, vocab, wide = len(hidden), len(weight), torch.promote_types(hidden.dtype, torch.float32)
+    num_tokens, vocab, wide = (
+        len(hidden),
+        len(weight),
+        torch.promote_types(hidden.dtype, torch.float32),
+    )
     m, s, u, zt = state = hidden.new_zeros(4, num_tokens, dtype=wide)
     m.fill_(-1e30)
     cover = tiles(num_tokens, vocab, on_gpu)
@@ -172,7 +210,16 @@ def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
             z = make_tile(hidden, weight, block, columns, buffer)
             if on_gpu:
                 fold_chunk[(num_tokens,)](
-                    z, target, scale, state, num_tokens, z.stride(0), columns.start, z.shape[1], BLOCK=4096, num_warps=8,
+                    z,
+                    target,
+                    scale,
+                    state,
+                    num_tokens,
+                    z.stride(0),
+                    columns.start,
+                    z.shape[1],
+                    BLOCK=4096,
+                    num_warps=8,
                 )
             else:
                 out, row_scale = (x if x is None else x[block] for x in (kept, scale))
@@ -183,7 +230,9 @@ def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
     return zt - m - log_s, log_s - u / s, m + log_s, kept
 
 
-def backward_tiles(dlogprob, dentropy, hidden, weight, target, scale, logprob, entropy, lse, kept, on_gpu):
+def backward_tiles(
+    dlogprob, dentropy, hidden, weight, target, scale, logprob, entropy, lse, kept, on_gpu
+):
     """dhidden is summed over the columns in fp32; the rows of dweight are final when their columns are done."""
     num_tokens = len(hidden)
     dhidden = torch.zeros(hidden.shape, dtype=logprob.dtype, device=hidden.device)
@@ -198,13 +247,28 @@ def backward_tiles(dlogprob, dentropy, hidden, weight, target, scale, logprob, e
                 dz = dz_buffer[: z.numel()].view(z.shape)
                 launches = triton.cdiv(z.shape[1], 4096)
                 logits_to_dz[(num_tokens * launches,)](
-                    z, dz, target, scale, logprob, entropy, lse, dlogprob, logprob if dentropy is None else dentropy,
-                    z.stride(0), dz.stride(0), columns.start, z.shape[1], launches,
-                    HAS_DENTROPY=dentropy is not None, BLOCK=4096, num_warps=8,
+                    z,
+                    dz,
+                    target,
+                    scale,
+                    logprob,
+                    entropy,
+                    lse,
+                    dlogprob,
+                    logprob if dentropy is None else dentropy,
+                    z.stride(0),
+                    dz.stride(0),
+                    columns.start,
+                    z.shape[1],
+                    launches,
+                    HAS_DENTROPY=dentropy is not None,
+                    BLOCK=4096,
+                    num_warps=8,
                 )
             else:
                 p, *rows = (
-                    x if x is None else x[block] for x in (kept, scale, logprob, entropy, lse, dlogprob, dentropy)
+                    x if x is None else x[block]
+                    for x in (kept, scale, logprob, entropy, lse, dlogprob, dentropy)
                 )
                 dz = dz_torch(z, p, target[block] - columns.start, *rows)
             addmm_fp32(dhidden[block], dz, weight[columns])
@@ -221,7 +285,9 @@ class LinearLogprob(torch.autograd.Function):
         ctx.on_gpu = use_triton(hidden, weight, target)
         # PyTorch's CPU has no product of bf16 operands with an fp32 result
         if not ctx.on_gpu:
-            hidden, weight = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (hidden, weight))
+            hidden, weight = (
+                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (hidden, weight)
+            )
         logprob, entropy, lse, kept = forward_tiles(hidden, weight, target, scale, keep, ctx.on_gpu)
         ctx.save_for_backward(hidden, weight, target, scale, logprob, entropy, lse, kept)
         ctx.set_materialize_grads(False)
@@ -232,7 +298,9 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, target, scale, logprob, *rest = ctx.saved_tensors
         dlogprob = torch.zeros_like(logprob) if dlogprob is None else dlogprob.contiguous()
         dentropy = None if dentropy is None else dentropy.contiguous()
-        grads = backward_tiles(dlogprob, dentropy, hidden, weight, target, scale, logprob, *rest, ctx.on_gpu)
+        grads = backward_tiles(
+            dlogprob, dentropy, hidden, weight, target, scale, logprob, *rest, ctx.on_gpu
+        )
         return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)), None, None, None
 
 

@@ -21,7 +21,9 @@ def qk_norm_rope_ref(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6)
 
     def rotate(z):
         z1, z2 = z.chunk(2, dim=-1)
-        return torch.cat((z1 * cos_T1H - z2 * sin_T1H, z2 * cos_T1H + z1 * sin_T1H), dim=-1).to(z.dtype)
+        return torch.cat((z1 * cos_T1H - z2 * sin_T1H, z2 * cos_T1H + z1 * sin_T1H), dim=-1).to(
+            z.dtype
+        )
 
     return rotate(rms_norm_ref(q, q_weight, eps)), rotate(rms_norm_ref(k, k_weight, eps))
 
@@ -35,11 +37,25 @@ def angles(cos, sin, position_ids):
     """The rows of these tokens for rotate_torch: cos [T, 1, H] holds both halves, sin [T, 1, H] carries the minus of the first."""
     global last_angles, last_tables
     # the sampler's are new each step
-    asked, version = (cos, sin, position_ids), 0 if position_ids.is_inference() else position_ids._version
-    if last_angles is None or any(a is not b for a, b in zip(asked, last_angles[0])) or version != last_angles[1]:
+    asked, version = (
+        (cos, sin, position_ids),
+        0 if position_ids.is_inference() else position_ids._version,
+    )
+    if (
+        last_angles is None
+        or any(a is not b for a, b in zip(asked, last_angles[0]))
+        or version != last_angles[1]
+    ):
         if last_tables is None or any(a is not b for a, b in zip(asked, last_tables[0])):
-            last_tables = asked[:2], [torch.cat(halves, dim=-1)[:, None] for halves in ((cos, cos), (-sin, sin))]
-        last_angles = asked, version, [table.index_select(0, position_ids) for table in last_tables[1]]
+            last_tables = (
+                asked[:2],
+                [torch.cat(halves, dim=-1)[:, None] for halves in ((cos, cos), (-sin, sin))],
+            )
+        last_angles = (
+            asked,
+            version,
+            [table.index_select(0, position_ids) for table in last_tables[1]],
+        )
     return last_angles[2]
 
 
@@ -86,8 +102,17 @@ def store_halves(ptr, first, second, heads, half, mask, HALF: tl.constexpr):
 
 @triton.jit
 def norm_rope_token(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, cos, sin, eps,
-    HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    rstd_ptr,
+    cos,
+    sin,
+    eps,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):
     """All heads of q or k of one token, forward."""
     heads, half = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
@@ -108,8 +133,17 @@ def norm_rope_token(
 
 @triton.jit
 def norm_rope_token_backward(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, cos, sin,
-    HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    cos,
+    sin,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):
     """All heads of q or k of one token, backward; returns the token's share of dweight in two halves."""
     heads, half = tl.arange(0, HEADS_BLOCK), tl.arange(0, HALF_BLOCK)
@@ -131,9 +165,26 @@ def norm_rope_token_backward(
 
 @triton.jit
 def qk_norm_rope_forward(
-    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, pos_ptr, q_out_ptr, k_out_ptr, q_rstd_ptr, k_rstd_ptr,
-    q_stride, k_stride, eps, N: tl.constexpr, K: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    qw_ptr,
+    kw_ptr,
+    cos_ptr,
+    sin_ptr,
+    pos_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    q_rstd_ptr,
+    k_rstd_ptr,
+    q_stride,
+    k_stride,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):
     """One program per token: its cos and sin are fetched once for all query and key heads."""
     token = tl.program_id(0).to(tl.int64)
@@ -141,18 +192,60 @@ def qk_norm_rope_forward(
     angle = tl.load(pos_ptr + token).to(tl.int64) * HALF + half
     cos = tl.load(cos_ptr + angle, mask=half < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + angle, mask=half < HALF, other=0.0)[None, :]
-    norm_rope_token(q_ptr + token * q_stride, qw_ptr, q_out_ptr + token * N * HALF * 2, q_rstd_ptr + token * N,
-                    cos, sin, eps, N, N_BLOCK, HALF, HALF_BLOCK)
-    norm_rope_token(k_ptr + token * k_stride, kw_ptr, k_out_ptr + token * K * HALF * 2, k_rstd_ptr + token * K,
-                    cos, sin, eps, K, K_BLOCK, HALF, HALF_BLOCK)
+    norm_rope_token(
+        q_ptr + token * q_stride,
+        qw_ptr,
+        q_out_ptr + token * N * HALF * 2,
+        q_rstd_ptr + token * N,
+        cos,
+        sin,
+        eps,
+        N,
+        N_BLOCK,
+        HALF,
+        HALF_BLOCK,
+    )
+    norm_rope_token(
+        k_ptr + token * k_stride,
+        kw_ptr,
+        k_out_ptr + token * K * HALF * 2,
+        k_rstd_ptr + token * K,
+        cos,
+        sin,
+        eps,
+        K,
+        K_BLOCK,
+        HALF,
+        HALF_BLOCK,
+    )
 
 
 @triton.jit
 def qk_norm_rope_backward(
-    dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, pos_ptr, q_rstd_ptr, k_rstd_ptr,
-    dq_ptr, dk_ptr, dweight_ptr, q_stride, k_stride, num_tokens, num_programs,
-    N: tl.constexpr, K: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    dq_out_ptr,
+    dk_out_ptr,
+    q_ptr,
+    k_ptr,
+    qw_ptr,
+    kw_ptr,
+    cos_ptr,
+    sin_ptr,
+    pos_ptr,
+    q_rstd_ptr,
+    k_rstd_ptr,
+    dq_ptr,
+    dk_ptr,
+    dweight_ptr,
+    q_stride,
+    k_stride,
+    num_tokens,
+    num_programs,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):
     """A few programs walk over the tokens; each keeps its share of both weights' gradients, [4, H/2] in registers."""
     program = tl.program_id(0)
@@ -167,11 +260,31 @@ def qk_norm_rope_backward(
         cos = tl.load(cos_ptr + angle, mask=inside, other=0.0)[None, :]
         sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)[None, :]
         q1, q2 = norm_rope_token_backward(
-            dq_out_ptr + token * N * HALF * 2, q_ptr + token * q_stride, qw_ptr, q_rstd_ptr + token * N,
-            dq_ptr + token * N * HALF * 2, cos, sin, N, N_BLOCK, HALF, HALF_BLOCK)
+            dq_out_ptr + token * N * HALF * 2,
+            q_ptr + token * q_stride,
+            qw_ptr,
+            q_rstd_ptr + token * N,
+            dq_ptr + token * N * HALF * 2,
+            cos,
+            sin,
+            N,
+            N_BLOCK,
+            HALF,
+            HALF_BLOCK,
+        )
         k1, k2 = norm_rope_token_backward(
-            dk_out_ptr + token * K * HALF * 2, k_ptr + token * k_stride, kw_ptr, k_rstd_ptr + token * K,
-            dk_ptr + token * K * HALF * 2, cos, sin, K, K_BLOCK, HALF, HALF_BLOCK)
+            dk_out_ptr + token * K * HALF * 2,
+            k_ptr + token * k_stride,
+            kw_ptr,
+            k_rstd_ptr + token * K,
+            dk_ptr + token * K * HALF * 2,
+            cos,
+            sin,
+            K,
+            K_BLOCK,
+            HALF,
+            HALF_BLOCK,
+        )
         dqw1, dqw2, dkw1, dkw2 = dqw1 + q1, dqw2 + q2, dkw1 + k1, dkw2 + k2
     out = dweight_ptr + program * 4 * HALF + half
     tl.store(out, dqw1, mask=inside)
@@ -186,7 +299,13 @@ def launch_config(q, k, numbers):
     (_, n, width), kv = q.shape, k.shape[1]
     up = triton.next_power_of_2
     blocks = {"N_BLOCK": up(n), "K_BLOCK": up(kv), "HALF_BLOCK": up(width // 2)}
-    return {"N": n, "K": kv, "HALF": width // 2, **blocks, "num_warps": min(8, max(1, up(n) * up(width) // numbers))}
+    return {
+        "N": n,
+        "K": kv,
+        "HALF": width // 2,
+        **blocks,
+        "num_warps": min(8, max(1, up(n) * up(width) // numbers)),
+    }
 
 
 class QKNormRope(torch.autograd.Function):
@@ -196,14 +315,29 @@ class QKNormRope(torch.autograd.Function):
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, position_ids, eps):
         if use_triton(q, k, q_weight, k_weight, cos, sin, position_ids):
             outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
-            rstds = [torch.empty(*x.shape[:2], 1, dtype=torch.float32, device=x.device) for x in (q, k)]
+            rstds = [
+                torch.empty(*x.shape[:2], 1, dtype=torch.float32, device=x.device) for x in (q, k)
+            ]
             qk_norm_rope_forward[(len(q),)](
-                q, k, q_weight, k_weight, cos, sin, position_ids, *outs, *rstds, q.stride(0), k.stride(0), eps,
+                q,
+                k,
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                position_ids,
+                *outs,
+                *rstds,
+                q.stride(0),
+                k.stride(0),
+                eps,
                 **launch_config(q, k, 1024),
             )
         else:
             cos, sin = angles(cos, sin, position_ids)
-            outs, rstds = zip(*(forward_torch(x, w, cos, sin, eps) for x, w in ((q, q_weight), (k, k_weight))))
+            outs, rstds = zip(
+                *(forward_torch(x, w, cos, sin, eps) for x, w in ((q, q_weight), (k, k_weight)))
+            )
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, position_ids, *rstds)
         return tuple(outs)
 
@@ -216,14 +350,39 @@ class QKNormRope(torch.autograd.Function):
             programs = min(len(q), num_programs(q.device))
             shares = torch.empty(programs, 2, q.shape[-1], dtype=torch.float32, device=q.device)
             qk_norm_rope_backward[(programs,)](
-                dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, position_ids, *rstds, dq, dk, shares,
-                q.stride(0), k.stride(0), len(q), programs, **launch_config(q, k, 2048),
+                dq_out,
+                dk_out,
+                q,
+                k,
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                position_ids,
+                *rstds,
+                dq,
+                dk,
+                shares,
+                q.stride(0),
+                k.stride(0),
+                len(q),
+                programs,
+                **launch_config(q, k, 2048),
             )
             dq_weight, dk_weight = shares.sum(0)
         else:
             dq, dq_weight = backward_torch(dq_out, q, q_weight, cos, sin, rstds[0])
             dk, dk_weight = backward_torch(dk_out, k, k_weight, cos, sin, rstds[1])
-        return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), None, None, None, None
+        return (
+            dq,
+            dk,
+            dq_weight.to(q_weight.dtype),
+            dk_weight.to(k_weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6):
@@ -234,6 +393,10 @@ def qk_norm_rope(q, k, q_weight, k_weight, cos, sin, position_ids, eps=1e-6):
     if bare(q, k, q_weight, k_weight, cos, sin, position_ids):
         heads = [x.shape[1] for x in (q, k)]  # all as one: half as many small operations
         weight = torch.cat([w.expand(n, -1) for w, n in zip((q_weight, k_weight), heads)])
-        return forward_torch(torch.cat((q, k), dim=1), weight, *angles(cos, sin, position_ids), eps)[0].split(heads, dim=1)
+        return forward_torch(
+            torch.cat((q, k), dim=1), weight, *angles(cos, sin, position_ids), eps
+        )[0].split(heads, dim=1)
     q, k = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k))
-    return QKNormRope.apply(q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), position_ids, eps)
+    return QKNormRope.apply(
+        q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), position_ids, eps
+    )

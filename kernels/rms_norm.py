@@ -92,8 +92,18 @@ def backward_torch(dy, dsummed, x, weight, rstd):
 
 @triton.jit
 def rms_norm_forward(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, summed_ptr, rstd_ptr, x_stride, residual_stride, eps,
-    D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    summed_ptr,
+    rstd_ptr,
+    x_stride,
+    residual_stride,
+    eps,
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program per row: read it once, keep it in registers, write y. The row is never read a second time."""
     row = tl.program_id(0).to(tl.int64)
@@ -105,7 +115,9 @@ def rms_norm_forward(
     # exist)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0).to(
+            tl.float32
+        )
         summed = x.to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + row * D + cols, summed, mask=mask)
         x = summed.to(tl.float32)  # normalise what was stored, rounding included
@@ -122,8 +134,19 @@ def rms_norm_forward(
 
 @triton.jit
 def rms_norm_backward(
-    dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, x_stride, num_rows, num_programs,
-    D: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    dy_ptr,
+    dsummed_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    x_stride,
+    num_rows,
+    num_programs,
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """backward_torch. A program per row, as above, would not do: all rows add to the one dweight, and programs that add
     to one place need atomics, whose order changes from run to run. Instead a few programs walk over many rows each:
@@ -174,8 +197,18 @@ def forward_triton(x, residual, weight, eps):
     rstd = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device)
     extra = x if residual is None else residual  # an unused pointer argument must still be a tensor
     rms_norm_forward[(num_rows,)](
-        x, extra, weight, y, summed, rstd, x.stride(0), extra.stride(0), eps,
-        D=width, ADD=residual is not None, **launch_config(width),
+        x,
+        extra,
+        weight,
+        y,
+        summed,
+        rstd,
+        x.stride(0),
+        extra.stride(0),
+        eps,
+        D=width,
+        ADD=residual is not None,
+        **launch_config(width),
     )
     return y, summed, rstd
 
@@ -187,8 +220,19 @@ def backward_triton(dy, dsummed, x, weight, rstd):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shares = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     rms_norm_backward[(programs,)](
-        dy, dy if dsummed is None else dsummed, x, weight, rstd, dx, shares, x.stride(0), num_rows, programs,
-        D=width, ADD=dsummed is not None, **launch_config(width),
+        dy,
+        dy if dsummed is None else dsummed,
+        x,
+        weight,
+        rstd,
+        dx,
+        shares,
+        x.stride(0),
+        num_rows,
+        programs,
+        D=width,
+        ADD=dsummed is not None,
+        **launch_config(width),
     )
     return dx, shares.sum(0)
 
@@ -198,7 +242,9 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
-        y, summed, rstd = (forward_triton if use_triton(x, weight) else forward_torch)(x, residual, weight, eps)
+        y, summed, rstd = (forward_triton if use_triton(x, weight) else forward_torch)(
+            x, residual, weight, eps
+        )
         ctx.save_for_backward(summed, weight, rstd)
         # an output that nobody used has gradient None, not a tensor of zeros
         ctx.set_materialize_grads(False)

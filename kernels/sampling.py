@@ -39,20 +39,26 @@ def sample_tokens_ref(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
         probs.masked_fill_(probs < ascending.gather(1, stays.int().argmax(-1, keepdim=True)), 0.0)
     # By blocks: running sums are slow, they add one number after the other, and only one block of a
     # row needs them.
-    blocks = (F.pad(probs, (0, -vocab % WIDTH)) if vocab % WIDTH else probs).view(len(probs), -1, WIDTH)
+    blocks = (F.pad(probs, (0, -vocab % WIDTH)) if vocab % WIDTH else probs).view(
+        len(probs), -1, WIDTH
+    )
     masses = blocks.sum(-1)
     ends = masses.cumsum(-1)
     below = uniform[:, None] * ends[:, -1:]
     block = first_above(ends, below)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, WIDTH))[:, 0]
-    at = first_above(inside.cumsum(-1), (below - ends.gather(1, block) + masses.gather(1, block)).clamp_(min=0.0))
+    at = first_above(
+        inside.cumsum(-1), (below - ends.gather(1, block) + masses.gather(1, block)).clamp_(min=0.0)
+    )
     return (block * WIDTH + at)[:, 0], inside.gather(1, at).log()[:, 0]
 
 
 def first_above(sums, below):
     """[B, 1]: where the running sums [B, N] first pass below [B, 1], which is not negative; what is added there is above 0, also if rounding has
     taken below to the last sum."""
-    return torch.searchsorted(sums, torch.minimum(below, sums[:, -1:].nextafter(sums.new_zeros(()))), right=True)
+    return torch.searchsorted(
+        sums, torch.minimum(below, sums[:, -1:].nextafter(sums.new_zeros(()))), right=True
+    )
 
 
 @triton.jit
@@ -71,7 +77,9 @@ def order_key(z):
 
 
 @triton.jit
-def amount_at_or_above(row_ptr, key, m, inverse_temperature, MASS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
+def amount_at_or_above(
+    row_ptr, key, m, inverse_temperature, MASS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+):
     """How many logits have at least this key (MASS: their sum of exp(z - m))."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
@@ -82,8 +90,17 @@ def amount_at_or_above(row_ptr, key, m, inverse_temperature, MASS: tl.constexpr,
 
 
 @triton.jit
-def threshold(row_ptr, low, high, goal, m, inverse_temperature,
-              MASS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
+def threshold(
+    row_ptr,
+    low,
+    high,
+    goal,
+    m,
+    inverse_temperature,
+    MASS: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The largest key with amount_at_or_above(key) >= goal, in [low, high)."""
     while high - low > 1:
         middle = low + (high - low) // 2
@@ -96,8 +113,19 @@ def threshold(row_ptr, low, high, goal, m, inverse_temperature,
 
 @triton.jit
 def sample_kernel(
-    logits_ptr, uniform_ptr, token_ptr, logprob_ptr, row_stride, inverse_temperature, top_p, top_k,
-    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr,
+    uniform_ptr,
+    token_ptr,
+    logprob_ptr,
+    row_stride,
+    inverse_temperature,
+    top_p,
+    top_k,
+    GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program per row; a row of 152K logits stays in the L2 cache over its passes."""
     row = tl.program_id(0).to(tl.int64)
@@ -124,7 +152,9 @@ def sample_kernel(
             goal = top_p * amount_at_or_above(row_ptr, low, m, inverse_temperature, True, V, BLOCK)
             low = threshold(row_ptr, low, high, goal, m, inverse_temperature, True, V, BLOCK)
         # token = first t with cumsum(p * kept)[t] > uniform * mass
-        below = tl.load(uniform_ptr + row) * amount_at_or_above(row_ptr, low, m, inverse_temperature, True, V, BLOCK)
+        below = tl.load(uniform_ptr + row) * amount_at_or_above(
+            row_ptr, low, m, inverse_temperature, True, V, BLOCK
+        )
         done, token, last = 0.0, V, 0
         for start in range(0, V, BLOCK):
             z, cols = load_block(row_ptr, start, inverse_temperature, V, BLOCK)
@@ -152,8 +182,19 @@ def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     sample_kernel[(rows,)](
-        logits, uniform, token, logprob, logits.stride(0), 1.0 / temperature if temperature > 0 else 1.0, top_p, top_k,
-        GREEDY=temperature == 0, TOP_K=0 < top_k < vocab, TOP_P=top_p < 1.0, V=vocab,
-        BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=8,
+        logits,
+        uniform,
+        token,
+        logprob,
+        logits.stride(0),
+        1.0 / temperature if temperature > 0 else 1.0,
+        top_p,
+        top_k,
+        GREEDY=temperature == 0,
+        TOP_K=0 < top_k < vocab,
+        TOP_P=top_p < 1.0,
+        V=vocab,
+        BLOCK=min(4096, triton.next_power_of_2(vocab)),
+        num_warps=8,
     )
     return token, logprob

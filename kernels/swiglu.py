@@ -28,7 +28,9 @@ def backward_torch(dout, gate, up):
 
 
 @triton.jit
-def swiglu_forward(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, D: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_forward(
+    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, D: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per BLOCK columns of one row; all programs lie on grid axis 0, the only one without a 65535 limit."""
     blocks_per_row: tl.constexpr = (D + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)
@@ -37,12 +39,24 @@ def swiglu_forward(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, D: tl.cons
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
     # out = silu(gate) * up
-    tl.store(out_ptr + row * D + cols, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row * D + cols,
+        (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
 def swiglu_backward(
-    dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, gate_stride, up_stride, D: tl.constexpr, BLOCK: tl.constexpr,
+    dout_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    gate_stride,
+    up_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Reads three tensors, writes two: 10 bytes per bf16 element, the least there is."""
     blocks_per_row: tl.constexpr = (D + BLOCK - 1) // BLOCK

@@ -46,14 +46,22 @@ def lock(out_dir):
 
 
 def step_folders(out_dir):
-    return sorted(f for f in os.listdir(out_dir) if f.startswith("step_") and not f.endswith(".tmp")) if os.path.isdir(out_dir) else []
+    return (
+        sorted(f for f in os.listdir(out_dir) if f.startswith("step_") and not f.endswith(".tmp"))
+        if os.path.isdir(out_dir)
+        else []
+    )
 
 
 def best_checkpoint(out_dir):
     """Name of the checkpoint with the best held-out score in metrics.jsonl: KEEP_BEST=1 may want it, so it is not pruned."""
     logged = open(path) if os.path.exists(path := os.path.join(out_dir, "metrics.jsonl")) else ()
     scores = {f"step_{m['step']:06d}": m["eval"] for m in map(json.loads, logged) if "eval" in m}
-    return max(scores.keys() & set(step_folders(out_dir)), key=lambda name: (scores[name], name), default="")
+    return max(
+        scores.keys() & set(step_folders(out_dir)),
+        key=lambda name: (scores[name], name),
+        default="",
+    )
 
 
 def latest_checkpoint(out_dir):
@@ -63,7 +71,9 @@ def latest_checkpoint(out_dir):
         folder = os.path.join(out_dir, name)
         try:
             files = json.load(open(os.path.join(folder, "run.json")))["files"]
-            damaged = [f for f, expected in files.items() if checksum(os.path.join(folder, f)) != expected]
+            damaged = [
+                f for f, expected in files.items() if checksum(os.path.join(folder, f)) != expected
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             damaged = [str(e)]
         if not damaged:
@@ -101,7 +111,12 @@ def sync(path):
 
 def git_hash():
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+    return (
+        subprocess.run(
+            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        or "unknown"
+    )
 
 
 def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
@@ -125,11 +140,20 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
             model.save_pretrained(folder, whole)
             # not the checkpoint resumed from: that one is pruned some day
             save_tokenizer(cfg.init_from, folder)
-            run = {"step": step, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_hash(), "torch": torch.__version__,
-                   "world": world, "state": state}
+            run = {
+                "step": step,
+                "config": dataclasses.asdict(cfg),
+                "command": sys.argv,
+                "git": git_hash(),
+                "torch": torch.__version__,
+                "world": world,
+                "state": state,
+            }
             names = sorted(name for name in os.listdir(folder) if name != "run.json")
             with ThreadPoolExecutor(8) as pool:  # 100 GB at 8B, and every rank waits
-                run["files"] = dict(zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names)))
+                run["files"] = dict(
+                    zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names))
+                )
             with open(os.path.join(folder, "run.json"), "w") as f:
                 json.dump(run, f)
             for name in (*run["files"], "run.json", ""):
@@ -140,7 +164,10 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
     except Exception as e:  # torch and safetensors have their own words for a full disk
         free = shutil.disk_usage(out_dir).free / 1e9
         shutil.rmtree(folder, ignore_errors=True)
-        fail(f"{final} cannot be written ({first_line(e)}; {free:.3g} GB were left there).", note="The checkpoint before it is whole.")
+        fail(
+            f"{final} cannot be written ({first_line(e)}; {free:.3g} GB were left there).",
+            note="The checkpoint before it is whole.",
+        )
     if rank == 0:
         if os.path.lexists(link := os.path.join(out_dir, "final")):
             # the stage went on: it is not done, and pruning may take what the link names
@@ -158,12 +185,23 @@ def load_policy(cfg, world, device):
     folder = resume or cfg.init_from
     with one_sentence(f"--init_from={folder}"):
         check_memory(folder, cfg, world, device)
-        tokenizer, model = load_tokenizer(folder), Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor)
+        tokenizer, model = (
+            load_tokenizer(folder),
+            Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor),
+        )
         if tokenizer.get_vocab_size() > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {model.config.vocab_size}")
+            raise ValueError(
+                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {model.config.vocab_size}"
+            )
     if longest_sequence(cfg) > model.max_positions():
-        flags = "--max_seq_len" if hasattr(cfg, "max_seq_len") else "--max_prompt_tokens + --max_new_tokens"
-        fail(f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor={max(2, -(-longest_sequence(cfg) // 32768))}.")
+        flags = (
+            "--max_seq_len"
+            if hasattr(cfg, "max_seq_len")
+            else "--max_prompt_tokens + --max_new_tokens"
+        )
+        fail(
+            f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor={max(2, -(-longest_sequence(cfg) // 32768))}."
+        )
     model.gradient_checkpointing = device.type == "cuda"
     return tokenizer, shard(model, device, cfg.shard), resume
 
@@ -173,7 +211,9 @@ def load_checkpoint(folder, optimizer, cfg):
     (rank, world), run = ranks(), json.load(open(os.path.join(folder, "run.json")))
     if run["world"] != world:
         fail(f"{folder} was written by {run['world']} ranks and can only be resumed by as many.")
-    optimizer.load_state_dict(torch.load(os.path.join(folder, f"optim_rank{rank}.pt"), weights_only=True))
+    optimizer.load_state_dict(
+        torch.load(os.path.join(folder, f"optim_rank{rank}.pt"), weights_only=True)
+    )
     now = dataclasses.asdict(cfg)
     for name in [k for k, v in run["config"].items() if now.get(k, v) != v]:
         print0(f"{folder}: --{name} was {run['config'][name]}, now {now[name]}")
@@ -190,5 +230,7 @@ def load_history(folder, data):
         state = json.load(open(path))["state"] if os.path.exists(path) else {}
     if state.get("data") != data or not state.get("history"):
         return {}
-    print0(f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them")
+    print0(
+        f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them"
+    )
     return {"history": state["history"], "epoch": state["epoch"]}

@@ -30,7 +30,11 @@ def start_run(cfg):
 def init_distributed(seed, timeout_s=1800):
     """(rank, world, device). Seeds everything."""
     rank, world = ranks()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     libc = ctypes.CDLL(None)
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(libc, "prctl"):
         # a rank dies with its launcher: it would train on and hold out_dir
@@ -46,13 +50,19 @@ def init_distributed(seed, timeout_s=1800):
             # allocations by mmap: none; trim threshold, top pad
             for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):
                 libc.mallopt(option, value)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)))
+        torch.set_num_threads(
+            int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world))
+        )
         spare_compiler()
     if world > 1 or device.type == "cuda":
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         # taken, or nobody answers
         with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_s),
+                **alone,
+            )
     torch.manual_seed(seed)
     return rank, world, device
 
@@ -101,13 +111,24 @@ def shard(model, device, how="full"):
     if dist.is_initialized() and (how != "replicate" or device.type == "cuda"):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-        dtype, inside = torch.bfloat16 if device.type == "cuda" else torch.float32, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if how == "hybrid" else 1
+        dtype, inside = (
+            torch.bfloat16 if device.type == "cuda" else torch.float32,
+            int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if how == "hybrid" else 1,
+        )
         # about in-place use of layer outputs: there is none
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         # RoPE stays fp32
-        options = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}
+        options = {
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        }
         if how in ("hybrid", "replicate"):
-            options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size() // inside, inside), mesh_dim_names=("replicate", "shard"))
+            options["mesh"] = dist.init_device_mesh(
+                device.type,
+                (dist.get_world_size() // inside, inside),
+                mesh_dim_names=("replicate", "shard"),
+            )
         if how == "offload":
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for layer in model.model.layers:
@@ -126,11 +147,17 @@ def compute_device(model):
 
 def average_gradients(model):
     """Over the ranks, in one collective, of parameters that are whole on each; sharded ones were averaged in backward."""
-    whole = [p for p in model.parameters() if not hasattr(p, "full_tensor")] if ranks()[1] > 1 else []
+    whole = (
+        [p for p in model.parameters() if not hasattr(p, "full_tensor")] if ranks()[1] > 1 else []
+    )
     if whole:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in whole])
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in whole]
+        )
         dist.all_reduce(flat)
-        for p, part in zip(whole, flat.div_(ranks()[1]).split([p.numel() for p in whole]), strict=True):
+        for p, part in zip(
+            whole, flat.div_(ranks()[1]).split([p.numel() for p in whole]), strict=True
+        ):
             p.grad = part.view_as(p)
 
 

@@ -33,9 +33,18 @@ def data_files(path):
     if "," in path:
         return [file for part in path.split(",") for file in data_files(part)]
     if os.path.isdir(path):
-        files = sorted(os.path.join(top, f) for top, _, names in os.walk(path) for f in names if f.endswith(FORMATS))
+        files = sorted(
+            os.path.join(top, f)
+            for top, _, names in os.walk(path)
+            for f in names
+            if f.endswith(FORMATS)
+        )
     elif os.path.exists(path) or "://" in path:
-        files = [path] if path.endswith(FORMATS) else fail(f"data {path}: expected a file that ends in {', '.join(FORMATS)}.")
+        files = (
+            [path]
+            if path.endswith(FORMATS)
+            else fail(f"data {path}: expected a file that ends in {', '.join(FORMATS)}.")
+        )
     elif path.count("/") == 1 and not path.endswith(FORMATS):
         import datasets  # slow to import, so only where it is used
 
@@ -46,9 +55,20 @@ def data_files(path):
             names = [config] if config else ["default"] if "default" in names else names
             splits = [datasets.load_dataset_builder(name, n).config.data_files or {} for n in names]
         except Exception as e:  # whatever is wrong with a name or a hub, in the library's words
-            fail(f"data {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}.")
-        held_out = lambda split: "train" in splits[0] and split != "train" or split.startswith(("val", "test", "dev"))
-        files = [str(f) for files in splits for split in files if (split == wanted if wanted else not held_out(split)) for f in files[split] if str(f).endswith(FORMATS)]
+            fail(
+                f"data {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}."
+            )
+        held_out = lambda split: (
+            "train" in splits[0] and split != "train" or split.startswith(("val", "test", "dev"))
+        )
+        files = [
+            str(f)
+            for files in splits
+            for split in files
+            if (split == wanted if wanted else not held_out(split))
+            for f in files[split]
+            if str(f).endswith(FORMATS)
+        ]
     else:
         fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
     return files or fail(f"data {path}: no file that ends in {', '.join(FORMATS)}.")
@@ -73,7 +93,11 @@ def read_file(file, cursor=(0, 0, 0.0)):
                     here = range(first, first := first + table.metadata.row_group(group).num_rows)
                     if num_rows in here:
                         batches = table.iter_batches(64, row_groups=[group])
-                        for row in itertools.islice((r for batch in batches for r in batch.to_pylist()), num_rows - here.start, None):
+                        for row in itertools.islice(
+                            (r for batch in batches for r in batch.to_pylist()),
+                            num_rows - here.start,
+                            None,
+                        ):
                             num_rows += 1
                             yield f"{file} row {num_rows}", row, [num_rows, 0, num_rows / total]
                 return
@@ -83,7 +107,11 @@ def read_file(file, cursor=(0, 0, 0.0)):
                 with contextlib.suppress(ValueError):
                     parsed = json.load(f)
                     rows = parsed if isinstance(parsed, list) else [parsed]
-                    yield from ((f"{file} row {n}", row, [n, 0, n / len(rows)]) for n, row in enumerate(rows, 1) if n > num_rows)
+                    yield from (
+                        (f"{file} row {n}", row, [n, 0, n / len(rows)])
+                        for n, row in enumerate(rows, 1)
+                        if n > num_rows
+                    )
                     return
                 f.seek(offset)
             # fsspec's own readline fetches a remote file almost three times
@@ -94,8 +122,17 @@ def read_file(file, cursor=(0, 0, 0.0)):
                 if line.strip():
                     share = 1 - size / (size + offset) if file.endswith(".gz") else offset / size
                     yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
-    except (ValueError, RecursionError, OSError, ImportError) as e:  # pyarrow's errors are ValueErrors or OSErrors
-        text = f"not valid JSON ({e.msg} at column {e.colno})" if isinstance(e, json.JSONDecodeError) else f"{type(e).__name__}: {e}"
+    except (
+        ValueError,
+        RecursionError,
+        OSError,
+        ImportError,
+    ) as e:  # pyarrow's errors are ValueErrors or OSErrors
+        text = (
+            f"not valid JSON ({e.msg} at column {e.colno})"
+            if isinstance(e, json.JSONDecodeError)
+            else f"{type(e).__name__}: {e}"
+        )
         fail(f"data {file} row {num_rows}: {text.splitlines()[0]}.")
 
 
@@ -108,17 +145,26 @@ def read_rows(path, limit=0):
 def fresh_cursors(path):
     """{file: cursor at its start}; a file that is named again, to be seen more often, is read beside itself, as file#1."""
     files = data_files(path)
-    return {f"{file}#{n}" if (n := files[:i].count(file)) else file: [0, 0, 0.0] for i, file in enumerate(files)}
+    return {
+        f"{file}#{n}" if (n := files[:i].count(file)) else file: [0, 0, 0.0]
+        for i, file in enumerate(files)
+    }
 
 
 def stream_rows(cursors, limit=0):
     """(where, row), always from the file of which the smallest share is read, so that every stretch has the mix of the whole.
     cursors {file: cursor} move along: reading on from a copy of them gives the same rows as not having stopped."""
-    readers = {file: read_file(re.sub(r"#\d+$", "", file), cursor) for file, cursor in cursors.items() if cursor[2] < 1}
+    readers = {
+        file: read_file(re.sub(r"#\d+$", "", file), cursor)
+        for file, cursor in cursors.items()
+        if cursor[2] < 1
+    }
     # one row, to know when a file is done
     ahead = {file: next(reader, None) for file, reader in readers.items()}
     cursors |= {file: [*cursors[file][:2], 1.0] for file, row in ahead.items() if row is None}
-    while (open_files := [f for f in readers if cursors[f][2] < 1]) and not 0 < limit <= sum(c[0] for c in cursors.values()):
+    while (open_files := [f for f in readers if cursors[f][2] < 1]) and not 0 < limit <= sum(
+        c[0] for c in cursors.values()
+    ):
         file = min(open_files, key=lambda f: cursors[f][2])
         where, row, cursor = ahead[file]
         ahead[file] = next(readers[file], None)
@@ -140,16 +186,32 @@ def field(row, where, name, kind=str):
 
 def given(row, *names):
     """The first of these names that the row has something for, else one that is empty, else one that is null, else the first."""
-    return min((n for n in names if n in row), key=lambda n: (row[n] is None, row[n] in ("", [])), default=names[0])
+    return min(
+        (n for n in names if n in row),
+        key=lambda n: (row[n] is None, row[n] in ("", [])),
+        default=names[0],
+    )
 
 
 def chat(turns, name="prompt"):
     """Chat messages [{"role", "content", ...}]: a string is a user's turn, a list of parts is joined, None is empty text."""
     turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-    if not isinstance(turns, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns):
+    if not isinstance(turns, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns
+    ):
         raise BadRow(f'field "{name}" is no list of chat messages with a role each')
-    text = lambda parts: "\n".join(p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str))
-    turns = [m | {"content": text(m["content"]) if isinstance(m.get("content"), list) else m.get("content") or ""} for m in turns]
+    text = lambda parts: "\n".join(
+        p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)
+    )
+    turns = [
+        m
+        | {
+            "content": text(m["content"])
+            if isinstance(m.get("content"), list)
+            else m.get("content") or ""
+        }
+        for m in turns
+    ]
     if not all(isinstance(m["content"], str) for m in turns):
         raise BadRow(f'field "{name}" has a message whose content is not text')
     return turns
@@ -171,7 +233,9 @@ def normal_rows(items, normalize, path):
     for reason, wheres in sorted(dropped.items(), key=lambda item: -len(item[1])):
         print0(f"data {path}: dropped {len(wheres)} of {total} rows, {reason} (first: {wheres[0]})")
     if total == sum(map(len, dropped.values())):
-        fail(f"data {path}: no usable row ({'; '.join(f'{len(w)} x {r}' for r, w in dropped.items()) or 'the file is empty'}).")
+        fail(
+            f"data {path}: no usable row ({'; '.join(f'{len(w)} x {r}' for r, w in dropped.items()) or 'the file is empty'})."
+        )
 
 
 def load_table(path, normalize, limit=0):
@@ -188,13 +252,21 @@ def encode_prompts(rows, tokenizer, cfg):
         # a flag that it ends in wins, so the verifier has to know
         asked = row["messages"][-1]["content"].strip()
         row["think"] = asked.endswith(THINK) or row["think"] and not asked.endswith(NO_THINK)
-        row["prompt_ids"] = [known.setdefault(i, i) for i in render_chat(tokenizer, row["messages"], row["think"])[0]]
+        row["prompt_ids"] = [
+            known.setdefault(i, i) for i in render_chat(tokenizer, row["messages"], row["think"])[0]
+        ]
     kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
     for index, row in enumerate(kept):
         row["index"] = index
     if len(kept) < len(rows):
-        print0(f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens")
-    return kept if kept else fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
+        print0(
+            f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens"
+        )
+    return (
+        kept
+        if kept
+        else fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
+    )
 
 
 def next_prompts(rows, state, cfg, select_rows):
@@ -202,7 +274,9 @@ def next_prompts(rows, state, cfg, select_rows):
     chosen = []
     while len(chosen) < cfg.prompts_per_step:
         if state["position"] >= len(state["pool"]):
-            pool = select_rows(rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg)
+            pool = select_rows(
+                rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg
+            )
             order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
             state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
         taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]

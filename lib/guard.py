@@ -59,7 +59,12 @@ def ours(walk):
     """The frames of this repository's scripts, and of the script that runs, in what a traceback.walk_... function gives."""
     script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))
     below = lambda path: path.startswith(ROOT + os.sep) and "site-packages" not in path
-    return [f for f, _ in walk if below(os.path.abspath(f.f_code.co_filename)) or os.path.abspath(f.f_code.co_filename) == script]
+    return [
+        f
+        for f, _ in walk
+        if below(os.path.abspath(f.f_code.co_filename))
+        or os.path.abspath(f.f_code.co_filename) == script
+    ]
 
 
 def where(frames):
@@ -73,7 +78,11 @@ def where(frames):
 def end(frames, reason, code=1):
     """Hard: a teardown would wait for the other ranks and for reward workers."""
     note = "Run it again: it goes on from the last checkpoint."
-    print(f"{os.path.basename(sys.argv[0])}: {where(frames)}: {reason}. {note}", file=sys.__stderr__, flush=True)
+    print(
+        f"{os.path.basename(sys.argv[0])}: {where(frames)}: {reason}. {note}",
+        file=sys.__stderr__,
+        flush=True,
+    )
     os._exit(code)
 
 
@@ -93,15 +102,26 @@ def watch(signals, limit_s):
         # for C code in the main thread that never lets this one run again
         faulthandler.dump_traceback_later(limit_s + 30, exit=True)
         told = select.select([signals], [], [], 1)[0] and os.read(signals, 1)[0]
-        frames = ours(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident]))[::-1]
+        frames = ours(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident]))[
+            ::-1
+        ]
         if told == signal.SIGTERM:
-            end(frames, "ended by SIGTERM: another rank had ended, or the job was stopped", 128 + told)
-        place, since = (place, since) if where(frames) == place else (where(frames), time.monotonic())
+            end(
+                frames,
+                "ended by SIGTERM: another rank had ended, or the job was stopped",
+                128 + told,
+            )
+        place, since = (
+            (place, since) if where(frames) == place else (where(frames), time.monotonic())
+        )
         # for a rank that can say more: it goes first
         waits = any(f.f_code.co_name in ("all_reduce", "all_gather") for f in frames[-1:])
         if time.monotonic() - since > limit_s + 5 * waits:
             traceback.print_stack(frames[-1])
-            end(frames, f"not done after {limit_s:g} s (--phase_timeout), now in {frames[-1].f_code.co_name}")
+            end(
+                frames,
+                f"not done after {limit_s:g} s (--phase_timeout), now in {frames[-1].f_code.co_name}",
+            )
 
 
 def guard(limit_s):
@@ -116,7 +136,11 @@ def guard(limit_s):
     mask, term = signal.pthread_sigmask, {signal.SIGTERM}
     release = lambda: mask(signal.SIG_UNBLOCK, term)
     in_child = lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), release())
-    os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK, term), after_in_parent=release, after_in_child=in_child)
+    os.register_at_fork(
+        before=lambda: mask(signal.SIG_BLOCK, term),
+        after_in_parent=release,
+        after_in_child=in_child,
+    )
     sys.excepthook = uncaught
     threading.Thread(target=watch, args=(signals, limit_s), daemon=True).start()
 
@@ -125,19 +149,30 @@ def guard(limit_s):
 def check_step(step, metrics, state, cfg):
     """Ends a run whose rewards, gradients or rollouts are broken. A loss or gradient that is not finite was not applied (train_step); three in a row
     end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update differs by more."""
-    stop, gpu = lambda reason: fail(f"step {step}, {reason}.", note="The last checkpoint is whole."), torch.cuda.is_available()
+    stop, gpu = (
+        lambda reason: fail(f"step {step}, {reason}.", note="The last checkpoint is whole."),
+        torch.cuda.is_available(),
+    )
     if (share := metrics.get("status/infra", 0)) and share > cfg.max_infra:
-        stop(f"rollout: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g})")
+        stop(
+            f"rollout: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g})"
+        )
     if hasattr(cfg, "max_timeout") and metrics["status/timeout"] > cfg.max_timeout:
-        stop(f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g})")
+        stop(
+            f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g})"
+        )
     finite = math.isfinite(metrics["grad_norm"] + metrics["loss"])
     metrics["skipped"] = state["skipped"] = 0 if finite else state["skipped"] + 1
     if state["skipped"] >= 3:
-        stop(f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) was not finite three times in a row (lr {cfg.lr})")
+        stop(
+            f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) was not finite three times in a row (lr {cfg.lr})"
+        )
     if finite and "gap" in metrics:
         limit = 0.05 if gpu else 1e-3
         # its log-probs are of what top_p and top_k leave; it has a gate of its own
         if cfg.engine == "vllm" or cfg.engine == "auto" and gpu:
             limit += math.inf if cfg.top_k > 0 else -math.log(cfg.top_p)
         if not metrics["gap"] <= limit:
-            stop(f"rollout: the sampler's log-probs are {metrics['gap']:.1e} a token off the trainer's (limit {limit:.1e}): it draws from another policy")
+            stop(
+                f"rollout: the sampler's log-probs are {metrics['gap']:.1e} a token off the trainer's (limit {limit:.1e}): it draws from another policy"
+            )

@@ -14,9 +14,11 @@ from lib.guard import one_sentence
 def console_line(step, num_steps, m):
     """step 120/500 | reward 0.431 | len 2831 | ...: one line for a step of RL, in a fixed order."""
     rate = m["num_tokens"] / max(m["time/gen"] + m["time/train"], 1e-9)
-    line = (f"step {step}/{num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
-            f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-            f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB")
+    line = (
+        f"step {step}/{num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
+        f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
+        f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB"
+    )
     return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
 
 
@@ -29,7 +31,11 @@ def summarize(rollouts, shares):
     n, groups = len(rollouts), {}
     for r in rollouts:
         groups.setdefault(r.group, set()).add(r.reward)
-    sums = {"n": n, "groups": len(groups), "flat": sum(len(rewards) == 1 for rewards in groups.values())}
+    sums = {
+        "n": n,
+        "groups": len(groups),
+        "flat": sum(len(rewards) == 1 for rewards in groups.values()),
+    }
     sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
     sums["len"] = sum(len(r.completion_ids) for r in rollouts)
     sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
@@ -39,14 +45,21 @@ def summarize(rollouts, shares):
     sums |= {f"reward/{name}": share * n for name, share in shares.items()}
     sums = all_reduce(sums)
     n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
-    means = {k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n) for k, v in sums.items()}
+    means = {
+        k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n)
+        for k, v in sums.items()
+    }
     # of all workers; most of it while others still decode
     return means | {"time/verifiers": verifiers_s}
 
 
 def peak_memory():
     """Bytes: the most this process has held, on its GPU if there is one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 class Logger:
@@ -55,7 +68,11 @@ class Logger:
     def __init__(self, out_dir, step):
         self.path = os.path.join(out_dir, "metrics.jsonl")
         if ranks()[0] == 0:
-            old = [line for line in open(self.path) if line.endswith("\n")] if os.path.exists(self.path) else []
+            old = (
+                [line for line in open(self.path) if line.endswith("\n")]
+                if os.path.exists(self.path)
+                else []
+            )
             with one_sentence(f"{self.path} is not the log of a run"):
                 kept = [line for line in old if json.loads(line)["step"] <= step]
             with open(self.path + ".tmp", "w") as f:
@@ -65,7 +82,9 @@ class Logger:
     def log(self, step, metrics, line=""):
         """Host memory is what this process holds now, its verifiers not counted."""
         if os.path.exists("/proc/self/statm"):
-            metrics["memory/rss_gb"] = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**30
+            metrics["memory/rss_gb"] = (
+                int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**30
+            )
         if ranks()[0] == 0:
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -18,7 +18,16 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import adamw, attention, decode_attention, linear_logprob, qk_norm_rope, rms_norm, sampling, swiglu
+from kernels import (
+    adamw,
+    attention,
+    decode_attention,
+    linear_logprob,
+    qk_norm_rope,
+    rms_norm,
+    sampling,
+    swiglu,
+)
 
 CUOBJDUMP = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -38,46 +47,147 @@ DECODE_TOY = DECODE_8B | dict(N=4, K=2, H=24, H_BLOCK=32)
 
 # kernel, types of the run-time arguments in order, constants, warps, stages
 CONFIGS = [
-    (rms_norm.rms_norm_forward, f"{BF} {BF} {BF} {BF} {BF} {FP} i32 i32 fp32", dict(D=4096, ADD=True, BLOCK=4096), 8, 3),
-    (rms_norm.rms_norm_forward, f"{BF} {BF} {BF} {BF} {BF} {FP} i32 i32 fp32", dict(D=5120, ADD=True, BLOCK=8192), 16, 3),
-    (rms_norm.rms_norm_backward, f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32", dict(D=4096, ADD=True, BLOCK=4096), 8, 3),
-    (rms_norm.rms_norm_backward, f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32", dict(D=5120, ADD=True, BLOCK=8192), 16, 3),
-    (qk_norm_rope.qk_norm_rope_forward, f"{ROPE_IN} {BF} {BF} {FP} {FP} i32 i32 fp32", ROPE_8B, 4, 3),
-    (qk_norm_rope.qk_norm_rope_forward, f"{ROPE_IN} {BF} {BF} {FP} {FP} i32 i32 fp32", ROPE_TOY, 1, 3),
-    (qk_norm_rope.qk_norm_rope_backward, f"{BF} {BF} {ROPE_IN} {FP} {FP} {BF} {BF} {FP} i32 i32 i32 i32", ROPE_8B, 2, 3),
+    (
+        rms_norm.rms_norm_forward,
+        f"{BF} {BF} {BF} {BF} {BF} {FP} i32 i32 fp32",
+        dict(D=4096, ADD=True, BLOCK=4096),
+        8,
+        3,
+    ),
+    (
+        rms_norm.rms_norm_forward,
+        f"{BF} {BF} {BF} {BF} {BF} {FP} i32 i32 fp32",
+        dict(D=5120, ADD=True, BLOCK=8192),
+        16,
+        3,
+    ),
+    (
+        rms_norm.rms_norm_backward,
+        f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32",
+        dict(D=4096, ADD=True, BLOCK=4096),
+        8,
+        3,
+    ),
+    (
+        rms_norm.rms_norm_backward,
+        f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32",
+        dict(D=5120, ADD=True, BLOCK=8192),
+        16,
+        3,
+    ),
+    (
+        qk_norm_rope.qk_norm_rope_forward,
+        f"{ROPE_IN} {BF} {BF} {FP} {FP} i32 i32 fp32",
+        ROPE_8B,
+        4,
+        3,
+    ),
+    (
+        qk_norm_rope.qk_norm_rope_forward,
+        f"{ROPE_IN} {BF} {BF} {FP} {FP} i32 i32 fp32",
+        ROPE_TOY,
+        1,
+        3,
+    ),
+    (
+        qk_norm_rope.qk_norm_rope_backward,
+        f"{BF} {BF} {ROPE_IN} {FP} {FP} {BF} {BF} {FP} i32 i32 i32 i32",
+        ROPE_8B,
+        2,
+        3,
+    ),
     (swiglu.swiglu_forward, f"{BF} {BF} {BF} i32 i32", dict(D=12288, BLOCK=1024), 4, 3),
     (swiglu.swiglu_backward, f"{BF} {BF} {BF} {BF} {BF} i32 i32", dict(D=12288, BLOCK=1024), 4, 3),
     (linear_logprob.fold_chunk, f"{FP} {INT} {FP} {FP} i32 i32 i32 i32", dict(BLOCK=4096), 8, 3),
-    (linear_logprob.logits_to_dz, f"{FP} {BF} {INT} {FP} {FP} {FP} {FP} {FP} {FP} i32 i32 i32 i32 i32",
-     dict(HAS_DENTROPY=True, BLOCK=4096), 8, 3),
-    (attention.attention_forward, f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}", ATTN_8B | dict(BLOCK_Q=128), 8, 3),
-    (attention.attention_forward, f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}", ATTN_TOY | dict(BLOCK_Q=128), 8, 3),
-    (attention.attention_backward_q, f"{BF} {BF} {BF} {BF} {BF} {FP} {FP} {BF} *i32 {SCALARS} fp32",
-     ATTN_8B | dict(BLOCK_Q=128), 8, 3),
-    (attention.attention_backward_kv, f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
-     ATTN_8B | dict(BLOCK_Q=64), 4, 2),
-    (attention.attention_backward_kv, f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
-     ATTN_TOY | dict(BLOCK_Q=64), 4, 2),
-    (attention.attention_backward_q, f"{FP} {FP} {FP} {FP} {FP} {FP} {FP} {FP} *i32 {SCALARS} fp32", ATTN_8B | dict(BLOCK_Q=128), 8, 2),
+    (
+        linear_logprob.logits_to_dz,
+        f"{FP} {BF} {INT} {FP} {FP} {FP} {FP} {FP} {FP} i32 i32 i32 i32 i32",
+        dict(HAS_DENTROPY=True, BLOCK=4096),
+        8,
+        3,
+    ),
+    (
+        attention.attention_forward,
+        f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}",
+        ATTN_8B | dict(BLOCK_Q=128),
+        8,
+        3,
+    ),
+    (
+        attention.attention_forward,
+        f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}",
+        ATTN_TOY | dict(BLOCK_Q=128),
+        8,
+        3,
+    ),
+    (
+        attention.attention_backward_q,
+        f"{BF} {BF} {BF} {BF} {BF} {FP} {FP} {BF} *i32 {SCALARS} fp32",
+        ATTN_8B | dict(BLOCK_Q=128),
+        8,
+        3,
+    ),
+    (
+        attention.attention_backward_kv,
+        f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
+        ATTN_8B | dict(BLOCK_Q=64),
+        4,
+        2,
+    ),
+    (
+        attention.attention_backward_kv,
+        f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
+        ATTN_TOY | dict(BLOCK_Q=64),
+        4,
+        2,
+    ),
+    (
+        attention.attention_backward_q,
+        f"{FP} {FP} {FP} {FP} {FP} {FP} {FP} {FP} *i32 {SCALARS} fp32",
+        ATTN_8B | dict(BLOCK_Q=128),
+        8,
+        2,
+    ),
     (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=False), 4, 3),
     (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=True), 4, 3),
     (decode_attention.decode_split, DECODE_IN, DECODE_TOY | dict(WHOLE=True), 4, 3),
-    (decode_attention.decode_join, f"{FP} {FP} {FP} {INT} {BF} {INT} i32",
-     dict(N=32, H=128, H_BLOCK=128, SPLIT=256, SPLITS_BLOCK=16), 2, 3),
-    (sampling.sample_kernel, f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
-     dict(GREEDY=False, TOP_K=True, TOP_P=True, V=151936, BLOCK=4096), 8, 3),
-    (sampling.sample_kernel, f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
-     dict(GREEDY=True, TOP_K=False, TOP_P=False, V=151936, BLOCK=4096), 8, 3),
+    (
+        decode_attention.decode_join,
+        f"{FP} {FP} {FP} {INT} {BF} {INT} i32",
+        dict(N=32, H=128, H_BLOCK=128, SPLIT=256, SPLITS_BLOCK=16),
+        2,
+        3,
+    ),
+    (
+        sampling.sample_kernel,
+        f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
+        dict(GREEDY=False, TOP_K=True, TOP_P=True, V=151936, BLOCK=4096),
+        8,
+        3,
+    ),
+    (
+        sampling.sample_kernel,
+        f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
+        dict(GREEDY=True, TOP_K=False, TOP_P=False, V=151936, BLOCK=4096),
+        8,
+        3,
+    ),
     (adamw.adamw_kernel, f"{BF} {BF} {BF} {BF} {FP} {INT} {FP} i32", dict(BLOCK=1024), 4, 3),
 ]
 
 
 def report(kernel, types, constants, num_warps, num_stages):
     """Compiles one configuration the way the launcher would: pointers, strides and widths are multiples of 16."""
-    runtime = dict(zip((name for name in kernel.arg_names if name not in constants), types.split(), strict=True))
+    runtime = dict(
+        zip(
+            (name for name in kernel.arg_names if name not in constants), types.split(), strict=True
+        )
+    )
     signature = {name: runtime.get(name, "constexpr") for name in kernel.arg_names}
     wide = ("stride", "chunk_cols", "numel")
-    aligned = [name for name, kind in runtime.items() if kind.startswith("*") or name.endswith(wide)]
+    aligned = [
+        name for name, kind in runtime.items() if kind.startswith("*") or name.endswith(wide)
+    ]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
@@ -87,8 +197,12 @@ def report(kernel, types, constants, num_warps, num_stages):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    regs, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    regs, stack, local = (
+        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
     ptx = compiled.asm["ptx"]
     return {
         "kernel": f"{kernel.__name__} {constants}",
@@ -101,7 +215,11 @@ def report(kernel, types, constants, num_warps, num_stages):
         "tensor_cores": (re.search(r"wgmma|mma\.sync", ptx) or [""])[0],
         "float_atomics": bool(re.search(r"(atom|red)\.\S*\.(f32|f16|bf16)", ptx)),
         "fp64": bool(re.search(r"(mul|add|fma|div)\S*\.f64", ptx)),
-        "wide_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.\S*\s.*, 0x10\b|cp\.async\.bulk\.tensor", ptx)),
+        "wide_loads": bool(
+            re.search(
+                r"ld\.global\S*\.v4\.b32|cp\.async\.\S*\s.*, 0x10\b|cp\.async\.bulk\.tensor", ptx
+            )
+        ),
     }
 
 

@@ -27,8 +27,14 @@ finish()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs whole stages or an interpreter, seconds each; left out by `bash tests/run.sh fast`")
-    config.addinivalue_line("markers", "exhaustive: minutes each (20,000 random inputs, 2,000 programs); only in `bash tests/run.sh all`")
+    config.addinivalue_line(
+        "markers",
+        "slow: runs whole stages or an interpreter, seconds each; left out by `bash tests/run.sh fast`",
+    )
+    config.addinivalue_line(
+        "markers",
+        "exhaustive: minutes each (20,000 random inputs, 2,000 programs); only in `bash tests/run.sh all`",
+    )
 
 
 def run_python(*args, ranks=1, check=True, timeout=300, **environment):
@@ -37,8 +43,17 @@ def run_python(*args, ranks=1, check=True, timeout=300, **environment):
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([*launch, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-    assert not check or done.returncode == 0, f"{args} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    done = subprocess.run(
+        [*launch, *map(str, args)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert not check or done.returncode == 0, (
+        f"{args} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -46,7 +61,15 @@ def run_python(*args, ranks=1, check=True, timeout=300, **environment):
 def world(tmp_path_factory):
     """Folder with the data of every stage and the base model: 2 layers, width 48, 0.1M parameters."""
     folder = tmp_path_factory.mktemp("toy") / "data"
-    run_python("-c", MAKE_WORLD, f"--out={folder}", "--vocab_size=640", "--hidden_size=48", "--num_layers=2", "--num_heads=4")
+    run_python(
+        "-c",
+        MAKE_WORLD,
+        f"--out={folder}",
+        "--vocab_size=640",
+        "--hidden_size=48",
+        "--num_layers=2",
+        "--num_heads=4",
+    )
     return folder
 
 
@@ -54,8 +77,19 @@ def world(tmp_path_factory):
 def taught(world):
     """Checkpoint folder of the base model after 200 steps of SFT on everything (about 10 s)."""
     out = world.parent / "taught"
-    run_python("sft.py", f"--init_from={world}/base", f"--data={world}/sft_stage2.jsonl", f"--out_dir={out}", "--samples_per_step=32",
-               "--num_steps=200", "--lr=5e-3", "--warmup_steps=10", "--schedule_steps=220", "--micro_batch_tokens=4096", "--max_seq_len=512")
+    run_python(
+        "sft.py",
+        f"--init_from={world}/base",
+        f"--data={world}/sft_stage2.jsonl",
+        f"--out_dir={out}",
+        "--samples_per_step=32",
+        "--num_steps=200",
+        "--lr=5e-3",
+        "--warmup_steps=10",
+        "--schedule_steps=220",
+        "--micro_batch_tokens=4096",
+        "--max_seq_len=512",
+    )
     return out / "final"
 
 
@@ -75,8 +109,18 @@ def tiny():
 def make_tiny(seed=0, std=0.25, **changes):
     from model import Qwen3, Qwen3Config
 
-    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, rope_theta=1e4, max_position_embeddings=256, tie_word_embeddings=True)
+    shape = dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_theta=1e4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
     model = Qwen3.from_config(Qwen3Config(**{**shape, **changes}), seed=seed, std=std)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():  # norm weights of 1 would hide a forgotten norm weight

@@ -48,7 +48,9 @@ def poison_empty():
     def poisoned(make):
         def fill(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max // 2)
+            return out.fill_(
+                torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max // 2
+            )
 
         return fill
 
@@ -62,14 +64,22 @@ def compare(fn, ref, inputs, *rest, only=None):
     With only=i the gradient flows into output i alone.
     """
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    rest64 = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest]
-    outs, refs = (x if isinstance(x, tuple) else (x,) for x in (fn(*inputs, *rest), ref(*wide, *rest64)))
+    rest64 = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in rest
+    ]
+    outs, refs = (
+        x if isinstance(x, tuple) else (x,) for x in (fn(*inputs, *rest), ref(*wide, *rest64))
+    )
     outs, refs = (x if only is None else x[only : only + 1] for x in (outs, refs))
     douts = [torch.randn(out.shape, dtype=torch.float64) for out in refs]
-    grads = torch.autograd.grad(outs, inputs, [d.to(out) for d, out in zip(douts, outs)], allow_unused=True)
+    grads = torch.autograd.grad(
+        outs, inputs, [d.to(out) for d, out in zip(douts, outs)], allow_unused=True
+    )
     refgrads = torch.autograd.grad(refs, wide, douts, allow_unused=True)
     pairs = [(a, b) for a, b in zip((*outs, *grads), (*refs, *refgrads)) if b is not None]
-    return worst(((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
+    return worst(
+        ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs
+    )
 
 
 def worst(errors):
@@ -86,11 +96,18 @@ def randn(*shape, dtype=torch.float32):
 def rms_norm_fp32(module=rms_norm, dtype=torch.float32):
     """Widths that are not powers of two, one row, more rows than programs, rows that are slices of wider ones."""
     errors = [
-        compare(module.rms_norm, module.rms_norm_ref, [randn(rows, width, dtype=dtype), randn(width, dtype=dtype)])
+        compare(
+            module.rms_norm,
+            module.rms_norm_ref,
+            [randn(rows, width, dtype=dtype), randn(width, dtype=dtype)],
+        )
         for rows, width in ((3, 37), (1, 2), (7, 128))
     ]
     sliced, transposed = randn(4, 3, 100, dtype=dtype)[:, :, 20:60], randn(40, 5, dtype=dtype).T
-    errors += [compare(module.rms_norm, module.rms_norm_ref, [x, randn(40, dtype=dtype)]) for x in (sliced, transposed)]
+    errors += [
+        compare(module.rms_norm, module.rms_norm_ref, [x, randn(40, dtype=dtype)])
+        for x in (sliced, transposed)
+    ]
     return worst(errors)
 
 
@@ -98,7 +115,10 @@ def rms_norm_fp32(module=rms_norm, dtype=torch.float32):
 def add_rms_norm_fp32(module=rms_norm, dtype=torch.float32):
     """Both outputs and three gradients; also with only the first or only the second output used."""
     inputs = [randn(5, 37, dtype=dtype), randn(5, 74, dtype=dtype)[:, ::2], randn(37, dtype=dtype)]
-    return worst(compare(module.add_rms_norm, module.add_rms_norm_ref, inputs, only=only) for only in (None, 0, 1))
+    return worst(
+        compare(module.add_rms_norm, module.add_rms_norm_ref, inputs, only=only)
+        for only in (None, 0, 1)
+    )
 
 
 @check
@@ -131,7 +151,9 @@ def qk_norm_rope_bf16():
 def swiglu_fp32(module=swiglu, dtype=torch.float32):
     """More than one block per row, ragged ends, one row, the two halves of one fused projection."""
     fused = randn(3, 2 * 1100, dtype=dtype)
-    pairs = [[randn(*shape, dtype=dtype) for _ in range(2)] for shape in ((2, 3, 37), (1, 5))] + [fused.chunk(2, dim=-1)]
+    pairs = [[randn(*shape, dtype=dtype) for _ in range(2)] for shape in ((2, 3, 37), (1, 5))] + [
+        fused.chunk(2, dim=-1)
+    ]
     return worst([compare(module.swiglu, module.swiglu_ref, list(pair)) for pair in pairs])
 
 
@@ -151,9 +173,17 @@ def linear_logprob_fp32(module=linear_logprob):
         inputs[0].data[1:2] *= 20  # nearly all mass on one token
         target = torch.randint(vocab, (tokens,))
         for temperature in (1.0, 0.6, torch.rand(tokens) + 0.5):
-            errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, temperature))
+            errors.append(
+                compare(
+                    module.linear_logprob, module.linear_logprob_ref, inputs, target, temperature
+                )
+            )
     for only in range(2):
-        errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, 0.7, only=only))
+        errors.append(
+            compare(
+                module.linear_logprob, module.linear_logprob_ref, inputs, target, 0.7, only=only
+            )
+        )
     inputs = [randn(4, 6).T, randn(300, 8)[:, ::2]]  # non-contiguous
     errors.append(compare(module.linear_logprob, module.linear_logprob_ref, inputs, target, 0.7))
     module.GPU_COLUMNS = 8192
@@ -164,12 +194,19 @@ def linear_logprob_fp32(module=linear_logprob):
 def linear_cross_entropy_fp32(module=linear_cross_entropy):
     """Ragged token chunks, one token, some rows or all rows ignored; non-contiguous inputs."""
     errors = []
-    for tokens, vocab, chunk, ignored in ((5, 37, 2, 1), (3, 300, 2048, 0), (4, 9, 3, 4), (1, 9, 3, 0)):
+    for tokens, vocab, chunk, ignored in (
+        (5, 37, 2, 1),
+        (3, 300, 2048, 0),
+        (4, 9, 3, 4),
+        (1, 9, 3, 0),
+    ):
         module.TOKEN_CHUNK = chunk
         target = torch.randint(vocab, (tokens,))
         target[:ignored] = -100
         inputs = [randn(8, tokens).T, randn(vocab, 16)[:, ::2]]
-        errors.append(compare(module.linear_cross_entropy, module.linear_cross_entropy_ref, inputs, target))
+        errors.append(
+            compare(module.linear_cross_entropy, module.linear_cross_entropy_ref, inputs, target)
+        )
     return worst(errors)
 
 
@@ -179,10 +216,18 @@ def linear_heads_bf16():
     for module in (linear_logprob, linear_cross_entropy) if not ON_GPU else ():
         module.mm_fp32 = lambda a, b, out: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
         module.addmm_fp32 = lambda out, a, b: out.addmm_(a.to(out.dtype), b.to(out.dtype))
-    inputs, target = [randn(5, 8, dtype=torch.bfloat16), randn(300, 8, dtype=torch.bfloat16)], torch.randint(300, (5,))
-    logprob = compare(linear_logprob.linear_logprob, linear_logprob.linear_logprob_ref, inputs, target, 0.6)
+    inputs, target = (
+        [randn(5, 8, dtype=torch.bfloat16), randn(300, 8, dtype=torch.bfloat16)],
+        torch.randint(300, (5,)),
+    )
+    logprob = compare(
+        linear_logprob.linear_logprob, linear_logprob.linear_logprob_ref, inputs, target, 0.6
+    )
     loss = compare(
-        linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_ref, inputs, target
+        linear_cross_entropy.linear_cross_entropy,
+        linear_cross_entropy.linear_cross_entropy_ref,
+        inputs,
+        target,
     )
     return worst([logprob, loss])
 
@@ -197,7 +242,9 @@ def attention_fp32(module=attention, dtype=torch.float32):
         fused = randn(total, n + 2 * k, width, dtype=dtype)
         inputs = [fused[:, :n], fused[:, n : n + k], fused[:, n + k :]]
         rest = cu_seqlens, max(lengths)
-        errors.append(compare(module.flash_attention_varlen, module.flash_attention_varlen_ref, inputs, *rest))
+        errors.append(
+            compare(module.flash_attention_varlen, module.flash_attention_varlen_ref, inputs, *rest)
+        )
     return worst(errors)
 
 
@@ -222,12 +269,18 @@ def decode_case(starts, length, n, k, width, dtype):
 def decode_attention_fp32(module=decode_attention, dtype=torch.float32):
     """One slot, one split, 3 to 37 splits (more than are joined at once), ragged starts, 5 query heads of width 24."""
     errors = []
-    shapes = ((256, (0,), 1, 2, 2, 24), (256, (3, 0, 69), 70, 10, 2, 24), (16, (0, 550, 301), 590, 3, 1, 16))
+    shapes = (
+        (256, (0,), 1, 2, 2, 24),
+        (256, (3, 0, 69), 70, 10, 2, 24),
+        (16, (0, 550, 301), 590, 3, 1, 16),
+    )
     for module.SPLIT, starts, length, n, k, width in shapes:
         module.BLOCK = min(64, module.SPLIT)
         q, dirty, clean, start = decode_case(starts, length, n, k, width, dtype)
         out = module.decode_attention(q, *dirty, start, length).double()
-        expected = module.decode_attention_ref(q.double(), *(x.double() for x in clean), start, length)
+        expected = module.decode_attention_ref(
+            q.double(), *(x.double() for x in clean), start, length
+        )
         errors.append(((out - expected).abs().max() / expected.abs().max()).item())
     module.SPLIT, module.BLOCK = 256, 64
     return worst(errors)
@@ -247,7 +300,9 @@ def decode_attention_batched():
     errors = []
     for b, first in enumerate(start.tolist()):  # alone and moved to the left edge
         alone = [x[b : b + 1, :, first:] for x in cache]
-        out = decode_attention.decode_attention(q[b : b + 1], *alone, torch.tensor([0]), 600 - first)
+        out = decode_attention.decode_attention(
+            q[b : b + 1], *alone, torch.tensor([0]), 600 - first
+        )
         errors.append((out[0] != together[b]).double().mean().item())
     return worst(errors)
 
@@ -258,21 +313,40 @@ def sampling_fp32(module=sampling):
     errors, logits = [], torch.randn(4, 5003)[:, 3:] * 3
     logits[1, 7:] = -torch.inf
     logits[2] = logits[2].round()  # many ties
-    for temperature, top_p, top_k in ((1.0, 1.0, 0), (0, 1.0, 0), (0.6, 0.95, 0), (1.0, 1.0, 20), (1.0, 0.5, 9)):
+    for temperature, top_p, top_k in (
+        (1.0, 1.0, 0),
+        (0, 1.0, 0),
+        (0.6, 0.95, 0),
+        (1.0, 1.0, 20),
+        (1.0, 0.5, 9),
+    ):
         uniform = torch.rand(4)
         uniform[0], uniform[3] = 0.0, 1 - 2**-24
         token, logprob = module.sample_tokens(logits, uniform, temperature, top_p, top_k)
-        at = lambda d, how=(temperature, top_p, top_k), uniform=uniform: ((uniform + d).clamp(0, 1 - 2**-24).cpu(), *how)
-        low, high = (module.sample_tokens_ref(logits.cpu(), *at(d))[0].to(token.device) for d in (-1e-5, 1e-5))
-        exact = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1).gather(1, token[:, None])
-        errors += [float(((token < low) | (token > high)).any()), (logprob - exact[:, 0]).abs().max().item()]
+        at = lambda d, how=(temperature, top_p, top_k), uniform=uniform: (
+            (uniform + d).clamp(0, 1 - 2**-24).cpu(),
+            *how,
+        )
+        low, high = (
+            module.sample_tokens_ref(logits.cpu(), *at(d))[0].to(token.device)
+            for d in (-1e-5, 1e-5)
+        )
+        exact = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1).gather(
+            1, token[:, None]
+        )
+        errors += [
+            float(((token < low) | (token > high)).any()),
+            (logprob - exact[:, 0]).abs().max().item(),
+        ]
     return worst(errors)
 
 
 @check
 def adamw_bf16(module=adamw):
     """Share of elements of p, g, m, v that differ from the CPU path after 3 steps: the random bits are the same."""
-    made = [torch.randn(1500).bfloat16() for _ in range(2)] + [torch.zeros(1500).bfloat16() for _ in range(2)]
+    made = [torch.randn(1500).bfloat16() for _ in range(2)] + [
+        torch.zeros(1500).bfloat16() for _ in range(2)
+    ]
     states = [[x.clone() for x in made] for _ in range(2)]
     for use_kernel, (p, g, m, v) in enumerate(states):
         module.use_triton = lambda *_, on=use_kernel: bool(on)
@@ -305,14 +379,23 @@ MUTANTS = [
     ("swiglu", "(s + gate * s * (1.0 - s))", "s", swiglu_fp32),
     ("linear_logprob", "u = a * (u + shrink * s) + tl", "u = a * u + tl", linear_logprob_fp32),
     ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
-    ("linear_cross_entropy", "addmm_fp32(dweight, dz.T, hidden[block])", "mm_fp32(dz.T, hidden[block], dweight)",
-     linear_cross_entropy_fp32),
+    (
+        "linear_cross_entropy",
+        "addmm_fp32(dweight, dz.T, hidden[block])",
+        "mm_fp32(dz.T, hidden[block], dweight)",
+        linear_cross_entropy_fp32,
+    ),
     ("attention", "- delta[:, None])", ")", attention_fp32),
     ("attention", "total = total * shrink + tl", "total = total + tl", attention_fp32),
     ("attention", "- delta[None, :])", ")", attention_fp32),
     ("decode_attention", "split_acc * share[:, None]", "split_acc", decode_attention_fp32),
     ("decode_attention", "total * shrink + tl.sum", "tl.sum", decode_attention_fp32),
-    ("decode_attention", "first + SPLIT, length)", "first + SPLIT + 1, length)", decode_attention_fp32),
+    (
+        "decode_attention",
+        "first + SPLIT, length)",
+        "first + SPLIT + 1, length)",
+        decode_attention_fp32,
+    ),
     ("decode_attention", "+ (length - 1)", "+ length", decode_attention_fp32),
     ("decode_attention", "+ split * SPLIT", "* 0 + split * SPLIT", decode_attention_fp32),
     ("sampling", "            low = middle", "            high = middle", sampling_fp32),
@@ -325,7 +408,9 @@ def far_rows(*shape, rows=3, dtype=torch.float32):
     9 GB of a GPU, in which every call gets columns of its own."""
     size = 2**30 * (rows - 1) + (first := far_rows.used * ON_GPU) + torch.Size(shape).numel()
     if ON_GPU:
-        far_rows.memory = torch.zeros(2**31 + 2**20, dtype=dtype) if far_rows.memory is None else far_rows.memory
+        far_rows.memory = (
+            torch.zeros(2**31 + 2**20, dtype=dtype) if far_rows.memory is None else far_rows.memory
+        )
         far, far_rows.used = far_rows.memory, -(-(size % 2**30) // 128) * 128
     else:
         file = tempfile.NamedTemporaryFile(delete=False)
@@ -343,8 +428,12 @@ def int64_offsets(modules):
     ones, angle, rows = torch.ones(8, requires_grad=True), torch.rand(9, 4), torch.arange(3)
     x, gate, up = far_rows(8), far_rows(8), far_rows(8)
     q, k, v = far_rows(2, 8), far_rows(1, 8), far_rows(1, 8)
-    norm, rope, mlp, attend = (modules[name] for name in ("rms_norm", "qk_norm_rope", "swiglu", "attention"))
-    head, draw, decode = (modules[name] for name in ("linear_logprob", "sampling", "decode_attention"))
+    norm, rope, mlp, attend = (
+        modules[name] for name in ("rms_norm", "qk_norm_rope", "swiglu", "attention")
+    )
+    head, draw, decode = (
+        modules[name] for name in ("linear_logprob", "sampling", "decode_attention")
+    )
     varlen = torch.tensor([0, 3], dtype=torch.int32), 3
     z, target, ones3 = far_rows(8), torch.tensor([1, 7, 0]), torch.ones(3)
     state = torch.zeros(4, 3)
@@ -353,23 +442,56 @@ def int64_offsets(modules):
     logprob = state[3] - state[0] - state[1].log()
     dz, lse = far_rows(8), state[0] + state[1].log()
     head.logits_to_dz[(3,)](
-        z, dz, target, ones3, logprob, logprob, lse, ones3, logprob, z.stride(0), dz.stride(0), 0, 8, 1,
-        HAS_DENTROPY=False, BLOCK=8,
+        z,
+        dz,
+        target,
+        ones3,
+        logprob,
+        logprob,
+        lse,
+        ones3,
+        logprob,
+        z.stride(0),
+        dz.stride(0),
+        0,
+        8,
+        1,
+        HAS_DENTROPY=False,
+        BLOCK=8,
     )
     # one might be right by chance
     draws = [draw.sample_tokens(z, uniform_3) for uniform_3 in torch.rand(8, 3)]
     logprobs = torch.log_softmax(z, dim=-1)
     yield "rms_norm", compare_far(norm.rms_norm, norm.rms_norm_ref, [x], ones)
-    yield "qk_norm_rope", compare_far(rope.qk_norm_rope, rope.qk_norm_rope_ref, [q, k], ones, ones, angle, angle, rows)
+    yield (
+        "qk_norm_rope",
+        compare_far(
+            rope.qk_norm_rope, rope.qk_norm_rope_ref, [q, k], ones, ones, angle, angle, rows
+        ),
+    )
     yield "swiglu", compare_far(mlp.swiglu, mlp.swiglu_ref, [gate, up])
-    yield "attention", compare_far(attend.flash_attention_varlen, attend.flash_attention_varlen_ref, [q, k, v], *varlen)
+    yield (
+        "attention",
+        compare_far(
+            attend.flash_attention_varlen, attend.flash_attention_varlen_ref, [q, k, v], *varlen
+        ),
+    )
     keys, values, start = far_rows(2, 4, 8), far_rows(2, 4, 8), torch.tensor([0, 1, 2])
     near = decode.decode_attention_ref(ones.expand(3, 4, 8), keys.clone(), values.clone(), start, 4)
     far = decode.decode_attention(ones.detach().expand(3, 4, 8), keys, values, start, 4)
     yield "decode_attention", (far - near).abs().max().item()
-    exact = logprobs.gather(1, target[:, None])[:, 0], torch.nn.functional.one_hot(target, 8) - logprobs.exp()
+    exact = (
+        logprobs.gather(1, target[:, None])[:, 0],
+        torch.nn.functional.one_hot(target, 8) - logprobs.exp(),
+    )
     yield "linear_logprob", worst((a - b).abs().max().item() for a, b in zip((logprob, dz), exact))
-    yield "sampling", worst((drawn - logprobs.gather(1, token[:, None])[:, 0]).abs().max().item() for token, drawn in draws)
+    yield (
+        "sampling",
+        worst(
+            (drawn - logprobs.gather(1, token[:, None])[:, 0]).abs().max().item()
+            for token, drawn in draws
+        ),
+    )
 
 
 def compare_far(fn, ref, far, *rest):
@@ -377,7 +499,10 @@ def compare_far(fn, ref, far, *rest):
     near = [x.clone().requires_grad_() for x in far]
     far = [x.requires_grad_() for x in far]
     outs, refs = (x if isinstance(x, tuple) else (x,) for x in (fn(*far, *rest), ref(*near, *rest)))
-    grads = [torch.autograd.grad([x.square().sum() for x in y], z) for y, z in ((outs, far), (refs, near))]
+    grads = [
+        torch.autograd.grad([x.square().sum() for x in y], z)
+        for y, z in ((outs, far), (refs, near))
+    ]
     return worst((a - b).abs().max().item() for a, b in zip((*outs, *grads[0]), (*refs, *grads[1])))
 
 
@@ -392,8 +517,12 @@ def main():
 
 
 FAR_KERNELS = {
-    "rms_norm": rms_norm, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu,
-    "attention": attention, "decode_attention": decode_attention, "linear_logprob": linear_logprob,
+    "rms_norm": rms_norm,
+    "qk_norm_rope": qk_norm_rope,
+    "swiglu": swiglu,
+    "attention": attention,
+    "decode_attention": decode_attention,
+    "linear_logprob": linear_logprob,
     "sampling": sampling,
 }
 

@@ -54,16 +54,40 @@ def make_copy(folder):
     python.write_text(MINI.replace("PYTHON", sys.executable))
     python.chmod(0o755)
     # as run_cascade.sh's setup
-    count = 'if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo "gpus: 1"; else echo "gpus: 0"; fi'
-    installed = subprocess.run(f"cat requirements.txt; {count}", shell=True, cwd=folder, capture_output=True, text=True, check=True)
+    count = (
+        'if nvidia-smi -L 2>/dev/null | grep -q GPU; then echo "gpus: 1"; else echo "gpus: 0"; fi'
+    )
+    installed = subprocess.run(
+        f"cat requirements.txt; {count}",
+        shell=True,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     (folder / ".venv" / "installed").write_text(installed.stdout)
     return folder
 
 
 def start(folder):
-    env = {**os.environ, "LAUNCH": ".venv/bin/python", "NPROC": "1", "OUT": "out/run", "KEEP_BEST": "1", "OMP_NUM_THREADS": "1", "MAKE_WORLD": MAKE_WORLD}
+    env = {
+        **os.environ,
+        "LAUNCH": ".venv/bin/python",
+        "NPROC": "1",
+        "OUT": "out/run",
+        "KEEP_BEST": "1",
+        "OMP_NUM_THREADS": "1",
+        "MAKE_WORLD": MAKE_WORLD,
+    }
     with open(folder / "printed", "a") as printed:
-        return subprocess.Popen(["bash", "run_cascade.sh"], cwd=folder, env=env, stdout=printed, stderr=printed, start_new_session=True)
+        return subprocess.Popen(
+            ["bash", "run_cascade.sh"],
+            cwd=folder,
+            env=env,
+            stdout=printed,
+            stderr=printed,
+            start_new_session=True,
+        )
 
 
 def half_written(folder):
@@ -107,42 +131,67 @@ def live(folder, life, aimed):
             return False
         time.sleep(0.002)
     if process.returncode:
-        raise SystemExit(f"the same command ended with {process.returncode} instead of going on:\n{(folder / 'printed').read_text()[-3000:]}")
+        raise SystemExit(
+            f"the same command ended with {process.returncode} instead of going on:\n{(folder / 'printed').read_text()[-3000:]}"
+        )
     return True
 
 
 def rows(path, without=("time/", "memory/")):
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(without)} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(without)}
+        for line in path.read_text().splitlines()
+    ]
 
 
 def outcome(folder):
     """{name: everything that has to be equal}."""
     run, found = folder / "out" / "run", {}
-    for path in [*run.glob("data/**/*.json*"), *run.glob("data/**/*.safetensors"), *run.glob("rlhf/rm/model.safetensors")]:
+    for path in [
+        *run.glob("data/**/*.json*"),
+        *run.glob("data/**/*.safetensors"),
+        *run.glob("rlhf/rm/model.safetensors"),
+    ]:
         found[str(path.relative_to(run))] = path.read_bytes()
     for stage in STAGES:
         found[f"{stage} weights"] = (run / stage / "final" / "model.safetensors").read_bytes()
         found[f"{stage} metrics"] = rows(run / stage / "metrics.jsonl")
-        found[f"{stage} cursor"] = json.loads((run / stage / "final" / "run.json").read_text())["state"]
-    found["scores"] = {(r["stage"], r["task"], r["mode"], r["decoding"]): r for r in rows(run / "results.jsonl")}
+        found[f"{stage} cursor"] = json.loads((run / stage / "final" / "run.json").read_text())[
+            "state"
+        ]
+    found["scores"] = {
+        (r["stage"], r["task"], r["mode"], r["decoding"]): r for r in rows(run / "results.jsonl")
+    }
     return found
 
 
 def main(flags):
     os.makedirs(os.path.dirname(os.path.abspath(flags.log)), exist_ok=True)
-    scratch, rng, log = pathlib.Path(flags.out).resolve(), random.Random(flags.seed), open(flags.log, "w")
+    scratch, rng, log = (
+        pathlib.Path(flags.out).resolve(),
+        random.Random(flags.seed),
+        open(flags.log, "w"),
+    )
 
     def say(text):
         print(text, flush=True)
         print(text, file=log, flush=True)
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     clock = time.time()
-    subprocess.run([sys.executable, "-c", "import torch; print(torch.__version__)"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.__version__)"],
+        check=True,
+        capture_output=True,
+    )
     # seconds: a few start-ups, whatever this machine needs for one
     longest = 6 * (time.time() - clock)
-    say(f"python tests/kill_harness.py --kills={flags.kills} --seed={flags.seed}\ncommit {git}, python {platform.python_version()}, one process, "
-        f"kills up to {longest:.0f} s after a start")
+    say(
+        f"python tests/kill_harness.py --kills={flags.kills} --seed={flags.seed}\ncommit {git}, python {platform.python_version()}, one process, "
+        f"kills up to {longest:.0f} s after a start"
+    )
     shutil.rmtree(scratch, ignore_errors=True)
     straight = make_copy(scratch / "straight")
     # beside the first that is killed
@@ -156,16 +205,26 @@ def main(flags):
             done = live(folder, life, aimed and kills < flags.kills)
             if not done:
                 kills, rest = kills + 1, half_written(folder)
-                say(f"kill {kills:2d}: {where(folder)}" + (f"; half-written: {rest}" if rest else ""))
+                say(
+                    f"kill {kills:2d}: {where(folder)}"
+                    + (f"; half-written: {rest}" if rest else "")
+                )
         if not expected:
             assert undisturbed.wait() == 0, (straight / "printed").read_text()[-3000:]
             expected = outcome(straight)
             learned = {s: sum(r["grad_norm"] > 0 for r in expected[f"{s} metrics"]) for s in STAGES}
-            say("the undisturbed run: steps with a gradient " + ", ".join(f"{s} {n}" for s, n in learned.items()))
+            say(
+                "the undisturbed run: steps with a gradient "
+                + ", ".join(f"{s} {n}" for s, n in learned.items())
+            )
             assert all(learned.values()), "no gradient: equal for no reason"
         found, cascades = outcome(folder), cascades + 1
-        differ = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        say(f"cascade {cascades}: {len(found)} results compared, {len(differ)} differ {differ[:5] if differ else ''}")
+        differ = sorted(
+            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+        )
+        say(
+            f"cascade {cascades}: {len(found)} results compared, {len(differ)} differ {differ[:5] if differ else ''}"
+        )
         if differ:
             sys.exit(1)
     say(f"{kills} kills, {cascades} cascades, every one equal to the undisturbed run bit for bit")

@@ -68,22 +68,40 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(status), pids.index(first), flush=True)
 """
 SHORT = dict(num_steps=1, micro_batch_tokens=512)
-RL = {**SHORT, **dict(prompts_per_step=2, group_size=2, max_prompt_tokens=256, max_new_tokens=8, reward_workers=1, rope_factor=0)}
+RL = {
+    **SHORT,
+    **dict(
+        prompts_per_step=2,
+        group_size=2,
+        max_prompt_tokens=256,
+        max_new_tokens=8,
+        reward_workers=1,
+        rope_factor=0,
+    ),
+}
 BASE = {
     "sft.py": dict(SHORT, data="W/sft_stage1.jsonl", samples_per_step=2, max_seq_len=512),
     "mathrl.py": dict(RL, data="W/math_dev.jsonl"),
     "ifrl.py": dict(RL, data="W/if_dev.jsonl"),
     "coderl.py": dict(RL, data="W/code_dev.jsonl"),
     "swerl.py": dict(RL, data="W/swe_dev.jsonl", min_prompt_tokens=0),
-    "rlhf.py": dict(RL, data="W/chat_dev.jsonl", rm_data="W/preference_dev.jsonl", rm_samples_per_step=2),
+    "rlhf.py": dict(
+        RL, data="W/chat_dev.jsonl", rm_data="W/preference_dev.jsonl", rm_samples_per_step=2
+    ),
     "extras/mopd.py": {k: v for k, v in RL.items() if k != "reward_workers"},
 }
 
 
 @pytest.fixture(scope="module")
 def server():
-    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     yield process
     process.stdin.close()
     process.wait()
@@ -95,7 +113,12 @@ def answer(server, folder, script, flags, ranks=1, **env):
     port = env.pop("MASTER_PORT", None) or str(free_port())
     for rank in range(ranks):
         if ranks > 1:
-            env |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
         jobs.append([script, args, dict(env), str(folder / f"err{rank}")])
     server.stdin.write(json.dumps(jobs) + "\n")
     server.stdin.flush()
@@ -121,7 +144,11 @@ FLAGS = [
     ("mathrl.py", {"group": 3}, "unrecognized arguments: --group=3"),
     ("mathrl.py", {"num_steps": "many"}, "--num_steps: invalid int value: 'many'"),
     ("mathrl.py", {"group_size": 2.5}, "--group_size: invalid int value: '2.5'"),
-    ("mathrl.py", {"overlong_filter": "maybe"}, "--overlong_filter: invalid boolean value: 'maybe'"),
+    (
+        "mathrl.py",
+        {"overlong_filter": "maybe"},
+        "--overlong_filter: invalid boolean value: 'maybe'",
+    ),
     ("mathrl.py", {"group_size": 0}, "--group_size=0: expected a number above 0"),
     ("mathrl.py", {"group_size": -8}, "--group_size=-8: expected a number above 0"),
     ("mathrl.py", {"prompts_per_step": 0}, "--prompts_per_step=0: expected"),
@@ -151,20 +178,36 @@ FLAGS = [
     ("sft.py", {"schedule_steps": 0}, "--schedule_steps=0: expected"),
     ("mathrl.py", {"engine": "warp"}, "--engine=warp: expected auto, torch or vllm"),
     ("sft.py", {"max_seq_len": 5000}, "--max_seq_len is 5000, over the 1024 positions"),
-    ("mathrl.py", {"max_new_tokens": 5000}, "--max_prompt_tokens + --max_new_tokens is 5256, over the 1024 positions"),
+    (
+        "mathrl.py",
+        {"max_new_tokens": 5000},
+        "--max_prompt_tokens + --max_new_tokens is 5256, over the 1024 positions",
+    ),
     ("toy.py", {"vocab_size": 10}, "--vocab_size at least 512"),
     ("toy.py", {"num_heads": 3}, "--num_heads and --head_dim have to be even"),
-    ("evaluate.py", {"model": "W/base", "tasks": "math,maths"}, "--tasks: maths unknown (has: chat, if, math"),
+    (
+        "evaluate.py",
+        {"model": "W/base", "tasks": "math,maths"},
+        "--tasks: maths unknown (has: chat, if, math",
+    ),
     ("evaluate.py", {"model": "W/base", "modes": "thinking"}, "--modes: thinking unknown"),
     ("evaluate.py", {"model": "nowhere"}, "--model=nowhere: no checkpoint there"),
-    ("evaluate.py", {"model": "W/base", "max_new_tokens": 4096, "tasks": "math"}, "4096 new tokens, but"),
+    (
+        "evaluate.py",
+        {"model": "W/base", "max_new_tokens": 4096, "tasks": "math"},
+        "4096 new tokens, but",
+    ),
     ("evaluate.py", {"gates": "T"}, "no results.jsonl there"),
     ("evaluate.py", {"keep_best": "T"}, "no candidates.jsonl with scores"),
     ("evaluate.py", {"same_compute": "T/a,T/b"}, "T/a/metrics.jsonl"),
     ("evals/report.py", {"run": "T/none"}, "no results.jsonl there"),
     ("evals/scaling.py", {"model": "W/base"}, "one of --vote=file, --ioi=file"),
     ("extras/mopd.py", {"data": "W/math_dev.jsonl"}, "is not STAGE:DATA:TEACHER"),
-    ("extras/mopd.py", {"data": "mathrl:W/math_dev.jsonl:nowhere"}, "is no checkpoint (config.json is missing)"),
+    (
+        "extras/mopd.py",
+        {"data": "mathrl:W/math_dev.jsonl:nowhere"},
+        "is no checkpoint (config.json is missing)",
+    ),
 ]
 GOOD = {"problem": "What is 1 + 1?", "answer": "2"}
 FILES = {  # name: what is in it
@@ -188,10 +231,22 @@ DATA = [
     ("mathrl.py", {"data": "T/nothing"}, "T/nothing: no file that ends in .jsonl"),
     ("mathrl.py", {"data": "T/empty.jsonl"}, "no usable row (the file is empty)"),
     ("mathrl.py", {"data": "T/torn.jsonl"}, "T/torn.jsonl row 2: not valid JSON"),
-    ("mathrl.py", {"data": "T/list.jsonl"}, "T/list.jsonl row 1: a row is list, expected an object"),
+    (
+        "mathrl.py",
+        {"data": "T/list.jsonl"},
+        "T/list.jsonl row 1: a row is list, expected an object",
+    ),
     ("mathrl.py", {"data": "T/bare.jsonl"}, 'T/bare.jsonl row 1: no "answer" field (has: problem)'),
-    ("mathrl.py", {"data": "T/kind.jsonl"}, 'T/kind.jsonl row 1: field "problem" is int, expected str or list'),
-    ("mathrl.py", {"data": "T/nested.jsonl"}, "no usable row (1 x field \"answer\" is neither text nor a number)"),
+    (
+        "mathrl.py",
+        {"data": "T/kind.jsonl"},
+        'T/kind.jsonl row 1: field "problem" is int, expected str or list',
+    ),
+    (
+        "mathrl.py",
+        {"data": "T/nested.jsonl"},
+        'no usable row (1 x field "answer" is neither text nor a number)',
+    ),
     ("mathrl.py", {"data": "T/blank.jsonl"}, "no usable row (1 x empty problem or answer)"),
     ("mathrl.py", {"data": "T/unsound.jsonl"}, "no answer that the verifier can read"),
     ("mathrl.py", {"data": "T/binary.jsonl"}, "T/binary.jsonl row"),
@@ -206,14 +261,24 @@ DATA = [
     ("coderl.py", {"data": "T/bare.jsonl"}, "T/bare.jsonl"),
     ("swerl.py", {"data": "T/bare.jsonl"}, "T/bare.jsonl"),
     ("rlhf.py", {"rm_data": "T/bare.jsonl"}, 'T/bare.jsonl row 1: no "chosen" field'),
-    ("extras/decontaminate.py", {"data": "W/math_rl.jsonl", "eval_data": "T/none.jsonl", "out": "T/clean.jsonl"}, "T/none.jsonl: no such file"),
-    ("extras/decontaminate.py", {"data": "W/math_rl.jsonl", "eval_data": "W/math_dev.jsonl", "out": "T/none/clean.jsonl"}, "T/none/clean.jsonl.tmp"),
+    (
+        "extras/decontaminate.py",
+        {"data": "W/math_rl.jsonl", "eval_data": "T/none.jsonl", "out": "T/clean.jsonl"},
+        "T/none.jsonl: no such file",
+    ),
+    (
+        "extras/decontaminate.py",
+        {"data": "W/math_rl.jsonl", "eval_data": "W/math_dev.jsonl", "out": "T/none/clean.jsonl"},
+        "T/none/clean.jsonl.tmp",
+    ),
 ]
 
 
 def place(text, world, folder):
     text = str(text)
-    return text.replace("W/", f"{world}/").replace("T/", f"{folder}/") if text != "T" else str(folder)
+    return (
+        text.replace("W/", f"{world}/").replace("T/", f"{folder}/") if text != "T" else str(folder)
+    )
 
 
 def refused(server, world, tmp_path, script, flags, message, ranks=1, **env):
@@ -223,19 +288,38 @@ def refused(server, world, tmp_path, script, flags, message, ranks=1, **env):
         out.mkdir()
         (out / "metrics.jsonl").write_text('{"step": 1}\n')
     trains = script in BASE
-    flags = {**({"init_from": "W/base", "out_dir": "T/out"} if trains else {}), **BASE.get(script, {}), **flags}
+    flags = {
+        **({"init_from": "W/base", "out_dir": "T/out"} if trains else {}),
+        **BASE.get(script, {}),
+        **flags,
+    }
     before = contents(tmp_path)
-    code, said = answer(server, tmp_path, script, {k: place(v, world, tmp_path) for k, v in flags.items()}, ranks, **env)
+    code, said = answer(
+        server,
+        tmp_path,
+        script,
+        {k: place(v, world, tmp_path) for k, v in flags.items()},
+        ranks,
+        **env,
+    )
     print(said)
     sentence = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said, said[-2000:]
-    assert sentence.startswith(f"{script}: ") and message.replace("T/", f"{tmp_path}/") in sentence and len(said.strip().splitlines()) == 1
-    assert {k: v for k, v in contents(tmp_path).items() if not k.startswith("err")} == before, "something was written"
+    assert (
+        sentence.startswith(f"{script}: ")
+        and message.replace("T/", f"{tmp_path}/") in sentence
+        and len(said.strip().splitlines()) == 1
+    )
+    assert {k: v for k, v in contents(tmp_path).items() if not k.startswith("err")} == before, (
+        "something was written"
+    )
 
 
 def names(table):
     """Ids of the rows: the script and its flags."""
-    return [" ".join([script, *(f"--{k}={v}" for k, v in flags.items())]) for script, flags, _ in table]
+    return [
+        " ".join([script, *(f"--{k}={v}" for k, v in flags.items())]) for script, flags, _ in table
+    ]
 
 
 @pytest.mark.parametrize("script, flags, message", FLAGS, ids=names(FLAGS))
@@ -274,33 +358,63 @@ def cut(name, size=1000):
 
 
 def rename_token(folder):
-    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("<|im_end|>", "<|end|>"))
+    (folder / "tokenizer.json").write_text(
+        (folder / "tokenizer.json").read_text().replace("<|im_end|>", "<|end|>")
+    )
 
 
 def narrow(folder):
     edit_json("config.json", vocab_size=600)(folder)
-    edit_tensors(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:600].clone()}))(folder)
+    edit_tensors(
+        lambda t: t.update(
+            {"model.embed_tokens.weight": t["model.embed_tokens.weight"][:600].clone()}
+        )
+    )(folder)
 
 
 MODELS = {
     "no_folder": (shutil.rmtree, "tokenizer.json is missing"),
     "no_config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config_is_no_json": (cut("config.json", 20), "JSONDecodeError"),
-    "another_architecture": (edit_json("config.json", model_type="llama"), "model_type is 'llama', expected 'qwen3'"),
-    "attention_bias": (edit_json("config.json", attention_bias=True), "attention_bias and sliding windows are not part of dense Qwen3"),
-    "another_rope": (edit_json("config.json", rope_scaling={"rope_type": "llama3"}), "rope_type 'llama3' is not supported"),
+    "another_architecture": (
+        edit_json("config.json", model_type="llama"),
+        "model_type is 'llama', expected 'qwen3'",
+    ),
+    "attention_bias": (
+        edit_json("config.json", attention_bias=True),
+        "attention_bias and sliding windows are not part of dense Qwen3",
+    ),
+    "another_rope": (
+        edit_json("config.json", rope_scaling={"rope_type": "llama3"}),
+        "rope_type 'llama3' is not supported",
+    ),
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "tensors are missing, first"),
     "weights_cut_off": (cut("model.safetensors", 50_000), "SafetensorError"),
-    "weights_are_no_safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"pickle" * 100), "SafetensorError"),
-    "a_tensor_is_missing": (edit_tensors(lambda t: t.pop("model.norm.weight")), "1 tensors are missing, first model.norm.weight"),
-    "a_tensor_too_many": (edit_tensors(lambda t: t.update({"model.extra": torch.zeros(1)})), "unknown tensor model.extra"),
-    "a_tensor_of_another_shape": (edit_tensors(lambda t: t.update({"model.norm.weight": torch.zeros(3)})), "norm.weight is (3,), expected (48,)"),
+    "weights_are_no_safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"pickle" * 100),
+        "SafetensorError",
+    ),
+    "a_tensor_is_missing": (
+        edit_tensors(lambda t: t.pop("model.norm.weight")),
+        "1 tensors are missing, first model.norm.weight",
+    ),
+    "a_tensor_too_many": (
+        edit_tensors(lambda t: t.update({"model.extra": torch.zeros(1)})),
+        "unknown tensor model.extra",
+    ),
+    "a_tensor_of_another_shape": (
+        edit_tensors(lambda t: t.update({"model.norm.weight": torch.zeros(3)})),
+        "norm.weight is (3,), expected (48,)",
+    ),
     "another_width": (edit_json("config.json", hidden_size=64), "expected"),
     "no_tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "tokenizer_is_no_json": (cut("tokenizer.json"), "Exception"),
     "tokenizer_without_chat_tokens": (rename_token, "no token <|im_end|>"),
     "more_tokens_than_rows_of_the_embedding": (narrow, "tokens, the model only 600"),
-    "a_run_json_of_something_else": (lambda f: (f / "run.json").write_text("[]"), "run.json cannot be read"),
+    "a_run_json_of_something_else": (
+        lambda f: (f / "run.json").write_text("[]"),
+        "run.json cannot be read",
+    ),
 }
 
 
@@ -313,14 +427,20 @@ def test_models_and_tokenizers(wrong, server, world, tmp_path):
     refused(server, world, tmp_path, script, {"init_from": "T/model"}, message)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"init_from": "nowhere"}, "reward model from nowhere"),
-    ({"rm_init_from": "nowhere"}, "reward model from nowhere"),
-    ({"rm": "nowhere"}, "--rm=nowhere: no reward model there"),
-    ({"rm": "W/base"}, "Qwen3ForCausalLM is no sequence classifier"),
-    ({"rm": "T/rm"}, "--rm=T/rm: "),
-    ({"rm": "http://127.0.0.1:9/score", "reward_workers": 24}, "reward model self test: scores [None"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"init_from": "nowhere"}, "reward model from nowhere"),
+        ({"rm_init_from": "nowhere"}, "reward model from nowhere"),
+        ({"rm": "nowhere"}, "--rm=nowhere: no reward model there"),
+        ({"rm": "W/base"}, "Qwen3ForCausalLM is no sequence classifier"),
+        ({"rm": "T/rm"}, "--rm=T/rm: "),
+        (
+            {"rm": "http://127.0.0.1:9/score", "reward_workers": 24},
+            "reward model self test: scores [None",
+        ),
+    ],
+)
 def test_reward_models(flags, message, server, world, tmp_path):
     shutil.copytree(world / "base", tmp_path / "rm")
     # but it has no score head
@@ -336,11 +456,25 @@ def test_an_output_folder_that_is_a_file(server, world, tmp_path):
 
 def test_an_output_folder_below_a_file(server, world, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused(server, world, tmp_path, "sft.py", {"out_dir": "T/file/out"}, "T/file/out: no folder to write into (Not a directory)")
+    refused(
+        server,
+        world,
+        tmp_path,
+        "sft.py",
+        {"out_dir": "T/file/out"},
+        "T/file/out: no folder to write into (Not a directory)",
+    )
 
 
 def test_an_output_folder_without_rights(server, world, tmp_path):
-    refused(server, world, tmp_path, "sft.py", {"out_dir": "/proc/out"}, "/proc/out: no folder to write into")
+    refused(
+        server,
+        world,
+        tmp_path,
+        "sft.py",
+        {"out_dir": "/proc/out"},
+        "/proc/out: no folder to write into",
+    )
 
 
 def test_toy_data_where_a_file_is(server, world, tmp_path):
@@ -350,7 +484,14 @@ def test_toy_data_where_a_file_is(server, world, tmp_path):
 
 def test_results_that_are_a_folder(server, world, tmp_path):
     (tmp_path / "results.jsonl").mkdir()
-    refused(server, world, tmp_path, "evaluate.py", {"model": "W/base", "tasks": "math", "results": "T/results.jsonl"}, "Is a directory")
+    refused(
+        server,
+        world,
+        tmp_path,
+        "evaluate.py",
+        {"model": "W/base", "tasks": "math", "results": "T/results.jsonl"},
+        "Is a directory",
+    )
 
 
 def test_a_log_of_something_else(server, world, tmp_path):
@@ -362,16 +503,27 @@ def test_a_log_of_something_else(server, world, tmp_path):
 @pytest.mark.parametrize("script, ranks", [("sft.py", 1), ("mathrl.py", 2), ("evaluate.py", 1)])
 def test_a_folder_that_another_run_holds(script, ranks, server, world, tmp_path):
     (tmp_path / "out").mkdir()
-    flags = {"model": "W/base", "tasks": "math", "results": "T/out/results.jsonl"} if script == "evaluate.py" else {}
+    flags = (
+        {"model": "W/base", "tasks": "math", "results": "T/out/results.jsonl"}
+        if script == "evaluate.py"
+        else {}
+    )
     with open(tmp_path / "out" / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         refused(server, world, tmp_path, script, flags, "another run is writing here", ranks)
 
 
-@pytest.mark.parametrize("script, flags, message", [
-    ("mathrl.py", {"prompts_per_step": 3}, "--prompts_per_step=3 is not a multiple of 2 ranks"),
-    ("sft.py", {"samples_per_step": 1}, "--samples_per_step=1 is less than one for each of 2 ranks"),
-])
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        ("mathrl.py", {"prompts_per_step": 3}, "--prompts_per_step=3 is not a multiple of 2 ranks"),
+        (
+            "sft.py",
+            {"samples_per_step": 1},
+            "--samples_per_step=1 is less than one for each of 2 ranks",
+        ),
+    ],
+)
 def test_batches_that_the_ranks_cannot_share(script, flags, message, server, world, tmp_path):
     refused(server, world, tmp_path, script, flags, message, ranks=2)
 
@@ -381,7 +533,16 @@ def test_a_port_in_use(server, world, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        refused(server, world, tmp_path, "sft.py", {}, f"rank 0 of 2 at MASTER_PORT={port}", ranks=2, MASTER_PORT=port)
+        refused(
+            server,
+            world,
+            tmp_path,
+            "sft.py",
+            {},
+            f"rank 0 of 2 at MASTER_PORT={port}",
+            ranks=2,
+            MASTER_PORT=port,
+        )
 
 
 def saved(world, out, changes):
@@ -393,30 +554,48 @@ def saved(world, out, changes):
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     optimizer.step()
     out.mkdir()
-    folder = checkpoint.save_checkpoint(str(out), 1, model, optimizer, Config(init_from=str(world / "base")), {})
+    folder = checkpoint.save_checkpoint(
+        str(out), 1, model, optimizer, Config(init_from=str(world / "base")), {}
+    )
     edit_json("run.json", **changes)(Path(folder))
 
 
 CURSOR = {"epoch": 1, "position": 0, "skipped": 0}
 
 
-@pytest.mark.parametrize("script, changes, message", [
-    ("sft.py", {"world": 4}, "was written by 4 ranks and can only be resumed by as many"),
-    ("sft.py", {"state": {**CURSOR, "block": 0, "seen": {}, "files": {"other.jsonl": [0, 0, 0.0]}}}, "its files are not those"),
-    ("mathrl.py", {"state": {**CURSOR, "pool": [], "history": {}, "data": 1}}, "not those that T/out/step_000001 was trained on"),
-])
+@pytest.mark.parametrize(
+    "script, changes, message",
+    [
+        ("sft.py", {"world": 4}, "was written by 4 ranks and can only be resumed by as many"),
+        (
+            "sft.py",
+            {"state": {**CURSOR, "block": 0, "seen": {}, "files": {"other.jsonl": [0, 0, 0.0]}}},
+            "its files are not those",
+        ),
+        (
+            "mathrl.py",
+            {"state": {**CURSOR, "pool": [], "history": {}, "data": 1}},
+            "not those that T/out/step_000001 was trained on",
+        ),
+    ],
+)
 def test_checkpoints_of_another_run(script, changes, message, server, world, tmp_path):
     saved(world, tmp_path / "out", changes)
     refused(server, world, tmp_path, script, {"num_steps": 3}, message)
 
 
-@pytest.mark.parametrize("args, environment, message", [
-    (["9b"], {}, "usage: bash run_cascade.sh"),
-    (["8b"], {"BASE": ""}, "set BASE to the folder of a Qwen3 base model"),
-])
+@pytest.mark.parametrize(
+    "args, environment, message",
+    [
+        (["9b"], {}, "usage: bash run_cascade.sh"),
+        (["8b"], {"BASE": ""}, "set BASE to the folder of a Qwen3 base model"),
+    ],
+)
 def test_run_cascade(args, environment, message, tmp_path):
     env = {**os.environ, "DRY_RUN": "1", "OUT": str(tmp_path / "out"), **environment}
-    done = subprocess.run(["bash", "run_cascade.sh", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "run_cascade.sh", *args], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -430,6 +609,8 @@ def test_a_good_row_is_not_refused(server, world, tmp_path):
     """The same way of running, with nothing wrong: exit code 0 and a finished stage."""
     clock = time.time()
     flags = {"init_from": "W/base", "out_dir": "T/out", **BASE["sft.py"]}
-    code, said = answer(server, tmp_path, "sft.py", {k: place(v, world, tmp_path) for k, v in flags.items()})
+    code, said = answer(
+        server, tmp_path, "sft.py", {k: place(v, world, tmp_path) for k, v in flags.items()}
+    )
     assert code == 0 and (tmp_path / "out" / "final").exists(), said
     print(f"{time.time() - clock:.1f} s")

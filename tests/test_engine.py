@@ -15,7 +15,12 @@ from engine import Rollout, TorchEngine, make_engine, request_seed, uniforms
 from model import Qwen3, render_chat, stop_ids
 from verifiers.pool import in_background
 
-PROMPTS = ["Tell me about rain.", "Hi", "Start with 7, then add 2, times 3. What is the result?", "Why do people like old books and bread?"]
+PROMPTS = [
+    "Tell me about rain.",
+    "Hi",
+    "Start with 7, then add 2, times 3. What is the result?",
+    "Why do people like old books and bread?",
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,10 @@ def ask(tokenizer, samples=1, seed=0, prompts=PROMPTS):
     rollouts = []
     for g, text in enumerate(prompts):
         ids, _ = render_chat(tokenizer, [{"role": "user", "content": text}], think=g % 2 == 0)
-        rollouts += [Rollout(row={}, group=g, prompt_ids=ids, seed=request_seed(seed, g, n)) for n in range(samples)]
+        rollouts += [
+            Rollout(row={}, group=g, prompt_ids=ids, seed=request_seed(seed, g, n))
+            for n in range(samples)
+        ]
     return rollouts
 
 
@@ -50,9 +58,13 @@ def trainer_logprobs(model, rollouts, temperature):
     """Per rollout, the log-probs of its completion as train_step computes them: one packed batch."""
     rows = [torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts]
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
-    index = torch.cat([torch.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, ends)])
+    index = torch.cat(
+        [torch.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, ends)]
+    )
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
-    logprobs, _ = model(torch.cat(rows), cu_seqlens, max(map(len, rows)), index, temperature=temperature)
+    logprobs, _ = model(
+        torch.cat(rows), cu_seqlens, max(map(len, rows)), index, temperature=temperature
+    )
     return [logprobs[end - len(r.completion_ids) : end] for r, end in zip(rollouts, ends)]
 
 
@@ -62,11 +74,15 @@ def test_greedy_generate_equals_repeated_forward_for_ragged_prompts(engine, mode
     engine.generate(rollouts, 48, temperature=0)
     for r in rollouts:
         ids = list(r.prompt_ids)
-        while len(ids) < len(r.prompt_ids) + 48 and (len(ids) == len(r.prompt_ids) or ids[-1] not in stop_ids(tokenizer)):
+        while len(ids) < len(r.prompt_ids) + 48 and (
+            len(ids) == len(r.prompt_ids) or ids[-1] not in stop_ids(tokenizer)
+        ):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
         assert ids[len(r.prompt_ids) :] == r.completion_ids
-    assert len({len(r.completion_ids) for r in rollouts}) > 1, "all ended together: rows leaving the batch was not tested"
+    assert len({len(r.completion_ids) for r in rollouts}) > 1, (
+        "all ended together: rows leaving the batch was not tested"
+    )
 
 
 def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monkeypatch):
@@ -83,21 +99,37 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
     monkeypatch.setattr(engine, "shrink_at", 1.0)
     rollouts, worst, compared = ask(tokenizer, samples=8), 0.0, 0
     engine.generate(rollouts, 48, temperature=1.0)
-    assert len({len(r.completion_ids) for r in rollouts}) > 3, "all ended together: rows leaving the batch was not tested"
+    assert len({len(r.completion_ids) for r in rollouts}) > 3, (
+        "all ended together: rows leaving the batch was not tested"
+    )
     with torch.no_grad():
         full = [model(torch.tensor([r.prompt_ids + r.completion_ids]))[0] for r in rollouts]
     for step, (positions, tokens, logits_BV) in enumerate(seen):
         alive = [i for i, r in enumerate(rollouts) if len(r.completion_ids) > step + 1]
         assert len(alive) == len(positions)
         for position, token, logits_V in zip(positions, tokens, logits_BV, strict=True):
-            fed = [i for i in alive if (len(rollouts[i].prompt_ids) + step, rollouts[i].completion_ids[step]) == (position, token)]
-            worst, compared = max(worst, min((full[i][position] - logits_V).abs().max().item() for i in fed)), compared + 1
-    print(f"decode logits against full forward: max error {worst:.1e} over {compared} tokens, tolerance 5e-05")
+            fed = [
+                i
+                for i in alive
+                if (len(rollouts[i].prompt_ids) + step, rollouts[i].completion_ids[step])
+                == (position, token)
+            ]
+            worst, compared = (
+                max(worst, min((full[i][position] - logits_V).abs().max().item() for i in fed)),
+                compared + 1,
+            )
+    print(
+        f"decode logits against full forward: max error {worst:.1e} over {compared} tokens, tolerance 5e-05"
+    )
     assert worst < 5e-5 and compared > 50
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.9, 20)])
-def test_logprobs_of_the_sampler_are_those_of_the_trainer(engine, model, tokenizer, temperature, top_p, top_k):
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.9, 20)]
+)
+def test_logprobs_of_the_sampler_are_those_of_the_trainer(
+    engine, model, tokenizer, temperature, top_p, top_k
+):
     """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid (gap G4)."""
     rollouts = ask(tokenizer, samples=4)
     engine.generate(rollouts, 40, temperature, top_p, top_k)
@@ -115,7 +147,11 @@ def test_a_completion_does_not_depend_on_what_it_is_batched_with(engine, tokeniz
     for r in reversed(alone):
         engine.generate([r], 40, 1.0)
     assert outputs(together) == outputs(alone)
-    gap = max(abs(x - y) for a, b in zip(together, alone) for x, y in zip(a.sampler_logprobs, b.sampler_logprobs, strict=True))
+    gap = max(
+        abs(x - y)
+        for a, b in zip(together, alone)
+        for x, y in zip(a.sampler_logprobs, b.sampler_logprobs, strict=True)
+    )
     print(f"log-probs together against alone: max gap {gap:.1e}, tolerance 1e-05")
     assert gap < 1e-5
 
@@ -128,12 +164,20 @@ def test_waves_of_max_rows_change_nothing(engine, model, tokenizer):
 
 
 def test_the_same_seeds_give_the_same_completions_and_other_seeds_others(engine, tokenizer):
-    first, again, other = ask(tokenizer, 2, seed=0), ask(tokenizer, 2, seed=0), ask(tokenizer, 2, seed=1)
+    first, again, other = (
+        ask(tokenizer, 2, seed=0),
+        ask(tokenizer, 2, seed=0),
+        ask(tokenizer, 2, seed=1),
+    )
     for rollouts in (first, again, other):
         engine.generate(rollouts, 40, 1.0)
     assert outputs(first) == outputs(again) != outputs(other)
-    assert [r.sampler_logprobs for r in first] == [r.sampler_logprobs for r in again], "not bit for bit"
-    assert len({tuple(r.completion_ids) for r in first}) == len(first), "samples of one prompt should differ"
+    assert [r.sampler_logprobs for r in first] == [r.sampler_logprobs for r in again], (
+        "not bit for bit"
+    )
+    assert len({tuple(r.completion_ids) for r in first}) == len(first), (
+        "samples of one prompt should differ"
+    )
 
 
 def test_finish_reasons_and_the_stop_token(engine, tokenizer):
@@ -148,13 +192,17 @@ def test_finish_reasons_and_the_stop_token(engine, tokenizer):
             assert stops == [len(r.completion_ids) - 1]
         else:
             assert not stops and len(r.completion_ids) == 24
-        assert r.text == tokenizer.decode(r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False)
+        assert r.text == tokenizer.decode(
+            r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False
+        )
 
 
 def test_a_stop_token_at_the_last_allowed_place_is_a_stop(engine, tokenizer):
     rollouts = ask(tokenizer, samples=4)
     engine.generate(rollouts, 40, 1.0)
-    shortest = min((r for r in rollouts if r.finish_reason == "stop"), key=lambda r: len(r.completion_ids))
+    shortest = min(
+        (r for r in rollouts if r.finish_reason == "stop"), key=lambda r: len(r.completion_ids)
+    )
     again = Rollout(row={}, group=0, prompt_ids=shortest.prompt_ids, seed=shortest.seed)
     engine.generate([again], len(shortest.completion_ids), 1.0)
     assert again.finish_reason == "stop" and again.completion_ids == shortest.completion_ids
@@ -167,9 +215,15 @@ def test_greedy_rows_beside_sampled_ones_are_what_each_would_be_alone(engine, to
     for i, r in enumerate(mixed):
         r.greedy = i % 4 >= 2
     engine.generate(mixed, 40, 1.0)
-    wanted = {(r.group, greedy): r.completion_ids for greedy, rollouts in enumerate(apart) for r in rollouts[::2]}
+    wanted = {
+        (r.group, greedy): r.completion_ids
+        for greedy, rollouts in enumerate(apart)
+        for r in rollouts[::2]
+    }
     found = [mixed[4 * g + 2 * greedy].completion_ids == ids for (g, greedy), ids in wanted.items()]
-    print(f"{sum(found)} of {len(found)} completions equal those decoded apart, {sum(len(ids) for ids in wanted.values())} tokens")
+    print(
+        f"{sum(found)} of {len(found)} completions equal those decoded apart, {sum(len(ids) for ids in wanted.values())} tokens"
+    )
     assert all(found) and len({str(ids) for ids in wanted.values()}) > len(wanted) // 2
 
 
@@ -177,7 +231,9 @@ def test_a_finished_completion_is_handed_on_while_others_still_decode(engine, to
     rollouts, events = ask(tokenizer, samples=4), []
 
     def on_finished(r):
-        events.append((r, [len(other.completion_ids) for other in rollouts if not other.finish_reason]))
+        events.append(
+            (r, [len(other.completion_ids) for other in rollouts if not other.finish_reason])
+        )
         assert r.text and r.finish_reason, "handed on before it was complete"
 
     engine.generate(rollouts, 60, 1.0, on_finished=on_finished)
@@ -187,7 +243,9 @@ def test_a_finished_completion_is_handed_on_while_others_still_decode(engine, to
     assert lengths == sorted(lengths)
     # a chat shows the tokens that are there: those that still decode have as many as the one that
     # has ended, or are about to
-    assert all(set(others) <= {len(r.completion_ids), len(r.completion_ids) - 1} for r, others in events)
+    assert all(
+        set(others) <= {len(r.completion_ids), len(r.completion_ids) - 1} for r, others in events
+    )
 
 
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 3), (0.5, 0), (0.8, 5)])
@@ -202,7 +260,9 @@ def test_top_k_and_top_p_restrict_what_can_be_drawn(engine, model, tokenizer, to
     drawn = {r.completion_ids[0] for r in rollouts}
     assert drawn <= set(allowed) and len(drawn) > 1
     for r in rollouts:
-        assert abs(r.sampler_logprobs[0] - p[r.completion_ids[0]].log()) < 1e-5, "renormalised over what is allowed"
+        assert abs(r.sampler_logprobs[0] - p[r.completion_ids[0]].log()) < 1e-5, (
+            "renormalised over what is allowed"
+        )
 
 
 def test_draws_follow_the_tempered_softmax(engine, model, tokenizer):
@@ -211,22 +271,56 @@ def test_draws_follow_the_tempered_softmax(engine, model, tokenizer):
         rollouts = ask(tokenizer, samples=2000, prompts=PROMPTS[1:2])
         engine.generate(rollouts, 1, temperature)
         with torch.no_grad():
-            p = torch.softmax(model(torch.tensor([rollouts[0].prompt_ids]))[0, -1] / temperature, -1)
-        counts = F.one_hot(torch.tensor([r.completion_ids[0] for r in rollouts]), len(p)).sum(0) / 2000
-        fair = torch.stack([
-            torch.multinomial(p, 2000, True, generator=torch.Generator().manual_seed(i)).bincount(minlength=len(p)) / 2000 for i in range(50)
-        ])
-        distance, limit = (counts - p).abs().sum().item() / 2, ((fair - p).abs().sum(-1) / 2).max().item() * 1.1
-        print(f"temperature {temperature}: total variation {distance:.3f}, worst of 50 fair samples {limit / 1.1:.3f}")
+            p = torch.softmax(
+                model(torch.tensor([rollouts[0].prompt_ids]))[0, -1] / temperature, -1
+            )
+        counts = (
+            F.one_hot(torch.tensor([r.completion_ids[0] for r in rollouts]), len(p)).sum(0) / 2000
+        )
+        fair = torch.stack(
+            [
+                torch.multinomial(
+                    p, 2000, True, generator=torch.Generator().manual_seed(i)
+                ).bincount(minlength=len(p))
+                / 2000
+                for i in range(50)
+            ]
+        )
+        distance, limit = (
+            (counts - p).abs().sum().item() / 2,
+            ((fair - p).abs().sum(-1) / 2).max().item() * 1.1,
+        )
+        print(
+            f"temperature {temperature}: total variation {distance:.3f}, worst of 50 fair samples {limit / 1.1:.3f}"
+        )
         assert distance < limit
 
 
 def test_random_numbers_are_uniform_and_each_seed_has_its_own():
     u = uniforms([request_seed(0, i) for i in range(200)], 0, 200)
-    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005 and abs(u.std() - 12**-0.5) < 0.005
-    assert (uniforms([5, 9], 3, 4) == uniforms([5, 9], 0, 7)[:, 3:]).all(), "number t of a stream is the same whenever it is asked for"
-    assert math.isclose(abs((u[:-1] * u[1:]).mean()), 0.25, abs_tol=0.005), "neighbouring seeds are correlated"
-    assert len({request_seed(0, step, prompt, sample) for step in range(9) for prompt in range(9) for sample in range(9)}) == 729
+    assert (
+        0 < u.min()
+        and u.max() < 1
+        and abs(u.mean() - 0.5) < 0.005
+        and abs(u.std() - 12**-0.5) < 0.005
+    )
+    assert (uniforms([5, 9], 3, 4) == uniforms([5, 9], 0, 7)[:, 3:]).all(), (
+        "number t of a stream is the same whenever it is asked for"
+    )
+    assert math.isclose(abs((u[:-1] * u[1:]).mean()), 0.25, abs_tol=0.005), (
+        "neighbouring seeds are correlated"
+    )
+    assert (
+        len(
+            {
+                request_seed(0, step, prompt, sample)
+                for step in range(9)
+                for prompt in range(9)
+                for sample in range(9)
+            }
+        )
+        == 729
+    )
 
 
 def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
@@ -234,7 +328,9 @@ def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
     engine = make_engine("auto", model, tokenizer)
     before = {name: p.clone() for name, p in model.named_parameters()}
     engine.generate(ask(tokenizer), 4, 1.0)
-    assert model.gradient_checkpointing and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.gradient_checkpointing and all(
+        p.requires_grad and p.grad is None for p in model.parameters()
+    )
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     model.gradient_checkpointing = False
 
@@ -247,14 +343,26 @@ def test_an_unknown_engine_is_refused(model, tokenizer):
 def test_equal_completions_of_a_prompt_have_one_verdict_which_is_worked_out_once():
     """Equal are the row, the text and how it ended; after collect() everything is asked anew."""
     asked, row, other = [], {"a": 1}, {"a": 1}
-    submit, collect = in_background(ThreadPoolExecutor(2), lambda r: asked.append(r.text) or (float(len(r.text)), "ok"), ("reward", "status"))
+    submit, collect = in_background(
+        ThreadPoolExecutor(2),
+        lambda r: asked.append(r.text) or (float(len(r.text)), "ok"),
+        ("reward", "status"),
+    )
 
     def rollout(row, text, reason):
         return Rollout(row=row, group=0, prompt_ids=[1], seed=0, text=text, finish_reason=reason)
 
     for expected in (4, 8):
-        rollouts = [rollout(row, "ab", "stop"), rollout(row, "ab", "stop"), rollout(row, "ab", "length"), rollout(row, "abc", "stop"), rollout(other, "ab", "stop")]
+        rollouts = [
+            rollout(row, "ab", "stop"),
+            rollout(row, "ab", "stop"),
+            rollout(row, "ab", "length"),
+            rollout(row, "abc", "stop"),
+            rollout(other, "ab", "stop"),
+        ]
         list(map(submit, rollouts[:4]))  # the last is left to collect()
         collect(rollouts)
-        assert [(r.reward, r.status, r.pending) for r in rollouts] == [(float(len(r.text)), "ok", None) for r in rollouts]
+        assert [(r.reward, r.status, r.pending) for r in rollouts] == [
+            (float(len(r.text)), "ok", None) for r in rollouts
+        ]
         assert len(asked) == expected and rollouts[0].verify_s > 0 == rollouts[1].verify_s

@@ -22,7 +22,16 @@ SHORT = ("--tasks=math,chat", "--max_new_tokens=24", "--samples=2", "--limit=4")
 
 
 def run(world, out, *flags, **keywords):
-    run_python("evaluate.py", f"--model={world}/base", f"--data={world}", f"--results={out}/results.jsonl", "--stage=sft", *SHORT, *flags, **keywords)
+    run_python(
+        "evaluate.py",
+        f"--model={world}/base",
+        f"--data={world}",
+        f"--results={out}/results.jsonl",
+        "--stage=sft",
+        *SHORT,
+        *flags,
+        **keywords,
+    )
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
@@ -32,38 +41,57 @@ def samples(out):
 
 # ---- Samples on the disk -------------------------------------------------------------------------
 @pytest.mark.slow
-def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_same_table(world, tmp_path):
+def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_same_table(
+    world, tmp_path
+):
     """Cut the files of a whole run back to what a kill leaves: some verdicts missing, a line half written, a file not begun."""
     whole = run(world, tmp_path / "a", check=True) if (tmp_path / "a").mkdir() is None else None
     lines = samples(tmp_path / "a")
-    assert {len(v) for k, v in lines.items() if "sampled" in k} == {8} and {len(v) for k, v in lines.items() if "greedy" in k} == {4}
+    assert {len(v) for k, v in lines.items() if "sampled" in k} == {8} and {
+        len(v) for k, v in lines.items() if "greedy" in k
+    } == {4}
     cut = tmp_path / "b" / "samples" / "sft"
     cut.mkdir(parents=True)
     kept, verdict = set(), ("score", "weight", "reward", "status")
     for name, rows in lines.items():
         if name.startswith("chat_think_greedy"):
             continue
-        head = [json.dumps({k: v for k, v in json.loads(r).items() if k not in verdict}) for r in rows[:1]] + rows[1 : len(rows) // 2]
+        head = [
+            json.dumps({k: v for k, v in json.loads(r).items() if k not in verdict})
+            for r in rows[:1]
+        ] + rows[1 : len(rows) // 2]
         kept |= {json.loads(r)["key"] for r in head}
         (cut / name).write_text("\n".join(head) + "\n" + rows[-1][:40])
     spy = "import engine; draw = engine.TorchEngine.generate\ndef generate(self, rollouts, *a, **k): print('drew', [r.key for r in rollouts]); draw(self, rollouts, *a, **k)\n"
     spy += "engine.TorchEngine.generate = generate\nimport evaluate\nfrom lib.common import finish\nfrom lib.flags import parse_config\nevaluate.main(parse_config(evaluate.Config)); finish()"
-    flags = (f"--model={world}/base", f"--data={world}", f"--results={tmp_path}/b/results.jsonl", "--stage=sft", *SHORT)
+    flags = (
+        f"--model={world}/base",
+        f"--data={world}",
+        f"--results={tmp_path}/b/results.jsonl",
+        "--stage=sft",
+        *SHORT,
+    )
     _, out, _ = run_python("-c", spy, *flags)
     drawn = [key for line in out.splitlines() if line.startswith("drew") for key in eval(line[5:])]
     total = sum(map(len, lines.values()))
     print(f"{total} samples, {len(kept)} kept, {len(drawn)} drawn after the cut")
     assert not kept & set(drawn) and len(drawn) == total - len(kept) == len(set(drawn))
-    assert [json.loads(line) for line in (tmp_path / "b" / "results.jsonl").read_text().splitlines()] == whole
+    assert [
+        json.loads(line) for line in (tmp_path / "b" / "results.jsonl").read_text().splitlines()
+    ] == whole
     assert samples(tmp_path / "b") == lines
     _, out, _ = run_python("-c", spy, *flags)
     drew = [line for line in out.splitlines() if line.startswith("drew")]
     assert drew == ["drew []"] * 3  # math, chat in two modes; all there: nothing is drawn
     # a smaller evaluation forgets nothing of the larger one
     run_python("-c", spy, *flags, "--limit=2", "--samples=1")
-    assert {name: sorted(rows) for name, rows in samples(tmp_path / "b").items()} == {name: sorted(rows) for name, rows in lines.items()}
+    assert {name: sorted(rows) for name, rows in samples(tmp_path / "b").items()} == {
+        name: sorted(rows) for name, rows in lines.items()
+    }
     _, out, _ = run_python("-c", spy, *flags, "--samples=3")  # a larger one draws only what is new
-    assert sum(len(eval(line[5:])) for line in out.splitlines() if line.startswith("drew")) == 4 * sum("sampled" in name for name in lines)
+    assert sum(
+        len(eval(line[5:])) for line in out.splitlines() if line.startswith("drew")
+    ) == 4 * sum("sampled" in name for name in lines)
 
 
 @pytest.mark.slow
@@ -80,7 +108,9 @@ def test_the_same_seed_gives_the_same_table_on_one_rank_and_on_two(limit, world,
     assert [r["tokens"] for r in other] != [r["tokens"] for r in tables[0]]
 
 
-def test_tasks_with_and_without_yarn_are_refused_where_one_process_has_one_engine(world, monkeypatch, capsys):
+def test_tasks_with_and_without_yarn_are_refused_where_one_process_has_one_engine(
+    world, monkeypatch, capsys
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(SystemExit) as stop:
         evaluate.main(evaluate.Config(model=str(world / "base"), tasks="ifeval,math500"))
@@ -94,13 +124,20 @@ def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict
     texts = {("a", 0): ["x", "x", "y"], ("b", 1): ["x"], ("a", 0, "greedy"): ["x"]}
     lots = [(name, group) for (name, group, *_), said in texts.items() for _ in said]
     said, graded = iter([t for many in texts.values() for t in many]), []
-    rollouts = [Rollout(row={"messages": [{"content": ""}]}, group=group, prompt_ids=[], seed=i) for i, (_, group) in enumerate(lots)]
+    rollouts = [
+        Rollout(row={"messages": [{"content": ""}]}, group=group, prompt_ids=[], seed=i)
+        for i, (_, group) in enumerate(lots)
+    ]
     for i, r in enumerate(rollouts):
         r.sample, r.metric, r.key = i, None, f"k-{i}"
 
     def generate(rollouts, *how, on_finished):
         for r in rollouts:
-            r.text, r.finish_reason, r.completion_ids = next(said), "length" if r.seed == 4 else "stop", [1]
+            r.text, r.finish_reason, r.completion_ids = (
+                next(said),
+                "length" if r.seed == 4 else "stop",
+                [1],
+            )
             on_finished(r)
 
     def collect(rollouts):
@@ -110,12 +147,23 @@ def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict
 
     how = dict(max_new_tokens=1, temperature=1.0, top_p=1.0)
     split = [(rollouts[:4], str(tmp_path / "sampled")), (rollouts[4:], str(tmp_path / "greedy"))]
-    evaluate.complete(type("E", (), {"generate": staticmethod(generate)}), split, how, (lambda r: None, collect), lambda r: r.reward, 0)
+    evaluate.complete(
+        type("E", (), {"generate": staticmethod(generate)}),
+        split,
+        how,
+        (lambda r: None, collect),
+        lambda r: r.reward,
+        0,
+    )
     # cut off is not the same as ended
     assert graded == [(0, "x", "stop"), (0, "y", "stop"), (1, "x", "stop"), (0, "x", "length")]
     assert [r.metric for r in rollouts] == [0.0, 0.0, 1.0, 1.0, 0.0]
-    kept = [json.loads(line) for line in (tmp_path / "sampled.rank0.jsonl").read_text().splitlines()]
-    assert [k["score"] for k in kept] == [0.0, 0.0, 1.0, 1.0] and all(k["status"] == "ok" for k in kept)
+    kept = [
+        json.loads(line) for line in (tmp_path / "sampled.rank0.jsonl").read_text().splitlines()
+    ]
+    assert [k["score"] for k in kept] == [0.0, 0.0, 1.0, 1.0] and all(
+        k["status"] == "ok" for k in kept
+    )
 
 
 def test_samples_of_other_weights_or_settings_are_not_taken_for_these(world, tmp_path):
@@ -125,7 +173,9 @@ def test_samples_of_other_weights_or_settings_are_not_taken_for_these(world, tmp
     before = evaluate.weights_of(folder)
     (folder / "model.safetensors").write_bytes(b"others!!")
     assert evaluate.weights_of(folder) != before
-    (folder / "run.json").write_text(json.dumps({"files": {"model.safetensors": [7, "abc"], "optim_rank0.pt": [1, "x"]}}))
+    (folder / "run.json").write_text(
+        json.dumps({"files": {"model.safetensors": [7, "abc"], "optim_rank0.pt": [1, "x"]}})
+    )
     assert evaluate.weights_of(folder) == [["model.safetensors", [7, "abc"]]]
 
 
@@ -137,7 +187,9 @@ def test_the_interval_by_hand():
     scores = np.random.default_rng(0).random((200, 4)) < 0.3
     mean, low, high = evaluate.interval(scores)
     half = 1.96 * scores.mean(axis=1).std(ddof=1) / 200**0.5
-    print(f"bootstrap half-widths {mean - low:.4f} {high - mean:.4f}, normal theory {half:.4f}, tolerance 10%")
+    print(
+        f"bootstrap half-widths {mean - low:.4f} {high - mean:.4f}, normal theory {half:.4f}, tolerance 10%"
+    )
     assert abs((high - low) / 2 - half) < 0.1 * half
 
 
@@ -149,13 +201,28 @@ def cell(stage, name, percent, n, mode="think"):
     """A result line with the sampling noise of n draws: 1.96 standard errors of a share."""
     p = percent / 100
     half = 1.96 * (p * (1 - p) / n) ** 0.5
-    return {"stage": stage, "task": name, "mode": mode, "decoding": "sampled", "score": p, "low": p - half, "high": p + half,
-            "n": n, "samples": 1, "seed": 0, "split": "test"}
+    return {
+        "stage": stage,
+        "task": name,
+        "mode": mode,
+        "decoding": "sampled",
+        "score": p,
+        "low": p - half,
+        "high": p + half,
+        "n": n,
+        "samples": 1,
+        "seed": 0,
+        "split": "test",
+    }
 
 
 def broken(table, stages=STAGES):
     """(stage, task) of every broken gate of {task: (n, scores after each stage)}."""
-    lines = [cell(s, name, value, n) for name, (n, scores) in table.items() for s, value in zip(stages, scores)]
+    lines = [
+        cell(s, name, value, n)
+        for name, (n, scores) in table.items()
+        for s, value in zip(stages, scores)
+    ]
     cells = {(r["stage"], r["task"], r["mode"], r["decoding"]): r for r in lines}
     found = results.broken_gates(cells, stages)
     print("\n".join(text for _, text in found))
@@ -192,9 +259,13 @@ def test_a_debt_that_is_not_paid_stops_the_stage_that_owed_it():
 def test_a_stage_of_two_parts_pays_by_its_second():
     stages = ("sft", "rlhf", "ifrl1", "ifrl2", "mathrl1")
     assert broken({"ifeval": (4328, (70.8, 50.1, 60.0, 90.0, 90.0))}, stages) == []
-    assert broken({"ifeval": (4328, (70.8, 50.1, 60.0, 60.0, 60.0))}, stages) == [("ifrl2", "ifeval")]
+    assert broken({"ifeval": (4328, (70.8, 50.1, 60.0, 60.0, 60.0))}, stages) == [
+        ("ifrl2", "ifeval")
+    ]
     # nobody paid
-    assert broken({"ifeval": (4328, (70.8, 50.1, 60.0))}, ("sft", "rlhf", "mathrl")) == [("mathrl", "ifeval")]
+    assert broken({"ifeval": (4328, (70.8, 50.1, 60.0))}, ("sft", "rlhf", "mathrl")) == [
+        ("mathrl", "ifeval")
+    ]
 
 
 def test_an_undeclared_loss_stops_and_is_reported_once():
@@ -214,10 +285,25 @@ def test_noise_alone_stops_no_toy_run():
         # the chance to solve each of the 260 problems
         lines, problems = [], np.clip(rng.normal(0.5, 0.3, 260), 0, 1)
         for stage in STAGES:
-            for name, mode in (("chat", "think"), ("if", "think"), ("if", "no_think"), ("math", "think"), ("code", "think"), ("swe", "think")):
-                score, low, high = evaluate.interval(rng.random((260, 4)) < problems[:, None], resamples=100)
-                lines.append(cell(stage, name, 50, 1, mode) | {"score": score, "low": low, "high": high})
-        stopped += bool(results.broken_gates({(r["stage"], r["task"], r["mode"], r["decoding"]): r for r in lines}, STAGES))
+            for name, mode in (
+                ("chat", "think"),
+                ("if", "think"),
+                ("if", "no_think"),
+                ("math", "think"),
+                ("code", "think"),
+                ("swe", "think"),
+            ):
+                score, low, high = evaluate.interval(
+                    rng.random((260, 4)) < problems[:, None], resamples=100
+                )
+                lines.append(
+                    cell(stage, name, 50, 1, mode) | {"score": score, "low": low, "high": high}
+                )
+        stopped += bool(
+            results.broken_gates(
+                {(r["stage"], r["task"], r["mode"], r["decoding"]): r for r in lines}, STAGES
+            )
+        )
     print(f"{stopped} of {runs} runs of pure noise were stopped, at most 5% are tolerated")
     assert stopped <= 0.05 * runs
 
@@ -233,7 +319,12 @@ def test_the_flag_says_it_in_one_sentence_and_ends_with_2(tmp_path):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     code, _, err = run_python("evaluate.py", f"--gates={tmp_path}", check=False)
     print(err)
-    assert code == 2 and len(err.splitlines()) == 1 and "code (think) is at 30.0 after swerl" in err and "KEEP_BEST=1" in err
+    assert (
+        code == 2
+        and len(err.splitlines()) == 1
+        and "code (think) is at 30.0 after swerl" in err
+        and "KEEP_BEST=1" in err
+    )
     code, out, _ = run_python("evaluate.py", f"--gates={tmp_path}", "--stage=coderl", check=False)
     assert code == 0 and "every gate holds" in out
 
@@ -258,20 +349,38 @@ def cascade(tmp_path, **environment):
     )
     (out / "results.jsonl").write_text(json.dumps(cell("mathrl", "math", 91.0, 1040)) + "\n")
     text = (ROOT / "run_cascade.sh").read_text()
-    functions = text[text.index("run() {") : text.index("toy() {")].replace(".venv/bin/python", sys.executable)
+    functions = text[text.index("run() {") : text.index("toy() {")].replace(
+        ".venv/bin/python", sys.executable
+    )
     script = f"set -euo pipefail\nSEED=0 FROM=x TASKS=math,code OUT={out} LAUNCH='{sys.executable} {tmp_path}/launch.py'\n{functions}\nstage coderl coderl\necho went on\n"
-    return out, subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
+    return out, subprocess.run(
+        ["bash", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
 
 
 @pytest.mark.slow
 def test_a_broken_gate_stops_the_cascade_and_keep_best_goes_on_from_the_best_checkpoint(tmp_path):
     out, done = cascade(tmp_path)
-    assert done.returncode == 2 and "went on" not in done.stdout and "gate: math (think) is at 40.0 after coderl" in done.stderr
-    assert not (out / "coderl" / "scored").exists() and pathlib.Path(out / "coderl" / "final").resolve().name == "step_000075"
+    assert (
+        done.returncode == 2
+        and "went on" not in done.stdout
+        and "gate: math (think) is at 40.0 after coderl" in done.stderr
+    )
+    assert (
+        not (out / "coderl" / "scored").exists()
+        and pathlib.Path(out / "coderl" / "final").resolve().name == "step_000075"
+    )
     out, done = cascade(tmp_path, KEEP_BEST="1")
     print(done.stdout, done.stderr)
     assert done.returncode == 0 and "went on" in done.stdout
-    assert pathlib.Path(out / "coderl" / "final").resolve().name == "step_000050" and (out / "coderl" / "scored").exists()
+    assert (
+        pathlib.Path(out / "coderl" / "final").resolve().name == "step_000050"
+        and (out / "coderl" / "scored").exists()
+    )
     # the table holds the checkpoint that goes on
     assert json.loads((out / "results.jsonl").read_text().splitlines()[-2])["score"] == 0.9
     assert (out / "broken_gate").read_text() == ""
@@ -281,7 +390,12 @@ def test_the_best_checkpoint_is_never_pruned(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"step_{step:06d}").mkdir()
     assert checkpoint.best_checkpoint(str(tmp_path)) == ""
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "eval": e}) + "\n" for s, e in ((1, 0.2), (2, 0.9), (4, 0.5), (9, 1.0))))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": s, "eval": e}) + "\n"
+            for s, e in ((1, 0.2), (2, 0.9), (4, 0.5), (9, 1.0))
+        )
+    )
     assert checkpoint.best_checkpoint(str(tmp_path)) == "step_000002"  # step 9 was not saved
 
 
@@ -296,8 +410,19 @@ def test_chat_streams_switches_modes_and_remembers_the_conversation(world, monke
         import time
 
         (r,) = rollouts
-        asked.append((tokenizer.decode(r.prompt_ids, skip_special_tokens=False), max_new_tokens, temperature, top_p))
-        text = f"<think>\nhm\n</think>\nReply {len(asked)}." if "/think<|im_end|>\n<|im_start|>assistant" in asked[-1][0].replace(" ", "") else "Plain \u00e9."
+        asked.append(
+            (
+                tokenizer.decode(r.prompt_ids, skip_special_tokens=False),
+                max_new_tokens,
+                temperature,
+                top_p,
+            )
+        )
+        text = (
+            f"<think>\nhm\n</think>\nReply {len(asked)}."
+            if "/think<|im_end|>\n<|im_start|>assistant" in asked[-1][0].replace(" ", "")
+            else "Plain \u00e9."
+        )
         for token in tokenizer.encode(text).ids:
             r.completion_ids.append(token)
             time.sleep(0.06)
@@ -305,32 +430,62 @@ def test_chat_streams_switches_modes_and_remembers_the_conversation(world, monke
         r.finish_reason, r.text = "stop", text
 
     typed = iter(["Hello", "/no_think", "More", "Once /think", "/new", "Again"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(
+        "builtins.input", lambda prompt: next(typed, None) or (_ for _ in ()).throw(EOFError)
+    )
     model = Qwen3.from_pretrained(world / "base")
-    evaluate.chat(model, type("Engine", (), {"generate": staticmethod(generate)}), tokenizer, evaluate.Config(max_new_tokens=50))
+    evaluate.chat(
+        model,
+        type("Engine", (), {"generate": staticmethod(generate)}),
+        tokenizer,
+        evaluate.Config(max_new_tokens=50),
+    )
     prompts = [prompt for prompt, *_ in asked]
     assert prompts[0].endswith("Hello /think<|im_end|>\n<|im_start|>assistant\n")
-    assert "Hello /no_think" in prompts[1] and "Reply 1." in prompts[1] and "hm" not in prompts[1] and "More /no_think<|im_end|>" in prompts[1]
+    assert (
+        "Hello /no_think" in prompts[1]
+        and "Reply 1." in prompts[1]
+        and "hm" not in prompts[1]
+        and "More /no_think<|im_end|>" in prompts[1]
+    )
     assert "Once /think<|im_end|>" in prompts[2] and "Plain \u00e9." in prompts[2]
     # forgotten; the flag of one turn did not stay
     assert "Hello" not in prompts[3] and "Again /no_think" in prompts[3]
     assert {how for _, *how in map(tuple, asked) for how in [tuple(how)]} == {(50, 0.6, 0.95)}
     shown = "".join(partial) + capsys.readouterr().out
     # piece by piece, nothing twice
-    assert shown.count("Reply 1.") == 1 and shown.count("Plain \u00e9.") == 2 and sum(map(bool, partial)) > 8
+    assert (
+        shown.count("Reply 1.") == 1
+        and shown.count("Plain \u00e9.") == 2
+        and sum(map(bool, partial)) > 8
+    )
 
 
 def test_keep_best_reads_sampled_scores_only(tmp_path):
-    line = lambda step, decoding, score: json.dumps({"stage": step, "task": "math", "mode": "think", "decoding": decoding, "score": score}) + "\n"
+    line = lambda step, decoding, score: (
+        json.dumps(
+            {"stage": step, "task": "math", "mode": "think", "decoding": decoding, "score": score}
+        )
+        + "\n"
+    )
     for step in ("step_000001", "step_000002"):
         (tmp_path / step).mkdir()
-    scores = {("step_000001", "sampled"): 0.9, ("step_000001", "greedy"): 0.1, ("step_000002", "sampled"): 0.5, ("step_000002", "greedy"): 0.8}
-    (tmp_path / "candidates.jsonl").write_text("".join(line(*key, score) for key, score in scores.items()))
+    scores = {
+        ("step_000001", "sampled"): 0.9,
+        ("step_000001", "greedy"): 0.1,
+        ("step_000002", "sampled"): 0.5,
+        ("step_000002", "greedy"): 0.8,
+    }
+    (tmp_path / "candidates.jsonl").write_text(
+        "".join(line(*key, score) for key, score in scores.items())
+    )
     results.keep_best(str(tmp_path))
     assert (tmp_path / "final").readlink() == pathlib.Path("step_000001")
 
 
-def test_every_completion_has_dice_and_a_number_of_its_own_whatever_rank_draws_it(world, monkeypatch):
+def test_every_completion_has_dice_and_a_number_of_its_own_whatever_rank_draws_it(
+    world, monkeypatch
+):
     """3 problems x 4 samples on 2 ranks: dealt one by one, labelled by their place in the protocol."""
     drawn = []
 
@@ -344,4 +499,8 @@ def test_every_completion_has_dice_and_a_number_of_its_own_whatever_rank_draws_i
     for rank in (0, 1):
         with contextlib.suppress(ValueError):  # half of the greedy scores do not make a table
             evaluate.score_task("math", None, load_tokenizer(world / "base"), cfg, rank, 2, 1024)
-    assert sorted((group, sample) for group, sample, _ in drawn) == [(i, j) for i in range(3) for j in range(4)] and len({seed for *_, seed in drawn}) == 12
+    assert (
+        sorted((group, sample) for group, sample, _ in drawn)
+        == [(i, j) for i in range(3) for j in range(4)]
+        and len({seed for *_, seed in drawn}) == 12
+    )

@@ -112,33 +112,77 @@ main()
 """
 
 
-@pytest.mark.parametrize("what, code, sentence", [
-    ("raise ValueError('boom, as expected.\\nAnd details.')", 1, "ValueError: boom, as expected"),
-    ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", 143, "ended by SIGTERM: another rank had ended, or the job was stopped"),
-    ("lock = threading.Lock(); lock.acquire(); lock.acquire()", 1, "not done after 1.5 s (--phase_timeout), now in rollout"),
-    ("print('a line of the log', file=open('/dev/full', 'w'), flush=True)", 2, "the disk is full (OSError: [Errno 28] No space left on device)"),
-    ("sys.exit(4)", 4, ""),
-    ("time.sleep(1)", 0, ""),  # three steps of a second each: the limit is of one
-    # a worker just ends
-    ("child = os.fork() or time.sleep(9); os.kill(child, 15); assert os.waitpid(child, 0)[1] == 15", 0, ""),
-])
+@pytest.mark.parametrize(
+    "what, code, sentence",
+    [
+        (
+            "raise ValueError('boom, as expected.\\nAnd details.')",
+            1,
+            "ValueError: boom, as expected",
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
+            143,
+            "ended by SIGTERM: another rank had ended, or the job was stopped",
+        ),
+        (
+            "lock = threading.Lock(); lock.acquire(); lock.acquire()",
+            1,
+            "not done after 1.5 s (--phase_timeout), now in rollout",
+        ),
+        (
+            "print('a line of the log', file=open('/dev/full', 'w'), flush=True)",
+            2,
+            "the disk is full (OSError: [Errno 28] No space left on device)",
+        ),
+        ("sys.exit(4)", 4, ""),
+        ("time.sleep(1)", 0, ""),  # three steps of a second each: the limit is of one
+        # a worker just ends
+        (
+            "child = os.fork() or time.sleep(9); os.kill(child, 15); assert os.waitpid(child, 0)[1] == 15",
+            0,
+            "",
+        ),
+    ],
+)
 def test_the_guard_says_where_a_process_was(what, code, sentence, tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(GUARDED.replace("ROOT", repr(str(ROOT))).replace("WHAT", what))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "3"})
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "RANK": "3"},
+    )
     said = [line for line in done.stderr.splitlines() if line.startswith("stage.py: ")]
-    assert (done.returncode, said) == (code, [f"stage.py: rank 3, step 7, rollout: {sentence}. {AGAIN}"] if sentence else [])
+    assert (done.returncode, said) == (
+        code,
+        [f"stage.py: rank 3, step 7, rollout: {sentence}. {AGAIN}"] if sentence else [],
+    )
 
 
 def test_check_step_stops_what_is_broken_and_nothing_else(capsys):
     cfg = SimpleNamespace(lr=1.0, max_infra=0.1, engine="torch", top_p=1.0, top_k=0)
     good, state = {"grad_norm": 1.0, "loss": 0.5, "gap": 1e-5, "status/infra": 0.05}, {"skipped": 0}
     nan, inf = float("nan"), float("inf")
-    for metrics_, skipped in ((good, 0), ({"grad_norm": nan, "loss": 1.0}, 1), ({"grad_norm": 1.0, "loss": inf}, 2), (good, 0), (good | {"grad_norm": inf, "gap": nan}, 1)):
+    for metrics_, skipped in (
+        (good, 0),
+        ({"grad_norm": nan, "loss": 1.0}, 1),
+        ({"grad_norm": 1.0, "loss": inf}, 2),
+        (good, 0),
+        (good | {"grad_norm": inf, "gap": nan}, 1),
+    ):
         guard.check_step(3, metrics_, state, cfg)
         assert state["skipped"] == metrics_["skipped"] == skipped
-    for broken, sentence in (({"gap": 0.06}, "step 3, rollout: the sampler's log-probs are 6.0e-02 a token off"), ({"gap": nan}, "nan a token off"),
-                             ({"status/infra": 0.2}, "step 3, rollout: 20.0% of the rewards are infrastructure failures (--max_infra=0.1)")):
+    for broken, sentence in (
+        ({"gap": 0.06}, "step 3, rollout: the sampler's log-probs are 6.0e-02 a token off"),
+        ({"gap": nan}, "nan a token off"),
+        (
+            {"status/infra": 0.2},
+            "step 3, rollout: 20.0% of the rewards are infrastructure failures (--max_infra=0.1)",
+        ),
+    ):
         with pytest.raises(SystemExit):
             guard.check_step(3, good | broken, {"skipped": 0}, cfg)
         assert sentence in capsys.readouterr().err
@@ -160,7 +204,14 @@ def run_drill(folder, world, taught, faults, stage="mathrl", ranks=2, **flags):
     out.mkdir(exist_ok=True)
     script.write_text(DRILL.replace("ROOT", repr(str(ROOT))))
     flags = dict(num_steps=max(faults, default=0) + 2, save_every=1, eval_every=0) | flags
-    code, stdout, stderr = run_python(script, json.dumps(faults), out, *command(stage, world, out, taught, **flags), ranks=ranks, check=False)
+    code, stdout, stderr = run_python(
+        script,
+        json.dumps(faults),
+        out,
+        *command(stage, world, out, taught, **flags),
+        ranks=ranks,
+        check=False,
+    )
     ended = time.time()
     nobody_left(out)
     struck = out / "struck"
@@ -168,16 +219,24 @@ def run_drill(folder, world, taught, faults, stage="mathrl", ranks=2, **flags):
     struck.unlink(missing_ok=True)
     said = [line for line in stderr.splitlines() if line.startswith(f"{stage}.py: ")]
     steps = [m["step"] for m in metrics(out)] if (out / "metrics.jsonl").exists() else []
-    print(f"{stage}, {faults}: code {code}, all gone {seconds:.1f} s after the fault, steps done {steps}", *said, sep="\n  ")
+    print(
+        f"{stage}, {faults}: code {code}, all gone {seconds:.1f} s after the fault, steps done {steps}",
+        *said,
+        sep="\n  ",
+    )
     assert (code == 0) == (not said) or "Timeout (" in stderr, stdout[-1000:] + stderr[-3000:]
-    return SimpleNamespace(code=code, said=said, stdout=stdout, stderr=stderr, seconds=seconds, steps=steps, out=out)
+    return SimpleNamespace(
+        code=code, said=said, stdout=stdout, stderr=stderr, seconds=seconds, steps=steps, out=out
+    )
 
 
 def nobody_left(out):
     """Ranks, verifiers and zygotes of the last rollout; they get three seconds to notice."""
     pids = {int(pid) for file in out.glob("pids_*") for pid in file.read_text().split()}
     deadline = time.time() + 3
-    while (left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]) and time.time() < deadline:
+    while (
+        left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    ) and time.time() < deadline:
         time.sleep(0.05)
     assert pids and not left, f"still there: {left}"
 
@@ -189,11 +248,15 @@ def said_by(run, rank):
 @pytest.mark.slow
 def test_a_rank_that_raises_and_one_that_is_killed_and_a_killed_verifier(drill):
     run = drill({2: "raise"})
-    assert said_by(run, 1) == [f"mathrl.py: rank 1, step 2, rollout: ValueError: a row that nobody expected. {AGAIN}"]
+    assert said_by(run, 1) == [
+        f"mathrl.py: rank 1, step 2, rollout: ValueError: a row that nobody expected. {AGAIN}"
+    ]
     assert "Traceback" in run.stderr and run.steps == [1] and run.seconds < 60
     run = drill({2: "worker", 3: "inf", 4: "KILL"})
     assert "steps 2.." in run.stdout and run.steps == [1, 2, 3] and run.seconds < 60
-    assert run.said[0].startswith(("mathrl.py: rank 0, step 4, summarize: ", "mathrl.py: rank 0, step 4, rollout: ")), "the rank that is left"
+    assert run.said[0].startswith(
+        ("mathrl.py: rank 0, step 4, summarize: ", "mathrl.py: rank 0, step 4, rollout: ")
+    ), "the rank that is left"
     rows = metrics(run.out)
     assert rows[1]["status/timeout"] == rows[1]["status/infra"] == 0, "the verifier that was killed"
     assert [m["skipped"] for m in rows] == [0, 0, 1] and rows[2]["loss"] == float("inf")
@@ -203,22 +266,31 @@ def test_a_rank_that_raises_and_one_that_is_killed_and_a_killed_verifier(drill):
 def test_an_engine_that_missed_an_update_stops_the_run(drill):
     run = drill({2: "garbage"})
     (culprit,) = said_by(run, 1)
-    assert culprit.startswith("mathrl.py: rank 1, step 2, sync: RuntimeError: weight sync 2: the engine's log-probs are ") and run.steps == [1]
+    assert culprit.startswith(
+        "mathrl.py: rank 1, step 2, sync: RuntimeError: weight sync 2: the engine's log-probs are "
+    ) and run.steps == [1]
     again = drill({}, num_steps=3)
     assert "steps 2..3" in again.stdout and again.steps == [1, 2, 3]
 
 
 @pytest.mark.exhaustive
 def test_hung_ranks_and_rewards_end_and_say_where(drill):
-    for step, (fault, expected) in enumerate({
-        "hung reward": "rank 1, step 2, rollout: not done after 20 s (--phase_timeout), now in collect",
-        "hung rank": "rank 1, step 3, train_step: not done after 20 s (--phase_timeout), now in train_step",
-        "STOP": "rank 0, step 4, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
-        "stuck in C": "rank 0, step 5, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
-        "cancel": "rank 1, step 6, rollout: ended by SIGTERM",
-    }.items(), 2):
+    for step, (fault, expected) in enumerate(
+        {
+            "hung reward": "rank 1, step 2, rollout: not done after 20 s (--phase_timeout), now in collect",
+            "hung rank": "rank 1, step 3, train_step: not done after 20 s (--phase_timeout), now in train_step",
+            "STOP": "rank 0, step 4, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
+            "stuck in C": "rank 0, step 5, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
+            "cancel": "rank 1, step 6, rollout: ended by SIGTERM",
+        }.items(),
+        2,
+    ):
         run = drill({step: fault}, phase_timeout=20)
-        assert any(expected in line for line in run.said) and run.steps == list(range(1, step)) and run.seconds < 90
+        assert (
+            any(expected in line for line in run.said)
+            and run.steps == list(range(1, step))
+            and run.seconds < 90
+        )
     assert drill({}, num_steps=7).steps == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -226,7 +298,10 @@ def test_hung_ranks_and_rewards_end_and_say_where(drill):
 def test_three_steps_without_a_finite_gradient_are_enough(drill):
     run = drill({2: "nan", 3: "inf", 5: "nan", 6: "nan", 7: "nan"})
     assert run.code and [m["skipped"] for m in metrics(run.out)] == [0, 1, 2, 0, 1, 2]
-    assert "step 7, train_step: loss (nan) or gradient (nan) was not finite three times in a row" in run.said[0]
+    assert (
+        "step 7, train_step: loss (nan) or gradient (nan) was not finite three times in a row"
+        in run.said[0]
+    )
     again = drill({}, num_steps=8)
     assert "steps 7..8" in again.stdout and again.steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -235,8 +310,14 @@ def test_three_steps_without_a_finite_gradient_are_enough(drill):
 def test_code_rl_outlives_its_zygote_and_one_process_ends_alike(drill):
     run = drill({2: "worker"}, stage="coderl")
     assert run.code == 0 and [m["status/infra"] for m in metrics(run.out)] == [0] * 4
-    assert drill({2: "raise"}, ranks=1).said == [f"mathrl.py: rank 0, step 2, rollout: ValueError: a row that nobody expected. {AGAIN}"]
+    assert drill({2: "raise"}, ranks=1).said == [
+        f"mathrl.py: rank 0, step 2, rollout: ValueError: a row that nobody expected. {AGAIN}"
+    ]
     run = drill({3: "hung reward"}, ranks=1, phase_timeout=20)
-    assert [line.partition(" (")[0] for line in run.said] == ["mathrl.py: rank 0, step 3, rollout: not done after 20 s"]
+    assert [line.partition(" (")[0] for line in run.said] == [
+        "mathrl.py: rank 0, step 3, rollout: not done after 20 s"
+    ]
     run = drill({4: "stuck in C"}, ranks=1, phase_timeout=10)
-    assert run.code and "Timeout (0:00:40)!" in run.stderr and "in rollout" in run.stderr, "no sentence here: Python cannot run, but C prints the stack"
+    assert run.code and "Timeout (0:00:40)!" in run.stderr and "in rollout" in run.stderr, (
+        "no sentence here: Python cannot run, but C prints the stack"
+    )

@@ -34,9 +34,20 @@ def config(**changes):
     return mathrl.Config(**{**CFG, **changes})
 
 
-def rollout(reward, group=0, status="ok", finish_reason="stop", prompt=(5, 6), completion=(7, STOP)):
-    return Rollout(row={"messages": [], "think": False}, group=group, prompt_ids=list(prompt), seed=0, completion_ids=list(completion),
-                   sampler_logprobs=[0.0] * len(completion), finish_reason=finish_reason, reward=reward, status=status)
+def rollout(
+    reward, group=0, status="ok", finish_reason="stop", prompt=(5, 6), completion=(7, STOP)
+):
+    return Rollout(
+        row={"messages": [], "think": False},
+        group=group,
+        prompt_ids=list(prompt),
+        seed=0,
+        completion_ids=list(completion),
+        sampler_logprobs=[0.0] * len(completion),
+        finish_reason=finish_reason,
+        reward=reward,
+        status=status,
+    )
 
 
 def advantages(rollouts, **changes):
@@ -51,7 +62,9 @@ def test_advantages_by_hand():
     assert advantages([rollout(r) for r in (1.0, 0.0, 0.0, 0.0)]) == [1.5, -0.5, -0.5, -0.5]
     # two groups do not see each other; mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 1.6667,
     # std 1.291
-    two = [rollout(r) for r in (1.0, 0.0, 0.0, 0.0)] + [rollout(r, group=1) for r in (1.0, 2.0, 3.0, 4.0)]
+    two = [rollout(r) for r in (1.0, 0.0, 0.0, 0.0)] + [
+        rollout(r, group=1) for r in (1.0, 2.0, 3.0, 4.0)
+    ]
     assert advantages(two) == [1.5, -0.5, -0.5, -0.5, -1.1619, -0.3873, 0.3873, 1.1619]
 
 
@@ -87,7 +100,9 @@ def test_a_group_of_which_one_rollout_is_left_teaches_nothing():
 
 def test_a_missing_reward_is_an_error_not_a_zero():
     with pytest.raises(AssertionError, match="reward nan"):
-        advantages([rollout(1.0), rollout(0.0), rollout(float("nan"), status="wrong"), rollout(0.0)])
+        advantages(
+            [rollout(1.0), rollout(0.0), rollout(float("nan"), status="wrong"), rollout(0.0)]
+        )
 
 
 def test_torn_groups_are_refused():
@@ -97,7 +112,10 @@ def test_torn_groups_are_refused():
 
 # ---- 2. The packed batch: flat tokens, offsets, and the positions of completion tokens -----------
 def test_a_packed_batch_by_hand():
-    a, b = rollout(1, prompt=(5, 6), completion=(7, STOP)), rollout(0, prompt=(8,), completion=(9, 10, 11))
+    a, b = (
+        rollout(1, prompt=(5, 6), completion=(7, STOP)),
+        rollout(0, prompt=(8,), completion=(9, 10, 11)),
+    )
     a.advantage, b.advantage = 1.5, -0.5
     a.sampler_logprobs, b.sampler_logprobs = [-1.0, -2.0], [-3.0, -4.0, -5.0]
     batch = mathrl.pack_rollouts([a, b], "cpu")
@@ -123,11 +141,16 @@ def test_shared_prefixes_by_hand_and_against_a_dictionary_of_all_prefixes():
             continue
         first_U, copy_T = shared
         assert len(first_U) == len(set(pasts)), "each past once"
-        assert [pasts[i] for i in first_U[copy_T].tolist()] == pasts, "and every token finds its own"
+        assert [pasts[i] for i in first_U[copy_T].tolist()] == pasts, (
+            "and every token finds its own"
+        )
 
 
 def test_micro_batches_hold_every_sequence_with_a_gradient_once_and_stay_in_their_budget():
-    rollouts = [rollout(0, group=n, prompt=range(3, 3 + n % 5 + 1), completion=range(10, 11 + n % 7)) for n in range(40)]
+    rollouts = [
+        rollout(0, group=n, prompt=range(3, 3 + n % 5 + 1), completion=range(10, 11 + n % 7))
+        for n in range(40)
+    ]
     for n, r in enumerate(rollouts):
         r.advantage = (n % 3 - 1.0) * (n + 1)  # every third is 0
     batches = mathrl.collate(rollouts, config(micro_batch_tokens=30), "cpu")
@@ -138,34 +161,54 @@ def test_micro_batches_hold_every_sequence_with_a_gradient_once_and_stay_in_thei
 
 
 def test_samples_of_a_prompt_share_a_micro_batch():
-    rollouts = [rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 11 + (3 * g + n) % 7)) for n in range(4) for g in range(5)]
+    rollouts = [
+        rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 11 + (3 * g + n) % 7))
+        for n in range(4)
+        for g in range(5)
+    ]
     for r in rollouts:
         r.advantage = 1.0
     batches = mathrl.collate(rollouts, config(micro_batch_tokens=80), "cpu")
     groups = [b["input_ids_T"][b["cu_seqlens"][:-1].long()].tolist() for b in batches]
-    assert [len(set(part)) for part in groups] == [len([k for k, _ in itertools.groupby(part)]) for part in groups], "a group is not spread"
-    assert sum(len(set(part)) for part in groups) <= 5 + len(batches) - 1, "and cut at most where a micro-batch ends"
+    assert [len(set(part)) for part in groups] == [
+        len([k for k, _ in itertools.groupby(part)]) for part in groups
+    ], "a group is not spread"
+    assert sum(len(set(part)) for part in groups) <= 5 + len(batches) - 1, (
+        "and cut at most where a micro-batch ends"
+    )
 
 
 def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
     rollouts = [rollout(1, completion=range(50)), rollout(0)]
     rollouts[0].advantage, rollouts[1].advantage = 1.0, -1.0
-    assert [len(b["input_ids_T"]) for b in mathrl.collate(rollouts, config(micro_batch_tokens=10), "cpu")] == [52, 4]
+    assert [
+        len(b["input_ids_T"])
+        for b in mathrl.collate(rollouts, config(micro_batch_tokens=10), "cpu")
+    ] == [52, 4]
 
 
 # ---- 3. The loss: -sum over completion tokens of min(ratio A, clip(ratio) A), over the tokens of the whole step ----
 def token_batch(advantage_of_tokens):
     """One sequence: a prompt token, then one completion token per advantage."""
     T = 1 + len(advantage_of_tokens)
-    return {"cu_seqlens": torch.tensor([0, T], dtype=torch.int32), "loss_index": torch.arange(1, T),
-            "advantages_T": torch.tensor([0.0, *advantage_of_tokens])}
+    return {
+        "cu_seqlens": torch.tensor([0, T], dtype=torch.int32),
+        "loss_index": torch.arange(1, T),
+        "advantages_T": torch.tensor([0.0, *advantage_of_tokens]),
+    }
 
 
 def loss_and_grad(ratios, advantage_of_tokens, tokens, stage=mathrl, cfg=None):
     old_T = torch.tensor([0.0] + [-1.0] * len(ratios))
     logprobs_T = (old_T + torch.tensor([1.0, *ratios]).log()).requires_grad_()
     counts = {"tokens": tokens, "sequences": 1}
-    loss = stage.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=old_T, batch=token_batch(advantage_of_tokens), counts=counts, cfg=cfg or config())
+    loss = stage.grpo_loss(
+        logprobs_T=logprobs_T,
+        old_logprobs_T=old_T,
+        batch=token_batch(advantage_of_tokens),
+        counts=counts,
+        cfg=cfg or config(),
+    )
     loss.backward()
     return loss.item(), logprobs_T.grad.tolist()
 
@@ -173,17 +216,22 @@ def loss_and_grad(ratios, advantage_of_tokens, tokens, stage=mathrl, cfg=None):
 def test_loss_by_hand_on_three_tokens():
     # ratios 1.1, 0.9, 1.0 and advantage 2: -(2.2 + 1.8 + 2.0) / 3 = -2; d ratio / d logprob = ratio
     loss, grad = loss_and_grad([1.1, 0.9, 1.0], [2.0, 2.0, 2.0], tokens=3)
-    assert loss == pytest.approx(-2.0) and grad == pytest.approx([0.0, -2.2 / 3, -1.8 / 3, -2.0 / 3])
+    assert loss == pytest.approx(-2.0) and grad == pytest.approx(
+        [0.0, -2.2 / 3, -1.8 / 3, -2.0 / 3]
+    )
     # the same three tokens in a step of 30: a tenth, though this micro-batch holds only three
     assert loss_and_grad([1.1, 0.9, 1.0], [2.0, 2.0, 2.0], tokens=30)[0] == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, grad", [
-    (1.5, +1.0, -1.2, 0.0),  # good and already likelier: no further push
-    (0.5, +1.0, -0.5, -0.5),  # good but less likely: pushed back up
-    (1.5, -1.0, 1.5, 1.5),  # bad and likelier: pushed down, however far it is
-    (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: left alone
-])
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, grad",
+    [
+        (1.5, +1.0, -1.2, 0.0),  # good and already likelier: no further push
+        (0.5, +1.0, -0.5, -0.5),  # good but less likely: pushed back up
+        (1.5, -1.0, 1.5, 1.5),  # bad and likelier: pushed down, however far it is
+        (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: left alone
+    ],
+)
 def test_clip_binds_on_the_right_side_for_both_signs(ratio, advantage, loss, grad):
     got = loss_and_grad([ratio], [advantage], tokens=1)
     assert got[0] == pytest.approx(loss) and got[1] == pytest.approx([0.0, grad])
@@ -192,7 +240,13 @@ def test_clip_binds_on_the_right_side_for_both_signs(ratio, advantage, loss, gra
 def test_on_policy_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():
     logprobs_T = torch.randn(9).requires_grad_()
     batch = token_batch([0.7] * 5 + [-1.3] * 3)
-    loss = mathrl.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts={"tokens": 8}, cfg=config())
+    loss = mathrl.grpo_loss(
+        logprobs_T=logprobs_T,
+        old_logprobs_T=logprobs_T.detach(),
+        batch=batch,
+        counts={"tokens": 8},
+        cfg=config(),
+    )
     loss.backward()
     assert loss.item() == (-(batch["advantages_T"][1:].sum()) / 8).item()
     assert logprobs_T.grad.tolist() == (-batch["advantages_T"] / 8).tolist()
@@ -204,7 +258,13 @@ def test_only_completion_tokens_get_gradient_and_the_stop_token_is_one_of_them()
     a.advantage, b.advantage = 1.0, -1.0
     batch = mathrl.pack_rollouts([a, b], "cpu")
     logprobs_T = torch.full((8,), -1.0).requires_grad_()
-    mathrl.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts={"tokens": 4}, cfg=config()).backward()
+    mathrl.grpo_loss(
+        logprobs_T=logprobs_T,
+        old_logprobs_T=logprobs_T.detach(),
+        batch=batch,
+        counts={"tokens": 4},
+        cfg=config(),
+    ).backward()
     # a: p p 7 9 stop    b: p p stop
     assert logprobs_T.grad.tolist() == [0, 0, -0.25, -0.25, -0.25, 0, 0, 0.25]
 
@@ -220,7 +280,11 @@ def random_step(seed=0, groups=5, G=4):
         prompt = ids(number(2, 9))
         for n in range(G):
             completion = ids(number(1, 12)) + [STOP]
-            rollouts.append(rollout(float(number(0, 2)) if g else 1.0, group=g, prompt=prompt, completion=completion))
+            rollouts.append(
+                rollout(
+                    float(number(0, 2)) if g else 1.0, group=g, prompt=prompt, completion=completion
+                )
+            )
             rollouts[-1].sampler_logprobs = [-1.0] * len(completion)
     rollouts[6].finish_reason, rollouts[11].finish_reason = "length", "length"
     rollouts[13].reward, rollouts[13].status = float("nan"), "infra"
@@ -235,7 +299,9 @@ def gradient(rollouts, stage=mathrl, model=None, **changes):
     cfg = stage.Config(**{**CFG, "grad_clip": 1e9, **changes})
     stage.compute_advantages(rollouts, cfg)
     optimizer, grads = torch.optim.SGD(model.parameters(), lr=0.0), {}
-    optimizer.register_step_pre_hook(lambda *_: grads.update({n: p.grad.clone() for n, p in model.named_parameters()}))
+    optimizer.register_step_pre_hook(
+        lambda *_: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    )
     metrics = stage.train_step(model, optimizer, rollouts, cfg, torch.device("cpu"), world=1)
     return grads, metrics
 
@@ -248,7 +314,9 @@ def distance(a, b):
 
 def literal_twin(model, rollouts, cfg):
     """Paper eq. 1 and 6.3 word for word: padded float64 forward of transformers, Python loops over groups and tokens."""
-    kept = lambda r: r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+    kept = lambda r: (
+        r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+    )
     longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
     loss, num_tokens = 0.0, 0
     for group in sorted({r.group for r in rollouts}):
@@ -273,11 +341,17 @@ def literal_twin(model, rollouts, cfg):
 def test_loss_and_gradient_equal_the_literal_formula(tied, overlong_filter, tmp_path):
     model, rollouts = make_tiny(tie_word_embeddings=tied), random_step()
     model.save_pretrained(tmp_path)
-    twin = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager")
+    twin = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="eager"
+    )
     grads, metrics = gradient(rollouts, model=model, overlong_filter=overlong_filter)
-    expected, loss, num_tokens = literal_twin(twin, rollouts, config(overlong_filter=overlong_filter))
+    expected, loss, num_tokens = literal_twin(
+        twin, rollouts, config(overlong_filter=overlong_filter)
+    )
     error = distance(expected, {n: g.double() for n, g in grads.items()})
-    print(f"gradient against the formula in float64: relative error {error:.1e}, tolerance 1e-05; loss {metrics['loss']:.6f} against {loss:.6f}")
+    print(
+        f"gradient against the formula in float64: relative error {error:.1e}, tolerance 1e-05; loss {metrics['loss']:.6f} against {loss:.6f}"
+    )
     assert error < 1e-5 and grads.keys() == expected.keys()
     assert metrics["num_tokens"] == num_tokens and abs(metrics["loss"] - loss) < 1e-6
 
@@ -287,7 +361,9 @@ def test_gradient_does_not_depend_on_micro_batch_tokens():
     for micro_batch_tokens in (1, 25, 60):
         grads, again = gradient(random_step(), micro_batch_tokens=micro_batch_tokens)
         error = distance(reference, grads)
-        print(f"micro-batches of {micro_batch_tokens} tokens: relative difference {error:.1e}, tolerance 1e-05")
+        print(
+            f"micro-batches of {micro_batch_tokens} tokens: relative difference {error:.1e}, tolerance 1e-05"
+        )
         assert error < 1e-5
         assert again == pytest.approx(metrics, rel=1e-5), "no metric may depend on it either"
 
@@ -308,8 +384,13 @@ def test_a_mean_per_micro_batch_would_fail_the_tests_above():
     """The usual wrong denominator, so that the tolerance above is known to mean something."""
     original = mathrl.grpo_loss
     try:
-        mathrl.grpo_loss = lambda **kw: original(**{**kw, "counts": {"tokens": len(kw["batch"]["loss_index"])}})
-        error = distance(gradient(random_step(), micro_batch_tokens=10**6)[0], gradient(random_step(), micro_batch_tokens=25)[0])
+        mathrl.grpo_loss = lambda **kw: original(
+            **{**kw, "counts": {"tokens": len(kw["batch"]["loss_index"])}}
+        )
+        error = distance(
+            gradient(random_step(), micro_batch_tokens=10**6)[0],
+            gradient(random_step(), micro_batch_tokens=25)[0],
+        )
     finally:
         mathrl.grpo_loss = original
     print(f"per-micro-batch means: relative difference {error:.1e}")
@@ -326,7 +407,9 @@ def test_a_step_without_any_signal_changes_nothing():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
     metrics = mathrl.train_step(model, optimizer, rollouts, cfg, torch.device("cpu"), world=1)
     assert metrics["grad_norm"] == 0 and metrics["num_tokens"] == 16
-    assert all(torch.equal(before[n], p) for n, p in model.named_parameters()) and not optimizer.state
+    assert (
+        all(torch.equal(before[n], p) for n, p in model.named_parameters()) and not optimizer.state
+    )
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied():
@@ -341,13 +424,26 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
 
 
 def test_one_update_makes_good_completions_likelier_and_bad_ones_less_likely():
-    model, rollouts, cfg = make_tiny(), random_step(), config(micro_batch_tokens=10**6, grad_clip=1.0)
+    model, rollouts, cfg = (
+        make_tiny(),
+        random_step(),
+        config(micro_batch_tokens=10**6, grad_clip=1.0),
+    )
     mathrl.compute_advantages(rollouts, cfg)
     batch = mathrl.collate(rollouts, cfg, "cpu")[0]
     packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
-    score = lambda: (model(*packed, temperature=cfg.temperature)[0] * batch["advantages_T"]).sum().item()
+    score = lambda: (
+        (model(*packed, temperature=cfg.temperature)[0] * batch["advantages_T"]).sum().item()
+    )
     before = score()
-    mathrl.train_step(model, torch.optim.SGD(model.parameters(), lr=0.05), rollouts, cfg, torch.device("cpu"), world=1)
+    mathrl.train_step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.05),
+        rollouts,
+        cfg,
+        torch.device("cpu"),
+        world=1,
+    )
     assert score() > before
 
 
@@ -358,7 +454,10 @@ def fresh_state():
 
 def test_every_epoch_is_a_permutation_of_the_rows():
     rows, state, cfg = [{} for _ in range(12)], fresh_state(), config(prompts_per_step=4)
-    epochs = [sum((mathrl.next_prompts(rows, state, cfg, mathrl.select_rows) for _ in range(3)), []) for _ in range(2)]
+    epochs = [
+        sum((mathrl.next_prompts(rows, state, cfg, mathrl.select_rows) for _ in range(3)), [])
+        for _ in range(2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
 
 
@@ -376,19 +475,30 @@ def test_next_prompts_goes_on_from_a_state_that_was_saved_as_json():
 
 def test_the_epoch_filter_drops_solved_and_hopeless_problems_and_lets_some_return():
     """Paper 4.5.2, through next_prompts: rows 0-9 always solved, 10-19 never, the others sometimes."""
-    rows, cfg = [{} for _ in range(30)], config(prompts_per_step=10, readmit_easy=0.0, readmit_hard=0.0)
+    rows, cfg = (
+        [{} for _ in range(30)],
+        config(prompts_per_step=10, readmit_easy=0.0, readmit_hard=0.0),
+    )
     state = fresh_state()
     first = sum((mathrl.next_prompts(rows, state, cfg, mathrl.select_rows) for _ in range(3)), [])
     assert sorted(first) == list(range(30))
     state["history"] = {str(i): [4 if i < 10 else 0 if i < 20 else 2, 4] for i in range(30)}
     assert sorted(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)) == list(range(20, 30))
-    state, cfg = fresh_state() | {"history": state["history"], "epoch": 1}, config(prompts_per_step=20, readmit_easy=0.0, readmit_hard=1.0)
+    state, cfg = (
+        fresh_state() | {"history": state["history"], "epoch": 1},
+        config(prompts_per_step=20, readmit_easy=0.0, readmit_hard=1.0),
+    )
     assert sorted(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)) == list(range(10, 30))
 
 
 def test_what_the_epoch_filter_counts():
     """Per row, correct and sampled; truncated rollouts under the overlong filter are no evidence of difficulty."""
-    rollouts = [rollout(1.0), rollout(0.0, status="wrong"), rollout(0.0, status="no_answer", finish_reason="length"), rollout(1.0)]
+    rollouts = [
+        rollout(1.0),
+        rollout(0.0, status="wrong"),
+        rollout(0.0, status="no_answer", finish_reason="length"),
+        rollout(1.0),
+    ]
     for r in rollouts:
         r.row = {"index": 7, "messages": []}
     mathrl.compute_advantages(rollouts, config())
@@ -404,7 +514,12 @@ class TableEngine:
     def generate(self, rollouts, max_new_tokens, temperature, top_p, top_k, on_finished):
         self.asked.append([r.row["index"] for r in rollouts[::4]])
         for r in rollouts:
-            r.completion_ids, r.sampler_logprobs, r.finish_reason, r.text = [STOP], [0.0], "stop", ""
+            r.completion_ids, r.sampler_logprobs, r.finish_reason, r.text = (
+                [STOP],
+                [0.0],
+                "stop",
+                "",
+            )
             on_finished(r)
 
     def collect(self, rollouts):
@@ -417,8 +532,12 @@ def roll(rewards, num_rows=20, indices=(0, 1, 2, 3), rank=0, world=1, **changes)
     engine, submitted = TableEngine(rewards), []
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
     hook = (submitted.append, engine.collect)
-    trained, sampled = mathrl.rollout(engine, rows, list(indices), 1, config(**changes), hook, rank, world)
-    assert len(submitted) == 4 * sum(map(len, engine.asked)), "every finished completion goes to the verifier at once"
+    trained, sampled = mathrl.rollout(
+        engine, rows, list(indices), 1, config(**changes), hook, rank, world
+    )
+    assert len(submitted) == 4 * sum(map(len, engine.asked)), (
+        "every finished completion goes to the verifier at once"
+    )
     return trained, sampled, engine
 
 
@@ -433,7 +552,11 @@ def test_without_refill_every_group_is_trained_on():
 def test_refill_keeps_uneven_groups_only_and_asks_for_as_many_as_are_missing():
     trained, sampled, engine = roll(lambda i: FLAT if i < 2 else UNEVEN, max_refill_rounds=4)
     assert len(engine.asked[0]) == 4 and [r.row["index"] for r in sampled[::4]] == [0, 1, 2, 3]
-    assert len(trained) == 16 and {r.row["index"] for r in trained} >= {2, 3} and all(r.row["index"] >= 2 for r in trained)
+    assert (
+        len(trained) == 16
+        and {r.row["index"] for r in trained} >= {2, 3}
+        and all(r.row["index"] >= 2 for r in trained)
+    )
     assert len(engine.asked[1]) == 2, "two groups were missing"
     assert len({r.group for r in trained}) == 4, "fresh groups have numbers of their own"
     assert len({r.seed for r in trained}) == 16
@@ -442,27 +565,49 @@ def test_refill_keeps_uneven_groups_only_and_asks_for_as_many_as_are_missing():
 def test_refill_is_bounded_by_its_rounds_and_by_the_rows_there_are():
     uneven_once = lambda i: UNEVEN if i == 0 else FLAT
     trained, _, engine = roll(uneven_once, max_refill_rounds=3, num_rows=1000)
-    assert len(engine.asked) == 4 and {r.row["index"] for r in trained} == {0}, "one group is left: the step is smaller, not infinite"
+    assert len(engine.asked) == 4 and {r.row["index"] for r in trained} == {0}, (
+        "one group is left: the step is smaller, not infinite"
+    )
     _, _, engine = roll(uneven_once, max_refill_rounds=99, num_rows=12)
     assert sum(map(len, engine.asked[1:])) <= 12
 
 
 def test_when_no_group_is_uneven_one_untrained_rollout_stands_for_the_step():
     trained, sampled, _ = roll(lambda i: FLAT, max_refill_rounds=2)
-    assert len(sampled) == 16 and len(trained) == 1 and not trained[0].trained and not trained[0].advantage
+    assert (
+        len(sampled) == 16
+        and len(trained) == 1
+        and not trained[0].trained
+        and not trained[0].advantage
+    )
 
 
 def test_ranks_share_prompts_out_and_never_refill_with_the_same_ones():
-    engines = [roll(lambda i: FLAT if i < 4 else UNEVEN, num_rows=40, rank=rank, world=2, max_refill_rounds=2)[2] for rank in (0, 1)]
+    engines = [
+        roll(
+            lambda i: FLAT if i < 4 else UNEVEN,
+            num_rows=40,
+            rank=rank,
+            world=2,
+            max_refill_rounds=2,
+        )[2]
+        for rank in (0, 1)
+    ]
     assert engines[0].asked[0] == [0, 2] and engines[1].asked[0] == [1, 3]
     assert not set(sum(engines[0].asked[1:], [])) & set(sum(engines[1].asked[1:], []))
 
 
 def test_summary_by_hand():
-    rollouts = [rollout(1.0, completion=(7, STOP)), rollout(0.0, status="wrong", completion=(7,), finish_reason="length"),
-                rollout(float("nan"), status="infra"), rollout(0.0, status="no_answer")]
+    rollouts = [
+        rollout(1.0, completion=(7, STOP)),
+        rollout(0.0, status="wrong", completion=(7,), finish_reason="length"),
+        rollout(float("nan"), status="infra"),
+        rollout(0.0, status="no_answer"),
+    ]
     rollouts += [rollout(1.0, group=1) for _ in range(4)]
-    for r, (think, text, verify_s) in zip(rollouts, ((True, "a", 0.5), (True, "</think>b", 0.25), (True, "", 0.25)), strict=False):
+    for r, (think, text, verify_s) in zip(
+        rollouts, ((True, "a", 0.5), (True, "</think>b", 0.25), (True, "", 0.25)), strict=False
+    ):
         r.row, r.text, r.verify_s = {**r.row, "think": think}, text, verify_s
     summary = summarize(rollouts, mathrl.monitor(rollouts))
     assert summary["reward"] == pytest.approx(5 / 7), "of the seven that have a reward"
@@ -476,22 +621,47 @@ def test_summary_by_hand():
 LOGGED = {
     mathrl: {"box", "two_boxes", "box_wrong"},
     coderl: {"wrong", "timeout", "crash", "no_answer", "language", "passed"},
-    swerl: {reason.replace(" ", "_") for reason in swerl.REASONS} | {"other", "p_yes", "p_yes_or_no"},
-    ifrl: {"under_20_words"} | {f"{what}/{name}" for what in ("given", "followed") for name in constraints.CHECKS},
+    swerl: {reason.replace(" ", "_") for reason in swerl.REASONS}
+    | {"other", "p_yes", "p_yes_or_no"},
+    ifrl: {"under_20_words"}
+    | {f"{what}/{name}" for what in ("given", "followed") for name in constraints.CHECKS},
     rlhf: {"rm_score", "rm_std", "rm_group_std"},
 }
-EVERYWHERE = {"reward", "flat", "trunc", "unclosed", "len", "time/verifiers", "status/infra", "status/timeout", "status/language", "status/no_answer"}
+EVERYWHERE = {
+    "reward",
+    "flat",
+    "trunc",
+    "unclosed",
+    "len",
+    "time/verifiers",
+    "status/infra",
+    "status/timeout",
+    "status/language",
+    "status/no_answer",
+}
 
 
 @pytest.mark.parametrize("stage", LOGGED, ids=lambda stage: stage.__name__)
 def test_every_step_logs_what_shows_a_broken_or_a_farmed_verifier(stage):
     rollouts = [rollout(1.0), rollout(0.0, status="wrong")]
     for r in rollouts:
-        r.row, r.text = {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]}, "<think>x</think>y"
-        r.followed, r.passed, r.reason, r.score, r.batch_mean, r.batch_std = [True], 1.0, "exact", 1.0, 1.0, 0.0
+        r.row, r.text = (
+            {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]},
+            "<think>x</think>y",
+        )
+        r.followed, r.passed, r.reason, r.score, r.batch_mean, r.batch_std = (
+            [True],
+            1.0,
+            "exact",
+            1.0,
+            1.0,
+            0.0,
+        )
     logged = summarize(rollouts, stage.monitor(rollouts))
     assert {name for name in logged if not name.startswith("reward/")} >= EVERYWHERE
-    assert {name.removeprefix("reward/") for name in logged if name.startswith("reward/")} == LOGGED[stage]
+    assert {
+        name.removeprefix("reward/") for name in logged if name.startswith("reward/")
+    } == LOGGED[stage]
 
 
 def test_rlhf_logs_the_reward_model_s_mean_and_spreads(monkeypatch):
@@ -499,7 +669,9 @@ def test_rlhf_logs_the_reward_model_s_mean_and_spreads(monkeypatch):
     collect = table_reward(monkeypatch, {"a": 1.0, "b": 3.0, "c": 5.0, "lost": None})
     rollouts = replies(["a", "b"]) + replies(["c", "c", "lost"], group=1)
     collect(rollouts)
-    assert rlhf.monitor(rollouts) == pytest.approx({"rm_score": 3.5, "rm_std": math.sqrt(2.75), "rm_group_std": 0.5})
+    assert rlhf.monitor(rollouts) == pytest.approx(
+        {"rm_score": 3.5, "rm_std": math.sqrt(2.75), "rm_group_std": 0.5}
+    )
     lost = replies(["lost"])
     collect(lost)
     assert rlhf.monitor(lost) == {"rm_score": 0.0, "rm_std": 0.0, "rm_group_std": 0.0}
@@ -509,10 +681,18 @@ def test_importance_weights_by_hand():
     """Sampler log-probs -1, -1.2, -2 against -1 in the trainer: weights 1, e^0.2 and 0, because e^1 is over the limit of 2."""
     for stage in (mathrl, rlhf):
         old_T = torch.tensor([0.0, -1.0, -1.0, -1.0])
-        batch = token_batch([2.0, -1.0, 1.0]) | {"sampler_logprobs_T": torch.tensor([0.0, -1.0, -1.2, -2.0])}
+        batch = token_batch([2.0, -1.0, 1.0]) | {
+            "sampler_logprobs_T": torch.tensor([0.0, -1.0, -1.2, -2.0])
+        }
         cfg = stage.Config(**{**CFG, "importance_limit": 2.0})
         logprobs_T = old_T.clone().requires_grad_()
-        loss = stage.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=old_T, batch=batch, counts={"tokens": 3, "sequences": 1}, cfg=cfg)
+        loss = stage.grpo_loss(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=old_T,
+            batch=batch,
+            counts={"tokens": 3, "sequences": 1},
+            cfg=cfg,
+        )
         loss.backward()
         assert loss.item() == pytest.approx(-(2.0 - math.exp(0.2)) / 3)
         assert logprobs_T.grad.tolist() == pytest.approx([0.0, -2 / 3, math.exp(0.2) / 3, 0.0])
@@ -525,16 +705,27 @@ def rlhf_config(**changes):
 
 def test_without_stabilisers_rlhf_has_the_loss_of_the_other_stages():
     for ratio, advantage in ((1.5, 1.0), (0.5, 1.0), (1.5, -1.0), (0.5, -1.0)):
-        assert loss_and_grad([ratio, 1.0], [advantage, 0.3], 2, rlhf, rlhf_config()) == loss_and_grad([ratio, 1.0], [advantage, 0.3], 2)
+        assert loss_and_grad(
+            [ratio, 1.0], [advantage, 0.3], 2, rlhf, rlhf_config()
+        ) == loss_and_grad([ratio, 1.0], [advantage, 0.3], 2)
 
 
 def test_sequence_level_weights_by_hand():
     """Completions of 1 and 3 tokens in one pack: weights 1/1 and 1/3, over 5 sequences of all ranks and micro-batches."""
-    a, b = rollout(1, prompt=(5, 6), completion=(STOP,)), rollout(0, prompt=(8,), completion=(9, 10, STOP))
+    a, b = (
+        rollout(1, prompt=(5, 6), completion=(STOP,)),
+        rollout(0, prompt=(8,), completion=(9, 10, STOP)),
+    )
     a.advantage, b.advantage = 1.5, -0.5
     batch, logprobs_T = rlhf.pack_rollouts([a, b], "cpu"), torch.full((7,), -1.0).requires_grad_()
     counts, cfg = {"tokens": 99, "sequences": 5}, rlhf_config(sequence_level=True)
-    loss = rlhf.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg)
+    loss = rlhf.grpo_loss(
+        logprobs_T=logprobs_T,
+        old_logprobs_T=logprobs_T.detach(),
+        batch=batch,
+        counts=counts,
+        cfg=cfg,
+    )
     loss.backward()
     assert loss.item() == pytest.approx(-(1.5 - 0.5) / 5)
     third = 0.5 / 3 / 5
@@ -547,11 +738,23 @@ def kl_gradient(logits, ref_logits, monkeypatch):
     for v in range(len(logits)):
         z = logits.clone().requires_grad_()
         logprobs_T = torch.stack([torch.zeros((), dtype=z.dtype), torch.log_softmax(z, -1)[v]])
-        reference_T = torch.stack([torch.zeros((), dtype=z.dtype), torch.log_softmax(ref_logits, -1)[v]])
-        monkeypatch.setattr(rlhf, "reference_logprobs", lambda batch, cfg: reference_T, raising=False)
-        batch = {k: t.double() if t.is_floating_point() else t for k, t in token_batch([0.0]).items()}
+        reference_T = torch.stack(
+            [torch.zeros((), dtype=z.dtype), torch.log_softmax(ref_logits, -1)[v]]
+        )
+        monkeypatch.setattr(
+            rlhf, "reference_logprobs", lambda batch, cfg: reference_T, raising=False
+        )
+        batch = {
+            k: t.double() if t.is_floating_point() else t for k, t in token_batch([0.0]).items()
+        }
         counts, cfg = {"tokens": 1, "sequences": 1}, rlhf_config(kl_coef=1.0)
-        rlhf.grpo_loss(logprobs_T=logprobs_T, old_logprobs_T=logprobs_T.detach(), batch=batch, counts=counts, cfg=cfg).backward()
+        rlhf.grpo_loss(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach(),
+            batch=batch,
+            counts=counts,
+            cfg=cfg,
+        ).backward()
         expected += policy[v] * z.grad
     return expected
 
@@ -572,18 +775,32 @@ def test_kl_gradient_matches_an_exact_kl(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     ref = torch.randn(7, generator=draw, dtype=torch.float64)
     push = torch.randn(7, generator=draw, dtype=torch.float64)
-    far, (_, forward) = kl_gradient(ref + push, ref, monkeypatch), exact_kl_gradients(ref + push, ref)
+    far, (_, forward) = (
+        kl_gradient(ref + push, ref, monkeypatch),
+        exact_kl_gradients(ref + push, ref),
+    )
     error = (far - forward).abs().max() / forward.abs().max()
-    near, (reverse, _) = kl_gradient(ref + 1e-3 * push, ref, monkeypatch), exact_kl_gradients(ref + 1e-3 * push, ref)
+    near, (reverse, _) = (
+        kl_gradient(ref + 1e-3 * push, ref, monkeypatch),
+        exact_kl_gradients(ref + 1e-3 * push, ref),
+    )
     near_error = (near - reverse).abs().max() / reverse.abs().max()
-    print(f"k3 against KL(ref || policy): {error:.1e}, tolerance 1e-12; near equality against KL(policy || ref): {near_error:.1e}, tolerance 1e-02")
+    print(
+        f"k3 against KL(ref || policy): {error:.1e}, tolerance 1e-12; near equality against KL(policy || ref): {near_error:.1e}, tolerance 1e-02"
+    )
     assert error < 1e-12 and near_error < 1e-2
-    assert kl_gradient(ref, ref, monkeypatch).abs().max() < 1e-15, "no pull where policy and reference agree"
+    assert kl_gradient(ref, ref, monkeypatch).abs().max() < 1e-15, (
+        "no pull where policy and reference agree"
+    )
 
 
 def table_reward(monkeypatch, scores, **changes):
     """rlhf's collect with a table in place of the reward model; scores[text] None: the endpoint failed."""
-    monkeypatch.setattr(rlhf, "load_reward_model", lambda path, device, workers: lambda messages, answers: [scores[a] for a in answers])
+    monkeypatch.setattr(
+        rlhf,
+        "load_reward_model",
+        lambda path, device, workers: lambda messages, answers: [scores[a] for a in answers],
+    )
     return rlhf.make_reward(rlhf_config(rm="table", **changes))[1]
 
 
@@ -597,12 +814,20 @@ def replies(texts, group=0, think=False):
 def test_the_reward_is_the_score_of_the_answer_without_its_thinking(monkeypatch):
     """Thinking that is never closed has not answered: it earns the lowest score of the batch, whatever it says."""
     collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": 9.0})
-    rollouts = replies(["<think>\nlong\n</think>good", "<think>\n</think>bad", "<think> never closed"], think=True)
+    rollouts = replies(
+        ["<think>\nlong\n</think>good", "<think>\n</think>bad", "<think> never closed"], think=True
+    )
     collect(rollouts)
-    assert [(r.reward, r.status) for r in rollouts] == [(2.0, "ok"), (-1.0, "ok"), (-1.0, "no_answer")]
+    assert [(r.reward, r.status) for r in rollouts] == [
+        (2.0, "ok"),
+        (-1.0, "ok"),
+        (-1.0, "no_answer"),
+    ]
 
 
-def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint_nothing(monkeypatch):
+def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint_nothing(
+    monkeypatch,
+):
     collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "\u597d": 9.0, "lost": None})
     rollouts = replies(["good", "bad", "\u597d", "lost"])
     collect(rollouts)
@@ -614,7 +839,9 @@ def test_shaped_rewards_are_the_tanh_of_the_group_z_score(monkeypatch):
     collect = table_reward(monkeypatch, {"a": 0.0, "b": 4.0}, shape_reward=True)
     rollouts = replies(["a", "b", "a", "b"]) + replies(["a", "a", "a", "a"], group=1)
     collect(rollouts)  # mean 2, biased std 2
-    assert [round(r.reward, 5) for r in rollouts] == [round(math.tanh(z), 5) for z in (-1, 1, -1, 1, 0, 0, 0, 0)]
+    assert [round(r.reward, 5) for r in rollouts] == [
+        round(math.tanh(z), 5) for z in (-1, 1, -1, 1, 0, 0, 0, 0)
+    ]
 
 
 def test_a_group_whose_scores_all_failed_is_shaped_to_nothing(monkeypatch):
@@ -628,11 +855,23 @@ def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
     """At the start it changes nothing; later the update has the k3 gradient against the frozen start on top."""
     start = make_tiny()
     start.save_pretrained(tmp_path)
-    with_kl, without = (dict(stage=rlhf, init_from=str(tmp_path), kl_coef=kl, overlong_filter=False) for kl in (0.5, 0.0))
-    assert distance(gradient(random_step(), **with_kl)[0], gradient(random_step(), **without)[0]) < 1e-5
+    with_kl, without = (
+        dict(stage=rlhf, init_from=str(tmp_path), kl_coef=kl, overlong_filter=False)
+        for kl in (0.5, 0.0)
+    )
+    assert (
+        distance(gradient(random_step(), **with_kl)[0], gradient(random_step(), **without)[0])
+        < 1e-5
+    )
     moved = lambda: make_tiny(seed=3)
-    extra = {n: a - b for (n, a), b in zip(gradient(random_step(), model=moved(), **with_kl)[0].items(),
-                                           gradient(random_step(), model=moved(), **without)[0].values(), strict=True)}
+    extra = {
+        n: a - b
+        for (n, a), b in zip(
+            gradient(random_step(), model=moved(), **with_kl)[0].items(),
+            gradient(random_step(), model=moved(), **without)[0].values(),
+            strict=True,
+        )
+    }
     rollouts, cfg, model = random_step(), rlhf_config(micro_batch_tokens=10**6), moved()
     rlhf.compute_advantages(rollouts, cfg)
     num_tokens = sum(len(r.completion_ids) for r in rollouts if r.trained)
@@ -658,7 +897,16 @@ def sampled_at(step, seed=0, refill=0, num_rows=1000):
     """Seeds of the rollouts of one step, and the rows that were asked for in each round."""
     engine = TableEngine(lambda i: UNEVEN if i == 0 else FLAT)
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
-    _, sampled = mathrl.rollout(engine, rows, [0, 1, 2, 3], step, config(seed=seed, max_refill_rounds=refill), (lambda r: None, engine.collect), 0, 1)
+    _, sampled = mathrl.rollout(
+        engine,
+        rows,
+        [0, 1, 2, 3],
+        step,
+        config(seed=seed, max_refill_rounds=refill),
+        (lambda r: None, engine.collect),
+        0,
+        1,
+    )
     return [r.seed for r in sampled], engine.asked
 
 
@@ -680,8 +928,13 @@ def test_the_two_sides_of_the_clip_have_limits_of_their_own(stage):
 @pytest.mark.parametrize("stage", [mathrl, mopd])
 def test_importance_weights_leave_out_both_ends(stage):
     """Trainer -1, sampler -0.2: e^-0.8 = 0.45 is under 1/2 and weighs nothing; -0.4: e^-0.6 = 0.55 weighs that."""
-    batch = {"loss_index": torch.tensor([1, 2]), "sampler_logprobs_T": torch.tensor([0.0, -0.2, -0.4])}
-    weights = stage.importance(torch.tensor([0.0, -1.0, -1.0]), batch, stage.Config(importance_limit=2.0))
+    batch = {
+        "loss_index": torch.tensor([1, 2]),
+        "sampler_logprobs_T": torch.tensor([0.0, -0.2, -0.4]),
+    }
+    weights = stage.importance(
+        torch.tensor([0.0, -1.0, -1.0]), batch, stage.Config(importance_limit=2.0)
+    )
     assert weights.tolist() == pytest.approx([0.0, math.exp(-0.6)])
 
 
@@ -690,28 +943,54 @@ def test_the_gradient_is_clipped_before_it_is_applied():
     model, rollouts, cfg = make_tiny(), random_step(), config(grad_clip=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     mathrl.compute_advantages(rollouts, cfg)
-    logged = mathrl.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), rollouts, cfg, torch.device("cpu"), world=1)
+    logged = mathrl.train_step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        rollouts,
+        cfg,
+        torch.device("cpu"),
+        world=1,
+    )
     moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)]).norm().item()
     assert moved == pytest.approx(0.01, rel=1e-3) and logged["grad_norm"] > 0.02
 
 
 def test_gap_and_entropy_are_per_completion_token():
     """A sampler that is half a nat off on every token has a gap of 0.5, however long the prompts are."""
-    model, rollouts, cfg = make_tiny(), random_step(), config(micro_batch_tokens=10**6, overlong_filter=False)
+    model, rollouts, cfg = (
+        make_tiny(),
+        random_step(),
+        config(micro_batch_tokens=10**6, overlong_filter=False),
+    )
     mathrl.compute_advantages(rollouts, cfg)
     entropies = []
     for r in rollouts:
         ids, P = torch.tensor([r.prompt_ids + r.completion_ids]), len(r.prompt_ids)
         logprobs_TV = (model(ids)[0].detach() / cfg.temperature).log_softmax(-1)[P - 1 : -1]
-        r.sampler_logprobs = (logprobs_TV.gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0] + 0.5).tolist()
+        r.sampler_logprobs = (
+            logprobs_TV.gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0] + 0.5
+        ).tolist()
         entropies += (-(logprobs_TV.exp() * logprobs_TV).sum(-1)).tolist() if r.advantage else []
-    logged = mathrl.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), rollouts, cfg, torch.device("cpu"), world=1)
-    assert logged["gap"] == pytest.approx(0.5, rel=1e-3) and logged["entropy"] == pytest.approx(np.mean(entropies), rel=1e-3)
+    logged = mathrl.train_step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        rollouts,
+        cfg,
+        torch.device("cpu"),
+        world=1,
+    )
+    assert logged["gap"] == pytest.approx(0.5, rel=1e-3) and logged["entropy"] == pytest.approx(
+        np.mean(entropies), rel=1e-3
+    )
 
 
 def test_the_floor_of_a_batch_is_the_lowest_score_of_a_sound_reply(monkeypatch):
     """What the reward model says of a thought that is not closed, or of another language, lowers nobody's floor."""
-    collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": -7.0, "\u597d": -20.0})
-    rollouts = replies(["</think>good", "</think>bad", "<think> never closed", "</think>\u597d"], think=True)
+    collect = table_reward(
+        monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": -7.0, "\u597d": -20.0}
+    )
+    rollouts = replies(
+        ["</think>good", "</think>bad", "<think> never closed", "</think>\u597d"], think=True
+    )
     collect(rollouts)
     assert [r.reward for r in rollouts] == [2.0, -1.0, -1.0, -11.0]

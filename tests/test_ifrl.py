@@ -241,7 +241,11 @@ TABLE = [
 
 
 def test_every_id_is_in_the_hand_written_table_with_a_pass_and_a_fail():
-    assert len(constraints.CHECKS) == 54 and len(constraints.IFEVAL) == 25 and len(constraints.IFTRAIN) == 29
+    assert (
+        len(constraints.CHECKS) == 54
+        and len(constraints.IFEVAL) == 25
+        and len(constraints.IFTRAIN) == 29
+    )
     for name in constraints.CHECKS:
         assert {expected for i, _, _, expected in TABLE if i == name} == {True, False}, name
 
@@ -262,7 +266,9 @@ def test_blank_replies_and_missing_arguments_are_never_followed(name):
     assert not any(ifrl.check(name, kwargs, blank) for blank in ("", " ", "\n\t \n"))
     for missing in constraints.CHECKS[name][1]:
         for empty in ({k: v for k, v in kwargs.items() if k != missing}, {**kwargs, missing: None}):
-            assert {ifrl.check(name, empty, text) for text in ("a b", ENGLISH) for _ in range(10)} == {False}
+            assert {
+                ifrl.check(name, empty, text) for text in ("a b", ENGLISH) for _ in range(10)
+            } == {False}
             assert constraints.unusable(name, {k: v for k, v in empty.items() if v is not None})
     if name not in constraints.NEED_PUNKT or have_punkt():
         assert constraints.unusable(name, kwargs) is None
@@ -270,13 +276,25 @@ def test_blank_replies_and_missing_arguments_are_never_followed(name):
 
 def test_arguments_a_short_sample_cannot_meet_are_usable():
     if have_punkt():
-        assert constraints.unusable("keywords:keyword_specific_position", {"keyword": "dog", "n": 7, "m": 30}) is None
-    assert constraints.unusable("length_constraints:number_words", {"num_words": 5000, **MORE}) is None
+        assert (
+            constraints.unusable(
+                "keywords:keyword_specific_position", {"keyword": "dog", "n": 7, "m": 30}
+            )
+            is None
+        )
+    assert (
+        constraints.unusable("length_constraints:number_words", {"num_words": 5000, **MORE}) is None
+    )
     assert constraints.unusable("language:response_language", {"language": "zh-cn"}) is None
-    assert all("langdetect does not know" in constraints.unusable("language:response_language", {"language": code}) for code in ("xx", "English", "zh"))
+    assert all(
+        "langdetect does not know"
+        in constraints.unusable("language:response_language", {"language": code})
+        for code in ("xx", "English", "zh")
+    )
     assert (
         constraints.unusable(
-            "length_constraints:nth_paragraph_first_word", {"num_paragraphs": 9, "nth_paragraph": 9, "first_word": "a"}
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 9, "nth_paragraph": 9, "first_word": "a"},
         )
         is None
     )
@@ -292,7 +310,10 @@ def test_language_verdicts_do_not_change_from_call_to_call():
     assert (
         len(
             {
-                tuple(ifrl.check("language:response_language", {"language": c}, close) for c in ("es", "pt", "it"))
+                tuple(
+                    ifrl.check("language:response_language", {"language": c}, close)
+                    for c in ("es", "pt", "it")
+                )
                 for _ in range(20)
             }
         )
@@ -329,7 +350,10 @@ def test_treebank_words_alone_would_not_give_the_reference_tokens():
     if not have_punkt():
         pytest.skip(constraints.PUNKT_HELP)
     text = "DON'T. GO"
-    assert constraints.tokens(text) == ["DO", "N'T", ".", "GO"] and len(constraints.NLTKWordTokenizer().tokenize(text)) == 2
+    assert (
+        constraints.tokens(text) == ["DO", "N'T", ".", "GO"]
+        and len(constraints.NLTKWordTokenizer().tokenize(text)) == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -363,8 +387,15 @@ def test_reward_is_one_only_if_every_constraint_holds_in_the_answer():
     assert ifrl.reward('<think>a, b</think>"fine"', ids, kwargs) == 1
     assert ifrl.reward('<think>"fine"</think>a, b', ids, kwargs) == 0
     assert ifrl.reward('</think>x</think> "fine" ', ids, kwargs) == 1  # the last tag counts
-    first = (["length_constraints:nth_paragraph_first_word"], [{"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "hello"}])
-    assert ifrl.reward("Hello there.\n\nBye.", *first) == ifrl.reward("<think>\nok\n</think>\n\nHello there.\n\nBye.", *first) == 1
+    first = (
+        ["length_constraints:nth_paragraph_first_word"],
+        [{"num_paragraphs": 2, "nth_paragraph": 1, "first_word": "hello"}],
+    )
+    assert (
+        ifrl.reward("Hello there.\n\nBye.", *first)
+        == ifrl.reward("<think>\nok\n</think>\n\nHello there.\n\nBye.", *first)
+        == 1
+    )
     assert ifrl.reward('<think>"fine"', ids, kwargs) == 0  # never closed: no answer
 
 
@@ -391,12 +422,18 @@ ATTACKS = [
 
 @pytest.mark.parametrize("reply, constraints, expected", ATTACKS)
 def test_degenerate_replies_get_the_verdict_as_written(reply, constraints, expected):
-    got = ifrl.reward(reply, [name for name, _ in constraints], [kwargs for _, kwargs in constraints])
+    got = ifrl.reward(
+        reply, [name for name, _ in constraints], [kwargs for _, kwargs in constraints]
+    )
     assert got == expected
 
 
 def test_letterless_replies_fail_a_language_in_training_only():
-    rollout = types.SimpleNamespace(text="123", pending=None, row={"think": False, "instruction_id_list": [FR[0]], "kwargs": [FR[1]]})
+    rollout = types.SimpleNamespace(
+        text="123",
+        pending=None,
+        row={"think": False, "instruction_id_list": [FR[0]], "kwargs": [FR[1]]},
+    )
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=0))
     submit(rollout)
     collect([rollout])
@@ -410,7 +447,9 @@ def make_rollouts(texts, group=0, think=False):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_collect_sets_reward_status_and_verdicts(workers):
-    rollouts = make_rollouts(["fine", "so, so", " "]) + make_rollouts(["<think>fine", "a, b</think>c"], think=True)
+    rollouts = make_rollouts(["fine", "so, so", " "]) + make_rollouts(
+        ["<think>fine", "a, b</think>c"], think=True
+    )
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=workers))
     for rollout in rollouts[:-1]:  # the last was never submitted
         submit(rollout)
@@ -418,7 +457,9 @@ def test_collect_sets_reward_status_and_verdicts(workers):
     assert [r.status for r in rollouts] == ["ok", "wrong", "no_answer", "no_answer", "ok"]
     assert [r.reward for r in rollouts] == [ifrl.metric(r) for r in rollouts] == [1, 0, 0, 0, 1]
     shares = ifrl.monitor(rollouts)
-    assert shares["given/punctuation:no_comma"] == 1 and shares["followed/punctuation:no_comma"] == 0.4
+    assert (
+        shares["given/punctuation:no_comma"] == 1 and shares["followed/punctuation:no_comma"] == 0.4
+    )
     assert shares["under_20_words"] == 1 and len(shares) == 1 + 2 * 54
     assert "punctuation:no_comma 40%" in ifrl.extremes(shares)
 
@@ -427,7 +468,11 @@ def test_a_pattern_that_never_ends_is_masked_and_the_next_step_works(monkeypatch
     monkeypatch.setattr(ifrl, "VERDICT_SECONDS", 1)
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=1))
     stuck, fine = make_rollouts(["a" * 60 + "b"])[0], make_rollouts(["fine"])[0]
-    stuck.row = {**stuck.row, "instruction_id_list": ["keywords:word_once"], "kwargs": [{"keyword": "(a+)+$"}]}
+    stuck.row = {
+        **stuck.row,
+        "instruction_id_list": ["keywords:word_once"],
+        "kwargs": [{"keyword": "(a+)+$"}],
+    }
     # the loader refuses it
     assert "repeated group" in constraints.unusable("keywords:word_once", {"keyword": "(a+)+$"})
     submit(stuck)
@@ -441,13 +486,21 @@ def test_thinking_reward_by_hand(monkeypatch):
     """Scores 1 2 3 6: mean 3, unbiased std 2.1602; the third breaks a rule but counts in mean and std."""
     scores = {"w": 1.0, "x": 2.0, "a,b": 3.0, "z": 6.0, "p": 5.0, "q": 5.0}
     seen = []
-    monkeypatch.setattr(ifrl, "load_reward_model", lambda *args: lambda m, answers: seen.append(answers) or [scores[a] for a in answers])
-    rollouts = make_rollouts([f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True)
+    monkeypatch.setattr(
+        ifrl,
+        "load_reward_model",
+        lambda *args: lambda m, answers: seen.append(answers) or [scores[a] for a in answers],
+    )
+    rollouts = make_rollouts(
+        [f"<think>,</think>{a}" for a in ("w", "x", "a,b", "z")], group=0, think=True
+    )
     # equal scores; "p" never closed its reasoning
     rollouts += make_rollouts(["p", "</think>q"], group=1, think=True)
     _, collect = ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))
     collect(rollouts)
-    assert [r.reward for r in rollouts] == pytest.approx([1.283773, 1.386296, 0, 1.800389, 0, 1.5], abs=1e-6)
+    assert [r.reward for r in rollouts] == pytest.approx(
+        [1.283773, 1.386296, 0, 1.800389, 0, 1.5], abs=1e-6
+    )
     assert seen == [["w", "x", "a,b", "z", "p", "q"]]
 
 
@@ -455,13 +508,30 @@ def test_thinking_reward_by_hand(monkeypatch):
 NONE = {"num_words": None, "relation": None, "keywords": None}
 USER = [{"role": "user", "content": "Write."}]
 SCHEMAS = {
-    "cascade": {"prompt": USER, "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [NONE, {**NONE, **SHORT[1]}], "index": 0},
-    "nemotron": {"id": 1, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [None, SHORT[1]]},
-    "allenai": {
-        "messages": USER + [{"role": "assistant", "content": "ok"}], "dataset": ["x"],
-        "ground_truth": "[{'instruction_id': ['punctuation:no_comma', '%s'], 'kwargs': [None, {'num_words': 5.0, 'relation': 'less than', 'N': None}]}]" % SHORT[0],
+    "cascade": {
+        "prompt": USER,
+        "instruction_id_list": ["punctuation:no_comma", SHORT[0]],
+        "kwargs": [NONE, {**NONE, **SHORT[1]}],
+        "index": 0,
     },
-    "google": {"key": 1000, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma", SHORT[0]], "kwargs": [{}, SHORT[1]]},
+    "nemotron": {
+        "id": 1,
+        "prompt": "Write.",
+        "instruction_id_list": ["punctuation:no_comma", SHORT[0]],
+        "kwargs": [None, SHORT[1]],
+    },
+    "allenai": {
+        "messages": USER + [{"role": "assistant", "content": "ok"}],
+        "dataset": ["x"],
+        "ground_truth": "[{'instruction_id': ['punctuation:no_comma', '%s'], 'kwargs': [None, {'num_words': 5.0, 'relation': 'less than', 'N': None}]}]"
+        % SHORT[0],
+    },
+    "google": {
+        "key": 1000,
+        "prompt": "Write.",
+        "instruction_id_list": ["punctuation:no_comma", SHORT[0]],
+        "kwargs": [{}, SHORT[1]],
+    },
 }
 
 
@@ -509,7 +579,9 @@ DROPPED = [
 
 
 def test_rows_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsys):
-    rows = ifrl.load_rows(ifrl.Config(data=write(tmp_path, [row for row, _ in DROPPED] + [SCHEMAS["google"]])))
+    rows = ifrl.load_rows(
+        ifrl.Config(data=write(tmp_path, [row for row, _ in DROPPED] + [SCHEMAS["google"]]))
+    )
     printed = capsys.readouterr().out
     assert len(rows) == 1 and all(reason in printed for _, reason in DROPPED), printed
 
@@ -520,10 +592,19 @@ def test_ids_that_need_punkt_are_refused_at_load_without_it(tmp_path, capsys, mo
 
     monkeypatch.setattr(constraints, "punkt", missing)
     constraints.tokens.cache_clear()
-    usable = {name for name, kwargs, _, _ in TABLE if name in constraints.NEED_PUNKT and not constraints.unusable(name, kwargs)}
+    usable = {
+        name
+        for name, kwargs, _, _ in TABLE
+        if name in constraints.NEED_PUNKT and not constraints.unusable(name, kwargs)
+    }
     assert not usable
-    rows = [constrained(name, next(k for i, k, _, _ in TABLE if i == name)) for name in sorted(constraints.CHECKS)]
-    assert len(ifrl.load_rows(ifrl.Config(data=write(tmp_path, rows)))) == 54 - len(constraints.NEED_PUNKT)
+    rows = [
+        constrained(name, next(k for i, k, _, _ in TABLE if i == name))
+        for name in sorted(constraints.CHECKS)
+    ]
+    assert len(ifrl.load_rows(ifrl.Config(data=write(tmp_path, rows)))) == 54 - len(
+        constraints.NEED_PUNKT
+    )
     printed = capsys.readouterr().out
     assert f"dropped {len(constraints.NEED_PUNKT)} of 54 rows, {constraints.PUNKT_HELP}" in printed
     # and outside the loader it is an error, not a zero
@@ -532,13 +613,20 @@ def test_ids_that_need_punkt_are_refused_at_load_without_it(tmp_path, capsys, mo
 
 
 def test_taxonomy_splits_the_curriculum_and_spares_held_out_rows(tmp_path):
-    easy, hard = constrained("punctuation:no_comma", {}), constrained("punctuation:punctuation_dot", {})
+    easy, hard = (
+        constrained("punctuation:no_comma", {}),
+        constrained("punctuation:punctuation_dot", {}),
+    )
     path = write(
         tmp_path,
         [
             easy,
             hard,
-            {**easy, "instruction_id_list": ["punctuation:no_comma", "paragraphs:paragraphs"], "kwargs": [{}, {}]},
+            {
+                **easy,
+                "instruction_id_list": ["punctuation:no_comma", "paragraphs:paragraphs"],
+                "kwargs": [{}, {}],
+            },
         ],
     )
     count = {
@@ -561,8 +649,15 @@ def test_self_test_stops_a_run_whose_rows_cannot_be_decided(capsys):
 BITS = "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ... ?! !\" \u201cx.\u201d <<t>> << >> [x] [ ] *b* ** *** ****** - --- \n \n\n \t * {} 1 , Section P.S. \u4e2d\u6587 \u0130 \u00df \u0301 \u200b \ud7ff \x00 \x0b <stop> ``` ```json".split(
     " "
 )
-TEXTS = st.one_of(st.text(max_size=300), st.lists(st.sampled_from([*BITS, " ", " ", " "]), max_size=60).map("".join))
-EXAMPLES = {name: kwargs for name, kwargs, _, _ in TABLE if name not in constraints.NEED_PUNKT or have_punkt()}
+TEXTS = st.one_of(
+    st.text(max_size=300),
+    st.lists(st.sampled_from([*BITS, " ", " ", " "]), max_size=60).map("".join),
+)
+EXAMPLES = {
+    name: kwargs
+    for name, kwargs, _, _ in TABLE
+    if name not in constraints.NEED_PUNKT or have_punkt()
+}
 
 
 def every_check_returns_a_bool_at_once(text):
@@ -582,13 +677,17 @@ def test_random_replies_never_raise(text):
 
 
 @pytest.mark.exhaustive
-@hypothesis.settings(max_examples=20_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    max_examples=20_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
 @hypothesis.given(TEXTS)
 def test_twenty_thousand_random_replies_never_raise(text):
     every_check_returns_a_bool_at_once(text)
 
 
-@pytest.mark.parametrize("unit", ["[", "<", "*", " ", "\n", ". ", "a.", '"', "The ", "A. ", "Section 1", "!?"])
+@pytest.mark.parametrize(
+    "unit", ["[", "<", "*", " ", "\n", ". ", "a.", '"', "The ", "A. ", "Section 1", "!?"]
+)
 def test_hostile_repetition_takes_bounded_time(unit):
     """10,000 characters of it; the slowest rule is quadratic, so MAX_CHARS costs 25 times this."""
     text, slowest = (unit * 10_000)[:10_000] + "x", (0.0, "")
@@ -677,13 +776,24 @@ def test_ifeval_verdicts_equal_those_of_lm_eval(monkeypatch):
 
 def test_only_the_answer_may_not_be_too_long():
     ids, kwargs = ["punctuation:no_comma"], [{}]
-    assert ifrl.verify("<think>" + "so " * 20_000 + "</think>Fine", True, ids, kwargs) == ([True], "ok")
+    assert ifrl.verify("<think>" + "so " * 20_000 + "</think>Fine", True, ids, kwargs) == (
+        [True],
+        "ok",
+    )
     assert ifrl.verify("<think></think>" + "so " * 20_000, True, ids, kwargs) == ([False], "wrong")
 
 
 from verifiers.constraints import check  # noqa: E402
 
 
-@pytest.mark.parametrize("text, followed", [("a b c x, a b y d", False), ("a b c d, a b y d", True), ("a x y d, a b y d", False), ("a b y d, a b c d", False)])
+@pytest.mark.parametrize(
+    "text, followed",
+    [
+        ("a b c x, a b y d", False),
+        ("a b c d, a b y d", True),
+        ("a x y d, a b y d", False),
+        ("a b y d, a b c d", False),
+    ],
+)
 def test_repeat_phrase(text, followed):
     assert check("copy:repeat_phrase", {"phrase": "a b c d", "small_n": 2}, text) is followed

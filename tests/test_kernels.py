@@ -29,7 +29,9 @@ from kernels.sampling import sample_tokens
 from kernels.swiglu import swiglu, swiglu_ref
 
 HERE = pathlib.Path(__file__).resolve().parent
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 def run_python(*args, check=True):
@@ -96,7 +98,18 @@ def test_rows_beyond_two_billion_elements_are_found(interpreted):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rms_norm", "qk_norm_rope", "swiglu", "attention", "decode_attention", "linear_logprob", "sampling"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rms_norm",
+        "qk_norm_rope",
+        "swiglu",
+        "attention",
+        "decode_attention",
+        "linear_logprob",
+        "sampling",
+    ],
+)
 def test_with_int32_row_offsets_the_same_check_fails(name):
     errors = run_python(HERE / "kernel_checks.py", name, check=False)  # None: it crashed
     assert errors is None or not errors[name] < 0.1
@@ -106,14 +119,18 @@ def test_with_int32_row_offsets_the_same_check_fails(name):
 def test_every_kernel_compiles_for_hopper_and_hardly_spills():
     kernels = run_python(HERE / "aot_report.py")
     sources = [path.read_text() for path in (HERE.parent / "kernels").glob("*.py")]
-    launched = {name for source in sources for name in re.findall(r"(\w+)\[.*\]\(", source)} - {"kernel"}
+    launched = {name for source in sources for name in re.findall(r"(\w+)\[.*\]\(", source)} - {
+        "kernel"
+    }
     # handed to a launcher of their own, as `kernel`
     launched |= {"swiglu_forward", "swiglu_backward"}
     assert {kernel["kernel"].split()[0] for kernel in kernels} == launched
     for kernel in kernels:
         line = "{registers:4d} registers {spilled_bytes:3d} B spilled {shared_bytes:7d} B shared {tensor_cores:8s} {kernel}"
         print(line.format(**kernel))
-        assert kernel["shared_bytes"] <= 232448, "more shared memory than a Hopper multiprocessor has"
+        assert kernel["shared_bytes"] <= 232448, (
+            "more shared memory than a Hopper multiprocessor has"
+        )
         if kernel["fp32"]:
             continue
         # measured: configurations without a spill are 1.2 times slower
@@ -163,7 +180,11 @@ def cases():
         "swiglu": (swiglu, swiglu_ref, (double(3, 5), double(3, 5))),
         "attention": (flash_attention_varlen, attention_naive, (*qkv, cu_seqlens, 5)),
         "decode_attention": (decode_attention, decode_naive, decode),
-        "linear_logprob": (linear_logprob, linear_logprob_ref, (double(4, 3), double(7, 3), target, temperature)),
+        "linear_logprob": (
+            linear_logprob,
+            linear_logprob_ref,
+            (double(4, 3), double(7, 3), target, temperature),
+        ),
         "linear_cross_entropy": (
             linear_cross_entropy,
             linear_cross_entropy_ref,
@@ -180,7 +201,9 @@ def attention_naive(q, k, v, cu_seqlens, max_seqlen):
         key, value = (x[begin:end].repeat_interleave(group, dim=1) for x in (k, v))
         scores = torch.einsum("tnh,snh->nts", q[begin:end], key) * scale
         future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        outs.append(torch.einsum("nts,snh->tnh", scores.masked_fill(future, -torch.inf).softmax(-1), value))
+        outs.append(
+            torch.einsum("nts,snh->tnh", scores.masked_fill(future, -torch.inf).softmax(-1), value)
+        )
     return torch.cat(outs)
 
 
@@ -213,7 +236,9 @@ def test_cpu_path_equals_the_reference(name):
 def test_without_gradients_the_bits_are_the_same(name):
     """The sampler's short way on CPUs; strided inputs, as views into a larger projection."""
     function, _, inputs = cases()[name]
-    inputs = [torch.stack((x, x), -1)[..., 0].detach() if x.is_floating_point() else x for x in inputs]
+    inputs = [
+        torch.stack((x, x), -1)[..., 0].detach() if x.is_floating_point() else x for x in inputs
+    ]
     as_list = lambda out: list(out) if isinstance(out, tuple) else [out]
     with torch.no_grad():
         bare = as_list(function(*inputs))
@@ -223,7 +248,10 @@ def test_without_gradients_the_bits_are_the_same(name):
 def test_angles_follow_position_ids_that_are_changed_in_place():
     q, k, q_weight, k_weight, cos, sin, position_ids = rope_inputs()
     for _ in range(2):
-        got, expected = (f(q, k, q_weight, k_weight, cos, sin, position_ids)[0] for f in (qk_norm_rope, qk_norm_rope_ref))
+        got, expected = (
+            f(q, k, q_weight, k_weight, cos, sin, position_ids)[0]
+            for f in (qk_norm_rope, qk_norm_rope_ref)
+        )
         assert (got - expected).abs().max() < 1e-12
         position_ids += 2 - position_ids // 7 * 2
 
@@ -232,7 +260,13 @@ def test_angles_follow_position_ids_that_are_changed_in_place():
 def test_decode_attention_is_the_last_row_of_full_attention(starts, length):
     torch.manual_seed(0)
     start = torch.tensor(starts)
-    inputs = double(len(starts), 4, 8), double(len(starts), 2, 45, 8), double(len(starts), 2, 45, 8), start, length
+    inputs = (
+        double(len(starts), 4, 8),
+        double(len(starts), 2, 45, 8),
+        double(len(starts), 2, 45, 8),
+        start,
+        length,
+    )
     for bias in (None, slot_bias(start, length, 45)):
         out, expected = decode_attention(*inputs, bias), decode_naive(*inputs)
         print(f"error {(out - expected).abs().max():.1e}, tolerance 1e-12")
@@ -245,16 +279,26 @@ def test_attention_of_packed_sequences_equals_attention_of_each(lengths):
     total, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
     qkv = torch.randn(total, 4, 8), torch.randn(total, 2, 8), torch.randn(total, 2, 8)
     out = flash_attention_varlen(*qkv, cu_seqlens, max(lengths))
-    torch.testing.assert_close(out, attention_naive(*qkv, cu_seqlens, max(lengths)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out, attention_naive(*qkv, cu_seqlens, max(lengths)), rtol=1e-5, atol=1e-5
+    )
 
 
 def head_errors(fn, vocab):
     """Errors of fn in float32 against float64: logprob, entropy, dhidden, dweight, for gradients into both outputs."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(400, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+    hidden, weight = (
+        torch.randn(400, 8, requires_grad=True),
+        torch.randn(vocab, 8, requires_grad=True),
+    )
     target, douts = torch.randint(vocab, (400,)), torch.randn(2, 400)
-    both = fn(hidden, weight, target, 0.7), linear_logprob_ref(hidden.double(), weight.double(), target, 0.7)
-    grads = [torch.autograd.grad(outs, (hidden, weight), [d.to(outs[0]) for d in douts]) for outs in both]
+    both = (
+        fn(hidden, weight, target, 0.7),
+        linear_logprob_ref(hidden.double(), weight.double(), target, 0.7),
+    )
+    grads = [
+        torch.autograd.grad(outs, (hidden, weight), [d.to(outs[0]) for d in douts]) for outs in both
+    ]
     pairs = zip((*both[0], *grads[0]), (*both[1], *grads[1]))
     return [((out - expected).abs().max() / expected.abs().max()).item() for out, expected in pairs]
 
@@ -268,10 +312,17 @@ def test_a_vocabulary_in_many_tiles_is_as_exact_as_materialised_logits():
 
 def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit():
     for fn, _, inputs in cases().values():
-        wanted = [x for x in inputs if x.requires_grad] if isinstance(inputs[-1], torch.Tensor) else list(inputs[:3])
+        wanted = (
+            [x for x in inputs if x.requires_grad]
+            if isinstance(inputs[-1], torch.Tensor)
+            else list(inputs[:3])
+        )
         runs = [fn(*inputs), torch.utils.checkpoint.checkpoint(fn, *inputs, use_reentrant=False)]
         sums = [
-            sum(out.square().sum() for out in outs) if isinstance(outs, tuple) else outs.square().sum() for outs in runs
+            sum(out.square().sum() for out in outs)
+            if isinstance(outs, tuple)
+            else outs.square().sum()
+            for outs in runs
         ]
         plain, checkpointed = (torch.autograd.grad(total, wanted) for total in sums)
         assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed)), fn.__name__
@@ -289,13 +340,19 @@ def test_no_tokens_at_all_give_zero_gradients():
     weight = torch.randn(7, 3, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
     logprob, entropy = linear_logprob(torch.zeros(0, 3), weight, nothing)
-    (logprob.sum() + entropy.sum() + linear_cross_entropy(torch.zeros(0, 3), weight, nothing)).backward()
+    (
+        logprob.sum() + entropy.sum() + linear_cross_entropy(torch.zeros(0, 3), weight, nothing)
+    ).backward()
     assert logprob.shape == entropy.shape == (0,) and (weight.grad == 0).all()
 
 
 def test_bf16_head_on_cpu_keeps_fp32_logits():
     torch.manual_seed(0)
-    hidden, weight, target = torch.randn(50, 64).bfloat16(), torch.randn(300, 64).bfloat16(), torch.randint(300, (50,))
+    hidden, weight, target = (
+        torch.randn(50, 64).bfloat16(),
+        torch.randn(300, 64).bfloat16(),
+        torch.randint(300, (50,)),
+    )
     logprob, entropy = linear_logprob(hidden, weight, target)
     exact = linear_logprob_ref(hidden.double(), weight.double(), target)
     assert logprob.dtype == entropy.dtype == torch.float32
@@ -305,11 +362,17 @@ def test_bf16_head_on_cpu_keeps_fp32_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"
+)
 def test_head_and_loss_take_a_tenth_of_the_memory_of_materialised_logits():
     bench = HERE.parent / "bench" / "kernels.py"
-    (plain, plain_seconds), (fused, seconds) = (run_python(bench, f"--head={who}") for who in ("whole", "ours"))
-    print(f"4096 tokens x 32768: {plain:.0f} -> {fused:.0f} MiB, {plain_seconds:.2f} -> {seconds:.2f} s, with entropy as well")
+    (plain, plain_seconds), (fused, seconds) = (
+        run_python(bench, f"--head={who}") for who in ("whole", "ours")
+    )
+    print(
+        f"4096 tokens x 32768: {plain:.0f} -> {fused:.0f} MiB, {plain_seconds:.2f} -> {seconds:.2f} s, with entropy as well"
+    )
     assert fused * 10 <= plain and seconds <= 1.2 * plain_seconds
 
 
@@ -331,9 +394,13 @@ def test_the_token_is_the_first_whose_running_sum_passes_the_number(vocab):
     uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
     token, _ = sample_tokens(logits, uniform)
     sums = logits.double().softmax(-1).cumsum(-1)  # in float64, number by number
-    before, after = (torch.nn.functional.pad(sums, (1, 0)).gather(1, token[:, None] + i)[:, 0] for i in (0, 1))
+    before, after = (
+        torch.nn.functional.pad(sums, (1, 0)).gather(1, token[:, None] + i)[:, 0] for i in (0, 1)
+    )
     error = torch.maximum(before - uniform, uniform - after).max().item()
-    print(f"the number lies outside of its token's part of [0, 1] by {max(error, 0.0):.1e}, tolerance 1e-6")
+    print(
+        f"the number lies outside of its token's part of [0, 1] by {max(error, 0.0):.1e}, tolerance 1e-6"
+    )
     assert error < 1e-6
 
 
@@ -355,7 +422,10 @@ def test_a_row_samples_the_same_token_alone_and_in_a_batch_and_greedy_takes_the_
     torch.manual_seed(0)
     logits, uniform = torch.randn(50, 300), torch.rand(50)
     token, _ = sample_tokens(logits, uniform, 0.6, 0.95)
-    assert all(sample_tokens(logits[i : i + 1], uniform[i : i + 1], 0.6, 0.95)[0] == token[i] for i in range(50))
+    assert all(
+        sample_tokens(logits[i : i + 1], uniform[i : i + 1], 0.6, 0.95)[0] == token[i]
+        for i in range(50)
+    )
     assert (sample_tokens(logits, uniform, temperature=0)[0] == logits.argmax(-1)).all()
 
 
@@ -367,21 +437,27 @@ def test_stochastic_rounding_is_right_on_average_and_its_random_bits_are_uniform
     for value in (1.001, -3.3, 1e-20, 255.5):
         x = torch.full((1_000_000,), value)
         error = abs(round_torch(x, bits & 0xFFFF).double().mean().item() / x[0].item() - 1)
-        print(f"{value}: mean is off by {error:.1e} of the value, tolerance 2e-5 (nearest: up to 2e-3)")
+        print(
+            f"{value}: mean is off by {error:.1e} of the value, tolerance 2e-5 (nearest: up to 2e-3)"
+        )
         assert error < 2e-5
 
 
 def test_bf16_adamw_makes_progress_where_rounding_to_nearest_stands_still():
     params = [torch.ones(4096, dtype=torch.bfloat16), torch.ones(4096)]
     moments = [torch.zeros(4096, dtype=torch.bfloat16) for _ in range(2)]
-    plain = torch.optim.AdamW([params[1].requires_grad_()], lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    plain = torch.optim.AdamW(
+        [params[1].requires_grad_()], lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
     for step in range(1, 21):
         gradient = torch.full((4096,), 0.3)
         adamw_bf16_(params[0], gradient.bfloat16(), *moments, lr=1e-4, step=step, seed=step)
         params[1].grad = gradient
         plain.step()
     moved, expected = (1 - params[0].double().mean()).item(), (1 - params[1].double().mean()).item()
-    print(f"bf16 moved {moved:.3e} on average, fp32 AdamW {expected:.3e}; one bf16 step below 1 is 3.9e-3")
+    print(
+        f"bf16 moved {moved:.3e} on average, fp32 AdamW {expected:.3e}; one bf16 step below 1 is 3.9e-3"
+    )
     assert abs(moved / expected - 1) < 0.05
 
 
@@ -405,7 +481,11 @@ def test_the_bf16_optimizer_trains_like_torch_adamw_and_resumes_bit_for_bit():
 
     ours = lambda params: AdamW(params, lr=1e-2)  # noqa: E731
     loss, whole = train(ours, 60)
-    plain, _ = train(lambda params: torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.95)), 60, dtype=torch.float32)
+    plain, _ = train(
+        lambda params: torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.95)),
+        60,
+        dtype=torch.float32,
+    )
     print(f"loss after 60 steps: bf16 {loss:.4f}, fp32 torch.optim.AdamW {plain:.4f}")
     assert abs(loss - plain) < 0.03 * plain
     resumed = train(ours, 20, state=train(ours, 40)[1])[1]
@@ -414,4 +494,6 @@ def test_the_bf16_optimizer_trains_like_torch_adamw_and_resumes_bit_for_bit():
 
 def test_kernel_files_stay_readable():
     for path in (HERE.parent / "kernels").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= {"__init__.py": 20, "attention.py": 262}.get(path.name, 250), path.name
+        assert len(path.read_text().splitlines()) <= {"__init__.py": 20, "attention.py": 262}.get(
+            path.name, 250
+        ), path.name

@@ -53,20 +53,44 @@ HONEST = {  # gold: answers that are right
     "A": r"A|\text{A}",
     r"\text{Yes}": "yes|Yes",
     "2 hours": "2",
-    r"\frac{1}{2}ab": r"\frac{ab}{2}", "2ab": "2ba", "AB": "BA", "2m+x": "x+2m",
-    "120°": r"120|120^\circ|120°", "1 000": "1000|1,000", "–7": "-7|−7", "(0,+∞)": r"(0,\infty)", "300000": "3×10^5",
-    "Alice and Bob": r"\text{Alice and Bob}|alice and bob.", r"\text{II}": "II",
-    "120,240": "120, 240", "120, 240": "120,240",
-    r"\sqrt{5+2\sqrt{6}}": r"\sqrt{2}+\sqrt{3}", r"\cos(\pi/7)": r"\cos\frac{\pi}{7}", r"\sum_{k=1}^{n} k": r"\frac{n(n+1)}{2}", "d/2": r"\frac{d}{2}",
+    r"\frac{1}{2}ab": r"\frac{ab}{2}",
+    "2ab": "2ba",
+    "AB": "BA",
+    "2m+x": "x+2m",
+    "120°": r"120|120^\circ|120°",
+    "1 000": "1000|1,000",
+    "–7": "-7|−7",
+    "(0,+∞)": r"(0,\infty)",
+    "300000": "3×10^5",
+    "Alice and Bob": r"\text{Alice and Bob}|alice and bob.",
+    r"\text{II}": "II",
+    "120,240": "120, 240",
+    "120, 240": "120,240",
+    r"\sqrt{5+2\sqrt{6}}": r"\sqrt{2}+\sqrt{3}",
+    r"\cos(\pi/7)": r"\cos\frac{\pi}{7}",
+    r"\sum_{k=1}^{n} k": r"\frac{n(n+1)}{2}",
+    "d/2": r"\frac{d}{2}",
     r"3\text{ hours }20\text{ minutes}": r"3 \text{ hours } 20 \text{ minutes}|3 hours 20 minutes",
 }
 # gold: answers that are wrong, hedged, not computed or hostile
 DISHONEST = {
-    r"\pi ab": r"\pi", "4ab": "4", "3 + 2t": "5", "a+2m": "a+2", "-2t": "-2", "x+1": r"x+1 \text{ miles}, x+2 \text{ miles}",
-    r"3 \text{ hours } 20 \text{ minutes}": r"3 \text{ hours } 40 \text{ minutes}", r"30 \text{ km/h}, 40 \text{ km/h}": r"30 \text{ km/h}, 50 \text{ km/h}",
-    "BCA": "ABC|CAB", "Alice and Bob": "Alice|Bob and Alice and Eve", "32,349 m": "32, 349",
-    r"1-\frac{1}{2022!}": r"1-\frac{1}{2021!}", r"2-\frac{1}{2^{99}}": r"2-\frac{1}{2^{98}}", r"1-\frac{1}{2^{2024}}": r"1+\frac{1}{2^{2024}}",
-    "2^n-1": r"\sum_{k=0}^{n-1}2^k", r"\frac{x^3}{3}": r"\int x^2 dx", "2x": r"\frac{d}{dx}x^2",
+    r"\pi ab": r"\pi",
+    "4ab": "4",
+    "3 + 2t": "5",
+    "a+2m": "a+2",
+    "-2t": "-2",
+    "x+1": r"x+1 \text{ miles}, x+2 \text{ miles}",
+    r"3 \text{ hours } 20 \text{ minutes}": r"3 \text{ hours } 40 \text{ minutes}",
+    r"30 \text{ km/h}, 40 \text{ km/h}": r"30 \text{ km/h}, 50 \text{ km/h}",
+    "BCA": "ABC|CAB",
+    "Alice and Bob": "Alice|Bob and Alice and Eve",
+    "32,349 m": "32, 349",
+    r"1-\frac{1}{2022!}": r"1-\frac{1}{2021!}",
+    r"2-\frac{1}{2^{99}}": r"2-\frac{1}{2^{98}}",
+    r"1-\frac{1}{2^{2024}}": r"1+\frac{1}{2^{2024}}",
+    "2^n-1": r"\sum_{k=0}^{n-1}2^k",
+    r"\frac{x^3}{3}": r"\int x^2 dx",
+    "2x": r"\frac{d}{dx}x^2",
     "34": r"35|-34|0.34|3400|340|33.9999999|34.0000001|33 34|33 \quad 34|33, 34|34, 33|33;34|33 . 34|33:34|\{33,34\}|[33,34]|"
     r"33 \lor 34|33 \land 34|33 \mid 34|33 \to 34|33 \Rightarrow 34|33 \cup 34|33 \dots 34|\neg 33 34|33\\34|34 \pm 1|34 or 33|"
     r"33 xor 34|33 \text{ or } 34|34 \text{ or 33}|\text{not } 34|33\boxed{34}|33=34|33 \equiv 34|34=34=34|33<34|x<34|x \in 34|"
@@ -160,7 +184,10 @@ def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_to
     ours = theirs = 0
     for gold, answer, expected in TABLE:
         if expected:
-            forms = parse(mathrl.boxed(gold)), parse(mathrl.boxed(answer), [LatexExtractionConfig()])
+            forms = (
+                parse(mathrl.boxed(gold)),
+                parse(mathrl.boxed(answer), [LatexExtractionConfig()]),
+            )
             ours, theirs = ours + 1, theirs + verify(*forms)
     # not: "34.", a few dresses, words and signs without LaTeX
     print(f"math-verify accepts {theirs} of the {ours} honest answers that we accept")
@@ -168,19 +195,38 @@ def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_to
 
 
 def test_status_says_why():
-    cases = {r"</think>\boxed{34}": "ok", r"</think>\boxed{3}": "wrong", r"\boxed{34}": "no_answer", "</think>": "no_answer"}
+    cases = {
+        r"</think>\boxed{34}": "ok",
+        r"</think>\boxed{3}": "wrong",
+        r"\boxed{34}": "no_answer",
+        "</think>": "no_answer",
+    }
     assert {text: mathrl.verdict(text, "34")[1] for text in cases} == cases
 
 
 def test_reasoning_in_another_script_earns_minus_one_whatever_the_answer():
     english, chinese = "Find x.", "\u6c42 x\u3002"
-    for text in ("\u6240\u4ee5 x", "\u0437\u043d\u0430\u0447\u0438\u0442", "\u7b54\u3048\u306f", "\u0625\u0630\u0646", "\u0967"):
+    for text in (
+        "\u6240\u4ee5 x",
+        "\u0437\u043d\u0430\u0447\u0438\u0442",
+        "\u7b54\u3048\u306f",
+        "\u0625\u0630\u0646",
+        "\u0967",
+    ):
         assert mathrl.language_ok(english, text) == (not any(c.isalpha() for c in text))
-    for text in ("naive caf\u00e9 \u00bd", "\u03b1 + \u03b2 \u2264 \u2211", "\u211d \U0001d431 \u2192 \u2713", "\U0001f600 \u00b5 \u00aa"):
+    for text in (
+        "naive caf\u00e9 \u00bd",
+        "\u03b1 + \u03b2 \u2264 \u2211",
+        "\u211d \U0001d431 \u2192 \u2713",
+        "\U0001f600 \u00b5 \u00aa",
+    ):
         assert mathrl.language_ok(english, text), text
     assert mathrl.language_ok(chinese, "\u6240\u4ee5 x") and mathrl.language_ok(chinese, "so x")
     response = "<think>\u6240\u4ee5</think>\\boxed{34}"
-    assert mathrl.reward(response, "34", english) == -1 and mathrl.verdict(response, "34", english)[1] == "language"
+    assert (
+        mathrl.reward(response, "34", english) == -1
+        and mathrl.verdict(response, "34", english)[1] == "language"
+    )
     assert mathrl.reward(response, "34", chinese) == 1 and mathrl.reward(response, "34") == 1
     # only the reasoning counts
     assert mathrl.reward("<think>so</think>\u6240\u4ee5 \\boxed{34}", "34", english) == 1
@@ -233,7 +279,9 @@ def test_a_verifier_killed_from_outside_is_asked_once_more(tmp_path):
     call = sandbox.killable(die_once, 5.0)
     assert call(tmp_path / "struck", False) == "alive"
     start = time.time()
-    assert call(tmp_path / "struck", True) is None and time.time() - start < 4, "asked again and again"
+    assert call(tmp_path / "struck", True) is None and time.time() - start < 4, (
+        "asked again and again"
+    )
     assert call(tmp_path / "struck", False) == "alive"
 
 
@@ -248,31 +296,68 @@ def test_forks_of_a_process_that_has_verified_get_verifiers_of_their_own():
 
 
 def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
-    row = {"messages": [{"role": "user", "content": "Find it."}], "think": True, "answer": r"\frac{\pi}{4}"}
-    texts = {r"<think>a</think>\boxed{\frac{\pi}{4}}": (1, "ok"), r"</think>\boxed{\frac{\pi}{3}}": (0, "wrong"), "no": (0, "no_answer")}
+    row = {
+        "messages": [{"role": "user", "content": "Find it."}],
+        "think": True,
+        "answer": r"\frac{\pi}{4}",
+    }
+    texts = {
+        r"<think>a</think>\boxed{\frac{\pi}{4}}": (1, "ok"),
+        r"</think>\boxed{\frac{\pi}{3}}": (0, "wrong"),
+        "no": (0, "no_answer"),
+    }
     texts |= {"<think>\u6240\u4ee5</think>\\boxed{\\frac{\\pi}{4}}": (-1, "language")}
-    rollouts = [SimpleNamespace(row=row, text=text, finish_reason="stop", reward=None, status="", pending=None) for text in list(texts) * 4]
+    rollouts = [
+        SimpleNamespace(
+            row=row, text=text, finish_reason="stop", reward=None, status="", pending=None
+        )
+        for text in list(texts) * 4
+    ]
     submit, collect = mathrl.make_reward(mathrl.Config(reward_workers=2))
     for rollout in rollouts[:12]:
         submit(rollout)
     collect(rollouts)
     assert [(r.reward, r.status) for r in rollouts] == list(texts.values()) * 4
     assert mathrl.monitor(rollouts) == {"box": 0.75, "two_boxes": 0.0, "box_wrong": 0.25}
-    cut = SimpleNamespace(row=row, text=next(iter(texts)), finish_reason="length", reward=None, status="", pending=None)
-    free = SimpleNamespace(row={**row, "think": False}, text=r"\boxed{\frac{\pi}{4}}", finish_reason="stop", reward=None, status="", pending=None)
+    cut = SimpleNamespace(
+        row=row,
+        text=next(iter(texts)),
+        finish_reason="length",
+        reward=None,
+        status="",
+        pending=None,
+    )
+    free = SimpleNamespace(
+        row={**row, "think": False},
+        text=r"\boxed{\frac{\pi}{4}}",
+        finish_reason="stop",
+        reward=None,
+        status="",
+        pending=None,
+    )
     collect([cut, free])
     assert (cut.reward, cut.status) == (0, "no_answer") and mathrl.metric(free) == 1.0
 
 
 def test_verifier_children_end_with_a_killed_parent():
     """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself within two seconds."""
-    code = ("import os, time, mathrl; mathrl.equal_in_child.start(); "
-            "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)")
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(mathrl.__file__))
+    code = (
+        "import os, time, mathrl; mathrl.equal_in_child.start(); "
+        "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=os.path.dirname(mathrl.__file__),
+    )
     child = int(parent.stdout.readline().split()[0])
     parent.kill()
     parent.wait()
-    alive = lambda: os.path.exists(f"/proc/{child}/stat") and open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    alive = lambda: (
+        os.path.exists(f"/proc/{child}/stat")
+        and open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    )
     deadline = time.time() + 20  # of a busy machine; an idle one takes one
     while alive() and time.time() < deadline:
         time.sleep(0.05)
@@ -285,27 +370,56 @@ def test_verifier_children_end_with_a_killed_parent():
 def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_answer():
     """math-verify returns False when its own clock has run out: an overloaded machine would look like a policy that is wrong."""
     start = time.time()
-    assert mathrl.verdict(mathrl.boxed("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout") and time.time() - start < 10.5
+    assert (
+        mathrl.verdict(mathrl.boxed("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout")
+        and time.time() - start < 10.5
+    )
     assert mathrl.verdict(mathrl.boxed(r"\frac{\pi}{3}"), r"\frac{\pi}{4}") == (0, "wrong")
 
 
-@pytest.mark.parametrize("stage, metrics, sentence", [
-    (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),  # at the limit, not over it
-    (mathrl, {"status/infra": 0.021}, "2.1% of the rewards are infrastructure failures (--max_infra=0.02)"),
-    (mathrl, {"status/timeout": 0.03}, "3.0% of the verifications were cut off (--max_timeout=0.02)"),
-    # of code, a time-out is the program's own fault
-    (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),
-    (coderl, {"status/infra": 0.03}, "infrastructure failures"), (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
-    (swerl, {"status/infra": 0.03}, "infrastructure failures"), (rlhf, {"status/infra": 0.03}, "infrastructure failures"),
-])
-def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(stage, metrics, sentence, capsys):
-    step = lambda: guard.check_step(7, {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics}, {"skipped": 0}, stage.Config())
+@pytest.mark.parametrize(
+    "stage, metrics, sentence",
+    [
+        (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),  # at the limit, not over it
+        (
+            mathrl,
+            {"status/infra": 0.021},
+            "2.1% of the rewards are infrastructure failures (--max_infra=0.02)",
+        ),
+        (
+            mathrl,
+            {"status/timeout": 0.03},
+            "3.0% of the verifications were cut off (--max_timeout=0.02)",
+        ),
+        # of code, a time-out is the program's own fault
+        (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),
+        (coderl, {"status/infra": 0.03}, "infrastructure failures"),
+        (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
+        (swerl, {"status/infra": 0.03}, "infrastructure failures"),
+        (rlhf, {"status/infra": 0.03}, "infrastructure failures"),
+    ],
+)
+def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(
+    stage, metrics, sentence, capsys
+):
+    step = lambda: guard.check_step(
+        7,
+        {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics},
+        {"skipped": 0},
+        stage.Config(),
+    )
     if not sentence:
         return step()
     with pytest.raises(SystemExit) as stop:
         step()
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and sentence in error and "step 7" in error and "The last checkpoint is whole." in error
+    assert (
+        stop.value.code == 2
+        and error.count("\n") == 1
+        and sentence in error
+        and "step 7" in error
+        and "The last checkpoint is whole." in error
+    )
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -324,7 +438,10 @@ def test_every_schema_becomes_the_same_row_and_bad_golds_are_dropped(tmp_path, c
         {"problem": "Three.", "solution": "So it is \\boxed{\\frac{1}{2}}."},
         {"prompt": "Four.", "solution": "7"},
         {"question": "Five.", "expected_answer": 12},
-        {"prompt": [{"role": "user", "content": DAPO_PROMPT}], "reward_model": {"ground_truth": "8", "style": "rule"}},
+        {
+            "prompt": [{"role": "user", "content": DAPO_PROMPT}],
+            "reward_model": {"ground_truth": "8", "style": "rule"},
+        },
         {"problem": "Bad.", "answer": "}{"},
         {"problem": "Empty.", "answer": " "},
     ]
@@ -334,9 +451,20 @@ def test_every_schema_becomes_the_same_row_and_bad_golds_are_dropped(tmp_path, c
     loaded = mathrl.load_rows(cfg)
     problems = [row["messages"][0]["content"].removeprefix(mathrl.INSTRUCTION) for row in loaded]
     assert problems == ["One.", "Two.", "Three.", "Four.", "Five.", "Find it.\n\nNow."]
-    assert [row["answer"] for row in loaded] == ["34", "x^2", r"\frac{1}{2}", "7", "12", "8"] and all(row["think"] for row in loaded)
+    assert [row["answer"] for row in loaded] == [
+        "34",
+        "x^2",
+        r"\frac{1}{2}",
+        "7",
+        "12",
+        "8",
+    ] and all(row["think"] for row in loaded)
     printed = capsys.readouterr().out
-    assert "empty problem or answer" in printed and "1 repeated problems" in printed and "1 answers" in printed
+    assert (
+        "empty problem or answer" in printed
+        and "1 repeated problems" in printed
+        and "1 answers" in printed
+    )
     mathrl.self_test(loaded, cfg)
     with pytest.raises(SystemExit):
         mathrl.self_test([{"answer": "}{"}], cfg)
@@ -347,13 +475,21 @@ def test_every_schema_becomes_the_same_row_and_bad_golds_are_dropped(tmp_path, c
 
 def test_the_epoch_filter_drops_solved_and_hopeless_rows_and_readmits_a_few():
     cfg, rows = mathrl.Config(), [{}] * 4000
-    history = {i: [8, 8] for i in range(1000)} | {i: [0, 8] for i in range(1000, 2000)} | {i: [3, 8] for i in range(2000, 3000)}
+    history = (
+        {i: [8, 8] for i in range(1000)}
+        | {i: [0, 8] for i in range(1000, 2000)}
+        | {i: [3, 8] for i in range(2000, 3000)}
+    )
     history[3000] = [0, 0]  # every rollout was skipped: still unseen
     pool = mathrl.select_rows(rows, 1, history, cfg)
     easy, hard = sum(i < 1000 for i in pool), sum(1000 <= i < 2000 for i in pool)
     print(f"readmitted: {easy} of 1000 easy (expected 10), {hard} of 1000 hard (expected 100)")
     assert set(range(2000, 4000)) <= set(pool) and 2 <= easy <= 25 and 65 <= hard <= 140
-    assert pool == mathrl.select_rows(rows, 1, dict(reversed(history.items())), cfg) != mathrl.select_rows(rows, 2, history, cfg)
+    assert (
+        pool
+        == mathrl.select_rows(rows, 1, dict(reversed(history.items())), cfg)
+        != mathrl.select_rows(rows, 2, history, cfg)
+    )
     assert mathrl.select_rows(rows, 0, {}, cfg) == list(range(4000))
     # never an empty pool
     assert mathrl.select_rows(rows[:3], 1, {i: [8, 8] for i in range(3)}, cfg)
@@ -361,8 +497,29 @@ def test_the_epoch_filter_drops_solved_and_hopeless_rows_and_readmits_a_few():
 
 # ---- properties ----------------------------------------------------------------------------------
 
-PIECES = ["</think>", "\\boxed{", "}", "{", "\\{", "34", "33", "=", ",", ".", "\\frac", "\\sqrt", "\\text", "^", "_", "!", "\\sum", "x"]
-RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=25).map("".join)
+PIECES = [
+    "</think>",
+    "\\boxed{",
+    "}",
+    "{",
+    "\\{",
+    "34",
+    "33",
+    "=",
+    ",",
+    ".",
+    "\\frac",
+    "\\sqrt",
+    "\\text",
+    "^",
+    "_",
+    "!",
+    "\\sum",
+    "x",
+]
+RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=25).map(
+    "".join
+)
 
 
 def never_fails(response, gold="34"):
@@ -401,13 +558,20 @@ def test_integers_are_compared_exactly_and_symmetrically(gold, off):
     assert mathrl.reward(mathrl.boxed(f"{gold:,}"), a) == 1
 
 
-LETTERS = st.text(alphabet="ab \u00e9\u03b1\u0436\u4e2d\u3042\u0627\u211d\U0001d431\u00b5\u2192\n</think>12", max_size=40)
+LETTERS = st.text(
+    alphabet="ab \u00e9\u03b1\u0436\u4e2d\u3042\u0627\u211d\U0001d431\u00b5\u2192\n</think>12",
+    max_size=40,
+)
 
 
 def language_rule_holds(prompt, response, more):
     """A response in the prompt's own letters is fine; longer responses only get worse, longer prompts only forgive more; Latin is always fine."""
     fine = mathrl.language_ok(prompt, response)
-    assert fine in (True, False) and mathrl.language_ok(prompt, prompt) and mathrl.language_ok(prompt, response + " plain text") is fine
+    assert (
+        fine in (True, False)
+        and mathrl.language_ok(prompt, prompt)
+        and mathrl.language_ok(prompt, response + " plain text") is fine
+    )
     assert fine or not mathrl.language_ok(prompt, response + more)
     assert not fine or mathrl.language_ok(prompt + more, response)
 
@@ -426,7 +590,10 @@ def test_the_language_rule_is_monotone_on_twenty_thousand_texts(prompt, response
 
 
 def test_an_integer_answer_costs_microseconds():
-    texts = [f"<think>{'so ' * 200}</think> It is \\boxed{{{random.randrange(100)}}}." for _ in range(2000)]
+    texts = [
+        f"<think>{'so ' * 200}</think> It is \\boxed{{{random.randrange(100)}}}."
+        for _ in range(2000)
+    ]
     start = time.time()
     for text in texts:
         mathrl.reward(text, "34")

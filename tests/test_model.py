@@ -17,7 +17,13 @@ from transformers import Qwen3Config as TheirConfig
 from lib.packing import shared_prefixes
 from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, read_config, rope_tables
 
-PUBLISHED = {"0.6b": 0.596049920e9, "1.7b": 1.720574976e9, "4b": 4.022468096e9, "8b": 8.19073536e9, "14b": 14.7683072e9}
+PUBLISHED = {
+    "0.6b": 0.596049920e9,
+    "1.7b": 1.720574976e9,
+    "4b": 4.022468096e9,
+    "8b": 8.19073536e9,
+    "14b": 14.7683072e9,
+}
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
 
 
@@ -25,9 +31,16 @@ def scaled_down(size, **changes):
     """The shape of one of the five sizes with its ratios (query to kv heads, mlp to width, tied or not), 64 times smaller."""
     full = Qwen3Config(**QWEN3_SIZES[size])
     shape = dict(
-        vocab_size=211, hidden_size=full.hidden_size // 64, intermediate_size=full.intermediate_size // 64, num_hidden_layers=3,
-        num_attention_heads=full.num_attention_heads, num_key_value_heads=full.num_key_value_heads, head_dim=16,
-        rope_theta=full.rope_theta, max_position_embeddings=128, tie_word_embeddings=full.tie_word_embeddings,
+        vocab_size=211,
+        hidden_size=full.hidden_size // 64,
+        intermediate_size=full.intermediate_size // 64,
+        num_hidden_layers=3,
+        num_attention_heads=full.num_attention_heads,
+        num_key_value_heads=full.num_key_value_heads,
+        head_dim=16,
+        rope_theta=full.rope_theta,
+        max_position_embeddings=128,
+        tie_word_embeddings=full.tie_word_embeddings,
     )
     return make_tiny(std=0.1, **{**shape, **changes})
 
@@ -35,7 +48,9 @@ def scaled_down(size, **changes):
 def theirs(model, folder):
     """The same weights in transformers, through our saved folder; eager attention is the plain formula."""
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def random_ids(*shape, vocab=211, seed=0):
@@ -63,7 +78,9 @@ def test_yarn_changes_the_logits():
     """The test above would pass if neither side read rope_scaling."""
     ids = random_ids(1, 96)
     with torch.no_grad():
-        assert (scaled_down("8b")(ids) - scaled_down("8b", rope_scaling=YARN)(ids)).abs().max() > 1e-2
+        assert (
+            scaled_down("8b")(ids) - scaled_down("8b", rope_scaling=YARN)(ids)
+        ).abs().max() > 1e-2
 
 
 def test_packed_equals_padded_equals_alone(tmp_path):
@@ -75,12 +92,21 @@ def test_packed_equals_padded_equals_alone(tmp_path):
         hidden = model(torch.cat(rows), torch.tensor(starts, dtype=torch.int32), max(lengths))
         packed = F.linear(hidden, model.head_weight).split(lengths)
         padded = torch.stack([F.pad(row, (max(lengths) - len(row), 0)) for row in rows])
-        seen = torch.stack([F.pad(torch.ones_like(row), (max(lengths) - len(row), 0)) for row in rows])
-        padded = reference(padded, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0)).logits
+        seen = torch.stack(
+            [F.pad(torch.ones_like(row), (max(lengths) - len(row), 0)) for row in rows]
+        )
+        padded = reference(
+            padded, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0)
+        ).logits
         for i, row in enumerate(rows):
             alone = model(row[None])[0]
             close(packed[i], alone, 1e-5, f"packed against alone, {len(row)} tokens")
-            close(padded[i, -len(row) :], alone, 1e-5, f"padded transformers against alone, {len(row)} tokens")
+            close(
+                padded[i, -len(row) :],
+                alone,
+                1e-5,
+                f"padded transformers against alone, {len(row)} tokens",
+            )
 
 
 def test_row_order_does_not_matter():
@@ -93,14 +119,18 @@ def test_logprobs_are_those_of_the_logits_and_entry_t_is_about_token_t():
     model, row, temperature = scaled_down("4b"), random_ids(20), 0.7
     index = torch.arange(5, 20)
     with torch.no_grad():
-        logprobs, entropy = model(row, torch.tensor([0, 20], dtype=torch.int32), 20, index, temperature=temperature)
+        logprobs, entropy = model(
+            row, torch.tensor([0, 20], dtype=torch.int32), 20, index, temperature=temperature
+        )
         nll = model(row, torch.tensor([0, 20], dtype=torch.int32), 20, index, nll=True)
         table = torch.log_softmax(model(row[None])[0] / temperature, -1)
         plain = torch.log_softmax(model(row[None])[0], -1)
     for t in range(20):
         expected = table[t - 1, row[t]] if t >= 5 else 0.0
         assert abs(logprobs[t] - expected) < 1e-5, f"token {t}"
-        assert abs(entropy[t] - (-(table[t - 1].exp() * table[t - 1]).sum() if t >= 5 else 0.0)) < 1e-5, f"token {t}"
+        assert (
+            abs(entropy[t] - (-(table[t - 1].exp() * table[t - 1]).sum() if t >= 5 else 0.0)) < 1e-5
+        ), f"token {t}"
     close(nll, -plain[torch.arange(4, 19), row[5:]].sum(), 1e-4, "summed negative log-likelihood")
 
 
@@ -111,24 +141,54 @@ def test_a_saved_folder_opens_in_transformers_and_gives_the_same_greedy_tokens(t
         ids = prompt
         for _ in range(20):
             ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
-        generated = reference.generate(prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        generated = reference.generate(
+            prompt,
+            max_new_tokens=20,
+            min_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         assert generated.tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("yarn", [False, True], ids=["plain", "yarn"])
 def test_a_folder_of_transformers_opens_in_ours(tied, yarn, tmp_path):
-    rope = {"rope_theta": 1e6, **({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64} if yarn else {"rope_type": "default"})}
+    rope = {
+        "rope_theta": 1e6,
+        **(
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+            if yarn
+            else {"rope_type": "default"}
+        ),
+    }
     torch.manual_seed(0)
-    reference = Qwen3ForCausalLM(TheirConfig(
-        vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2, rope_parameters=rope,
-    )).eval()
+    reference = Qwen3ForCausalLM(
+        TheirConfig(
+            vocab_size=211,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=128,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+            rope_parameters=rope,
+        )
+    ).eval()
     reference.save_pretrained(tmp_path, max_shard_size="50KB")  # several files
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = random_ids(2, 96)
     with torch.no_grad():
-        close(Qwen3.from_pretrained(tmp_path)(ids), reference(ids).logits, 1e-5, "transformers -> ours")
+        close(
+            Qwen3.from_pretrained(tmp_path)(ids),
+            reference(ids).logits,
+            1e-5,
+            "transformers -> ours",
+        )
 
 
 def test_rope_settings_are_read_in_the_spelling_of_transformers_4_too(tmp_path):
@@ -136,18 +196,26 @@ def test_rope_settings_are_read_in_the_spelling_of_transformers_4_too(tmp_path):
     model.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["rope_parameters"]
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_theta": 1e6, "rope_scaling": YARN}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(raw | {"rope_theta": 1e6, "rope_scaling": YARN})
+    )
     assert read_config(tmp_path) == model.config
 
 
 def test_rope_factor_switches_yarn_on(tmp_path):
     scaled_down("8b").save_pretrained(tmp_path)
     loaded = Qwen3.from_pretrained(tmp_path, rope_factor=2.0)
-    assert loaded.config.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768}
+    assert loaded.config.rope_scaling == {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 32768,
+    }
     assert loaded.max_positions() == 65536
     loaded.save_pretrained(tmp_path / "again")
     again = read_config(tmp_path / "again")
-    assert again.rope_scaling == loaded.config.rope_scaling and again.max_position_embeddings == 65536, "vLLM serves that many tokens, no more"
+    assert (
+        again.rope_scaling == loaded.config.rope_scaling and again.max_position_embeddings == 65536
+    ), "vLLM serves that many tokens, no more"
     tables = zip(rope_tables(again, 300), rope_tables(loaded.config, 300), strict=True)
     assert all(torch.equal(a, b) for a, b in tables)
 
@@ -158,7 +226,9 @@ def test_save_then_load_is_bitwise_equal(tmp_path):
         model.save_pretrained(tmp_path / size)
         loaded = Qwen3.from_pretrained(tmp_path / size)
         assert loaded.config == model.config
-        for (name, a), (other, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        for (name, a), (other, b) in zip(
+            model.named_parameters(), loaded.named_parameters(), strict=True
+        ):
             assert name == other and torch.equal(a, b), name
 
 
@@ -179,25 +249,42 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 def test_an_unknown_tensor_is_named(tmp_path):
     with pytest.raises(ValueError, match="unknown tensor model.layers.0.self_attn.q_proj.bias"):
-        Qwen3.from_pretrained(broken(tmp_path, lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(4)})))
+        Qwen3.from_pretrained(
+            broken(
+                tmp_path,
+                lambda state: state.update(
+                    {"model.layers.0.self_attn.q_proj.bias": torch.zeros(4)}
+                ),
+            )
+        )
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
     with pytest.raises(ValueError, match=r"model.norm.weight is \(3,\), expected \(64,\)"):
-        Qwen3.from_pretrained(broken(tmp_path, lambda state: state.update({"model.norm.weight": torch.zeros(3)})))
+        Qwen3.from_pretrained(
+            broken(tmp_path, lambda state: state.update({"model.norm.weight": torch.zeros(3)}))
+        )
 
 
 def test_the_copy_of_a_tied_head_is_left_alone(tmp_path):
-    copy = lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+    copy = lambda state: state.update(
+        {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    )
     assert Qwen3.from_pretrained(broken(tmp_path, copy, size="0.6b")).lm_head is None
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen3'"),
-    ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe', expected 'qwen3'"),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}, "rope_scaling": None}, "rope_type 'llama3' is not supported"),
-    ({"use_sliding_window": True}, "sliding windows"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen3'"),
+        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe', expected 'qwen3'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}, "rope_scaling": None},
+            "rope_type 'llama3' is not supported",
+        ),
+        ({"use_sliding_window": True}, "sliding windows"),
+    ],
+)
 def test_another_architecture_is_refused(change, message, tmp_path):
     scaled_down("8b").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
@@ -219,7 +306,9 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = make_tiny()
         model.gradient_checkpointing = checkpointing
         row = random_ids(12, vocab=61)
-        model(row, torch.tensor([0, 12], dtype=torch.int32), 12, torch.arange(1, 12))[0].sum().backward()
+        model(row, torch.tensor([0, 12], dtype=torch.int32), 12, torch.arange(1, 12))[
+            0
+        ].sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
@@ -230,13 +319,25 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
     the SFT loss and all gradients beside those of every token by itself. Tolerance 1e-5, relative."""
     draw = lambda n, seed: random_ids(n, vocab=61, seed=seed).tolist()
     prompts, tail = [draw(20, 1), draw(9, 2)], draw(7, 3)
-    sequences = [prompts[0] + tail, prompts[1] + draw(5, 4), prompts[0] + tail[:4], draw(6, 5), prompts[0] + tail, prompts[1] + draw(8, 6)]
+    sequences = [
+        prompts[0] + tail,
+        prompts[1] + draw(5, 4),
+        prompts[0] + tail[:4],
+        draw(6, 5),
+        prompts[0] + tail,
+        prompts[1] + draw(8, 6),
+    ]
     index, cu_seqlens = [], [0]
     for n in (7, 5, 4, 2, 7, 8):
         cu_seqlens.append(cu_seqlens[-1] + len(sequences[len(cu_seqlens) - 1]))
         index += range(cu_seqlens[-1] - n, cu_seqlens[-1])
     weight_M, found = torch.randn(len(index), generator=torch.Generator().manual_seed(7)), []
-    packed = [torch.tensor(sum(sequences, [])), torch.tensor(cu_seqlens, dtype=torch.int32), 27, torch.tensor(index)]
+    packed = [
+        torch.tensor(sum(sequences, [])),
+        torch.tensor(cu_seqlens, dtype=torch.int32),
+        27,
+        torch.tensor(index),
+    ]
     shared = shared_prefixes(sequences, "cpu")
     for given in (shared, None):
         model = make_tiny()
@@ -244,9 +345,18 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
         logprobs_T, entropy_T = model(*packed, given, temperature=0.7)
         nll = model(*packed, given, nll=True)
         ((weight_M * (logprobs_T + entropy_T)[packed[3]]).sum() + nll).backward()
-        found.append((logprobs_T.detach(), entropy_T.detach(), nll.detach(), *(p.grad for p in model.parameters())))
+        found.append(
+            (
+                logprobs_T.detach(),
+                entropy_T.detach(),
+                nll.detach(),
+                *(p.grad for p in model.parameters()),
+            )
+        )
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
-    print(f"{len(shared[0])} of {len(shared[1])} tokens computed: worst relative difference {worst:.1e} (limit 1e-5)")
+    print(
+        f"{len(shared[0])} of {len(shared[1])} tokens computed: worst relative difference {worst:.1e} (limit 1e-5)"
+    )
     assert worst < 1e-5 and len(shared[0]) == 20 + 7 + 9 + 5 + 8 + 6
 
 
@@ -256,8 +366,14 @@ def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):
     keep = torch.tensor([3, 4, 9, 15, 16, 30, 38])
     found = []
     for fast in (True, False):
-        hidden = tiny.packed_hidden(ids, cu_seqlens, 23, keep) if fast else tiny.packed_hidden(ids, cu_seqlens, 23)[keep]
-        gradients = torch.autograd.grad(hidden.square().sum() + hidden[:, 0].sum(), list(tiny.parameters()))
+        hidden = (
+            tiny.packed_hidden(ids, cu_seqlens, 23, keep)
+            if fast
+            else tiny.packed_hidden(ids, cu_seqlens, 23)[keep]
+        )
+        gradients = torch.autograd.grad(
+            hidden.square().sum() + hidden[:, 0].sum(), list(tiny.parameters())
+        )
         found.append((hidden, *gradients))
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
     print(f"hidden states and gradients: worst relative difference {worst:.1e} (limit 1e-5)")
@@ -268,7 +384,10 @@ def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monk
     """On CPUs linear_cross_entropy takes 512 tokens at a time beside a big weight, 128 beside this one."""
     from kernels import linear_cross_entropy as op
 
-    hidden, weight = torch.randn(1100, 16, dtype=torch.float64, requires_grad=True), torch.randn(4000, 16, dtype=torch.float64, requires_grad=True)
+    hidden, weight = (
+        torch.randn(1100, 16, dtype=torch.float64, requires_grad=True),
+        torch.randn(4000, 16, dtype=torch.float64, requires_grad=True),
+    )
     target, results = torch.randint(4000, (1100,)), []
     for big in (op.BIG, 0):
         monkeypatch.setattr(op, "BIG", big)
@@ -276,7 +395,11 @@ def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monk
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     exact = op.linear_cross_entropy_ref(hidden, weight, target)
     results.append((exact, *torch.autograd.grad(exact, (hidden, weight))))
-    worst = max(((a - b).abs().max() / b.abs().max()).item() for got in results[:2] for a, b in zip(got, results[2], strict=True))
+    worst = max(
+        ((a - b).abs().max() / b.abs().max()).item()
+        for got in results[:2]
+        for a, b in zip(got, results[2], strict=True)
+    )
     print(f"worst relative difference {worst:.1e} (limit 1e-12)")
     assert worst < 1e-12
 
@@ -286,10 +409,23 @@ def test_yarn_at_the_real_head_width_is_that_of_transformers(factor):
     """The toy's eight frequencies hide a rounding of where the ramp begins and ends."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    ours = Qwen3Config(rope_scaling={"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32768})
-    inv_freq, scale = ROPE_INIT_FUNCTIONS["yarn"](TheirConfig(**{k: v for k, v in hf_config(ours).items() if k not in ("architectures", "model_type")}), "cpu")
+    ours = Qwen3Config(
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": 32768,
+        }
+    )
+    inv_freq, scale = ROPE_INIT_FUNCTIONS["yarn"](
+        TheirConfig(
+            **{k: v for k, v in hf_config(ours).items() if k not in ("architectures", "model_type")}
+        ),
+        "cpu",
+    )
     cos_TH, sin_TH = rope_tables(ours, 2)
-    assert torch.allclose(torch.atan2(sin_TH[1], cos_TH[1]), inv_freq, rtol=1e-5, atol=0) and torch.allclose(cos_TH[0], torch.full((64,), scale))
+    assert torch.allclose(
+        torch.atan2(sin_TH[1], cos_TH[1]), inv_freq, rtol=1e-5, atol=0
+    ) and torch.allclose(cos_TH[0], torch.full((64,), scale))
 
 
 def test_a_stretched_checkpoint_takes_another_factor_from_the_original_length(world, tmp_path):

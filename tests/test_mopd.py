@@ -20,8 +20,11 @@ def config(**changes):
 def test_the_loss_by_hand():
     """Three completion tokens after one prompt token; the third's ratio to the sampler is outside [0.5, 2] and leaves the sum."""
     logprobs_T = torch.tensor([0.0, -1.0, -2.0, -1.0]).requires_grad_()
-    batch = {"loss_index": torch.tensor([1, 2, 3]), "teacher_logprobs_T": torch.tensor([0.0, -0.5, -3.0, -0.1]),
-             "sampler_logprobs_T": torch.tensor([0.0, -1.0, -2.2, -2.0])}
+    batch = {
+        "loss_index": torch.tensor([1, 2, 3]),
+        "teacher_logprobs_T": torch.tensor([0.0, -0.5, -3.0, -0.1]),
+        "sampler_logprobs_T": torch.tensor([0.0, -1.0, -2.2, -2.0]),
+    }
     loss = mopd.grpo_loss(logprobs_T, logprobs_T.detach(), batch, {"tokens": 5}, config())
     loss.backward()
     weight = 2.718281828**0.2
@@ -32,14 +35,27 @@ def test_the_loss_by_hand():
 def test_the_expected_gradient_is_that_of_the_reverse_kl():
     """One token, five words: sum over words of pi(y) grad loss(y) equals grad KL(pi || teacher), exactly."""
     torch.manual_seed(0)
-    logits_V, teacher_V = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    logits_V, teacher_V = (
+        torch.randn(5, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, dtype=torch.float64).log_softmax(0),
+    )
     logprobs_V = logits_V.log_softmax(0)
     (exact,) = torch.autograd.grad((logprobs_V.exp() * (logprobs_V - teacher_V)).sum(), logits_V)
     expected = 0.0
     for y, p in enumerate(logprobs_V.detach().exp()):
         token = torch.stack([torch.zeros((), dtype=torch.float64), logits_V.log_softmax(0)[y]])
-        batch = {"loss_index": torch.tensor([1]), "teacher_logprobs_T": torch.stack([torch.zeros(()), teacher_V[y]]), "sampler_logprobs_T": token.detach()}
-        expected = expected + p * torch.autograd.grad(mopd.grpo_loss(token, token.detach(), batch, {"tokens": 1}, config()), logits_V)[0]
+        batch = {
+            "loss_index": torch.tensor([1]),
+            "teacher_logprobs_T": torch.stack([torch.zeros(()), teacher_V[y]]),
+            "sampler_logprobs_T": token.detach(),
+        }
+        expected = (
+            expected
+            + p
+            * torch.autograd.grad(
+                mopd.grpo_loss(token, token.detach(), batch, {"tokens": 1}, config()), logits_V
+            )[0]
+        )
     error = (expected - exact).abs().max().item()
     print(f"max difference {error:.1e}, tolerance 1e-12")
     assert error < 1e-12
@@ -51,7 +67,9 @@ def teachers(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teachers")
     for seed in (1, 2):
         path = str(folder / f"teacher{seed}")
-        Qwen3.from_config(Qwen3.from_pretrained(world / "base").config, seed=seed, std=0.1).save_pretrained(path)
+        Qwen3.from_config(
+            Qwen3.from_pretrained(world / "base").config, seed=seed, std=0.1
+        ).save_pretrained(path)
         save_tokenizer(world / "base", path)
     return folder
 
@@ -60,32 +78,75 @@ def test_each_rollout_is_scored_by_its_own_teacher_and_no_other(world, teachers)
     tokenizer, student = load_tokenizer(world / "base"), Qwen3.from_pretrained(world / "base")
     rollouts = []
     for n in range(4):
-        row = {"messages": [{"role": "user", "content": f"say {n}"}], "think": False, "teacher": str(teachers / f"teacher{1 + n % 2}")}
-        rollouts.append(Rollout(row=row, group=n, prompt_ids=render_chat(tokenizer, row["messages"], False)[0], seed=n))
+        row = {
+            "messages": [{"role": "user", "content": f"say {n}"}],
+            "think": False,
+            "teacher": str(teachers / f"teacher{1 + n % 2}"),
+        }
+        rollouts.append(
+            Rollout(
+                row=row,
+                group=n,
+                prompt_ids=render_chat(tokenizer, row["messages"], False)[0],
+                seed=n,
+            )
+        )
     make_engine("torch", student, tokenizer).generate(rollouts, 6, 1.0)
     submit, collect = mopd.make_reward(config())
     collect(rollouts)
     for r in rollouts:
-        logits_TV = Qwen3.from_pretrained(r.row["teacher"])(torch.tensor([r.prompt_ids + r.completion_ids]))[0]
+        logits_TV = Qwen3.from_pretrained(r.row["teacher"])(
+            torch.tensor([r.prompt_ids + r.completion_ids])
+        )[0]
         P = len(r.prompt_ids)
-        naive = logits_TV.log_softmax(-1)[P - 1 : -1].gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0]
+        naive = logits_TV.log_softmax(-1)[P - 1 : -1].gather(
+            1, torch.tensor(r.completion_ids)[:, None]
+        )[:, 0]
         error = (torch.tensor(r.teacher_logprobs) - naive).abs().max().item()
         print(f"teacher log-probs: max difference {error:.1e}, tolerance 1e-5")
         assert error < 1e-5
-        assert r.reward == pytest.approx((naive - torch.tensor(r.sampler_logprobs)).mean().item(), abs=1e-5)
+        assert r.reward == pytest.approx(
+            (naive - torch.tensor(r.sampler_logprobs)).mean().item(), abs=1e-5
+        )
 
 
 def run_flags(world, taught, teachers, out, **changes):
     data = f"rlhf:{world}/chat_rl.jsonl:{taught},mathrl:{world}/math_rl.jsonl:{taught},ifrl:{world}/if_rl.jsonl:{teachers}/teacher1"
-    flags = dict(data=data, eval_data=data, prompts_per_step=16, group_size=2, num_steps=16, max_prompt_tokens=128, max_new_tokens=12, lr=5e-3,
-                 warmup_steps=1, micro_batch_tokens=1024, eval_every=4, eval_rows=200, save_every=4, sample_every=0) | changes
-    return ["extras/mopd.py", f"--init_from={world}/base", f"--out_dir={out}", *(f"--{k}={v}" for k, v in flags.items())]
+    flags = (
+        dict(
+            data=data,
+            eval_data=data,
+            prompts_per_step=16,
+            group_size=2,
+            num_steps=16,
+            max_prompt_tokens=128,
+            max_new_tokens=12,
+            lr=5e-3,
+            warmup_steps=1,
+            micro_batch_tokens=1024,
+            eval_every=4,
+            eval_rows=200,
+            save_every=4,
+            sample_every=0,
+        )
+        | changes
+    )
+    return [
+        "extras/mopd.py",
+        f"--init_from={world}/base",
+        f"--out_dir={out}",
+        *(f"--{k}={v}" for k, v in flags.items()),
+    ]
 
 
 @pytest.mark.slow
-def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(world, taught, teachers, tmp_path):
+def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(
+    world, taught, teachers, tmp_path
+):
     """Two teachers at once; the KL to them falls. Resumed: bit for bit."""
-    read = lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    read = lambda out: [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
     run_python(*run_flags(world, taught, teachers, tmp_path / "a"))
     logged = read(tmp_path / "a")
     print("eval (minus KL): " + " ".join(f"{r['eval']:.3f}" for r in logged if "eval" in r))
@@ -102,20 +163,27 @@ def test_two_ranks_are_one(world, taught, teachers, tmp_path):
     gentle = dict(lr=2e-5, num_steps=4)
     run_python(*run_flags(world, taught, teachers, tmp_path / "one", **gentle))
     run_python(*run_flags(world, taught, teachers, tmp_path / "two", **gentle), ranks=2)
-    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two")
+    )
     error = max((two[k] - one[k]).abs().max().item() for k in two)
     before = load_file(world / "base" / "model.safetensors")
     moved = max((one[k] - before[k]).abs().max().item() for k in one)
-    print(f"two ranks against one: max weight difference {error:.1e}, tolerance 1e-5; weights moved by up to {moved:.1e}")
+    print(
+        f"two ranks against one: max weight difference {error:.1e}, tolerance 1e-5; weights moved by up to {moved:.1e}"
+    )
     assert error < 1e-5 < 2e-5 < moved
 
 
-@pytest.mark.parametrize("data, sentence", [
-    ("nonsense", "is not STAGE:DATA:TEACHER"),
-    ("sft:{world}/chat_rl.jsonl:{teachers}/teacher1", "is not STAGE:DATA:TEACHER"),
-    ("rlhf:{world}/chat_rl.jsonl:{teachers}/nobody", "is no checkpoint"),
-    ("rlhf:{world}/chat_rl.jsonl.missing.jsonl:{teachers}/teacher1", "no such file"),
-])
+@pytest.mark.parametrize(
+    "data, sentence",
+    [
+        ("nonsense", "is not STAGE:DATA:TEACHER"),
+        ("sft:{world}/chat_rl.jsonl:{teachers}/teacher1", "is not STAGE:DATA:TEACHER"),
+        ("rlhf:{world}/chat_rl.jsonl:{teachers}/nobody", "is no checkpoint"),
+        ("rlhf:{world}/chat_rl.jsonl.missing.jsonl:{teachers}/teacher1", "no such file"),
+    ],
+)
 def test_a_bad_domain_is_one_sentence(data, sentence, world, teachers, capsys):
     with pytest.raises(SystemExit) as stop:
         mopd.load_rows(config(data=data.format(world=world, teachers=teachers)))
@@ -136,14 +204,24 @@ def test_a_teacher_with_another_tokenizer_is_refused(world, teachers, tmp_path, 
     assert "another tokenizer" in capsys.readouterr().err
 
 
-def test_the_teacher_reads_at_the_student_s_temperature_and_rope_factor(world, teachers, monkeypatch):
+def test_the_teacher_reads_at_the_student_s_temperature_and_rope_factor(
+    world, teachers, monkeypatch
+):
     """Of -log p / T over the whole vocabulary; a teacher that was never stretched is stretched as the student is."""
     tokenizer = load_tokenizer(world / "base")
-    row = {"messages": [{"role": "user", "content": "say"}], "think": False, "teacher": str(teachers / "teacher1")}
-    r = Rollout(row=row, group=0, prompt_ids=render_chat(tokenizer, row["messages"], False)[0], seed=0)
+    row = {
+        "messages": [{"role": "user", "content": "say"}],
+        "think": False,
+        "teacher": str(teachers / "teacher1"),
+    }
+    r = Rollout(
+        row=row, group=0, prompt_ids=render_chat(tokenizer, row["messages"], False)[0], seed=0
+    )
     r.completion_ids, r.sampler_logprobs = [7, 8, 9], [0.0] * 3
     mopd.make_reward(mopd.Config(temperature=0.5, rope_factor=4.0))[1]([r])
     teacher = Qwen3.from_pretrained(row["teacher"], rope_factor=4.0)
     logits_TV = teacher(torch.tensor([r.prompt_ids + r.completion_ids]))[0] / 0.5
-    naive = logits_TV.log_softmax(-1)[len(r.prompt_ids) - 1 : -1].gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0]
+    naive = logits_TV.log_softmax(-1)[len(r.prompt_ids) - 1 : -1].gather(
+        1, torch.tensor(r.completion_ids)[:, None]
+    )[:, 0]
     assert r.teacher_logprobs == pytest.approx(naive.tolist(), abs=1e-5)

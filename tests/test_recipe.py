@@ -26,7 +26,17 @@ ASK = [{"role": "user", "content": "What is 6 * 7?"}]
 
 def rollout(text, row=None, finish="stop", group=0, think=True, reward=float("nan"), status=""):
     row = {"messages": ASK, "think": think, **(row or {})}
-    return Rollout(row=row, group=group, prompt_ids=[1], seed=0, completion_ids=[2, 3], finish_reason=finish, text=text, reward=reward, status=status)
+    return Rollout(
+        row=row,
+        group=group,
+        prompt_ids=[1],
+        seed=0,
+        completion_ids=[2, 3],
+        finish_reason=finish,
+        text=text,
+        reward=reward,
+        status=status,
+    )
 
 
 # ---- SFT (3.1, 4.1) ------------------------------------------------------------------------------
@@ -34,42 +44,84 @@ def test_4_1_cosine_schedule_as_printed():
     """T14: the cosine runs over 100K steps, so that after the 20K of stage 1 the rate is still 90% of its start: (1 + cos(pi / 5)) / 2."""
     cfg = sft.Config(lr=5e-5, warmup_steps=200, schedule_steps=100_000)
     assert sft.learning_rate(20_000, cfg) == pytest.approx(5e-5 * 0.9045085, rel=1e-6)
-    assert sft.learning_rate(50_000, cfg) == pytest.approx(2.5e-5) and sft.learning_rate(100_000, cfg) == 0.0
+    assert (
+        sft.learning_rate(50_000, cfg) == pytest.approx(2.5e-5)
+        and sft.learning_rate(100_000, cfg) == 0.0
+    )
     assert sft.learning_rate(100, cfg) == pytest.approx(2.5e-5, rel=1e-5)  # half of the warm-up
 
 
 def test_3_1_2_multi_turn_history_has_no_thinking_and_is_not_trained_on():
-    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "<think>\na\n</think>\n\n1"},
-                {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\n2"}]
+    messages = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "<think>\na\n</think>\n\n1"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "<think>\nb\n</think>\n\n2"},
+    ]
     row = sft.normalize({"messages": messages, "thinking": True}, "row 1")
     assert render_turns(row["messages"], row["think"], row["tools"])[1:] == [
-        ("user", "One? /no_think", False), ("assistant", "1", False), ("user", "Two? /think", False), ("assistant", "<think>\nb\n</think>\n\n2", True)]
+        ("user", "One? /no_think", False),
+        ("assistant", "1", False),
+        ("user", "Two? /think", False),
+        ("assistant", "<think>\nb\n</think>\n\n2", True),
+    ]
 
 
 def test_3_1_2_think_and_no_think_rows_of_one_prompt_differ_by_flag_and_answer():
-    rows = [sft.normalize({"messages": [*ASK, {"role": "assistant", "content": text}], "thinking": think}, "row 1")
-            for text, think in (("<think>\nhm\n</think>\n\n42", True), ("42", False))]
+    rows = [
+        sft.normalize(
+            {"messages": [*ASK, {"role": "assistant", "content": text}], "thinking": think}, "row 1"
+        )
+        for text, think in (("<think>\nhm\n</think>\n\n42", True), ("42", False))
+    ]
     turns = [render_turns(row["messages"], row["think"], row["tools"]) for row in rows]
-    assert turns[0][0] == turns[1][0] and [t[1][1] for t in turns] == ["What is 6 * 7? /think", "What is 6 * 7? /no_think"]
+    assert turns[0][0] == turns[1][0] and [t[1][1] for t in turns] == [
+        "What is 6 * 7? /think",
+        "What is 6 * 7? /no_think",
+    ]
     assert [t[2][1:] for t in turns] == [("<think>\nhm\n</think>\n\n42", True), ("42", True)]
 
 
 def test_3_3_1_tool_calling_conversation_trains_calls_and_answer_but_not_the_tool():
-    call = {"id": "1", "type": "function", "function": {"name": "mul", "arguments": '{"a": 6, "b": 7}'}}
-    messages = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "42."}]
-    row = sft.normalize({"messages": messages, "tools": json.dumps([{"name": "mul"}]), "thinking": False}, "row 1")
+    call = {
+        "id": "1",
+        "type": "function",
+        "function": {"name": "mul", "arguments": '{"a": 6, "b": 7}'},
+    }
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "42."},
+    ]
+    row = sft.normalize(
+        {"messages": messages, "tools": json.dumps([{"name": "mul"}]), "thinking": False}, "row 1"
+    )
     system, *turns = render_turns(row["messages"], row["think"], row["tools"])
     assert '<tools>\n{"name": "mul"}\n</tools>' in system[1]
     assert turns == [
         ("user", "What is 6 * 7? /no_think", False),
-        ("assistant", '\n<tool_call>\n{"name": "mul", "arguments": {"a": 6, "b": 7}}\n</tool_call>', True),
-        ("user", "<tool_response>\n42\n</tool_response>", False), ("assistant", "42.", True)]
+        (
+            "assistant",
+            '\n<tool_call>\n{"name": "mul", "arguments": {"a": 6, "b": 7}}\n</tool_call>',
+            True,
+        ),
+        ("user", "<tool_response>\n42\n</tool_response>", False),
+        ("assistant", "42.", True),
+    ]
 
 
 # ---- RLHF (4.3) ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("share, modes", [(0.5, "ntntntntnt"), (1.0, "tttttttttt"), (0.0, "nnnnnnnnnn"), (0.2, "nnnntnnnnt")])
-def test_4_3_2_half_of_the_prompts_of_a_unified_run_are_answered_in_each_mode(share, modes, tmp_path):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"Q{i}"}) + "\n" for i in range(10)))
+@pytest.mark.parametrize(
+    "share, modes",
+    [(0.5, "ntntntntnt"), (1.0, "tttttttttt"), (0.0, "nnnnnnnnnn"), (0.2, "nnnntnnnnt")],
+)
+def test_4_3_2_half_of_the_prompts_of_a_unified_run_are_answered_in_each_mode(
+    share, modes, tmp_path
+):
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Q{i}"}) + "\n" for i in range(10))
+    )
     rows = rlhf.load_rows(rlhf.Config(data=str(tmp_path / "p.jsonl"), think_share=share))
     assert "".join("nt"[row["think"]] for row in rows) == modes
 
@@ -77,7 +129,11 @@ def test_4_3_2_half_of_the_prompts_of_a_unified_run_are_answered_in_each_mode(sh
 def test_4_3_2_answer_only_scoring_and_the_language_rule(monkeypatch):
     """Scores 3 and -2; the reply in another script would score 50 and gets 10 less than the lowest: -12."""
     scores = {"good": 3.0, "bad": -2.0, "\u597d": 50.0}
-    monkeypatch.setattr(rlhf, "load_reward_model", lambda path, device, workers: lambda messages, answers: [scores[a] for a in answers])
+    monkeypatch.setattr(
+        rlhf,
+        "load_reward_model",
+        lambda path, device, workers: lambda messages, answers: [scores[a] for a in answers],
+    )
     rollouts = [rollout(f"<think>aha</think>{text}") for text in scores]
     rlhf.make_reward(rlhf.Config(rm="table"))[1](rollouts)
     assert [r.reward for r in rollouts] == [3.0, -2.0, -12.0]
@@ -85,8 +141,14 @@ def test_4_3_2_answer_only_scoring_and_the_language_rule(monkeypatch):
 
 # ---- IF-RL (4.4) ---------------------------------------------------------------------------------
 def test_4_4_2_unified_reward_is_all_constraints_or_nothing():
-    row = {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"], "kwargs": [{}, {"num_words": 3, "relation": "less than"}]}
-    rollouts = [rollout(text, row, think=False) for text in ("Two words", "Two, words", "Now four words here", "Yes, four words here")]
+    row = {
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"num_words": 3, "relation": "less than"}],
+    }
+    rollouts = [
+        rollout(text, row, think=False)
+        for text in ("Two words", "Two, words", "Now four words here", "Yes, four words here")
+    ]
     ifrl.make_reward(ifrl.Config(reward_workers=0))[1](rollouts)
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0]
 
@@ -94,10 +156,21 @@ def test_4_4_2_unified_reward_is_all_constraints_or_nothing():
 def test_4_4_2_thinking_reward_is_one_plus_the_sigmoid_of_the_z_score(monkeypatch):
     """Scores 0 0 3 (mean 1, unbiased std sqrt(3)): z = -0.57735, -0.57735, 1.1547, sigmoid 0.359543 and 0.760361; a broken rule earns 0."""
     scores = {"a": 0.0, "b,": 0.0, "c": 3.0}
-    monkeypatch.setattr(ifrl, "load_reward_model", lambda *args: lambda m, answers: [scores[a] for a in answers])
-    rollouts = [rollout(f"<think>x</think>{text}", {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}) for text in scores]
+    monkeypatch.setattr(
+        ifrl, "load_reward_model", lambda *args: lambda m, answers: [scores[a] for a in answers]
+    )
+    rollouts = [
+        rollout(
+            f"<think>x</think>{text}",
+            {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        )
+        for text in scores
+    ]
     ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))[1](rollouts)
-    z = [(s - statistics.mean(scores.values())) / statistics.stdev(scores.values()) for s in scores.values()]
+    z = [
+        (s - statistics.mean(scores.values())) / statistics.stdev(scores.values())
+        for s in scores.values()
+    ]
     assert [round(x, 5) for x in z] == [-0.57735, -0.57735, 1.1547]
     assert [r.reward for r in rollouts] == pytest.approx([1.359543, 0.0, 1.760361], abs=1e-5)
 
@@ -113,39 +186,70 @@ def test_4_4_2_dynamic_sampling_refills_flat_groups_in_a_bounded_number_of_round
 # ---- Math RL (4.5) -------------------------------------------------------------------------------
 def test_4_5_2_overlong_skip_leaves_loss_denominator_and_group_statistics():
     """24K stage: of rewards 1 0 (0 cut off) 0 the cut one is skipped: mean 1/3, std 1/sqrt(3), advantages 1.1547 and -0.5774."""
-    group = [rollout("", reward=r, status="ok", finish=f) for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))]
+    group = [
+        rollout("", reward=r, status="ok", finish=f)
+        for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))
+    ]
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=True))
     assert [round(r.advantage, 4) for r in group] == [1.1547, -0.5773, 0.0, -0.5773]
-    assert sum(len(r.completion_ids) for r in group if r.trained) == 6, "two tokens each of three rollouts are the denominator"
+    assert sum(len(r.completion_ids) for r in group if r.trained) == 6, (
+        "two tokens each of three rollouts are the denominator"
+    )
 
 
 def test_4_5_2_overlong_zero_stays_in_loss_and_group_statistics():
     """32K and 40K stages: a cut-off rollout earns 0 even if its last box was right, and counts: mean 1/4, std 1/2."""
     cut = rollout("x</think>\\boxed{42}", {"answer": "42"}, finish="length")
-    assert mathrl.judge(cut) == (0, "no_answer") and mathrl.judge(rollout("x</think>\\boxed{42}", {"answer": "42"})) == (1, "ok")
-    group = [rollout("", reward=r, status="ok", finish=f) for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))]
+    assert mathrl.judge(cut) == (0, "no_answer") and mathrl.judge(
+        rollout("x</think>\\boxed{42}", {"answer": "42"})
+    ) == (1, "ok")
+    group = [
+        rollout("", reward=r, status="ok", finish=f)
+        for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))
+    ]
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=False))
-    assert [r.advantage for r in group] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4) and all(r.trained for r in group)
+    assert [r.advantage for r in group] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4) and all(
+        r.trained for r in group
+    )
 
 
 def test_4_5_2_skipped_rollouts_are_no_evidence_of_difficulty():
     """Two right, one wrong, one cut off and skipped: [2 right of 3], and a prompt all of whose rollouts were skipped is not in the history."""
-    group = [rollout("", {"index": 7}, reward=r, status=s, finish=f) for r, s, f in
-             ((1.0, "ok", "stop"), (0.0, "no_answer", "length"), (1.0, "ok", "stop"), (0.0, "wrong", "stop"))]
-    group += [rollout("", {"index": 8}, group=1, reward=0.0, status="no_answer", finish="length") for _ in range(4)]
+    group = [
+        rollout("", {"index": 7}, reward=r, status=s, finish=f)
+        for r, s, f in (
+            (1.0, "ok", "stop"),
+            (0.0, "no_answer", "length"),
+            (1.0, "ok", "stop"),
+            (0.0, "wrong", "stop"),
+        )
+    ]
+    group += [
+        rollout("", {"index": 8}, group=1, reward=0.0, status="no_answer", finish="length")
+        for _ in range(4)
+    ]
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=True))
     assert mathrl.count_correct(group) == {"7": [2, 3]}
 
 
 def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_the_solved():
     """Each row has one draw of random.Random("seed epoch"): unsolved rows return where it is below 0.10, solved ones below 0.01."""
-    history = {i: (0, 8) if i % 2 else (8, 8) for i in range(2000)} | {i: (5, 8) for i in range(2000, 2100)}
+    history = {i: (0, 8) if i % 2 else (8, 8) for i in range(2000)} | {
+        i: (5, 8) for i in range(2000, 2100)
+    }
     pool = mathrl.select_rows([{}] * 2200, 3, history, mathrl.Config(seed=5))
     draw = random.Random("5 3")
     luck = [draw.random() for _ in range(2200)]
-    assert pool == [i for i in range(2200) if luck[i] < (1.0 if i >= 2000 else 0.10 if i % 2 else 0.01)]
-    unsolved, solved = sum(i % 2 for i in pool if i < 2000), sum(1 - i % 2 for i in pool if i < 2000)
-    print(f"returned: {unsolved} of 1000 unsolved (10%: 100 +- 28 at 3 sigma), {solved} of 1000 solved (1%: 10 +- 9.4)")
+    assert pool == [
+        i for i in range(2200) if luck[i] < (1.0 if i >= 2000 else 0.10 if i % 2 else 0.01)
+    ]
+    unsolved, solved = (
+        sum(i % 2 for i in pool if i < 2000),
+        sum(1 - i % 2 for i in pool if i < 2000),
+    )
+    print(
+        f"returned: {unsolved} of 1000 unsolved (10%: 100 +- 28 at 3 sigma), {solved} of 1000 solved (1%: 10 +- 9.4)"
+    )
     assert 72 <= unsolved <= 128 and 1 <= solved <= 20
 
 
@@ -156,12 +260,22 @@ def test_4_6_2_mixed_language_earns_zero_in_code_and_minus_one_in_math():
     right = "</think>\n```python\nprint(int(input()) * 2)\n```"
     assert coderl.verdict("So" + right, tests, "Double it.")[:2] == (1, "ok")
     assert coderl.verdict("\u8ba9\u6211" + right, tests, "Double it.")[:2] == (0, "language")
-    assert mathrl.verdict("\u8ba9\u6211</think>\\boxed{42}", "42", "What is 6 * 7?") == (-1, "language")
+    assert mathrl.verdict("\u8ba9\u6211</think>\\boxed{42}", "42", "What is 6 * 7?") == (
+        -1,
+        "language",
+    )
 
 
 def test_4_6_2_all_tests_or_nothing():
-    tests = {"inputs": ["1\n", "2\n", "3\n", "4\n"], "outputs": ["2\n", "4\n", "6\n", "9\n"], "fn_name": None, "time_limit": None}
-    value, status, passed = coderl.verdict("</think>\n```python\nprint(int(input()) * 2)\n```", tests, "Double it.")
+    tests = {
+        "inputs": ["1\n", "2\n", "3\n", "4\n"],
+        "outputs": ["2\n", "4\n", "6\n", "9\n"],
+        "fn_name": None,
+        "time_limit": None,
+    }
+    value, status, passed = coderl.verdict(
+        "</think>\n```python\nprint(int(input()) * 2)\n```", tests, "Double it."
+    )
     assert (value, status) == (0, "wrong") and passed < 1
 
 
@@ -173,23 +287,46 @@ def test_4_7_1_prompts_show_golden_and_noisy_files_up_to_a_length_by_the_seed(li
     cfg = swerl.Config(max_prompt_tokens=limit, chars_per_token=3.0, noisy_share=1.0, max_files=5)
     shown = [swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed)) for seed in range(40)]
     assert {len(s) for s in shown} == {most} and all("f0.py" in s for s in shown)
-    assert [list(s) for s in shown] == [list(swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed))) for seed in range(40)]
-    assert len({tuple(s) for s in shown}) > 3 or most == 1, "which files, and in which order, is the seed's choice"
+    assert [list(s) for s in shown] == [
+        list(swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed))) for seed in range(40)
+    ]
+    assert len({tuple(s) for s in shown}) > 3 or most == 1, (
+        "which files, and in which order, is the seed's choice"
+    )
     with pytest.raises(data.BadRow, match="alone exceed"):
-        swerl.choose_files(files, list(files), swerl.Config(max_prompt_tokens=10, chars_per_token=3.0), random.Random(0))
+        swerl.choose_files(
+            files,
+            list(files),
+            swerl.Config(max_prompt_tokens=10, chars_per_token=3.0),
+            random.Random(0),
+        )
 
 
 def test_4_7_1_a_share_of_the_prompts_shows_golden_files_alone():
     files = {f"f{i}.py": "x" for i in range(4)}
-    alone = lambda share: sum(len(swerl.choose_files(files, ["f0.py"], swerl.Config(noisy_share=share), random.Random(s))) == 1 for s in range(400))
+    alone = lambda share: sum(
+        len(swerl.choose_files(files, ["f0.py"], swerl.Config(noisy_share=share), random.Random(s)))
+        == 1
+        for s in range(400)
+    )
     print(f"golden file alone at noisy_share 0.5: {alone(0.5)} of 400 (200 +- 30 at 3 sigma)")
     assert alone(0.0) == 400 and alone(1.0) == 0 and 170 <= alone(0.5) <= 230
 
 
-@pytest.mark.parametrize("text, finish, earned", [
-    (EXACT, "stop", 1.0), (EXACT, "length", -1.0), ("<think>never closed", "stop", -1.0), ("<think>x</think>no block", "stop", -1.0),
-    ("<think>x</think>### shop/cart.py\n<<<<<<< SEARCH\n    return result\n=======\n    return result\n>>>>>>> REPLACE", "stop", 0.0),
-])
+@pytest.mark.parametrize(
+    "text, finish, earned",
+    [
+        (EXACT, "stop", 1.0),
+        (EXACT, "length", -1.0),
+        ("<think>never closed", "stop", -1.0),
+        ("<think>x</think>no block", "stop", -1.0),
+        (
+            "<think>x</think>### shop/cart.py\n<<<<<<< SEARCH\n    return result\n=======\n    return result\n>>>>>>> REPLACE",
+            "stop",
+            0.0,
+        ),
+    ],
+)
 def test_4_7_2_equation_2_minus_one_zero_one(text, finish, earned):
     """Does not apply: -1; changes nothing: 0; the golden change: 1. Truncated: -1 in the 24K stage, skipped in the 16K stage."""
     r = rollout(text, {"files": FILES, "golden_patch": GOLDEN, "issue": "i"}, finish=finish)
@@ -199,4 +336,6 @@ def test_4_7_2_equation_2_minus_one_zero_one(text, finish, earned):
 def test_4_7_2_the_judge_pays_its_probability_of_yes():
     """A right repair that is not the golden text: P(YES) = 0.3 from the judge, whatever it is."""
     other = EXACT.replace("sum(prices) + tax", "tax + sum(prices)")
-    assert swerl.reward(other, FILES, GOLDEN, judge=lambda *versions: 0.3) == 0.3 and math.isclose(swerl.reward(EXACT, FILES, GOLDEN, lambda *v: 0.3), 1)
+    assert swerl.reward(other, FILES, GOLDEN, judge=lambda *versions: 0.3) == 0.3 and math.isclose(
+        swerl.reward(EXACT, FILES, GOLDEN, lambda *v: 0.3), 1
+    )

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
 SCRIPTS = (*STAGES, "extras/mopd", "evaluate", "evals/report", "evals/scaling", "toy")
-PLUMBING = tuple(f"lib/{name}.py" for name in ("guard", "common", "flags", "logs", "plan", "checkpoint", "data", "packing"))
+PLUMBING = tuple(
+    f"lib/{name}.py"
+    for name in ("guard", "common", "flags", "logs", "plan", "checkpoint", "data", "packing")
+)
 ROOMS = {"verifiers", "lib", "evals", "extras", "kernels"}
 
 
@@ -26,7 +29,9 @@ def tracked(*suffixes):
     if listed.returncode == 0:
         files = [ROOT / name for name in listed.stdout.split()]
     else:
-        files = [p for p in ROOT.rglob("*") if not {"out", ".venv"} & set(p.relative_to(ROOT).parts)]
+        files = [
+            p for p in ROOT.rglob("*") if not {"out", ".venv"} & set(p.relative_to(ROOT).parts)
+        ]
     return [p for p in files if p.is_file() and p.suffix in suffixes]
 
 
@@ -36,7 +41,12 @@ def name_of(path):
 
 def test_the_root_holds_what_a_user_types_or_a_student_reads():
     stages = {f"{stage}.py" for stage in STAGES}
-    assert {p.name for p in tracked(".py") if p.parent == ROOT} == stages | {"model.py", "engine.py", "evaluate.py", "toy.py"}
+    assert {p.name for p in tracked(".py") if p.parent == ROOT} == stages | {
+        "model.py",
+        "engine.py",
+        "evaluate.py",
+        "toy.py",
+    }
 
 
 def test_every_function_fits_on_a_screen():
@@ -44,8 +54,12 @@ def test_every_function_fits_on_a_screen():
     long = []
     for path in tracked(".py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > (120 if node.name == "main" else 80):
-                long.append(f"{name_of(path)}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > (
+                120 if node.name == "main" else 80
+            ):
+                long.append(
+                    f"{name_of(path)}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+                )
     assert not long
 
 
@@ -53,12 +67,20 @@ def test_every_function_fits_on_a_screen():
 def test_every_config_field_is_read_in_its_script_and_explained(script):
     """A flag that is parsed and never used is a lie (or a bug). PLUMBING reads some for all (rope_factor, in load_policy)."""
     text = (ROOT / f"{script}.py").read_text()
-    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config").body
+    body = next(
+        n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config"
+    ).body
     fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
     assert len(fields) > 4
-    text += "".join((ROOT / name).read_text() for name in PLUMBING) + (ROOT / "verifiers" / "reward_model.py").read_text() * (script == "rlhf")
+    text += "".join((ROOT / name).read_text() for name in PLUMBING) + (
+        ROOT / "verifiers" / "reward_model.py"
+    ).read_text() * (script == "rlhf")
     assert [name for name in fields if not re.search(rf"\bcfg\.{name}\b", text)] == []
-    assert all(isinstance(n.annotation, ast.Name) and n.annotation.id in ("int", "float", "bool", "str") for n in body if isinstance(n, ast.AnnAssign))
+    assert all(
+        isinstance(n.annotation, ast.Name) and n.annotation.id in ("int", "float", "bool", "str")
+        for n in body
+        if isinstance(n, ast.AnnAssign)
+    )
 
 
 def test_all_rl_stages_share_the_flags_of_the_loop():
@@ -68,7 +90,11 @@ def test_all_rl_stages_share_the_flags_of_the_loop():
 
 
 def config_fields(script):
-    body = next(n for n in ast.parse((ROOT / f"{script}.py").read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Config").body
+    body = next(
+        n
+        for n in ast.parse((ROOT / f"{script}.py").read_text()).body
+        if isinstance(n, ast.ClassDef) and n.name == "Config"
+    ).body
     return {n.target.id for n in body if isinstance(n, ast.AnnAssign)}
 
 
@@ -76,17 +102,26 @@ def config_fields(script):
 def test_every_numbered_deviation_is_marked_where_the_code_has_it(script):
     """The docstring numbers what differs from the paper; [dev n] says where, so that a reader of either finds the other."""
     text = (ROOT / f"{script}.py").read_text()
-    listed = re.findall(r"^ {2}(\d)\. |\[dev (\d)\]", text.partition('"""')[2].partition('"""')[0].partition("Deviations")[2], re.M)
+    listed = re.findall(
+        r"^ {2}(\d)\. |\[dev (\d)\]",
+        text.partition('"""')[2].partition('"""')[0].partition("Deviations")[2],
+        re.M,
+    )
     marked = re.findall(r"\[dev (\d)\]", text.partition('"""')[2].partition('"""')[2])
     assert {a or b for a, b in listed} == set(marked) and listed
 
 
 # called by others than this repository: names and argument orders stay
 CONTRACTS = {
-    "mathrl.reward": ["response", "answer"], "ifrl.check": ["instruction_id", "kwargs", "text"],
-    "ifrl.reward": ["response", "instruction_id_list", "kwargs"], "coderl.run_tests": ["code", "tests", "timeout"],
-    "coderl.reward": ["response", "tests"], "swerl.apply_edits": ["response", "files"], "swerl.similarity": ["files", "predicted", "oracle"],
-    "swerl.reward": ["response", "files", "golden_patch", "judge"], "rlhf.language_ok": ["prompt", "response"],
+    "mathrl.reward": ["response", "answer"],
+    "ifrl.check": ["instruction_id", "kwargs", "text"],
+    "ifrl.reward": ["response", "instruction_id_list", "kwargs"],
+    "coderl.run_tests": ["code", "tests", "timeout"],
+    "coderl.reward": ["response", "tests"],
+    "swerl.apply_edits": ["response", "files"],
+    "swerl.similarity": ["files", "predicted", "oracle"],
+    "swerl.reward": ["response", "files", "golden_patch", "judge"],
+    "rlhf.language_ok": ["prompt", "response"],
 }
 
 
@@ -95,25 +130,39 @@ def test_the_contracts_of_the_rewards_keep_their_arguments(name):
     module, function = name.split(".")
     arguments = inspect.signature(getattr(importlib.import_module(module), function)).parameters
     assert list(arguments)[: len(CONTRACTS[name])] == CONTRACTS[name]
-    assert all(a.default is not a.empty for a in list(arguments.values())[len(CONTRACTS[name]) :]), "what comes after them is optional"
+    assert all(
+        a.default is not a.empty for a in list(arguments.values())[len(CONTRACTS[name]) :]
+    ), "what comes after them is optional"
 
 
 def test_no_absolute_paths_of_somebodys_machine():
     pattern = re.compile(r"(?<![\w.}/-])/(home|root|work|Users|mnt|media|opt)/\w")
-    found = [f"{name_of(p)}: {line.strip()}" for p in tracked(".py", ".sh", ".md", ".txt", ".toml") for line in p.read_text().splitlines()
-             if pattern.search(line)]
+    found = [
+        f"{name_of(p)}: {line.strip()}"
+        for p in tracked(".py", ".sh", ".md", ".txt", ".toml")
+        for line in p.read_text().splitlines()
+        if pattern.search(line)
+    ]
     assert [line for line in found if "test_repo.py" not in line] == []
 
 
 def test_no_package_index_is_named():
     """Set-up takes whatever index the user's pip is configured for."""
     pattern = re.compile(r"index-url|pypi\.|pythonhosted|/simple\b|conda-forge|artifactory")
-    texts = {name_of(p): p.read_text() for p in tracked(".py", ".sh", ".txt", ".toml") if p.name != "test_repo.py"}
+    texts = {
+        name_of(p): p.read_text()
+        for p in tracked(".py", ".sh", ".txt", ".toml")
+        if p.name != "test_repo.py"
+    }
     assert [name for name, text in texts.items() if pattern.search(text)] == []
 
 
 def test_requirements_are_exact_pins():
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+(\[\w+\])?==[\w.+]+", line) for line in lines), lines
 
 
@@ -121,7 +170,11 @@ def test_code_is_ascii():
     """Test data may be anything; a script may not: look-alike characters and invisible ones hide there. Plots may say plus-minus."""
     found = {}
     for path in tracked(".py", ".sh"):
-        lines = [i for i, line in enumerate(path.read_text().splitlines(), 1) if not line.replace("\u00b1", "").isascii()]
+        lines = [
+            i
+            for i, line in enumerate(path.read_text().splitlines(), 1)
+            if not line.replace("\u00b1", "").isascii()
+        ]
         if lines and path.parent.name != "tests":
             found[name_of(path)] = lines
     assert found == {}
@@ -129,8 +182,13 @@ def test_code_is_ascii():
 
 def test_nothing_is_left_for_later_and_no_test_is_empty():
     words = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|^\s*assert True\b|mark\.xfail")
-    found = [f"{name_of(p)}: {line}" for p in tracked(".py", ".sh", ".md") if p.name != "test_repo.py" for line in p.read_text().splitlines()
-             if words.search(line)]
+    found = [
+        f"{name_of(p)}: {line}"
+        for p in tracked(".py", ".sh", ".md")
+        if p.name != "test_repo.py"
+        for line in p.read_text().splitlines()
+        if words.search(line)
+    ]
     assert found == []
 
 
@@ -159,7 +217,9 @@ FLOORS = (  # nothing imports from a floor above its own
 
 
 def floor_of(module):
-    return next(i for i, floor in enumerate(FLOORS) if module in floor or module.partition(".")[0] in floor)
+    return next(
+        i for i, floor in enumerate(FLOORS) if module in floor or module.partition(".")[0] in floor
+    )
 
 
 def test_arrows_run_one_way_and_no_imports_go_in_a_circle():
@@ -168,11 +228,17 @@ def test_arrows_run_one_way_and_no_imports_go_in_a_circle():
         room = path.relative_to(ROOT).parts[0]
         if room not in ("tests", "bench") and path.name != "__init__.py":
             arrows[name_of(path)[:-3].replace("/", ".")] = imports_of(path)
-    upward = [f"{a} -> {b}" for a, into in arrows.items() for b in into if floor_of(b) > floor_of(a)]
+    upward = [
+        f"{a} -> {b}" for a, into in arrows.items() for b in into if floor_of(b) > floor_of(a)
+    ]
     assert upward == []
     done = set()
     while len(done) < len(arrows):
-        ready = {module for module, into in arrows.items() if module not in done and into & arrows.keys() <= done}
+        ready = {
+            module
+            for module, into in arrows.items()
+            if module not in done and into & arrows.keys() <= done
+        }
         assert ready, f"in a circle: {sorted(arrows.keys() - done)}"
         done |= ready
 
@@ -180,20 +246,36 @@ def test_arrows_run_one_way_and_no_imports_go_in_a_circle():
 @pytest.mark.parametrize("stage", STAGES)
 def test_importing_a_stage_is_light(stage):
     """No vLLM, no transformers, no CUDA, no process group, and flags of the command line are left alone."""
-    check = (f"import sys; sys.argv = ['x', '--no_such_flag=1']; import {stage}, torch; "
-             "print([m for m in ('vllm', 'transformers', 'datasets', 'matplotlib') if m in sys.modules], "
-             "torch.cuda.is_initialized(), torch.distributed.is_initialized())")
-    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    check = (
+        f"import sys; sys.argv = ['x', '--no_such_flag=1']; import {stage}, torch; "
+        "print([m for m in ('vllm', 'transformers', 'datasets', 'matplotlib') if m in sys.modules], "
+        "torch.cuda.is_initialized(), torch.distributed.is_initialized())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.stdout.strip() == "[] False False", done.stdout + done.stderr[-1000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes")
 def test_a_process_on_cpus_imports_neither_the_compiler_nor_triton_and_its_adamw_is_pytorch_s():
-    check = ("import sys, sft, torch\nfrom lib.common import init_distributed\n"
-             "step = lambda p, g: (o := torch.optim.AdamW([p], lr=0.1, fused=True), setattr(p, 'grad', g), o.step(), o.zero_grad(), p.detach())[-1]\n"
-             "init_distributed(0); light = step(torch.nn.Parameter(torch.ones(3)), torch.arange(3.0))\n"
-             "print([m for m in ('torch._dynamo', 'triton') if m in sys.modules], light.tolist())")
-    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    check = (
+        "import sys, sft, torch\nfrom lib.common import init_distributed\n"
+        "step = lambda p, g: (o := torch.optim.AdamW([p], lr=0.1, fused=True), setattr(p, 'grad', g), o.step(), o.zero_grad(), p.detach())[-1]\n"
+        "init_distributed(0); light = step(torch.nn.Parameter(torch.ones(3)), torch.arange(3.0))\n"
+        "print([m for m in ('torch._dynamo', 'triton') if m in sys.modules], light.tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.arange(3.0)
     torch.optim.AdamW([p], lr=0.1, fused=True).step()
@@ -226,6 +308,10 @@ def test_files_named_in_the_readme_exist():
 
 def test_the_bench_makes_the_vllm_environment_of_the_readme():
     source = (ROOT / "bench" / "side_by_side.py").read_text()
-    assigned = {getattr(node.targets[0], "id", ""): node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    assigned = {
+        getattr(node.targets[0], "id", ""): node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+    }
     packages = ast.literal_eval(assigned["VLLM"])
     assert f"pip install {' '.join(packages)}\n" in (ROOT / "README.md").read_text()

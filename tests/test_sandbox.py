@@ -65,54 +65,138 @@ BAD = {
     "endless loop": ("while True: pass", {"timeout"}),
     "endless loop in C": ("sum(iter(int, 1))", {"timeout"}),
     "sleep": ("import time\ntime.sleep(1000)", {"timeout"}),
-    "sleep, signals ignored": ("import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except: pass\n"
-                               "while True: time.sleep(0.1)", {"timeout"}),
-    "loop, timers and limits tampered": ("import resource, signal\nfor t in (0, 1, 2): signal.setitimer(t, 0)\n"
-                                         "try: resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\nexcept Exception: pass\nwhile True: pass", {"timeout"}),
-    "catches everything": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass", {"timeout"}),
-    "time bomb in the compiler": ("x = " + "-" * 3000 + "1\n" + "y = (" + "1 +" * 200000 + "1)", {"crash", "memory", "timeout", "wrong"}),
+    "sleep, signals ignored": (
+        "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except: pass\n"
+        "while True: time.sleep(0.1)",
+        {"timeout"},
+    ),
+    "loop, timers and limits tampered": (
+        "import resource, signal\nfor t in (0, 1, 2): signal.setitimer(t, 0)\n"
+        "try: resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\nexcept Exception: pass\nwhile True: pass",
+        {"timeout"},
+    ),
+    "catches everything": (
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+        {"timeout"},
+    ),
+    "time bomb in the compiler": (
+        "x = " + "-" * 3000 + "1\n" + "y = (" + "1 +" * 200000 + "1)",
+        {"crash", "memory", "timeout", "wrong"},
+    ),
     "power bomb": ("print(len(str(9 ** 9 ** 9)))", {"timeout", "memory", "crash"}),
     "regex bomb": ("import re\nre.match('(a+)+$', 'a' * 50 + 'b')", {"timeout"}),
-    "thread that never ends": ("import threading\ndef f():\n    while True: pass\nthreading.Thread(target=f).start()", {"timeout"}),
-    "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", {"timeout"}),
+    "thread that never ends": (
+        "import threading\ndef f():\n    while True: pass\nthreading.Thread(target=f).start()",
+        {"timeout"},
+    ),
+    "fork bomb": (
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        {"timeout"},
+    ),
     "fork": ("import os\nos.fork()\nprint(1)", {"crash"}),
-    "fork by ctypes": ("import ctypes\nlibc = ctypes.CDLL(None)\nwhile libc.fork() < 0: pass", {"timeout"}),
-    "vfork, clone, clone3 by number": ("import ctypes\nlibc = ctypes.CDLL(None)\nprint([libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58, 435, 220)])", {"wrong", "crash"}),
-    "thread bomb": ("import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(1000,)).start()\n    except Exception: pass", {"timeout", "memory"}),
-    "double fork survivor": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\nprint(1)", {"crash"}),
-    "daemon survivor": ("import subprocess\nsubprocess.Popen(['sleep', '61'], start_new_session=True)", {"crash"}),
+    "fork by ctypes": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nwhile libc.fork() < 0: pass",
+        {"timeout"},
+    ),
+    "vfork, clone, clone3 by number": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nprint([libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58, 435, 220)])",
+        {"wrong", "crash"},
+    ),
+    "thread bomb": (
+        "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(1000,)).start()\n    except Exception: pass",
+        {"timeout", "memory"},
+    ),
+    "double fork survivor": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\nprint(1)",
+        {"crash"},
+    ),
+    "daemon survivor": (
+        "import subprocess\nsubprocess.Popen(['sleep', '61'], start_new_session=True)",
+        {"crash"},
+    ),
     "exec": ("import os\nos.execv('/bin/sh', ['sh', '-c', 'echo 1'])", {"crash"}),
-    "multiprocessing": ("import multiprocessing\nmultiprocessing.Process(target=print).start()", {"crash"}),
+    "multiprocessing": (
+        "import multiprocessing\nmultiprocessing.Process(target=print).start()",
+        {"crash"},
+    ),
     "memory bomb": ("x = []\nwhile True: x.append(bytearray(1 << 24))", {"memory"}),
     "one big list": ("x = [0] * 10**11", {"memory"}),
-    "memory bomb that catches": ("x = []\nwhile True:\n    try: x.append(bytearray(1 << 20))\n    except MemoryError: pass", {"timeout", "memory"}),
-    "own CPU limit": ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass", {"memory", "timeout", "crash"}),
-    "memory in /tmp": ("i = 0\nwhile True:\n    open(f'f{i}', 'wb').write(b'x' * (1 << 22))\n    i += 1", {"crash"}),
+    "memory bomb that catches": (
+        "x = []\nwhile True:\n    try: x.append(bytearray(1 << 20))\n    except MemoryError: pass",
+        {"timeout", "memory"},
+    ),
+    "own CPU limit": (
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
+        {"memory", "timeout", "crash"},
+    ),
+    "memory in /tmp": (
+        "i = 0\nwhile True:\n    open(f'f{i}', 'wb').write(b'x' * (1 << 22))\n    i += 1",
+        {"crash"},
+    ),
     "many files": ("for i in range(10**6): open(f'f{i}', 'w')", {"crash"}),
-    "memory files": ("import os\nwhile True: os.write(os.memfd_create('x'), b'x' * (1 << 20))", {"crash"}),
-    "shared memory": ("import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.shmget(0, 1 << 30, 0o1600) >= 0", {"crash"}),
+    "memory files": (
+        "import os\nwhile True: os.write(os.memfd_create('x'), b'x' * (1 << 20))",
+        {"crash"},
+    ),
+    "shared memory": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.shmget(0, 1 << 30, 0o1600) >= 0",
+        {"crash"},
+    ),
     "endless output": ("while True: print('x' * 1000)", {"output"}),
-    "endless output that catches": ("import os\nwhile True:\n    try: os.write(1, b'x' * 65536)\n    except OSError: pass", {"output", "timeout"}),
+    "endless output that catches": (
+        "import os\nwhile True:\n    try: os.write(1, b'x' * 65536)\n    except OSError: pass",
+        {"output", "timeout"},
+    ),
     "segfault": ("import ctypes\nctypes.string_at(0)", {"crash"}),
     "abort": ("import os\nos.abort()", {"crash"}),
-    "stack overflow in C": ("import sys\nsys.setrecursionlimit(10**9)\nf = lambda: [*map(lambda _: f(), [0])]\nf()", {"crash", "memory", "timeout"}),
-    "equal to everything": ("class A:\n    __eq__ = lambda s, o: True\n    __str__ = lambda s: ''\nprint(A())", {"wrong"}),
-    "patched json and builtins": ("import builtins, json, sys\njson.dumps = json.loads = lambda *a, **k: True\nbuiltins.all = builtins.any = lambda *a: True\n"
-                                  "builtins.str = type('S', (str,), {'__eq__': lambda s, o: True})\nprint(str('x'))", {"wrong"}),
-    "patched os._exit and sandbox": ("import os, sys\nos._exit = lambda c: None\nm = sys.modules.get('sandbox')\nfor n in list(vars(m) if m else ()):\n"
-                                     "    if callable(getattr(m, n)): setattr(m, n, lambda *a, **k: 0)\nprint(0)", {"wrong", "crash"}),
+    "stack overflow in C": (
+        "import sys\nsys.setrecursionlimit(10**9)\nf = lambda: [*map(lambda _: f(), [0])]\nf()",
+        {"crash", "memory", "timeout"},
+    ),
+    "equal to everything": (
+        "class A:\n    __eq__ = lambda s, o: True\n    __str__ = lambda s: ''\nprint(A())",
+        {"wrong"},
+    ),
+    "patched json and builtins": (
+        "import builtins, json, sys\njson.dumps = json.loads = lambda *a, **k: True\nbuiltins.all = builtins.any = lambda *a: True\n"
+        "builtins.str = type('S', (str,), {'__eq__': lambda s, o: True})\nprint(str('x'))",
+        {"wrong"},
+    ),
+    "patched os._exit and sandbox": (
+        "import os, sys\nos._exit = lambda c: None\nm = sys.modules.get('sandbox')\nfor n in list(vars(m) if m else ()):\n"
+        "    if callable(getattr(m, n)): setattr(m, n, lambda *a, **k: 0)\nprint(0)",
+        {"wrong", "crash"},
+    ),
     "closes every descriptor": ("import os\nos.closerange(0, 100)", {"wrong", "crash"}),
-    "writes to every descriptor": ("import os\nfor fd in range(1, 64):\n    for text in (b'ok', b'{\"status\": \"ok\"}', b'e' + bytes(12), b'v\\0\\0\\0\\1' + b'1'):\n"
-                                   "        try: os.write(fd, text)\n        except OSError: pass", {"wrong"}),
-    "cuts its lines": ("import os, socket\nfor fd in range(64):\n    try: socket.socket(fileno=fd).shutdown(2)\n    except OSError: pass", {"wrong", "crash"}),
+    "writes to every descriptor": (
+        "import os\nfor fd in range(1, 64):\n    for text in (b'ok', b'{\"status\": \"ok\"}', b'e' + bytes(12), b'v\\0\\0\\0\\1' + b'1'):\n"
+        "        try: os.write(fd, text)\n        except OSError: pass",
+        {"wrong"},
+    ),
+    "cuts its lines": (
+        "import os, socket\nfor fd in range(64):\n    try: socket.socket(fileno=fd).shutdown(2)\n    except OSError: pass",
+        {"wrong", "crash"},
+    ),
     "kill parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", {"crash"}),
     "kill -1": ("import os\nos.kill(-1, 9)", {"crash"}),
-    "kill by ctypes": ("import ctypes\nlibc = ctypes.CDLL(None)\nassert [libc.kill(p, 9) for p in (-1, 0, 1, 2)] != [-1] * 4", {"crash"}),
-    "renice and limit others": ("import os, resource\nresource.prlimit(os.getppid() or 1, resource.RLIMIT_NOFILE, (1, 1))", {"crash"}),
+    "kill by ctypes": (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nassert [libc.kill(p, 9) for p in (-1, 0, 1, 2)] != [-1] * 4",
+        {"crash"},
+    ),
+    "renice and limit others": (
+        "import os, resource\nresource.prlimit(os.getppid() or 1, resource.RLIMIT_NOFILE, (1, 1))",
+        {"crash"},
+    ),
     "network": ("import socket\ns = socket.create_connection(('1.1.1.1', 53), 2)", {"crash"}),
     "local network": ("import socket\ns = socket.socket(socket.AF_UNIX)", {"crash"}),
-    "new namespaces": ("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0", {"crash"}),
-    "mount": ("import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0", {"crash"}),
+    "new namespaces": (
+        "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
+        {"crash"},
+    ),
+    "mount": (
+        "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0",
+        {"crash"},
+    ),
     "ptrace": ("import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0", {"crash"}),
 }
 
@@ -140,7 +224,12 @@ SEARCH = "import re\nfor text in found:\n    for hit in re.findall(r'735192[0-9]
 # name: (source, function, argument lines, expected JSON, verdicts)
 CALLS = {
     "function": ("def f(a, b): return a + b", "1\n2", "3", {"ok"}),
-    "Solution method": ("class Solution:\n    def f(self, a: List[int], b: Optional[int]) -> int: return a[0] + b", "[1]\n2", "3", {"ok"}),
+    "Solution method": (
+        "class Solution:\n    def f(self, a: List[int], b: Optional[int]) -> int: return a[0] + b",
+        "[1]\n2",
+        "3",
+        {"ok"},
+    ),
     "tuple for list": ("def f(a, b): return (a, (b,))", "1\n2", "[1, [2]]", {"ok"}),
     "float within tolerance": ("def f(a, b): return a / 3", "1\n2", "0.333333", {"ok"}),
     "int for float": ("def f(a, b): return 3", "1\n2", "3.0", {"ok"}),
@@ -150,22 +239,72 @@ CALLS = {
     "infinity": ("def f(a, b): return float('inf')", "1\n2", "3.0", {"wrong"}),
     "prints a lot": ("def f(a, b):\n    print('x' * 100000)\n    return 3", "1\n2", "3", {"ok"}),
     "long result": ("def f(a, b): return [0] * 500000", "1\n2", json.dumps([0] * 500000), {"ok"}),
-    "equal to everything": ("class A(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\ndef f(a, b): return A(7)", "1\n2", "3", {"wrong"}),
-    "no JSON": ("class A:\n    __eq__ = lambda s, o: True\ndef f(a, b): return A()", "1\n2", "3", {"crash"}),
-    "item that lies": ("class A:\n    def tolist(self): return self\ndef f(a, b): return A()", "1\n2", "3", {"crash"}),
+    "equal to everything": (
+        "class A(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\ndef f(a, b): return A(7)",
+        "1\n2",
+        "3",
+        {"wrong"},
+    ),
+    "no JSON": (
+        "class A:\n    __eq__ = lambda s, o: True\ndef f(a, b): return A()",
+        "1\n2",
+        "3",
+        {"crash"},
+    ),
+    "item that lies": (
+        "class A:\n    def tolist(self): return self\ndef f(a, b): return A()",
+        "1\n2",
+        "3",
+        {"crash"},
+    ),
     "missing function": ("def g(a, b): return 3", "1\n2", "3", {"crash"}),
     "too few arguments": ("def f(a): return 3", "1\n2", "3", {"crash"}),
     "exit in call": ("import os\ndef f(a, b): os._exit(0)", "1\n2", "3", {"crash"}),
     "sys.exit in call": ("import sys\ndef f(a, b): sys.exit(0)", "1\n2", "3", {"crash"}),
-    "forged frames": ("import os\ndef f(a, b):\n    os.write(3, b'e' + bytes(12))\n    return 3", "1\n2", "3", {"crash"}),
-    "forged garbage": ("import os\ndef f(a, b):\n    os.write(3, b'v\\xff\\xff\\xff\\xff')\n    return 3", "1\n2", "3", {"output"}),
-    "promises and stalls": ("import os, time\ndef f(a, b):\n    os.write(3, b'v\\0\\0\\1\\0x')\n    time.sleep(1000)", "1\n2", "3", {"timeout"}),
-    "shuts the line": ("import socket\ndef f(a, b): socket.socket(fileno=3).shutdown(2)", "1\n2", "3", {"crash"}),
-    "floods the line": ("import os\ndef f(a, b):\n    while True: os.write(3, b'x' * 65536)", "1\n2", "3", {"crash", "timeout"}),
+    "forged frames": (
+        "import os\ndef f(a, b):\n    os.write(3, b'e' + bytes(12))\n    return 3",
+        "1\n2",
+        "3",
+        {"crash"},
+    ),
+    "forged garbage": (
+        "import os\ndef f(a, b):\n    os.write(3, b'v\\xff\\xff\\xff\\xff')\n    return 3",
+        "1\n2",
+        "3",
+        {"output"},
+    ),
+    "promises and stalls": (
+        "import os, time\ndef f(a, b):\n    os.write(3, b'v\\0\\0\\1\\0x')\n    time.sleep(1000)",
+        "1\n2",
+        "3",
+        {"timeout"},
+    ),
+    "shuts the line": (
+        "import socket\ndef f(a, b): socket.socket(fileno=3).shutdown(2)",
+        "1\n2",
+        "3",
+        {"crash"},
+    ),
+    "floods the line": (
+        "import os\ndef f(a, b):\n    while True: os.write(3, b'x' * 65536)",
+        "1\n2",
+        "3",
+        {"crash", "timeout"},
+    ),
     "endless": ("def f(a, b):\n    while True: pass", "1\n2", "3", {"timeout"}),
-    "deep result": ("def f(a, b):\n    x = []\n    for _ in range(900): x = [x]\n    return x", "1\n2", "[[]]", {"wrong", "crash"}),
+    "deep result": (
+        "def f(a, b):\n    x = []\n    for _ in range(900): x = [x]\n    return x",
+        "1\n2",
+        "[[]]",
+        {"wrong", "crash"},
+    ),
     "huge int": ("def f(a, b): return 10 ** 5000", "1\n2", "3", {"wrong", "crash"}),
-    "recursive result": ("def f(a, b):\n    x = []\n    x.append(x)\n    return x", "1\n2", "3", {"crash"}),
+    "recursive result": (
+        "def f(a, b):\n    x = []\n    x.append(x)\n    return x",
+        "1\n2",
+        "3",
+        {"crash"},
+    ),
 }
 
 
@@ -179,14 +318,25 @@ def leaves():
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as command, open(f"/proc/{pid}/stat") as stat:
-                commands[int(pid)], parents[int(pid)] = command.read(), int(stat.read().rpartition(")")[2].split()[1])
+                commands[int(pid)], parents[int(pid)] = (
+                    command.read(),
+                    int(stat.read().rpartition(")")[2].split()[1]),
+                )
         except OSError:
             pass
 
     def top(pid):
-        return top(parents[pid]) if b"/sandbox.py\0" in commands.get(parents[pid], b"") else parents[pid]
+        return (
+            top(parents[pid])
+            if b"/sandbox.py\0" in commands.get(parents[pid], b"")
+            else parents[pid]
+        )
 
-    mine = [pid for pid, command in commands.items() if b"/sandbox.py\0" in command and top(pid) in (1, os.getpid())]
+    mine = [
+        pid
+        for pid, command in commands.items()
+        if b"/sandbox.py\0" in command and top(pid) in (1, os.getpid())
+    ]
     return mine + [pid for pid, command in commands.items() if command.startswith(b"sleep\x0061")]
 
 
@@ -194,7 +344,10 @@ def leaves():
 def mode(request):
     """The whole table with namespaces (where this host has them) and without."""
     sandbox.close()
-    sandbox._mode, sandbox.WALL_EXTRA = "full" if request.param == "full" else "degraded for the test", 1.5
+    sandbox._mode, sandbox.WALL_EXTRA = (
+        "full" if request.param == "full" else "degraded for the test",
+        1.5,
+    )
     sandbox.run("pass")
     if request.param == "full" and sandbox._mode != "full":
         pytest.skip("this host refuses namespaces")
@@ -207,7 +360,9 @@ def mode(request):
 def test_an_honest_program_passes_whatever_its_style(mode, style):
     # without a mount namespace there is no folder to write to
     possible = mode == "full" or style != "own file"
-    assert coderl.run_tests(HONEST[style], stdin_tests(SUM, "6\n"), 5.0) == ["ok" if possible else "crash"]
+    assert coderl.run_tests(HONEST[style], stdin_tests(SUM, "6\n"), 5.0) == [
+        "ok" if possible else "crash"
+    ]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -220,13 +375,25 @@ def test_a_bad_program_gets_the_verdict_it_deserves(mode, name):
     took = time.monotonic() - started
     print(f"{name}: {got} in {took:.2f} s")
     assert set(got) <= verdicts and took < 6
-    assert sandbox._zygote[0].pid == before and sandbox._zygote[0].poll() is None, "it brought the zygote down"
+    assert sandbox._zygote[0].pid == before and sandbox._zygote[0].poll() is None, (
+        "it brought the zygote down"
+    )
 
 
 @pytest.mark.parametrize("name", THIEVES)
 def test_the_expected_output_is_nowhere_to_be_found(mode, name):
-    source = "found = []\ntry:\n" + "".join(f"    {line}\n" for line in THIEVES[name].split("\n")) + "except Exception: pass\n" + SEARCH
-    assert coderl.run_tests(source, stdin_tests("1\n", SECRET), 5.0)[0] in ("wrong", "timeout", "crash", "memory")
+    source = (
+        "found = []\ntry:\n"
+        + "".join(f"    {line}\n" for line in THIEVES[name].split("\n"))
+        + "except Exception: pass\n"
+        + SEARCH
+    )
+    assert coderl.run_tests(source, stdin_tests("1\n", SECRET), 5.0)[0] in (
+        "wrong",
+        "timeout",
+        "crash",
+        "memory",
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -241,14 +408,23 @@ def test_numpy_results_count_as_json(mode):
     if mode != "full":
         pytest.skip("numpy is shown to programs by a mount namespace only")
     source = "import numpy as np\ndef f(a): return np.array(a) * 2"
-    assert coderl.run_tests(source, {"inputs": ["[1, 2]"], "outputs": ["[2, 4]"], "fn_name": "f"}, 5.0) == ["ok"]
+    assert coderl.run_tests(
+        source, {"inputs": ["[1, 2]"], "outputs": ["[2, 4]"], "fn_name": "f"}, 5.0
+    ) == ["ok"]
 
 
 def test_nothing_outlives_its_verdict(mode):
     folders = [name for name in ("/tmp", "/var/tmp", "/dev/shm", ".", "/") if os.path.isdir(name)]
     litter = f"for d in {folders}:\n    try: open(d + '/litter-{os.getpid()}', 'w').close()\n    except OSError: pass"
     assert sandbox.run(litter).status == "ok"
-    for name in ("double fork survivor", "daemon survivor", "endless loop", "thread bomb", "memory in /tmp", "sleep, signals ignored"):
+    for name in (
+        "double fork survivor",
+        "daemon survivor",
+        "endless loop",
+        "thread bomb",
+        "memory in /tmp",
+        "sleep, signals ignored",
+    ):
         coderl.run_tests(BAD[name][0], stdin_tests("", SECRET), 0.2, memory_mb=256)
     deadline = time.monotonic() + 5
     while len(leaves()) > 1 and time.monotonic() < deadline:  # 1: the zygote
@@ -263,7 +439,9 @@ def test_a_program_sees_no_variable_and_no_folder_of_the_host(mode, monkeypatch)
     sandbox.close()
     seen = sandbox.run("import os\nprint(sorted(os.environ))").stdout
     assert "HF_TOKEN" not in seen and "HOME" not in seen and "USER" not in seen
-    listing = sandbox.run("import os\nfor d in ('/root', '/home', '/etc', '/proc', os.getcwd()):\n    try: print(d, os.listdir(d))\n    except OSError: print(d)")
+    listing = sandbox.run(
+        "import os\nfor d in ('/root', '/home', '/etc', '/proc', os.getcwd()):\n    try: print(d, os.listdir(d))\n    except OSError: print(d)"
+    )
     print(listing.stdout)
     assert "passwd" not in listing.stdout and "sandbox.py" not in listing.stdout
 
@@ -277,20 +455,39 @@ def test_leaves_share_nothing(mode):
 
 def test_every_call_of_a_program_is_judged_and_a_failure_does_not_spoil_the_next():
     source = "def f(x):\n    if x == 1: 1 / 0\n    while x == 2: pass\n    return x"
-    tests = {"inputs": ["0", "1", "2", "3", "4"], "outputs": ["0", "1", "2", "3", "5"], "fn_name": "f"}
+    tests = {
+        "inputs": ["0", "1", "2", "3", "4"],
+        "outputs": ["0", "1", "2", "3", "5"],
+        "fn_name": "f",
+    }
     assert coderl.run_tests(source, tests, 0.3) == ["ok", "crash", "timeout", "ok", "wrong"]
     assert coderl.run_tests(source, tests, 0.3, stop=True) == ["ok", "crash"]
 
 
-@pytest.mark.parametrize("source, expected", [
-    # never emptied: right in every call by itself
-    ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),
-    ("def f(x, seen=[]):\n    seen.append(x)\n    return len(seen)", "1"),
-    ("class Solution:\n    n = 0\n    def f(self, x):\n        Solution.n += 1\n        return self.n", "1"),
-    ("import os\ndef f(x):\n    os.environ['X'] = os.environ.get('X', '') + 'x'\n    return len(os.environ['X'])", "1"),
-    ("import json\ndef f(x):\n    old = getattr(json, 'old', 0)\n    json.old = old + 1\n    return json.old", "1"),
-    ("import os\ndef f(x):\n    try: open('n', 'a').write('x')\n    except OSError: return 1\n    return os.path.getsize('n')", "1"),
-])
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        # never emptied: right in every call by itself
+        ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),
+        ("def f(x, seen=[]):\n    seen.append(x)\n    return len(seen)", "1"),
+        (
+            "class Solution:\n    n = 0\n    def f(self, x):\n        Solution.n += 1\n        return self.n",
+            "1",
+        ),
+        (
+            "import os\ndef f(x):\n    os.environ['X'] = os.environ.get('X', '') + 'x'\n    return len(os.environ['X'])",
+            "1",
+        ),
+        (
+            "import json\ndef f(x):\n    old = getattr(json, 'old', 0)\n    json.old = old + 1\n    return json.old",
+            "1",
+        ),
+        (
+            "import os\ndef f(x):\n    try: open('n', 'a').write('x')\n    except OSError: return 1\n    return os.path.getsize('n')",
+            "1",
+        ),
+    ],
+)
 def test_no_test_leaves_anything_to_the_next(mode, source, expected):
     tests = {"inputs": ["5"] * 3, "outputs": [expected] * 3, "fn_name": "f"}
     assert coderl.run_tests(source, tests, 5.0) == ["ok"] * 3
@@ -309,7 +506,10 @@ def test_limits_are_cpu_seconds_and_memory_counts():
     assert sandbox.run(burn.format(0.6), timeout=0.5).status == "timeout"
     assert sandbox.run("x = bytearray(100 << 20)", memory_mb=200).status == "ok"
     assert sandbox.run("x = bytearray(300 << 20)", memory_mb=200).status == "memory"
-    assert sandbox.run("print('x' * (10 << 20))").status == "ok" and sandbox.run("print('x' * (17 << 20))").status == "output"
+    assert (
+        sandbox.run("print('x' * (10 << 20))").status == "ok"
+        and sandbox.run("print('x' * (17 << 20))").status == "output"
+    )
 
 
 def test_big_inputs_arrive_whole():
@@ -349,7 +549,9 @@ def test_a_forked_caller_gets_its_own_zygote():
 
 def test_the_zygote_ends_with_a_killed_caller():
     code = "import sandbox, time; sandbox.run('pass'); print(sandbox._zygote[0].pid, flush=True); sandbox.run('import time; time.sleep(99)', timeout=50)"
-    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=os.path.dirname(sandbox.__file__))
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=os.path.dirname(sandbox.__file__)
+    )
     zygote = int(caller.stdout.readline())
     time.sleep(0.3)
     caller.kill()
@@ -364,18 +566,30 @@ def test_the_zygote_ends_with_a_killed_caller():
 def test_an_ordinary_user_has_the_same_sandbox(tmp_path, mode_name):
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if os.geteuid() != 0 or not python:
-        pytest.skip("needs root, to become somebody else, and a system interpreter that everybody can read")
+        pytest.skip(
+            "needs root, to become somebody else, and a system interpreter that everybody can read"
+        )
     folder = tmp_path / "open"
     folder.mkdir()
     for path in (folder, *list(folder.parents)[:3]):
         if os.stat(path).st_uid == 0 and str(path) not in ("/", "/tmp"):
             path.chmod(0o755)
     shutil.copy(sandbox.__file__, folder / "sandbox.py")
-    code = ("import sandbox\n" + f"sandbox._mode = {mode_name!r}\n"
-            "for s in ('print(6 * 7)', 'while 1: pass', 'import os; os.fork()', 'open(\"/etc/passwd\")', 'import socket; socket.socket()'):\n"
-            "    print(sandbox.run(s, timeout=0.3).status)\n"
-            "print(sandbox.run('def f(a): return a', call=('f', [[1]])).value)")
-    done = subprocess.run([python, "-c", code], cwd=folder, user=12345, group=12345, extra_groups=[], capture_output=True, text=True)
+    code = (
+        "import sandbox\n" + f"sandbox._mode = {mode_name!r}\n"
+        "for s in ('print(6 * 7)', 'while 1: pass', 'import os; os.fork()', 'open(\"/etc/passwd\")', 'import socket; socket.socket()'):\n"
+        "    print(sandbox.run(s, timeout=0.3).status)\n"
+        "print(sandbox.run('def f(a): return a', call=('f', [[1]])).value)"
+    )
+    done = subprocess.run(
+        [python, "-c", code],
+        cwd=folder,
+        user=12345,
+        group=12345,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.split() == ["ok", "timeout", "crash", "crash", "crash", "[1]"], done.stderr
     assert ("DEGRADED" in done.stderr) == (mode_name == "degraded") or mode_name == "full"
 
@@ -394,8 +608,17 @@ def test_the_degraded_mode_is_announced_once(capfd):
 @pytest.mark.exhaustive
 def test_two_thousand_programs_under_load_lose_no_verdict():
     loop, bomb, good = "while True: pass", BAD["fork bomb"][0], "print(int(input()) * 2)"
-    jobs = [(loop, "timeout") if i % 20 == 0 else (bomb, "timeout") if i % 100 == 1 else (good, "ok") for i in range(2000)]
-    limit, usage = 0.5, lambda: sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    jobs = [
+        (loop, "timeout") if i % 20 == 0 else (bomb, "timeout") if i % 100 == 1 else (good, "ok")
+        for i in range(2000)
+    ]
+    limit, usage = (
+        0.5,
+        lambda: sum(
+            u.ru_utime + u.ru_stime
+            for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        ),
+    )
     sandbox.close()
     cpu, started = usage(), time.monotonic()
     with ThreadPoolExecutor(64) as pool:
@@ -404,9 +627,16 @@ def test_two_thousand_programs_under_load_lose_no_verdict():
     sandbox.close()
     assert leaves() == []
     cpu, num_bounded = usage() - cpu, sum(job[1] == "timeout" for job in jobs)
-    most_cpu, most_wall = num_bounded * limit, num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS
-    print(f"{len(jobs)} programs, 64 in flight: {took:.1f} s, {cpu:.1f} s of CPU; the limits of those that must be stopped: {most_cpu:.1f} s of CPU, "
-          f"{most_wall:.1f} s of wall over {sandbox.SLOTS} slots; load {os.getloadavg()[0]:.0f} on {sandbox.CORES} cores")
+    most_cpu, most_wall = (
+        num_bounded * limit,
+        num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS,
+    )
+    print(
+        f"{len(jobs)} programs, 64 in flight: {took:.1f} s, {cpu:.1f} s of CPU; the limits of those that must be stopped: {most_cpu:.1f} s of CPU, "
+        f"{most_wall:.1f} s of wall over {sandbox.SLOTS} slots; load {os.getloadavg()[0]:.0f} on {sandbox.CORES} cores"
+    )
     assert [r.status for r in results] == [job[1] for job in jobs]
     assert all(r.stdout == "42\n" for r, job in zip(results, jobs) if job[1] == "ok")
-    assert cpu < 1.2 * most_cpu + 0.03 * len(jobs) and took < most_wall + 0.05 * len(jobs), "CPU counts what a busy machine does not change"
+    assert cpu < 1.2 * most_cpu + 0.03 * len(jobs) and took < most_wall + 0.05 * len(jobs), (
+        "CPU counts what a busy machine does not change"
+    )

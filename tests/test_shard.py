@@ -57,15 +57,33 @@ finish()
 
 
 @pytest.mark.slow
-def test_hybrid_offloaded_and_whole_copies_train_as_one_process_and_ranks_have_as_many_tokens(tmp_path):
+def test_hybrid_offloaded_and_whole_copies_train_as_one_process_and_ranks_have_as_many_tokens(
+    tmp_path,
+):
     (tmp_path / "program.py").write_text(PROGRAM)
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--master-addr=localhost", f"--master-port={port}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=2",
+        "--master-addr=localhost",
+        f"--master-port={port}",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    nodes = [subprocess.Popen([*launch, f"--node-rank={i}", tmp_path / "program.py"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-             for i in (0, 1)]
+    nodes = [
+        subprocess.Popen(
+            [*launch, f"--node-rank={i}", tmp_path / "program.py"],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
     printed = [node.communicate(timeout=200) for node in nodes]
     print(printed[0][0])
     assert [node.returncode for node in nodes] == [0, 0], "".join(err[-2000:] for _, err in printed)

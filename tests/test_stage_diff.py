@@ -15,7 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 WATERLINE = "# ~~~~~~~~ waterline"
 
 # Every stage has its own of these: knobs, data, reward, what is logged, what is measured.
-EVERY_STAGE = {"Config", "load_rows", "select_rows", "make_reward", "monitor", "self_test", "metric"}
+EVERY_STAGE = {
+    "Config",
+    "load_rows",
+    "select_rows",
+    "make_reward",
+    "monitor",
+    "self_test",
+    "metric",
+}
 
 # What only Math RL has: the answer in a box, and symbolic equality in processes that can be killed.
 MATH_VERIFIER = {"last_box", "strip", "literal", "refused", "equal", "same_answer", "verifiers"}
@@ -41,14 +49,30 @@ EXPECTED = {
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
-        "own": {"statement", "normal_tests", "loads", "extract_code", "table_program", "run_tests", "same_output", "same_value"},
+        "own": {
+            "statement",
+            "normal_tests",
+            "loads",
+            "extract_code",
+            "table_program",
+            "run_tests",
+            "same_output",
+            "same_value",
+        },
     },
     # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not
     # apply (4.7).
     "swerl.py": {
         "changed": {"verdict", "reward"},
         "absent": {"normalize", "judge"},
-        "own": {"read_files", "source_files", "choose_files", "judge_rollout", "lexical_judge", "ask_judge"},
+        "own": {
+            "read_files",
+            "source_files",
+            "choose_files",
+            "judge_rollout",
+            "lexical_judge",
+            "ask_judge",
+        },
     },
     # No reward at all: teachers speak about each token (Cascade 2, 4.4).
     "extras/mopd.py": {
@@ -58,7 +82,13 @@ EXPECTED = {
     },
 }
 # what differs below the waterline
-BELOW = {"rlhf.py": {"grpo_loss"}, "ifrl.py": set(), "coderl.py": set(), "swerl.py": set(), "extras/mopd.py": DISTILL}
+BELOW = {
+    "rlhf.py": {"grpo_loss"},
+    "ifrl.py": set(),
+    "coderl.py": set(),
+    "swerl.py": set(),
+    "extras/mopd.py": DISTILL,
+}
 
 
 def top_level(text):
@@ -89,21 +119,29 @@ def test_below_the_waterline_a_stage_is_mathrl_line_for_line(script):
     a, b = top_level("#" + ours), top_level("#" + canon)
     assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == BELOW[script]
     for name in BELOW[script]:
-        ours, canon = ours.replace("\n".join(a[name]), name), canon.replace("\n".join(b[name]), name)
+        ours, canon = (
+            ours.replace("\n".join(a[name]), name),
+            canon.replace("\n".join(b[name]), name),
+        )
     assert ours.splitlines() == canon.splitlines()
 
 
 @pytest.mark.parametrize("script", EXPECTED)
 def test_a_change_below_the_waterline_says_why(script):
     text = top_level("#" + "\n".join(below(script)))
-    assert all(any("# CHANGED: " in line and "paper" in line for line in text[name]) for name in BELOW[script])
+    assert all(
+        any("# CHANGED: " in line and "paper" in line for line in text[name])
+        for name in BELOW[script]
+    )
 
 
 @pytest.mark.parametrize("script", EXPECTED)
 def test_a_stage_differs_from_mathrl_only_where_the_table_says(script):
     """Equality, not inclusion: the table cannot go stale."""
     ours, canon, expected = functions(script), functions("mathrl.py"), EXPECTED[script]
-    assert {n for n in ours.keys() & canon.keys() if ours[n] != canon[n]} == EVERY_STAGE | expected["changed"]
+    assert {n for n in ours.keys() & canon.keys() if ours[n] != canon[n]} == EVERY_STAGE | expected[
+        "changed"
+    ]
     assert canon.keys() - ours.keys() == MATH_VERIFIER | expected["absent"]
     assert ours.keys() - canon.keys() == expected["own"]
 
@@ -114,7 +152,13 @@ def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
     for stage in stages | {"verifiers/reward_model", "verifiers/constraints", "verifiers/patches"}:
         tree = ast.parse((ROOT / f"{stage}.py").read_text())
         for node in ast.walk(tree):
-            names = {a.name for a in node.names} if isinstance(node, ast.Import) else {getattr(node, "module", "")} if isinstance(node, ast.ImportFrom) else set()
+            names = (
+                {a.name for a in node.names}
+                if isinstance(node, ast.Import)
+                else {getattr(node, "module", "")}
+                if isinstance(node, ast.ImportFrom)
+                else set()
+            )
             if names & stages:
                 assert node not in tree.body, f"{stage}.py imports {names} at its top"
                 shared[stage] = names & stages
@@ -122,6 +166,8 @@ def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
 
 
 def test_the_diff_in_the_readme_is_the_real_one():
-    body = lambda path: re.search(r"^def verdict\(.*?(?=\n\n\n)", (ROOT / path).read_text(), re.S | re.M)[0].split("\n")
+    body = lambda path: re.search(
+        r"^def verdict\(.*?(?=\n\n\n)", (ROOT / path).read_text(), re.S | re.M
+    )[0].split("\n")
     diff = list(difflib.unified_diff(body("mathrl.py"), body("coderl.py"), lineterm="", n=9))[3:]
     assert "```diff\n" + "\n".join(diff) + "\n```" in (ROOT / "README.md").read_text()

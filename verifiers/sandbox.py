@@ -228,7 +228,10 @@ def _finish(leaf, timeout):
         status = "output"
     elif seconds > timeout:
         status = "timeout"
-    elif code in (OUT_OF_MEMORY, -signal.SIGKILL):  # its own limit, or the host's; a program can bring the signal on itself by RLIMIT_CPU
+    elif code in (
+        OUT_OF_MEMORY,
+        -signal.SIGKILL,
+    ):  # its own limit, or the host's; a program can bring the signal on itself by RLIMIT_CPU
         status = "memory"
     elif code or leaf.is_call:
         status = "crash"
@@ -282,7 +285,14 @@ def _start_zygote():
     flags = ["-s", "-S", "-B"] + ["-P"] * (sys.version_info >= (3, 11))
     while True:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, *flags, os.path.abspath(__file__), str(theirs.fileno()), _mode, packages]
+        command = [
+            sys.executable,
+            *flags,
+            os.path.abspath(__file__),
+            str(theirs.fileno()),
+            _mode,
+            packages,
+        ]
         null = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         process = subprocess.Popen(
             command, env=env, cwd="/", pass_fds=[theirs.fileno()], start_new_session=True, **null
@@ -296,7 +306,10 @@ def _start_zygote():
             raise
         if answer.startswith("ready"):
             if answer != "ready" and os.environ.get("RANK", "0") == "0" and _mode != "weak":
-                print(f"sandbox: DEGRADED, no namespaces for untrusted code ({answer[6:]})", file=sys.stderr)
+                print(
+                    f"sandbox: DEGRADED, no namespaces for untrusted code ({answer[6:]})",
+                    file=sys.stderr,
+                )
                 _mode = "weak"
             return process, ours
         ours.close()
@@ -343,12 +356,24 @@ libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the interpreter lock stays h
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 # system calls by number: audit arch, clone, clone3, prlimit64, prctl, then what a leaf must not use
 NUMBERS = {
-    "x86_64": (0xC000003E, 56, 435, 302, 157,
-               "29 41 57 58 59 62 64 68 101 109 112 129 141 155 161 165 166 175 200 234 240 246 248 249 250 272 297 "
-               "298 303 304 308 310 311 312 313 319 321 322 323 424 425 428 429 430 432 434 438 442 447"),
-    "aarch64": (0xC00000B7, 220, 435, 261, 167,
-                "39 40 41 51 97 104 105 117 129 130 131 138 140 154 157 180 186 190 194 198 217 218 219 221 240 241 "
-                "264 265 268 270 271 272 273 279 280 281 282 424 425 428 429 430 432 434 438 442 447"),
+    "x86_64": (
+        0xC000003E,
+        56,
+        435,
+        302,
+        157,
+        "29 41 57 58 59 62 64 68 101 109 112 129 141 155 161 165 166 175 200 234 240 246 248 249 250 272 297 "
+        "298 303 304 308 310 311 312 313 319 321 322 323 424 425 428 429 430 432 434 438 442 447",
+    ),
+    "aarch64": (
+        0xC00000B7,
+        220,
+        435,
+        261,
+        167,
+        "39 40 41 51 97 104 105 117 129 130 131 138 140 154 157 180 186 190 194 198 217 218 219 221 240 241 "
+        "264 265 268 270 271 272 273 279 280 281 282 424 425 428 429 430 432 434 438 442 447",
+    ),
 }.get(sys.platform == "linux" and os.uname().machine)
 # Refused: fork exec kill ptrace socket process_vm_* kcmp mount umount pivot_root chroot unshare
 # setns setsid setpgid
@@ -386,7 +411,11 @@ def _preload():
 
 def _write_maps(proc, uid, gid):
     """Give this process of a new user namespace the one user id 1000; proc is an open /proc."""
-    for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"1000 {uid} 1"),
+        ("gid_map", f"1000 {gid} 1"),
+    ):
         fd = os.open(f"self/{name}", os.O_WRONLY, dir_fd=proc)
         os.write(fd, text.encode())
         os.close(fd)
@@ -403,7 +432,18 @@ def _isolate(packages):
     if uid:
         _write_maps(proc, uid, gid)
     stdlib, root = os.path.dirname(os.__file__), "/tmp"
-    shown = {path: path for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/dev/null", "/dev/urandom", stdlib)}
+    shown = {
+        path: path
+        for path in (
+            "/lib",
+            "/lib64",
+            "/usr/lib",
+            "/usr/lib64",
+            "/dev/null",
+            "/dev/urandom",
+            stdlib,
+        )
+    }
     shown |= {f"{packages}/{name}": f"/packages/{name}" for name in PACKAGES} if packages else {}
     shown = {path: shown[path] for path in shown if os.path.exists(path)}
     # /tmp is about to vanish,
@@ -465,7 +505,9 @@ def _zygote_main(control, mode, packages):
     # deep recursion through C needs the stack
     for name, most in ("CORE", 0), ("MEMLOCK", 0), ("STACK", 120 << 20):
         hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most if hard < 0 else min(most, hard), hard))
+        resource.setrlimit(
+            getattr(resource, "RLIMIT_" + name), (most if hard < 0 else min(most, hard), hard)
+        )
     try:
         _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges, for all below
         proc = _isolate(packages) if mode == "full" else None
@@ -501,7 +543,10 @@ def _serve(control, proc):
             if fd == pidfd:  # the leaf ended
                 _, ended, usage = os.wait4(pid, 0)
                 try:
-                    sock.send(struct.pack("!cid", b"e", ended, usage.ru_utime + usage.ru_stime), socket.MSG_DONTWAIT)
+                    sock.send(
+                        struct.pack("!cid", b"e", ended, usage.ru_utime + usage.ru_stime),
+                        socket.MSG_DONTWAIT,
+                    )
                 except OSError:  # nobody listens
                     pass
                 if jobs.pop(sock.fileno(), None):
@@ -556,7 +601,9 @@ def _fork_leaf(sock, output, proc):
                 _write_maps(proc, uid, gid)
                 _mount("tmpfs", "/tmp", b"tmpfs", 6, b"nr_inodes=256,size=%d" % (2 * OUTPUT_BYTES))
                 pid = int(os.readlink("self", dir_fd=proc))  # as the caller sees it
-            keep = _leaf_main(sock, output, pid or os.getpid(), proc is not None) if sock >= 0 else 0
+            keep = (
+                _leaf_main(sock, output, pid or os.getpid(), proc is not None) if sock >= 0 else 0
+            )
         finally:
             os._exit(keep)
     return pid
@@ -650,14 +697,28 @@ def _seccomp_filter(arch, clone, clone3, prlimit64, prctl, refused):
     rows = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, kill), (load, 0, 0, 0)]
     rows += [(at_least, 0, 1, 0x40000000), (end, 0, 0, eperm)]  # the x32 twins of every call
     rows += [(equal, 0, 1, clone3), (end, 0, 0, enosys)]
-    rows += [(equal, 0, 4, clone), (load, 0, 0, 16), (any_bit, 0, 1, 0x10000), (end, 0, 0, allow), (end, 0, 0, eperm)]
+    rows += [
+        (equal, 0, 4, clone),
+        (load, 0, 0, 16),
+        (any_bit, 0, 1, 0x10000),
+        (end, 0, 0, allow),
+        (end, 0, 0, eperm),
+    ]
     # own pid; death signal
     for call, value, then, otherwise in (prlimit64, 0, allow, eperm), (prctl, 1, eperm, allow):
-        rows += [(equal, 0, 4, call), (load, 0, 0, 16), (equal, 0, 1, value), (end, 0, 0, then), (end, 0, 0, otherwise)]
+        rows += [
+            (equal, 0, 4, call),
+            (load, 0, 0, 16),
+            (equal, 0, 1, value),
+            (end, 0, 0, then),
+            (end, 0, 0, otherwise),
+        ]
     refused = sorted(map(int, refused.split()))
     # jump to the last row
     rows += [(equal, len(refused) - i, 0, call) for i, call in enumerate(refused)]
-    return b"".join(struct.pack("HBBI", *row) for row in rows + [(end, 0, 0, allow), (end, 0, 0, eperm)])
+    return b"".join(
+        struct.pack("HBBI", *row) for row in rows + [(end, 0, 0, allow), (end, 0, 0, eperm)]
+    )
 
 
 FILTER = ctypes.create_string_buffer(_seccomp_filter(*NUMBERS) if NUMBERS else b"")
