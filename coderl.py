@@ -43,7 +43,15 @@ from lib.checkpoint import (
     save_checkpoint,
 )
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, chat, count_correct, encode_prompts, field, load_table, next_prompts
+from lib.data import (
+    BadRow,
+    as_messages,
+    count_correct,
+    encode_prompts,
+    load_table,
+    next_prompts,
+    required_field,
+)
 from lib.flags import parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, summarize
@@ -232,9 +240,9 @@ def statement(row, where):
     nested = row.get("responses_create_params")
     asked = {**row, "input": nested.get("input")} if isinstance(nested, dict) else row
     if not {"problem", "question", "prompt", "input", "description"} & asked.keys():
-        field(row, where, "problem")  # stops the run and names the fields that are there
+        required_field(row, where, "problem")  # stops the run and names the fields that are there
     name = next((k for k in ("problem", "question", "prompt", "input") if asked.get(k)), "problem")
-    return ([{"content": ""}] + chat(asked.get(name) or "", name))[-1]["content"]
+    return ([{"content": ""}] + as_messages(asked.get(name) or "", name))[-1]["content"]
 
 
 def normalize(row, where):

@@ -74,7 +74,7 @@ def uniforms(seeds, start, count):
     return ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def hand_on(rollout, reason, tokenizer, on_finished):
+def finish_rollout(rollout, reason, tokenizer, on_finished):
     """A completion has ended: set finish_reason and text, and give it to whoever waits for it."""
     rollout.finish_reason = reason
     rollout.text = tokenizer.decode(
@@ -264,7 +264,7 @@ class TorchEngine:
             for b, rollout in running:
                 rollout.completion_ids.append(tokens[b])
                 if tokens[b] in self.stops or step + 1 == max_new_tokens:
-                    hand_on(
+                    finish_rollout(
                         rollout,
                         "stop" if tokens[b] in self.stops else "length",
                         self.tokenizer,
@@ -510,7 +510,7 @@ class VLLMEngine:
                     at[token].logprob
                     for token, at in zip(output.token_ids, output.logprobs, strict=True)
                 ]
-                hand_on(
+                finish_rollout(
                     r,
                     "stop" if r.completion_ids[-1] in self.stops else "length",
                     self.tokenizer,

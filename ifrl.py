@@ -47,7 +47,15 @@ from lib.checkpoint import (
     save_checkpoint,
 )
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, chat, count_correct, encode_prompts, field, load_table, next_prompts
+from lib.data import (
+    BadRow,
+    as_messages,
+    count_correct,
+    encode_prompts,
+    load_table,
+    next_prompts,
+    required_field,
+)
 from lib.flags import parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, summarize
@@ -122,16 +130,20 @@ def read_constraints(row, where):
     """(ids, kwargs, prompt) of any of the four schemas; the prompt is a string or a list of chat messages."""
     if "ground_truth" not in row or "instruction_id_list" in row:
         ids, kwargs = (
-            field(row, where, "instruction_id_list", list),
-            field(row, where, "kwargs", list),
+            required_field(row, where, "instruction_id_list", list),
+            required_field(row, where, "kwargs", list),
         )
         return ids, kwargs, row.get("prompt") or row.get("messages") or ""
     # allenai: [{instruction_id, kwargs}] as the text of a Python literal
     for parse in (ast.literal_eval, json.loads):
         try:
-            truth = parse(field(row, where, "ground_truth"))
+            truth = parse(required_field(row, where, "ground_truth"))
             truth = truth[0] if isinstance(truth, list) else truth
-            return truth["instruction_id"], truth["kwargs"], field(row, where, "messages", list)
+            return (
+                truth["instruction_id"],
+                truth["kwargs"],
+                required_field(row, where, "messages", list),
+            )
         except (ValueError, SyntaxError, LookupError, TypeError):
             continue
     raise BadRow("ground_truth holds no instruction_id and kwargs")
@@ -144,7 +156,7 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         ids, kwargs, prompt = read_constraints(row, where)
-        messages = [{"role": m["role"], "content": m["content"]} for m in chat(prompt)]
+        messages = [{"role": m["role"], "content": m["content"]} for m in as_messages(prompt)]
         if messages and messages[-1]["role"] == "assistant":  # a reply is not ours to imitate
             messages.pop()
         if not messages or not messages[-1]["content"].strip():

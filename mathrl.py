@@ -41,13 +41,13 @@ from lib.checkpoint import (
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.data import (
     BadRow,
-    chat,
+    as_messages,
     count_correct,
     encode_prompts,
-    field,
-    given,
+    first_nonempty,
     load_table,
     next_prompts,
+    required_field,
 )
 from lib.flags import parse_config
 from lib.guard import check_step, fail
@@ -130,8 +130,8 @@ DAPO = re.compile(
 
 def normalize(row, where):
     """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops it with a reason."""
-    name = given(row, "problem", "question", "prompt")
-    problem = chat(field(row, where, name, (str, list)), name) or [{"content": ""}]
+    name = first_nonempty(row, "problem", "question", "prompt")
+    problem = as_messages(required_field(row, where, name, (str, list)), name) or [{"content": ""}]
     # DAPO-Math-17k asks for "Answer:" instead of a box
     problem = DAPO.sub(r"\1", problem[-1]["content"].strip())
     nested = row.get("reward_model")
@@ -140,7 +140,7 @@ def normalize(row, where):
         "ground_truth": nested.get("ground_truth") if isinstance(nested, dict) else None,
     }
     if not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
-        field(row, where, "answer")  # stops the run and names the fields that are there
+        required_field(row, where, "answer")  # stops the run and names the fields that are there
     key, gold = next(
         (
             (k, named[k])

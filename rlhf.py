@@ -38,13 +38,13 @@ from lib.checkpoint import (
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.data import (
     BadRow,
-    chat,
+    as_messages,
     count_correct,
     encode_prompts,
-    field,
-    given,
+    first_nonempty,
     load_table,
     next_prompts,
+    required_field,
 )
 from lib.flags import parse_config
 from lib.guard import check_step, fail
@@ -137,8 +137,8 @@ def load_rows(cfg, path=None, limit=0):
 
     def normalize(row, where):
         logged = ("conversation", "conversation_a")
-        name = given(row, "prompt", "messages", *logged)
-        turns = chat(field(row, where, name, (str, list)), name)
+        name = first_nonempty(row, "prompt", "messages", *logged)
+        turns = as_messages(required_field(row, where, name, (str, list)), name)
         users = [i for i, m in enumerate(turns) if m["role"] == "user"]
         last = users[0 if name in logged else -1] if users else -1
         if last < 0 or not turns[last]["content"].strip():

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, chat, fresh_cursors, normal_rows, read_rows, stream_rows
+from lib.data import BadRow, as_messages, fresh_cursors, normal_rows, read_rows, stream_rows
 from lib.flags import parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
-from lib.packing import fill, shared_prefixes
+from lib.packing import shared_prefixes, split_by_budget
 from model import render_chat, show_tokens
 
 
@@ -78,7 +78,7 @@ def normalize(row, where, think_only=False):
     single row stops the run: the five-millionth is read days after the first."""
     # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
     if "output" in row and "messages" not in row:
-        question, system = chat(row.get("input"), "input"), row.get("system_prompt") or ""
+        question, system = as_messages(row.get("input"), "input"), row.get("system_prompt") or ""
         system = (
             []
             if not system or re.fullmatch("detailed thinking (on|off)", system)
@@ -90,7 +90,7 @@ def normalize(row, where, think_only=False):
         }
     if "messages" not in row:
         raise BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
-    messages = chat(row["messages"], "messages")
+    messages = as_messages(row["messages"], "messages")
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow("the last turn is not the assistant's")
     if not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
@@ -222,7 +222,7 @@ def batches(tokenizer, state, cfg):
 def pack(samples, budget, device):
     """Packed micro-batches of at most `budget` tokens (more only for a single longer sample), long samples first."""
     batches, length = [], lambda sample: len(sample[0])
-    for group in fill(sorted(samples, key=length, reverse=True), length, budget):
+    for group in split_by_budget(sorted(samples, key=length, reverse=True), length, budget):
         lengths = [len(ids) for ids, _, _ in group]
         batches.append(
             {

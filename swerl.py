@@ -45,13 +45,13 @@ from lib.checkpoint import (
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.data import (
     BadRow,
-    chat,
+    as_messages,
     count_correct,
     encode_prompts,
-    field,
-    given,
+    first_nonempty,
     load_table,
     next_prompts,
+    required_field,
 )
 from lib.flags import parse_config
 from lib.guard import check_step, fail
@@ -176,8 +176,8 @@ def source_files(row, where, cfg, draw):
     """(files before the repair, golden patch): in the row, in R2E-Gym's parsed commit, or from a clone in cfg.repos."""
     if "golden_patch" in row or "relevant_file_contents" in row:
         patch, contents = (
-            field(row, where, "golden_patch"),
-            field(row, where, "relevant_file_contents", (str, list, dict)),
+            required_field(row, where, "golden_patch"),
+            required_field(row, where, "relevant_file_contents", (str, list, dict)),
         )
         return read_files(contents), patch
     if row.get("parsed_commit_content"):
@@ -191,7 +191,10 @@ def source_files(row, where, cfg, draw):
             for key in ("old_file_content", "new_file_content")
         )
         return before, as_patch(before, after)
-    patch, name = field(row, where, "patch"), field(row, where, "repo").replace("/", "__")
+    patch, name = (
+        required_field(row, where, "patch"),
+        required_field(row, where, "repo").replace("/", "__"),
+    )
     clone, commit = os.path.join(cfg.repos, name), row.get("base_commit") or "HEAD"
     if (
         not cfg.repos
@@ -245,10 +248,10 @@ def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path): messages, think, issue, files, golden_patch and, where given, tests."""
 
     def normalize(row, where):
-        name = given(row, "original_prompt", "problem_statement", "prompt")
-        issue = ([{"content": ""}] + chat(field(row, where, name, (str, list)), name))[-1][
-            "content"
-        ]
+        name = first_nonempty(row, "original_prompt", "problem_statement", "prompt")
+        issue = (
+            [{"content": ""}] + as_messages(required_field(row, where, name, (str, list)), name)
+        )[-1]["content"]
         issue = next((a or b for a, b in ISSUE.findall(issue)), issue).strip()
         if not issue:
             raise BadRow("no issue text")

@@ -33,7 +33,7 @@ import ifrl
 import mathrl
 import swerl
 from lib.common import ranks
-from lib.data import BadRow, field, load_table
+from lib.data import BadRow, load_table, required_field
 from lib.guard import fail
 from verifiers import constraints
 
@@ -98,8 +98,13 @@ def read_choice(row, where):
         texts = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
         options, gold = [texts[i] for i in order], order.index(0)
     else:
-        question, gold = field(row, where, "question"), field(row, where, "answer", (int, str))
-        options = row["choices"] if "choices" in row else field(row, where, "options", list)
+        question, gold = (
+            required_field(row, where, "question"),
+            required_field(row, where, "answer", (int, str)),
+        )
+        options = (
+            row["choices"] if "choices" in row else required_field(row, where, "options", list)
+        )
         gold = gold if isinstance(gold, int) else ord(gold.strip()) - ord("A")
     if not 0 <= gold < len(options) <= 10:
         raise BadRow("the answer is none of the options")
@@ -149,7 +154,7 @@ def read_lcb(until):
     """LiveCodeBench from August 2024, the paper's training cut-off, up to a date."""
 
     def normalize(row, where):
-        if not "2024-08-01" <= field(row, where, "contest_date")[:10] < until:
+        if not "2024-08-01" <= required_field(row, where, "contest_date")[:10] < until:
             raise BadRow(f"not between 2024-08-01 and {until}")
         tests = unpacked(row["public_test_cases"]) + unpacked(row["private_test_cases"])
         name, header = (
@@ -199,11 +204,13 @@ def load_lcb_pro(difficulty):
         )
 
         def normalize(row, where):
-            if field(row, where, "difficulty") != difficulty:
+            if required_field(row, where, "difficulty") != difficulty:
                 raise BadRow(f"not {difficulty}")
             return {
-                "messages": ask(PRO.format(field(row, where, "problem_statement").strip())),
-                "pid": field(row, where, "problem_id"),
+                "messages": ask(
+                    PRO.format(required_field(row, where, "problem_statement").strip())
+                ),
+                "pid": required_field(row, where, "problem_id"),
             }
 
         def score(row, answer):
@@ -264,13 +271,13 @@ def load_ifbench(path, outside):
 
     def normalize(row, where):
         ids, kwargs = (
-            field(row, where, "instruction_id_list", list),
-            [constraints.clean_kwargs(k) for k in field(row, where, "kwargs", list)],
+            required_field(row, where, "instruction_id_list", list),
+            [constraints.clean_kwargs(k) for k in required_field(row, where, "kwargs", list)],
         )
         if unknown := [name for name in ids if name not in checks]:
             fail(f"data {where}: ifbench knows no {unknown[0]}.", note="Nothing was measured.")
         return {
-            "messages": ask(field(row, where, "prompt")),
+            "messages": ask(required_field(row, where, "prompt")),
             "ids": ids,
             "kwargs": kwargs,
             "prompt": row["prompt"],
@@ -360,7 +367,9 @@ def load_arenahard(path, outside):
     )
 
     def normalize(row, where):
-        prompt = row["turns"][0]["content"] if "turns" in row else field(row, where, "prompt")
+        prompt = (
+            row["turns"][0]["content"] if "turns" in row else required_field(row, where, "prompt")
+        )
         other = row.get("baseline") or answers.get(key(row))
         return {
             "messages": ask(prompt),

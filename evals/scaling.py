@@ -344,7 +344,9 @@ def main(cfg):
     problems = data.read_rows(cfg.ioi, cfg.limit)
     for where, problem in problems:
         for name, kind in (("statement", str), ("samples", dict), ("subtasks", list)):
-            data.field({k: v for k, v in problem.items() if v is not None}, where, name, kind)
+            data.required_field(
+                {k: v for k, v in problem.items() if v is not None}, where, name, kind
+            )
     total = [solve(problem, sample, cfg, number=n) for n, (_, problem) in enumerate(problems)]
     print(
         f"{len(total)} problems, {sum(points for points, _ in total):g} points with {sum(n for _, n in total)} submissions"

@@ -172,7 +172,7 @@ def stream_rows(cursors, limit=0):
         yield where, row
 
 
-def field(row, where, name, kind=str):
+def required_field(row, where, name, kind=str):
     """row[name], or one sentence naming file, row, field and what was expected."""
     if name not in row:
         fail(f'data {where}: no "{name}" field (has: {", ".join(map(str, row))}).')
@@ -184,7 +184,7 @@ def field(row, where, name, kind=str):
     return row[name]
 
 
-def given(row, *names):
+def first_nonempty(row, *names):
     """The first of these names that the row has something for, else one that is empty, else one that is null, else the first."""
     return min(
         (n for n in names if n in row),
@@ -193,7 +193,7 @@ def given(row, *names):
     )
 
 
-def chat(turns, name="prompt"):
+def as_messages(turns, name="prompt"):
     """Chat messages [{"role", "content", ...}]: a string is a user's turn, a list of parts is joined, None is empty text."""
     turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not all(

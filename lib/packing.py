@@ -11,7 +11,7 @@ import torch
 from lib.common import all_gather
 
 
-def deal(units, world):
+def assign_to_ranks(units, world):
     """(largest number of tokens on a rank, shares): the largest unit goes first, each to the rank that then has the fewest tokens. A rank
     computes a prompt once, so it counts once there."""
     shares, tokens, there = [[] for _ in range(world)], [0] * world, [set() for _ in range(world)]
@@ -49,12 +49,12 @@ def balance(rollouts, world):
             r.group = (rank, r.group)
             groups.setdefault(r.group, []).append(r)
     ways = [[r] for group in groups.values() for r in group], groups.values()
-    return min((deal(units, world) for units in ways), key=lambda way: way[0])[1][
+    return min((assign_to_ranks(units, world) for units in ways), key=lambda way: way[0])[1][
         torch.distributed.get_rank()
     ]
 
 
-def fill(items, length, budget):
+def split_by_budget(items, length, budget):
     """Lists of consecutive items, as long as their lengths sum to at most `budget`; a longer item stands alone."""
     packs, room = [], 0
     for item in items:
@@ -74,7 +74,7 @@ def collate(rollouts, cfg, device):
         groups.setdefault(tuple(r.prompt_ids), []).append(r)
     return [
         pack_rollouts(pack, device)
-        for pack in fill(
+        for pack in split_by_budget(
             (r for group in groups.values() for r in group), length, cfg.micro_batch_tokens
         )
     ]

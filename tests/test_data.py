@@ -1084,14 +1084,17 @@ def test_a_row_whose_field_is_null_is_dropped_and_not_the_end_of_a_run(
 
 def test_an_empty_field_gives_way_to_the_next_name():
     assert (
-        data.given(
+        data.first_nonempty(
             {"original_prompt": "", "problem_statement": "Tax."},
             "original_prompt",
             "problem_statement",
         )
         == "problem_statement"
     )
-    assert data.given({"b": None}, "a", "b") == "b" and data.given({}, "a", "b") == "a"
+    assert (
+        data.first_nonempty({"b": None}, "a", "b") == "b"
+        and data.first_nonempty({}, "a", "b") == "a"
+    )
 
 
 @pytest.mark.parametrize("stage", [rlhf, ifrl, mathrl, coderl, swerl])

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lib.common import all_gather, all_reduce, average_gradients, print0, ranks, shard
-from lib.data import BadRow, chat, field, load_table
+from lib.data import BadRow, as_messages, load_table, required_field
 from lib.guard import fail, one_sentence
-from lib.packing import fill, shared_prefixes
+from lib.packing import shared_prefixes, split_by_budget
 from lib.plan import check_memory
 from model import (
     CHAT_TEMPLATE,
@@ -86,7 +86,7 @@ def score_ids(tokenizer, messages, answer):
 def score_batch(model, sequences, budget, device):
     """[num_seqs] scores, packed `budget` tokens at a time."""
     length, scores = lambda i: len(sequences[i]), {}
-    for pack in fill(sorted(range(len(sequences)), key=length), length, budget):
+    for pack in split_by_budget(sorted(range(len(sequences)), key=length), length, budget):
         ids = torch.tensor(np.concatenate([sequences[i] for i in pack]), device=device)
         cu_seqlens = torch.tensor(
             [0, *np.cumsum([length(i) for i in pack])], dtype=torch.int32, device=device
@@ -112,16 +112,20 @@ def load_pairs(path, tokenizer, cfg):
 
     def normalize(row, where):
         if "overall_preference" in row:
-            context = chat(row.get("context") or row.get("prompt") or [], "context")
-            replies = [field(row, where, "response1"), field(row, where, "response2")]
+            context = as_messages(row.get("context") or row.get("prompt") or [], "context")
+            replies = [
+                required_field(row, where, "response1"),
+                required_field(row, where, "response2"),
+            ]
             if row["overall_preference"] not in (-3, -2, -1, 1, 2, 3):
                 raise BadRow("no preference")
             best, worst = replies if row["overall_preference"] < 0 else replies[::-1]
         else:
             chosen, rejected = (
-                chat(field(row, where, name, (str, list)), name) for name in ("chosen", "rejected")
+                as_messages(required_field(row, where, name, (str, list)), name)
+                for name in ("chosen", "rejected")
             )
-            context = chat(row["prompt"]) if row.get("prompt") else chosen[:-1]
+            context = as_messages(row["prompt"]) if row.get("prompt") else chosen[:-1]
             best, worst = (
                 ([{"content": ""}] + reply)[-1]["content"] for reply in (chosen, rejected)
             )
@@ -171,7 +175,7 @@ def train_reward_model(cfg, folder):
         for group in optimizer.param_groups:
             group["lr"] = cfg.rm_lr * min(step / (0.03 * steps + 1), 1 - (step - 1) / steps)
         taken = order[(step - 1) * cfg.rm_samples_per_step : step * cfg.rm_samples_per_step]
-        packs = fill(
+        packs = split_by_budget(
             [pairs[i] for i in taken[rank::world]],
             lambda pair: sum(map(len, pair)),
             cfg.micro_batch_tokens,
