@@ -29,7 +29,7 @@ from engine import Rollout, TorchEngine, request_seed
 from lib import packing
 from lib.checkpoint import git_hash
 from lib.common import finish, init_distributed, shard
-from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config
+from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, packed_batch
 
 LENGTHS = {"equal": [4096] * 2, "mixed": [1024, 1536, 2048, 3584]}  # tokens of a pass: 8,192
 
@@ -128,7 +128,7 @@ def contestants(model, sequences):
     )
 
     def ours():
-        loss = model(ids_T, ends.int(), width, index, nll=True) / len(index)
+        loss = model.nll(packed_batch(ids_T, ends.int(), width, index)) / len(index)
         loss.backward()
         model.zero_grad(set_to_none=True)
         return loss.item()

@@ -35,6 +35,7 @@ def ours(args):
     import torch
 
     from lib.common import init_distributed
+    from model import packed_batch
 
     init_distributed(0)
     model, sequences = weights(args)
@@ -45,7 +46,8 @@ def ours(args):
     scored = (~firsts).nonzero()[:, 0]
     take_turn(**versions("torch", "transformers"))
     while True:
-        loss = model(ids, cu_seqlens, int(lengths.max()), scored, nll=True) / len(scored)
+        batch = packed_batch(ids, cu_seqlens, int(lengths.max()), scored)
+        loss = model.nll(batch) / len(scored)
         loss.backward()
         model.zero_grad(set_to_none=True)
         take_turn(tokens=len(ids), loss=loss.item())

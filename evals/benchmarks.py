@@ -36,6 +36,7 @@ from lib.common import ranks
 from lib.data import BadRow, load_table, required_field
 from lib.guard import fail
 from verifiers import constraints
+from verifiers.answers import TEXT, last_box
 
 K = 1024
 THINK = dict(
@@ -119,7 +120,7 @@ def read_choice(row, where):
 def score_choice(row, answer):
     """The one letter in the last box, or the one before its option's text; without a letter in a box, the last "the answer is (X)". Two
     letters are a hedge."""
-    box = mathrl.last_box(answer) or ""
+    box = last_box(answer) or ""
     plain = lambda text: re.sub(r"\W+", "", text).casefold()
     # "B. Vitamin A": a letter with its option's text
     named = re.fullmatch(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):]\s*(.+)", box, re.S)
@@ -127,7 +128,7 @@ def score_choice(row, answer):
         named[1]
     ):
         return named[1] == row["answer"]
-    if len(words := plain(mathrl.TEXT.sub(r"\1", box))) > 1 and words in map(plain, row["options"]):
+    if len(words := plain(TEXT.sub(r"\1", box))) > 1 and words in map(plain, row["options"]):
         box = ""  # "Vitamin C" names no letter
     letters = re.findall(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", box) or STATED.findall(answer)[-1:]
     return set(letters) == {row["answer"]}

@@ -8,7 +8,7 @@ PROGRAM = '''
 import torch
 from lib.common import finish, init_distributed, shard
 from engine import whole_parameters
-from model import Qwen3, Qwen3Config
+from model import Qwen3, Qwen3Config, packed_batch
 
 rank, world, device = init_distributed(0)
 # Width, heads and feed-forward of Qwen3-8B; 2 of its 36 layers, a small vocabulary.
@@ -32,7 +32,8 @@ def backward(model, parts, scale):
     flat = [n for part in parts for n in lengths[part]]
     cu = torch.tensor([0, *torch.tensor(flat).cumsum(0)], dtype=torch.int32)
     index = torch.cat([torch.arange(a + 1, b) for a, b in zip(cu.tolist(), cu.tolist()[1:])])
-    logprobs_T, _ = model(torch.cat([ids[part] for part in parts]), cu, max(flat), index)
+    batch = packed_batch(torch.cat([ids[part] for part in parts]), cu, max(flat), index)
+    logprobs_T, _ = model.token_logprobs(batch)
     (-logprobs_T.sum() * scale).backward()
 
 whole = {}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import Rollout, TorchEngine, make_engine, request_seed, uniforms
-from model import Qwen3, render_chat, stop_ids
+from model import Qwen3, packed_batch, render_chat, stop_ids
 from verifiers.pool import in_background
 
 PROMPTS = [
@@ -62,9 +62,8 @@ def trainer_logprobs(model, rollouts, temperature):
         [torch.arange(end - len(r.completion_ids), end) for r, end in zip(rollouts, ends)]
     )
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
-    logprobs, _ = model(
-        torch.cat(rows), cu_seqlens, max(map(len, rows)), index, temperature=temperature
-    )
+    batch = packed_batch(torch.cat(rows), cu_seqlens, max(map(len, rows)), index)
+    logprobs, _ = model.token_logprobs(batch, temperature=temperature)
     return [logprobs[end - len(r.completion_ids) : end] for r, end in zip(rollouts, ends)]
 
 

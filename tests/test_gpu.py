@@ -21,7 +21,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
 from kernels.sampling import sample_tokens, sample_tokens_ref
 from lib.packing import shared_prefixes
-from model import hf_config
+from model import hf_config, packed_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -233,8 +233,8 @@ def scored(device, share=False, checkpointing=False):
     model.gradient_checkpointing = checkpointing
     args = packed(device)
     args.append(shared_prefixes(SEQUENCES, device) if share else None)
-    logprobs_T, entropy_T = model(*args, temperature=0.7)
-    nll = model(*args, nll=True)
+    logprobs_T, entropy_T = model.token_logprobs(packed_batch(*args), temperature=0.7)
+    nll = model.nll(packed_batch(*args))
     weight_M = torch.randn(len(args[3]), generator=torch.Generator().manual_seed(7)).to(device)
     ((weight_M * (logprobs_T + entropy_T)[args[3]]).sum() + nll).backward()
     return [x.detach().cpu() for x in (logprobs_T, entropy_T, nll)] + [
@@ -319,13 +319,13 @@ def test_the_sampler_s_log_probs_are_the_trainer_s(dtype, limit, tokenizer):
         device="cuda",
     )
     with torch.no_grad():
-        logprobs_T, _ = model(
+        batch = packed_batch(
             torch.tensor(sum(rows, []), device="cuda"),
             torch.tensor(ends, dtype=torch.int32, device="cuda"),
             max(map(len, rows)),
             index,
-            temperature=0.8,
         )
+        logprobs_T, _ = model.token_logprobs(batch, temperature=0.8)
     sampled = torch.tensor([x for r in rollouts for x in r.sampler_logprobs], device="cuda")
     gap = (logprobs_T[index] - sampled).abs().mean().item()
     print(

@@ -4,10 +4,12 @@ One step: sample G completions a prompt -> reward -> advantage inside the group 
 -> one update. The order of the tests is the order of the step; the last part is rlhf.py's stabilisers.
 """
 
+import inspect
 import itertools
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -20,8 +22,7 @@ import ifrl
 import mathrl
 import rlhf
 import swerl
-from engine import Rollout
-from extras import mopd
+from engine import Rollout, sampler_correction
 from lib.logs import summarize
 from lib.packing import shared_prefixes
 from verifiers import constraints
@@ -127,6 +128,22 @@ def test_a_packed_batch_by_hand():
     assert batch["sampler_logprobs_T"].tolist() == [0, 0, -1, -2, 0, -3, -4, -5]
 
 
+def test_the_batch_drawn_in_mathrl_is_what_the_packer_makes():
+    """The comment above rollout() in mathrl.py, line by line, against pack_rollouts."""
+    a, b = rollout(1, prompt=(5, 6), completion=(7, 8)), rollout(0, prompt=(5, 6), completion=(9,))
+    a.advantage, b.advantage = 0.7, -0.7
+    batch = mathrl.pack_rollouts([a, b], "cpu")
+    drawn = {}
+    for line in inspect.getsource(mathrl).splitlines():
+        if match := re.match(r"#     (\w+) ((?: +-?[\d.]+)+)", line):
+            drawn[match[1]] = [float(number) for number in match[2].split()]
+    first_U, copy_T = batch.pop("shared")
+    made = batch | {"first_U": first_U, "copy_T": copy_T, "position": torch.arange(7)}
+    assert len(drawn) == 7
+    for name, numbers in drawn.items():
+        assert made[name].tolist() == pytest.approx(numbers), name
+
+
 def test_shared_prefixes_by_hand_and_against_a_dictionary_of_all_prefixes():
     first_U, copy_T = shared_prefixes([[5, 6, 7], [5, 6, 8]], "cpu")
     assert first_U.tolist() == [0, 1, 2, 5] and copy_T.tolist() == [0, 1, 2, 0, 1, 3]
@@ -187,7 +204,7 @@ def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
     ] == [52, 4]
 
 
-# ---- 3. The loss: -sum over completion tokens of min(ratio A, clip(ratio) A), over the tokens of the whole step ----
+# ---- 3. The loss: -sum over completion tokens of ratio A, over the tokens of the whole step -------
 def token_batch(advantage_of_tokens):
     """One sequence: a prompt token, then one completion token per advantage."""
     T = 1 + len(advantage_of_tokens)
@@ -221,20 +238,6 @@ def test_loss_by_hand_on_three_tokens():
     )
     # the same three tokens in a step of 30: a tenth, though this micro-batch holds only three
     assert loss_and_grad([1.1, 0.9, 1.0], [2.0, 2.0, 2.0], tokens=30)[0] == pytest.approx(-0.2)
-
-
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, grad",
-    [
-        (1.5, +1.0, -1.2, 0.0),  # good and already likelier: no further push
-        (0.5, +1.0, -0.5, -0.5),  # good but less likely: pushed back up
-        (1.5, -1.0, 1.5, 1.5),  # bad and likelier: pushed down, however far it is
-        (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: left alone
-    ],
-)
-def test_clip_binds_on_the_right_side_for_both_signs(ratio, advantage, loss, grad):
-    got = loss_and_grad([ratio], [advantage], tokens=1)
-    assert got[0] == pytest.approx(loss) and got[1] == pytest.approx([0.0, grad])
 
 
 def test_on_policy_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():
@@ -384,8 +387,8 @@ def test_a_mean_per_micro_batch_would_fail_the_tests_above():
     """The usual wrong denominator, so that the tolerance above is known to mean something."""
     original = mathrl.grpo_loss
     try:
-        mathrl.grpo_loss = lambda **kw: original(
-            **{**kw, "counts": {"tokens": len(kw["batch"]["loss_index"])}}
+        mathrl.grpo_loss = lambda logprobs_T, old_T, batch, counts, cfg: original(
+            logprobs_T, old_T, batch, {"tokens": len(batch["loss_index"])}, cfg
         )
         error = distance(
             gradient(random_step(), micro_batch_tokens=10**6)[0],
@@ -431,9 +434,8 @@ def test_one_update_makes_good_completions_likelier_and_bad_ones_less_likely():
     )
     mathrl.compute_advantages(rollouts, cfg)
     batch = mathrl.collate(rollouts, cfg, "cpu")[0]
-    packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
     score = lambda: (
-        (model(*packed, temperature=cfg.temperature)[0] * batch["advantages_T"]).sum().item()
+        (model.token_logprobs(batch, cfg.temperature)[0] * batch["advantages_T"]).sum().item()
     )
     before = score()
     mathrl.train_step(
@@ -532,9 +534,8 @@ def roll(rewards, num_rows=20, indices=(0, 1, 2, 3), rank=0, world=1, **changes)
     engine, submitted = TableEngine(rewards), []
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
     hook = (submitted.append, engine.collect)
-    trained, sampled = mathrl.rollout(
-        engine, rows, list(indices), 1, config(**changes), hook, rank, world
-    )
+    cfg = ifrl.Config(**{**CFG, "max_refill_rounds": 0, **changes})
+    trained, sampled = ifrl.rollout(engine, rows, list(indices), 1, cfg, hook, rank, world)
     assert len(submitted) == 4 * sum(map(len, engine.asked)), (
         "every finished completion goes to the verifier at once"
     )
@@ -542,6 +543,19 @@ def roll(rewards, num_rows=20, indices=(0, 1, 2, 3), rank=0, world=1, **changes)
 
 
 FLAT, UNEVEN = [0.0] * 4, [1.0, 0.0, 0.0, 1.0]
+
+
+def test_without_dynamic_sampling_ifrl_s_rollout_is_the_other_stages():
+    """The same seeds, rewards and advantages, rollout by rollout, on each of two ranks."""
+    rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(20)]
+    for rank in (0, 1):
+        found = []
+        for stage, changes in ((ifrl, {"max_refill_rounds": 0}), (mathrl, {})):
+            engine = TableEngine(lambda i: UNEVEN if i == 2 else FLAT)
+            hook = (lambda r: None, engine.collect)
+            cfg = stage.Config(**{**CFG, **changes})
+            found.append(stage.rollout(engine, rows, [0, 1, 2, 3], 1, cfg, hook, rank, 2))
+        assert found[0] == found[1] and len(found[0][0]) == 8
 
 
 def test_without_refill_every_group_is_trained_on():
@@ -876,10 +890,9 @@ def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
     rlhf.compute_advantages(rollouts, cfg)
     num_tokens = sum(len(r.completion_ids) for r in rollouts if r.trained)
     batch = rlhf.collate(rollouts, cfg, "cpu")[0]
-    packed = (batch["input_ids_T"], batch["cu_seqlens"], batch["max_seqlen"], batch["loss_index"])
     with torch.no_grad():
-        reference_T = start(*packed, temperature=cfg.temperature)[0]
-    d_T = reference_T - model(*packed, temperature=cfg.temperature)[0]
+        reference_T = start.token_logprobs(batch, cfg.temperature)[0]
+    d_T = reference_T - model.token_logprobs(batch, cfg.temperature)[0]
     (0.5 * (d_T.exp() - d_T - 1)[batch["loss_index"]].sum() / num_tokens).backward()
     error = distance({n: p.grad for n, p in model.named_parameters()}, extra)
     print(f"pull of the KL term: relative error {error:.1e}, tolerance 1e-04")
@@ -897,16 +910,9 @@ def sampled_at(step, seed=0, refill=0, num_rows=1000):
     """Seeds of the rollouts of one step, and the rows that were asked for in each round."""
     engine = TableEngine(lambda i: UNEVEN if i == 0 else FLAT)
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
-    _, sampled = mathrl.rollout(
-        engine,
-        rows,
-        [0, 1, 2, 3],
-        step,
-        config(seed=seed, max_refill_rounds=refill),
-        (lambda r: None, engine.collect),
-        0,
-        1,
-    )
+    cfg = ifrl.Config(**{**CFG, "seed": seed, "max_refill_rounds": refill})
+    hook = (lambda r: None, engine.collect)
+    _, sampled = ifrl.rollout(engine, rows, [0, 1, 2, 3], step, cfg, hook, 0, 1)
     return [r.seed for r in sampled], engine.asked
 
 
@@ -918,24 +924,17 @@ def test_every_step_and_every_run_has_dice_and_spare_prompts_of_its_own():
     assert len(spare[0]) == len(spare[1]) == 3 and set(spare[0]) != set(spare[1])
 
 
-@pytest.mark.parametrize("stage", [mathrl, rlhf])
-def test_the_two_sides_of_the_clip_have_limits_of_their_own(stage):
-    cfg = stage.Config(**{**CFG, "clip_low": 0.1, "clip_high": 0.3})
-    assert loss_and_grad([1.5], [1.0], 1, stage, cfg)[0] == pytest.approx(-1.3)
-    assert loss_and_grad([0.5], [-1.0], 1, stage, cfg)[0] == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("stage", [mathrl, mopd])
-def test_importance_weights_leave_out_both_ends(stage):
-    """Trainer -1, sampler -0.2: e^-0.8 = 0.45 is under 1/2 and weighs nothing; -0.4: e^-0.6 = 0.55 weighs that."""
+def test_importance_weights_leave_out_both_ends():
+    """Trainer -1. Sampler -0.2: e^-0.8 = 0.45 is under 1/2, weight 0; -0.4: weight e^-0.6 = 0.55."""
     batch = {
         "loss_index": torch.tensor([1, 2]),
         "sampler_logprobs_T": torch.tensor([0.0, -0.2, -0.4]),
     }
-    weights = stage.importance(
-        torch.tensor([0.0, -1.0, -1.0]), batch, stage.Config(importance_limit=2.0)
+    trainer_T = torch.tensor([0.0, -1.0, -1.0])
+    assert sampler_correction(trainer_T, batch, 2.0).tolist() == pytest.approx(
+        [0.0, math.exp(-0.6)]
     )
-    assert weights.tolist() == pytest.approx([0.0, math.exp(-0.6)])
+    assert sampler_correction(trainer_T, batch, 0.0) == 1.0
 
 
 def test_the_gradient_is_clipped_before_it_is_applied():

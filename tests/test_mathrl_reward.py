@@ -342,7 +342,7 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
 def test_verifier_children_end_with_a_killed_parent():
     """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself within two seconds."""
     code = (
-        "import os, time, mathrl; mathrl.equal_in_child.start(); "
+        "import os, time; from verifiers import answers; answers.equal_in_child.start(); "
         "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen(

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from transformers import Qwen3Config as TheirConfig
 
 from lib.packing import shared_prefixes
-from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, read_config, rope_tables
+from model import (
+    QWEN3_SIZES,
+    Qwen3,
+    Qwen3Config,
+    hf_config,
+    packed_batch,
+    read_config,
+    rope_tables,
+)
 
 PUBLISHED = {
     "0.6b": 0.596049920e9,
@@ -89,7 +97,8 @@ def test_packed_equals_padded_equals_alone(tmp_path):
     rows = [random_ids(n, seed=n) for n in lengths]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     with torch.no_grad():
-        hidden = model(torch.cat(rows), torch.tensor(starts, dtype=torch.int32), max(lengths))
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+        hidden = model.packed_hidden(torch.cat(rows), cu_seqlens, max(lengths))
         packed = F.linear(hidden, model.head_weight).split(lengths)
         padded = torch.stack([F.pad(row, (max(lengths) - len(row), 0)) for row in rows])
         seen = torch.stack(
@@ -119,10 +128,9 @@ def test_logprobs_are_those_of_the_logits_and_entry_t_is_about_token_t():
     model, row, temperature = scaled_down("4b"), random_ids(20), 0.7
     index = torch.arange(5, 20)
     with torch.no_grad():
-        logprobs, entropy = model(
-            row, torch.tensor([0, 20], dtype=torch.int32), 20, index, temperature=temperature
-        )
-        nll = model(row, torch.tensor([0, 20], dtype=torch.int32), 20, index, nll=True)
+        batch = packed_batch(row, torch.tensor([0, 20], dtype=torch.int32), 20, index)
+        logprobs, entropy = model.token_logprobs(batch, temperature=temperature)
+        nll = model.nll(batch)
         table = torch.log_softmax(model(row[None])[0] / temperature, -1)
         plain = torch.log_softmax(model(row[None])[0], -1)
     for t in range(20):
@@ -306,9 +314,9 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = make_tiny()
         model.gradient_checkpointing = checkpointing
         row = random_ids(12, vocab=61)
-        model(row, torch.tensor([0, 12], dtype=torch.int32), 12, torch.arange(1, 12))[
-            0
-        ].sum().backward()
+        cu_seqlens = torch.tensor([0, 12], dtype=torch.int32)
+        batch = packed_batch(row, cu_seqlens, 12, torch.arange(1, 12))
+        model.token_logprobs(batch)[0].sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
@@ -342,8 +350,8 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
     for given in (shared, None):
         model = make_tiny()
         model.gradient_checkpointing = checkpointing
-        logprobs_T, entropy_T = model(*packed, given, temperature=0.7)
-        nll = model(*packed, given, nll=True)
+        logprobs_T, entropy_T = model.token_logprobs(packed_batch(*packed, given), temperature=0.7)
+        nll = model.nll(packed_batch(*packed, given))
         ((weight_M * (logprobs_T + entropy_T)[packed[3]]).sum() + nll).backward()
         found.append(
             (

@@ -26,8 +26,8 @@ from lib.guard import fail, one_sentence
 from lib.packing import shared_prefixes, split_by_budget
 from lib.plan import check_memory
 from model import (
-    CHAT_TEMPLATE,
     Qwen3,
+    chat_template,
     hf_config,
     load_tokenizer,
     read_config,
@@ -238,7 +238,7 @@ def load_reward_model(path, device, workers=8):
     if (
         architecture != "Qwen3ForSequenceClassification"
         or not os.path.exists(template)
-        or open(template).read() != CHAT_TEMPLATE
+        or open(template).read() != chat_template()
     ):
         return load_classifier(path, device)  # somebody else's: it was trained on its own template
     with one_sentence(f"--rm={path}"):
