@@ -107,7 +107,7 @@ def functions(script):
 
 def below(script):
     """The lines under the waterline."""
-    above, _, rest = (ROOT / script).read_text().partition(WATERLINE)
+    _, _, rest = (ROOT / script).read_text().partition(WATERLINE)
     assert rest, f"{script} has no waterline"
     return rest.splitlines()
 
@@ -165,9 +165,32 @@ def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
     assert shared == {"swerl": {"coderl"}}
 
 
+# ---- The diff in README.md -----------------------------------------------------------------------
+def verdict_of(script):
+    """The lines of a stage's verdict()."""
+    text = (ROOT / script).read_text()
+    found = re.search(r"^def verdict\(.*?(?=\n\n\n)", text, re.DOTALL | re.MULTILINE)
+    return found[0].split("\n")
+
+
+def with_real_diff(readme):
+    """The text of README.md with the diff of the two verdicts between its two marks."""
+    diff = difflib.unified_diff(verdict_of("mathrl.py"), verdict_of("coderl.py"), lineterm="", n=99)
+    # The first three lines are the names of the files and the position: nobody needs them here.
+    block = "```diff\n" + "\n".join(list(diff)[3:]) + "\n```"
+    before, mark, rest = readme.partition("<!-- from the code")
+    comment, end_of_comment, rest = rest.partition("-->\n")
+    _, end_mark, after = rest.partition("\n<!-- end -->")
+    assert mark and end_mark, "README.md has lost the marks around the diff"
+    return before + mark + comment + end_of_comment + block + end_mark + after
+
+
 def test_the_diff_in_the_readme_is_the_real_one():
-    body = lambda path: re.search(
-        r"^def verdict\(.*?(?=\n\n\n)", (ROOT / path).read_text(), re.S | re.M
-    )[0].split("\n")
-    diff = list(difflib.unified_diff(body("mathrl.py"), body("coderl.py"), lineterm="", n=9))[3:]
-    assert "```diff\n" + "\n".join(diff) + "\n```" in (ROOT / "README.md").read_text()
+    """If not: python tests/test_stage_diff.py writes it."""
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_real_diff(readme)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_real_diff(path.read_text()))
