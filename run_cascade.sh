@@ -308,8 +308,8 @@ real() {
         --num_steps=$mathrl3_steps --lr=$mathrl_lr --temperature=$mathrl3_temperature \
         --max_new_tokens=40960 --overlong_filter=false --rope_factor=2
 
-    # Code RL: contest problems, with reward 1 for a program that passes all its tests. The unified models start
-    # with 44K tokens at temperature 1.
+    # Code RL: contest problems, with reward 1 for a program that passes all its tests. The unified models
+    # start with 44K tokens at temperature 1.
     local before_coderl=mathrl3
     if [ "$coderl1_steps" != none ]; then
         before_coderl=coderl1
