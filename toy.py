@@ -366,7 +366,7 @@ def if_reply(rng, topic, constraints):
         elif relation == "less than":
             num_lines = 1
 
-    # Each line holds one word of WORDS; the required one comes first. At most 12 words are demanded:
+    # Each line holds one word of WORDS; the required one comes first. At most 12 words are wanted:
     # three lines of the longest pattern have 18.
     allowed = [word for word in WORDS if word not in forbidden and word not in required]
     chosen = required + rng.sample(allowed, 3)
