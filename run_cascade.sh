@@ -13,7 +13,7 @@
 # Environment variables:
 #   OUT        folder of the run; out/PRESET if unset
 #   SEED       seed of the data, the base model and the training; 0 if unset
-#   NPROC      ranks on this machine; one for each GPU if unset, without GPUs two
+#   NPROC      ranks on this machine; if unset, one for each GPU, without GPUs one or two by the number of cores
 #   LAUNCH     the launcher of every stage, instead of torchrun on this machine (README, Real sizes)
 #   FLAGS      further flags for every stage, e.g. --shard=hybrid
 #   DRY_RUN    1: print the commands instead of running them
