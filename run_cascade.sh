@@ -11,9 +11,9 @@
 # The same command goes on after a crash: finished stages are skipped, an interrupted one resumes.
 #
 # Environment variables:
-#   OUT        folder of the run; out/PRESET if unset
+#   OUT        folder of the run; out/PRESET if unset, out/PRESET-seedN for another SEED than 0
 #   SEED       seed of the data, the base model and the training; 0 if unset
-#   NPROC      ranks on this machine; if unset, one for each GPU, without GPUs one or two by the number of cores
+#   NPROC      ranks on this machine; if unset, one for each GPU, without GPUs at most two
 #   LAUNCH     the launcher of every stage, instead of torchrun on this machine (README, Real sizes)
 #   FLAGS      further flags for every stage, e.g. --shard=hybrid
 #   DRY_RUN    1: print the commands instead of running them
