@@ -1,6 +1,7 @@
 """Guards: the repository is written so that it can be read, and what it says of itself is true (flags are used, imports are light)."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from lib import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,52 +68,72 @@ def test_every_function_fits_on_a_screen():
     assert not long
 
 
+def config_of(script):
+    return importlib.import_module(script.replace("/", ".")).Config
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_config_field_is_read_in_its_script_and_explained(script):
-    """A flag that is parsed and never used is a lie (or a bug). PLUMBING reads some for all (rope_factor, in load_policy)."""
-    text = (ROOT / f"{script}.py").read_text()
-    body = next(
-        n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Config"
-    ).body
-    fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
+def test_every_flag_is_read_and_explained(script):
+    """A flag that is parsed and never used is a lie, or a bug; one without a comment has no help."""
+    Config = config_of(script)
+    fields = flags.field_names(Config)
     assert len(fields) > 4
-    text += "".join((ROOT / name).read_text() for name in PLUMBING) + (
-        ROOT / "verifiers" / "reward_model.py"
-    ).read_text() * (script == "rlhf")
+    # lib/ reads some flags for all scripts (rope_factor in load_policy), verifiers/ some of RLHF's.
+    readers = [ROOT / f"{script}.py", *(ROOT / "lib").glob("*.py")]
+    if script == "rlhf":
+        readers.append(ROOT / "verifiers" / "reward_model.py")
+    text = "".join(path.read_text() for path in readers)
     assert [name for name in fields if not re.search(rf"\bcfg\.{name}\b", text)] == []
-    assert all(
-        isinstance(n.annotation, ast.Name) and n.annotation.id in ("int", "float", "bool", "str")
-        for n in body
-        if isinstance(n, ast.AnnAssign)
-    )
+    kinds = {flags.base_type(field) for field in dataclasses.fields(Config)}
+    assert kinds <= {int, float, bool, str}
+    self_evident = {"out_dir", "seed", "lr", "beta1", "beta2", "weight_decay", "data", "out"}
+    comments = flags.field_comments(Config)
+    assert [n for n in fields if not comments.get(n) and n not in self_evident] == []
 
 
 def test_all_rl_stages_share_the_flags_of_the_loop():
-    shared = set.intersection(*({f for f in config_fields(s)} for s in STAGES[1:]))
+    shared = set.intersection(*(flags.field_names(config_of(stage)) for stage in STAGES[1:]))
     below = (ROOT / "mathrl.py").read_text().partition("~~~ waterline")[2]
     assert set(re.findall(r"\bcfg\.(\w+)", below)) <= shared
 
 
-def config_fields(script):
-    body = next(
-        n
-        for n in ast.parse((ROOT / f"{script}.py").read_text()).body
-        if isinstance(n, ast.ClassDef) and n.name == "Config"
-    ).body
-    return {n.target.id for n in body if isinstance(n, ast.AnnAssign)}
+def test_no_stage_has_a_flag_of_the_machine_that_lib_has():
+    """--shard, --engine, ... are declared in lib/flags.py; a stage declares one again for a default."""
+    for script in (*STAGES, "extras/mopd"):
+        Config = config_of(script)
+        shared = {f.name: f.default for f in dataclasses.fields(flags.RolloutFlags)}
+        own = [name for name in Config.__annotations__ if name in shared]
+        assert all(getattr(Config, name) != shared[name] for name in own), f"{script}: {own}"
+
+
+DEVIATION = re.compile(r"\bD(\d+)\b")
+MARK = re.compile(r"\[D(\d+)\]")
+
+
+def docstring_and_code(script):
+    _, docstring, code = (ROOT / f"{script}.py").read_text().split('"""', 2)
+    return docstring, code
 
 
 @pytest.mark.parametrize("script", (*STAGES, "extras/mopd"))
-def test_every_numbered_deviation_is_marked_where_the_code_has_it(script):
-    """The docstring numbers what differs from the paper; [dev n] says where, so that a reader of either finds the other."""
-    text = (ROOT / f"{script}.py").read_text()
-    listed = re.findall(
-        r"^ {2}(\d)\. |\[dev (\d)\]",
-        text.partition('"""')[2].partition('"""')[0].partition("Deviations")[2],
-        re.MULTILINE,
-    )
-    marked = re.findall(r"\[dev (\d)\]", text.partition('"""')[2].partition('"""')[2])
-    assert {a or b for a, b in listed} == set(marked) and listed
+def test_every_deviation_is_listed_in_its_script_and_marked_in_the_code(script):
+    """The docstring lists what differs from the paper, [Dn] says where; docs/paper.md explains."""
+    docstring, code = docstring_and_code(script)
+    listed = set(DEVIATION.findall(docstring.partition("Deviations")[2]))
+    marked = set(MARK.findall(code))
+    elsewhere = set()
+    for path in (*tracked(".py"),):
+        if path.parent.name in ("verifiers", "lib"):
+            elsewhere |= set(MARK.findall(path.read_text()))
+    assert listed and marked <= listed
+    assert listed - marked <= elsewhere, "listed, and marked nowhere"
+
+
+def test_every_deviation_of_the_docs_is_listed_by_a_script():
+    listed = set()
+    for script in (*STAGES, "extras/mopd"):
+        listed |= set(DEVIATION.findall(docstring_and_code(script)[0].partition("Deviations")[2]))
+    assert listed == set(re.findall(r"^#+ D(\d+)\b", (ROOT / "docs/paper.md").read_text(), re.M))
 
 
 # called by others than this repository: names and argument orders stay
@@ -211,7 +234,7 @@ def imports_of(path):
 FLOORS = (  # nothing imports from a floor above its own
     {"kernels", "lib.guard", "lib.common", "lib.flags", "lib.logs"},
     {"model"},
-    {"lib.data", "lib.packing", "lib.plan", "lib.checkpoint"},
+    {"lib.data", "lib.packing", "lib.plan", "lib.prompts", "lib.checkpoint"},
     {"engine", "verifiers"},
     set(STAGES),
     {"toy", "evaluate", "evals", "extras"},
