@@ -329,7 +329,8 @@ def _wait(leaf, timeout):
     start = time.monotonic()
     poll = select.poll()
     poll.register(leaf.sock, select.POLLIN)
-    # One thread needs at least as much wall time as CPU time: look again when that may be used up.
+    # Look again when the CPU time that is left may be used up. One thread needs at least as much wall
+    # time for it.
     left = timeout
     while not poll.poll(1000 * left + 1):  # milliseconds
         used = _cpu_seconds(leaf)
@@ -531,14 +532,15 @@ MACHINES = {
 # This machine's entry, or None where the sandbox cannot run.
 MACHINE = MACHINES.get(os.uname().machine) if sys.platform == "linux" else None
 
-# System calls that a leaf must not use: (number on x86_64, number on aarch64), None if it has none.
+# System calls that a leaf must not use: (number on x86_64, number on aarch64). None stands where an
+# architecture has no such call.
 REFUSED_CALLS = {
-    # start processes
+    # They start processes.
     "fork": (57, None),
     "vfork": (58, None),
     "execve": (59, 221),
     "execveat": (322, 281),
-    # signal, trace, read or rank other processes
+    # They signal, trace, read or regroup other processes.
     "kill": (62, 129),
     "tkill": (200, 130),
     "tgkill": (234, 131),
@@ -554,9 +556,9 @@ REFUSED_CALLS = {
     "setpriority": (141, 140),
     "setpgid": (109, 154),
     "setsid": (112, 157),
-    # reach the network
+    # It reaches the network.
     "socket": (41, 198),
-    # change namespaces and mounts
+    # They change namespaces and mounts, or open files around them.
     "unshare": (272, 97),
     "setns": (308, 268),
     "chroot": (161, 51),
@@ -570,14 +572,14 @@ REFUSED_CALLS = {
     "mount_setattr": (442, 442),
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
-    # hold memory that outlives a process or escapes its limits
+    # They hold memory that outlives a process or escapes its limits.
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
-    # large parts of the kernel that no solution needs
+    # They open large parts of the kernel that no solution needs.
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
