@@ -41,9 +41,17 @@ EXPECTED = {
     # Reward: all constraints of the prompt hold, and for thinking models the reward model's
     # preference on top (4.4).
     "ifrl.py": {
-        "changed": {"reward", "rollout"},
-        "absent": {"normalize", "verdict", "judge"},
-        "own": {"verify", "add_preference", "read_constraints", "extremes"},
+        "changed": {"normalize", "reward", "rollout"},
+        "absent": {"verdict", "judge"},
+        "own": {
+            "read_constraints",
+            "is_list_of",
+            "taxonomy_of",
+            "answer_of",
+            "verify",
+            "add_preference",
+            "extremes",
+        },
     },
     # Reward: all unit tests pass, in the sandbox (4.6).
     "coderl.py": {
