@@ -66,7 +66,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     taxonomy: str = "all"
     need_letters: bool = True  # in training, a reply without letters is in no language [D11]
 
-    prompts_per_step: PositiveInt = 256  # over all ranks; paper T16, not its text [D9]
+    prompts_per_step: PositiveInt = 256  # over all ranks; paper T16 (128 in the text) [D9]
     group_size: PositiveInt = 8  # completions per prompt (G); paper T16
     # paper T16: 2300, then 800 more for iftrain (thinking model: 550, then 300)
     num_steps: PositiveInt = 2300

@@ -86,7 +86,7 @@ EXPECTED = {
     "extras/mopd.py": {
         "changed": DISTILL,
         "absent": {"normalize", "verdict", "reward", "judge"},
-        "own": {"load_teacher", "ask_teacher"},
+        "own": {"load_domain", "load_teacher", "ask_teacher", "differences"},
     },
 }
 # what differs below the waterline
