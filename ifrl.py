@@ -98,33 +98,6 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-def read_constraints(row, where):
-    """(instruction ids, kwargs, prompt) of a row in any of the four schemas (docs/data.md).
-
-    The prompt is a text or a list of chat messages.
-    """
-    if "instruction_id_list" in row or "ground_truth" not in row:
-        ids = required_field(row, where, "instruction_id_list", list)
-        kwargs = required_field(row, where, "kwargs", list)
-        return ids, kwargs, row.get("prompt") or row.get("messages") or ""
-    # allenai's sets have [{"instruction_id", "kwargs"}] as text: a Python literal, or JSON.
-    for parse in (ast.literal_eval, json.loads):
-        try:
-            truth = parse(required_field(row, where, "ground_truth"))
-            if isinstance(truth, list):
-                truth = truth[0]
-            ids, kwargs = truth["instruction_id"], truth["kwargs"]
-            return ids, kwargs, required_field(row, where, "messages", list)
-        except (ValueError, SyntaxError, LookupError, TypeError):
-            continue
-    raise BadRow("ground_truth holds no instruction_id and kwargs")
-
-
-def is_list_of(values, kinds):
-    """True for a list in which every value is an instance of kinds."""
-    return isinstance(values, list) and all(isinstance(value, kinds) for value in values)
-
-
 def normalize(row, where):
     """One row of any set -> {"messages", "instruction_id_list", "kwargs"}. BadRow drops it."""
     ids, kwargs, prompt = read_constraints(row, where)
@@ -146,6 +119,33 @@ def normalize(row, where):
         if reason:
             raise BadRow(reason)
     return {"messages": messages, "instruction_id_list": list(ids), "kwargs": kwargs}
+
+
+def read_constraints(row, where):
+    """(instruction ids, kwargs, prompt) of a row in any of the four schemas (docs/data.md).
+
+    The prompt is a text or a list of chat messages.
+    """
+    if "instruction_id_list" in row or "ground_truth" not in row:
+        ids = required_field(row, where, "instruction_id_list", list)
+        kwargs = required_field(row, where, "kwargs", list)
+        return ids, kwargs, row.get("prompt") or row.get("messages") or ""
+    # allenai's sets have [{"instruction_id", "kwargs"}] as text: a Python literal, or JSON.
+    for parse in (ast.literal_eval, json.loads):
+        try:
+            truth = parse(required_field(row, where, "ground_truth"))
+            if isinstance(truth, list):
+                truth = truth[0]
+            ids, kwargs = truth["instruction_id"], truth["kwargs"]
+            return ids, kwargs, required_field(row, where, "messages", list)
+        except (ValueError, SyntaxError, LookupError, TypeError):  # BadRow is a ValueError
+            continue
+    raise BadRow("ground_truth holds no instruction_id and kwargs")
+
+
+def is_list_of(values, kinds):
+    """True for a list in which every value is an instance of kinds."""
+    return isinstance(values, list) and all(isinstance(value, kinds) for value in values)
 
 
 def taxonomy_of(row):
