@@ -210,6 +210,7 @@ def verify(text, think, instruction_id_list, kwargs, need_letters=True):
     if not answer.strip() or (think and "</think>" not in text):
         return [False] * len(instruction_id_list), "no_answer"
 
+    # Prompt-level strict: the reward asks for all constraints, the log for each.
     too_long = len(answer) > MAX_CHARS  # [D13]
     followed = []
     for instruction_id, arguments in zip(instruction_id_list, kwargs, strict=True):
@@ -226,6 +227,7 @@ def verify(text, think, instruction_id_list, kwargs, need_letters=True):
 
 def reward(response, instruction_id_list, kwargs):
     """1 if the answer follows every constraint, else 0. This is the unified model's reward."""
+    # A response with a think tag is a thinking model's, so its answer stands after the tag.
     think = re.search("</?think>", response) is not None
     _, status = verify(response, think, instruction_id_list, kwargs)
     return 1 if status == "ok" else 0
@@ -236,7 +238,7 @@ def add_preference(rollouts, scores):
 
     scores: the reward model's, None where its endpoint failed, which makes an infra failure.
     """
-    groups = {}
+    groups = {}  # number of the group: its (rollout, score) pairs
     for rollout, score in zip(rollouts, scores, strict=True):
         groups.setdefault(rollout.group, []).append((rollout, score))
     for members in groups.values():
@@ -273,6 +275,7 @@ def make_reward(cfg):
 
     def collect(rollouts):
         nonlocal num_calls
+        # Constraints: wait for the verdicts that are not there yet.
         for rollout, verdict in zip(rollouts, wait(rollouts), strict=True):
             if verdict is None:
                 # A keyword that takes too long as a pattern is not the policy's fault: masked.
@@ -280,7 +283,7 @@ def make_reward(cfg):
             rollout.followed, rollout.status = verdict
             rollout.reward = 1.0 if rollout.status == "ok" else 0.0
         if cfg.think:
-            # The reward model is loaded in the first call and stays.
+            # Preference: the reward model, loaded in the first call, reads prompt and answer.
             score = load_reward_model(cfg.rm, rm_device(), cfg.reward_workers)
             prompts = [rollout.row["messages"] for rollout in rollouts]
             answers = [answer_of(rollout.text).strip() for rollout in rollouts]
