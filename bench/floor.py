@@ -79,9 +79,10 @@ def pieces():
         (lambda r: vars(r).update(reward=grpo.rarity(r.text), status="ok")),
         (lambda rollouts: None),
     )
-    rollout = lambda: mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[
-        0
-    ]
+
+    def rollout():
+        return mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[0]
+
     sft_cfg = sft.Config(
         init_from=toy_folder("base"),
         data=str(Path(toy_folder("base")).parent / "sft_stage1.jsonl"),

@@ -121,11 +121,11 @@ def contestants(model, sequences):
     index = (~torch.isin(torch.arange(len(ids_T), device="cuda"), ends[:-1])).nonzero()[:, 0]
     padded = torch.stack([torch.cat((s, s.new_zeros(width - len(s)))) for s in sequences])
     mask = torch.arange(width, device="cuda") < ends.diff()[:, None]
-    batch = dict(
-        input_ids=padded,
-        labels=padded.masked_fill(~mask, -100),
-        attention_mask=None if len(set(lengths)) == 1 else mask.long(),
-    )
+    batch = {
+        "input_ids": padded,
+        "labels": padded.masked_fill(~mask, -100),
+        "attention_mask": None if len(set(lengths)) == 1 else mask.long(),
+    }
 
     def ours():
         loss = model(ids_T, ends.int(), width, index, nll=True) / len(index)
@@ -176,21 +176,21 @@ def race(size, setting, rounds, flop_rate):
             turns.setdefault(who, []).append((took, peak))
     rows = []
     for who, all_ in turns.items():
-        row = dict(part="pass", size=size, setting=setting, who=who, seconds=None)
+        row = {"part": "pass", "size": size, "setting": setting, "who": who, "seconds": None}
         if who in whos:
             times, peaks = zip(*all_[2:])
             ratios = [t / mine for t, (mine, _) in zip(times, turns["ours"][2:])]
             middle = statistics.median(times)
-            row |= dict(
-                seconds=middle,
-                tokens_per_s=sum(LENGTHS[setting]) / middle,
-                mfu=flops / middle / flop_rate,
-                peak_gib=max(peaks),
-                loss=losses[who],
-                ratio=statistics.median(ratios),
-                ratio_min=min(ratios),
-                ratio_max=max(ratios),
-            )
+            row |= {
+                "seconds": middle,
+                "tokens_per_s": sum(LENGTHS[setting]) / middle,
+                "mfu": flops / middle / flop_rate,
+                "peak_gib": max(peaks),
+                "loss": losses[who],
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
             print(
                 f"{size} pass, {setting:5s} {who:21s} {1e3 * middle:8.1f} ms {row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {max(peaks):5.1f} GiB  "
                 f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our time, loss {row['loss']:.4f}",
@@ -210,7 +210,10 @@ def steps(size, rounds, rates, device):
     model = shard(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     rng = torch.Generator().manual_seed(0)
-    some = lambda n: torch.randint(config.vocab_size, (n,), generator=rng)
+
+    def some(n):
+        return torch.randint(config.vocab_size, (n,), generator=rng)
+
     samples = [
         (some(4096).int().numpy(), (torch.arange(4096) > 255).numpy(), "all") for _ in range(8)
     ]
@@ -246,7 +249,10 @@ def steps(size, rounds, rates, device):
     ]
     cfg = mathrl.Config(micro_batch_tokens=32768, temperature=1.0, importance_limit=0.0)
     whole, alone = [512 + n for n in lengths], packing.shared_prefixes
-    step = lambda: mathrl.train_step(model, optimizer, rollouts, cfg, device, 1)
+
+    def step():
+        return mathrl.train_step(model, optimizer, rollouts, cfg, device, 1)
+
     rows.append(report("GRPO step", size, "", rounds, step, whole, config, total, rates))
     packing.shared_prefixes = lambda sequences, device: None
     rows.append(
@@ -261,18 +267,18 @@ def report(part, size, setting, rounds, run, sequences, config, total, rates):
     torch.cuda.reset_peak_memory_stats()
     turns = [seconds(run)[:2] for _ in range(rounds + 1)][1:]
     middle, tokens = statistics.median(t for t, _ in turns), sum(sequences)
-    row = dict(
-        part=part,
-        size=size,
-        setting=setting,
-        who="ours",
-        seconds=middle,
-        tokens_per_s=tokens / middle,
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30,
-        seconds_min=min(turns)[0],
-        seconds_max=max(turns)[0],
-        mfu=useful_flops(config, total, sequences) / middle / rates[0],
-    )
+    row = {
+        "part": part,
+        "size": size,
+        "setting": setting,
+        "who": "ours",
+        "seconds": middle,
+        "tokens_per_s": tokens / middle,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "seconds_min": min(turns)[0],
+        "seconds_max": max(turns)[0],
+        "mfu": useful_flops(config, total, sequences) / middle / rates[0],
+    }
     print(
         f"{size} {part} {setting:15s} {1e3 * middle:8.1f} ms [{1e3 * row['seconds_min']:.1f}, {1e3 * row['seconds_max']:.1f}] for {tokens} tokens: "
         f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {row['peak_gib']:5.1f} GiB with weights and AdamW",
@@ -335,16 +341,16 @@ def sampler(size, rates, rows=64, prompt=512, new=128):
         (few, *_), (many, peak, _) = seconds(lambda: run(32)), seconds(lambda: run(32 + new))
         step = (many - few) / new
         found.append(
-            dict(
-                part="sampler",
-                size=size,
-                who=who,
-                setting=f"{rows} rows",
-                seconds=step,
-                tokens_per_s=rows / step,
-                floor_seconds=floor,
-                peak_gib=peak,
-            )
+            {
+                "part": "sampler",
+                "size": size,
+                "who": who,
+                "setting": f"{rows} rows",
+                "seconds": step,
+                "tokens_per_s": rows / step,
+                "floor_seconds": floor,
+                "peak_gib": peak,
+            }
         )
         print(
             f"{size} sampler {who:21s} {1e3 * step:8.2f} ms a step of {rows} rows, {rows / step:8.0f} tok/s; reading weights and cache takes "

@@ -36,23 +36,23 @@ from lib.checkpoint import git_hash
 from lib.common import init_distributed, shard
 from model import Qwen3, load_tokenizer, read_config
 
-BASE = dict(prompts=2, group=4, length=128, width=96, ranks=1)
+BASE = {"prompts": 2, "group": 4, "length": 128, "width": 96, "ranks": 1}
 SWEEPS = {
     "length": (
         "response length (tokens), 2 prompts x 4",
-        [dict(length=n) for n in (64, 128, 256, 512, 1024, 2048, 4096)],
+        [{"length": n} for n in (64, 128, 256, 512, 1024, 2048, 4096)],
     ),
     "group": (
         "completions a prompt, 2 prompts x 128 tokens",
-        [dict(group=n) for n in (2, 4, 8, 16, 32, 64)],
+        [{"group": n} for n in (2, 4, 8, 16, 32, 64)],
     ),
     "width": (
         "model width (0.17M to 31M parameters), 2 x 4 x 128 tokens",
-        [dict(width=n) for n in (48, 96, 192, 384, 768)],
+        [{"width": n} for n in (48, 96, 192, 384, 768)],
     ),
     "ranks": (
         "ranks, 8 prompts x 8 x 128 tokens",
-        [dict(prompts=8, group=8, ranks=n) for n in (1, 2)],
+        [{"prompts": 8, "group": 8, "ranks": n} for n in (1, 2)],
     ),
 }
 MICRO = 8192  # tokens of a packed micro-batch
@@ -265,7 +265,7 @@ def sweep(name, quick):
 
 def padding(world):
     ranks = in_children(
-        measure_padding, BASE | dict(prompts=8, group=8, length=512, ranks=world), 4
+        measure_padding, BASE | {"prompts": 8, "group": 8, "length": 512, "ranks": world}, 4
     )
     totals = {
         key: [sum(r["counts"][key][i] for r in ranks) for i in (0, 1)] for key in ranks[0]["counts"]

@@ -199,7 +199,10 @@ def main():
     toy_folder("sft")
     for setting in args.settings.split(","):
         print(f"{setting}: {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens", flush=True)
-        flags = lambda who, setting=setting: [f"--contestant={who}", f"--settings={setting}"]
+
+        def flags(who, setting=setting):
+            return [f"--contestant={who}", f"--settings={setting}"]
+
         contestants = {
             "ours": (sys.executable, flags("ours"), {}),
             "ours, nothing shared": (sys.executable, flags("alone"), {}),

@@ -44,27 +44,41 @@ from kernels import (
 # T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled
 # rows, S cache slots
 SHAPES = {
-    "cuda": dict(
-        T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, S=4096, lengths=[4096] * 8
-    ),
-    "cpu": dict(
-        T=10000,
-        D=96,
-        N=4,
-        K=2,
-        H=24,
-        F=288,
-        V=600,
-        B=256,
-        S=200,
-        lengths=[40 + i * 120 // 99 for i in range(100)],
-    ),
+    "cuda": {
+        "T": 32768,
+        "D": 4096,
+        "N": 32,
+        "K": 8,
+        "H": 128,
+        "F": 12288,
+        "V": 151936,
+        "B": 256,
+        "S": 4096,
+        "lengths": [4096] * 8,
+    },
+    "cpu": {
+        "T": 10000,
+        "D": 96,
+        "N": 4,
+        "K": 2,
+        "H": 24,
+        "F": 288,
+        "V": 600,
+        "B": 256,
+        "S": 200,
+        "lengths": [40 + i * 120 // 99 for i in range(100)],
+    },
 }
 # tokens, width and vocabularies at which the peak memory of head and loss is taken; logits whole up
 # to a limit
 HEADS = {
-    "cuda": dict(tokens=32768, width=4096, vocabularies=(16384, 65536, 151936), whole=16384),
-    "cpu": dict(tokens=4096, width=64, vocabularies=(8192, 32768, 131072), whole=32768),
+    "cuda": {
+        "tokens": 32768,
+        "width": 4096,
+        "vocabularies": (16384, 65536, 151936),
+        "whole": 16384,
+    },
+    "cpu": {"tokens": 4096, "width": 64, "vocabularies": (8192, 32768, 131072), "whole": 32768},
 }
 
 
@@ -160,15 +174,18 @@ def cases(device, s):
     cache = [torch.randn(s["B"], K, s["S"], H, device=device).to(dtype) for _ in range(2)]
     decode_args = start, s["S"] - 1, decode_attention.slot_bias(start, s["S"] - 1, s["S"])
     slots = int((s["S"] - 1 - start).sum())
-    ce = lambda h, w: F.cross_entropy((h @ w.T).float(), target, reduction="sum")  # noqa: E731
+
+    def ce(h, w):
+        return F.cross_entropy((h @ w.T).float(), target, reduction="sum")
+
     table = {
         "rms_norm": (
             (x, norm_weight),
-            dict(
-                ours=rms_norm.rms_norm,
-                eager=hf_rms_norm,
-                fused=lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
-            ),
+            {
+                "ours": rms_norm.rms_norm,
+                "eager": hf_rms_norm,
+                "fused": lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
+            },
             2 * T * D,
             5 * T * D,
             0,
@@ -176,7 +193,7 @@ def cases(device, s):
         ),
         "add_rms_norm": (
             (x, randn(T, D), norm_weight),
-            dict(ours=rms_norm.add_rms_norm, eager=hf_add_rms_norm),
+            {"ours": rms_norm.add_rms_norm, "eager": hf_add_rms_norm},
             4 * T * D,
             8 * T * D,
             0,
@@ -184,7 +201,7 @@ def cases(device, s):
         ),
         "qk_norm_rope": (
             (randn(T, N, H), randn(T, K, H), randn(H), randn(H), *rope),
-            dict(ours=qk_norm_rope.qk_norm_rope, eager=hf_qk_norm_rope),
+            {"ours": qk_norm_rope.qk_norm_rope, "eager": hf_qk_norm_rope},
             2 * T * (N + K) * H,
             5 * T * (N + K) * H,
             0,
@@ -192,7 +209,7 @@ def cases(device, s):
         ),
         "swiglu": (
             (randn(T, width), randn(T, width)),
-            dict(ours=swiglu.swiglu, eager=lambda g, u: F.silu(g) * u),
+            {"ours": swiglu.swiglu, "eager": lambda g, u: F.silu(g) * u},
             3 * T * width,
             8 * T * width,
             0,
@@ -200,7 +217,7 @@ def cases(device, s):
         ),
         "attention": (
             (*qkv, cu_seqlens, max(s["lengths"])),
-            dict(ours=attention.flash_attention_varlen, eager=padded_sdpa),
+            {"ours": attention.flash_attention_varlen, "eager": padded_sdpa},
             0,
             0,
             attention_flops,
@@ -208,7 +225,7 @@ def cases(device, s):
         ),
         "decode_attention": (
             (randn(s["B"], N, H).detach(), *cache, *decode_args),
-            dict(ours=decode_attention.decode_attention, eager=masked_sdpa),
+            {"ours": decode_attention.decode_attention, "eager": masked_sdpa},
             2 * slots * K * H,
             0,
             0,
@@ -216,7 +233,7 @@ def cases(device, s):
         ),
         "linear_logprob": (
             (hidden, head, target),
-            dict(ours=linear_logprob.linear_logprob, eager=logprob_entropy),
+            {"ours": linear_logprob.linear_logprob, "eager": logprob_entropy},
             0,
             0,
             head_flops,
@@ -224,7 +241,7 @@ def cases(device, s):
         ),
         "logprob vs cross_entropy": (
             (hidden, head),
-            dict(ours=lambda h, w: linear_logprob.linear_logprob(h, w, target)[0], eager=ce),
+            {"ours": lambda h, w: linear_logprob.linear_logprob(h, w, target)[0], "eager": ce},
             0,
             0,
             head_flops,
@@ -232,9 +249,10 @@ def cases(device, s):
         ),
         "linear_cross_entropy": (
             (hidden, head),
-            dict(
-                ours=lambda h, w: linear_cross_entropy.linear_cross_entropy(h, w, target), eager=ce
-            ),
+            {
+                "ours": lambda h, w: linear_cross_entropy.linear_cross_entropy(h, w, target),
+                "eager": ce,
+            },
             0,
             0,
             0,
@@ -242,7 +260,7 @@ def cases(device, s):
         ),
         "sampling": (
             (logits, uniform, 0.6, 0.95),
-            dict(ours=sampling.sample_tokens, eager=sorted_sampling),
+            {"ours": sampling.sample_tokens, "eager": sorted_sampling},
             s["B"] * V * 4 / element,
             0,
             0,
@@ -250,7 +268,10 @@ def cases(device, s):
         ),
         "adamw": (
             (),
-            dict(ours=lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1), eager=plain.step),
+            {
+                "ours": lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1),
+                "eager": plain.step,
+            },
             numel * 14 / element,
             0,
             0,
@@ -312,14 +333,18 @@ def head_peak(who, vocab, device):
         torch.randn(n, width, device=device).to(dtype).requires_grad_() for n in (tokens, vocab)
     )
     target = torch.randint(vocab, (tokens,), device=device)
-    whole = lambda: -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")  # noqa: E731
+
+    def whole():
+        return -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")
+
     run = {
         "ours": lambda: linear_logprob.linear_logprob(hidden, weight, target)[0],
         "whole": whole,
     }[who]
-    resident = lambda name: (
-        int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
-    )  # noqa: E731
+
+    def resident(name):
+        return int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
+
     # libraries load beforehand
     linear_logprob.linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()
     hidden.grad = weight.grad = None
@@ -354,14 +379,14 @@ def head_table(device):
             tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
             gradients = (tokens + vocab) * width * (2 if device == "cuda" else 4) / 2**20
             rows.append(
-                dict(
-                    who=who,
-                    tokens=tokens,
-                    vocab=vocab,
-                    peak_mib=mib,
-                    gradients_mib=gradients,
-                    seconds=seconds,
-                )
+                {
+                    "who": who,
+                    "tokens": tokens,
+                    "vocab": vocab,
+                    "peak_mib": mib,
+                    "gradients_mib": gradients,
+                    "seconds": seconds,
+                }
             )
             print(
                 f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak ({gradients:.1f} of it "
@@ -455,21 +480,21 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
         floor = moved / rates[0] * 1e3 if moved else flops / rates[1] * 1e3
         for who, ms in medians.items():
             rate = moved / ms / 1e9 if moved else flops / ms / 1e9
-            row = dict(
-                kernel=name,
-                direction=direction,
-                who=who,
-                ms=ms,
-                of_floor=floor / ms,
-                peak_gib=memory[who],
-            )
+            row = {
+                "kernel": name,
+                "direction": direction,
+                "who": who,
+                "ms": ms,
+                "of_floor": floor / ms,
+                "peak_gib": memory[who],
+            }
             rows.append(
                 row
-                | dict(
-                    rate=rate,
-                    unit="TB/s" if moved else "TFLOP/s",
-                    ours_speedup=ms / medians["ours"],
-                )
+                | {
+                    "rate": rate,
+                    "unit": "TB/s" if moved else "TFLOP/s",
+                    "ours_speedup": ms / medians["ours"],
+                }
             )
             print(
                 f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
@@ -552,18 +577,18 @@ def main():
         for name in ("triton",)
     }
     versions["liger"] = liger_version(device)
-    head = dict(
-        device=name,
-        threads=torch.get_num_threads(),
-        versions=versions,
-        shapes=SHAPES[device],
-        rounds=args.rounds,
-    )
-    head |= dict(
-        command=["bench/kernels.py", *sys.argv[1:]],
-        copy_bytes_per_s=rates[0],
-        matmul_flop_per_s=rates[1],
-    )
+    head = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "shapes": SHAPES[device],
+        "rounds": args.rounds,
+    }
+    head |= {
+        "command": ["bench/kernels.py", *sys.argv[1:]],
+        "copy_bytes_per_s": rates[0],
+        "matmul_flop_per_s": rates[1],
+    }
     out = pathlib.Path(args.out or ROOT / "bench" / f"kernels_{device}")
     out.with_suffix(".json").write_text(
         json.dumps(head | {"head_memory": memory, "rows": rows}, indent=1) + "\n"

@@ -17,7 +17,7 @@ import sys
 from side_by_side import ROOT, machine
 
 sys.path.insert(0, str(ROOT / "tests"))
-from conftest import MAKE_WORLD, run_python  # noqa: E402
+from conftest import MAKE_WORLD, run_python
 
 
 def run(steps, out):

@@ -27,7 +27,10 @@ PHASES = {
 def phases(folder):
     """Seconds of each phase of a finished stage."""
     metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    date = lambda name: os.lstat(folder / name).st_mtime
+
+    def date(name):
+        return os.lstat(folder / name).st_mtime
+
     row = {
         "steps": len(metrics),
         "generate": sum(m.get("time/gen", 0.0) for m in metrics),

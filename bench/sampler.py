@@ -79,9 +79,13 @@ def transformers(setting, folder):
         tokens = 0
         for _ in range(BATCHES):
             with torch.no_grad():
-                how = dict(
-                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH
-                )
+                how = {
+                    "do_sample": True,
+                    "temperature": 1.0,
+                    "top_k": 0,
+                    "top_p": 1.0,
+                    "max_new_tokens": LENGTH,
+                }
                 new = model.generate(input_ids=input_ids, attention_mask=mask, **how)[:, width:]
             ends = torch.isin(new, torch.tensor([] if setting == "fixed" else stops)).long()
             # up to the first stop token, that one included
@@ -150,11 +154,14 @@ def main():
             f"{setting}: {BATCHES} batches of {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens at most",
             flush=True,
         )
-        child = lambda who, python, extra, setting=setting: (
-            python,
-            [f"--contestant={who}", f"--settings={setting}"],
-            extra,
-        )
+
+        def child(who, python, extra, setting=setting):
+            return (
+                python,
+                [f"--contestant={who}", f"--settings={setting}"],
+                extra,
+            )
+
         contestants = {
             "ours": child("ours", sys.executable, {}),
             "transformers": child("transformers", python, {}),

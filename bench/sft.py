@@ -91,29 +91,29 @@ def trl(batch, packing):
         def on_log(self, args, state, control, logs, **kwargs):
             take_turn(tokens=tokens, loss=logs["loss"])
 
-    config = dict(
-        output_dir=str(OUT / "trl_sft"),
-        use_cpu=True,
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
-        max_steps=10**6,
-        max_length=LENGTH,
-        packing=packing,
-        per_device_train_batch_size=batch,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        adam_beta1=cfg.beta1,
-        adam_beta2=cfg.beta2,
-        weight_decay=cfg.weight_decay,
-        max_grad_norm=cfg.grad_clip,
-        model_init_kwargs={"dtype": "float32"},
-    )
+    config = {
+        "output_dir": str(OUT / "trl_sft"),
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_steps": 10**6,
+        "max_length": LENGTH,
+        "packing": packing,
+        "per_device_train_batch_size": batch,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "adam_beta1": cfg.beta1,
+        "adam_beta2": cfg.beta2,
+        "weight_decay": cfg.weight_decay,
+        "max_grad_norm": cfg.grad_clip,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
     data = datasets.Dataset.from_list(rows)
     # after packing
     num_rows = len(

@@ -194,7 +194,10 @@ def summarize(found, per="turn"):
             values = [turn[key] for turn in turns]
             row[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for key in ("s", "cpu_s"):
-            cost = lambda turn, key=key: turn[key] / (turn["tokens"] if per == "tokens" else 1)
+
+            def cost(turn, key=key):
+                return turn[key] / (turn["tokens"] if per == "tokens" else 1)
+
             ratios = [
                 cost(theirs) / cost(mine)
                 for theirs, mine in zip(turns, found["ours"]["turns"], strict=True)

@@ -80,9 +80,12 @@ def test_attention_in_bf16_is_as_near_to_float64_as_pytorchs(n, k, width):
 
     def alone(q, k, v):  # a call per sequence, in the dtype of its inputs
         parts = (x.split(lengths) for x in (q, k, v))
-        attend = lambda *one: F.scaled_dot_product_attention(
-            *(t.transpose(0, 1)[None] for t in one), is_causal=True, enable_gqa=True
-        )
+
+        def attend(*one):
+            return F.scaled_dot_product_attention(
+                *(t.transpose(0, 1)[None] for t in one), is_causal=True, enable_gqa=True
+            )
+
         return torch.cat([attend(*one)[0].transpose(0, 1) for one in zip(*parts)])
 
     wide = [x.detach().double().requires_grad_() for x in inputs]

@@ -112,25 +112,22 @@ def test_each_rollout_is_scored_by_its_own_teacher_and_no_other(world, teachers)
 
 def run_flags(world, taught, teachers, out, **changes):
     data = f"rlhf:{world}/chat_rl.jsonl:{taught},mathrl:{world}/math_rl.jsonl:{taught},ifrl:{world}/if_rl.jsonl:{teachers}/teacher1"
-    flags = (
-        dict(
-            data=data,
-            eval_data=data,
-            prompts_per_step=16,
-            group_size=2,
-            num_steps=16,
-            max_prompt_tokens=128,
-            max_new_tokens=12,
-            lr=5e-3,
-            warmup_steps=1,
-            micro_batch_tokens=1024,
-            eval_every=4,
-            eval_rows=200,
-            save_every=4,
-            sample_every=0,
-        )
-        | changes
-    )
+    flags = {
+        "data": data,
+        "eval_data": data,
+        "prompts_per_step": 16,
+        "group_size": 2,
+        "num_steps": 16,
+        "max_prompt_tokens": 128,
+        "max_new_tokens": 12,
+        "lr": 5e-3,
+        "warmup_steps": 1,
+        "micro_batch_tokens": 1024,
+        "eval_every": 4,
+        "eval_rows": 200,
+        "save_every": 4,
+        "sample_every": 0,
+    } | changes
     return [
         "extras/mopd.py",
         f"--init_from={world}/base",
@@ -144,9 +141,10 @@ def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(
     world, taught, teachers, tmp_path
 ):
     """Two teachers at once; the KL to them falls. Resumed: bit for bit."""
-    read = lambda out: [
-        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
-    ]
+
+    def read(out):
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
     run_python(*run_flags(world, taught, teachers, tmp_path / "a"))
     logged = read(tmp_path / "a")
     print("eval (minus KL): " + " ".join(f"{r['eval']:.3f}" for r in logged if "eval" in r))
@@ -160,7 +158,7 @@ def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(
 @pytest.mark.slow
 def test_two_ranks_are_one(world, taught, teachers, tmp_path):
     # Adam gives a gradient that is all rounding a whole lr of its own
-    gentle = dict(lr=2e-5, num_steps=4)
+    gentle = {"lr": 2e-5, "num_steps": 4}
     run_python(*run_flags(world, taught, teachers, tmp_path / "one", **gentle))
     run_python(*run_flags(world, taught, teachers, tmp_path / "two", **gentle), ranks=2)
     one, two = (

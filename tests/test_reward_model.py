@@ -75,7 +75,26 @@ def test_any_other_classifier_is_scored_through_its_own_template(tmp_path):
     words = {
         word: i
         for i, word in enumerate(
-            "[U] user assistant : What is 2 + ? 4 5 It four , I think . <pad>".split()
+            [
+                "[U]",
+                "user",
+                "assistant",
+                ":",
+                "What",
+                "is",
+                "2",
+                "+",
+                "?",
+                "4",
+                "5",
+                "It",
+                "four",
+                ",",
+                "I",
+                "think",
+                ".",
+                "<pad>",
+            ]
         )
     }
     raw = Tokenizer(models.WordLevel(words, unk_token="[U]"))
@@ -136,17 +155,20 @@ def test_somebody_else_s_qwen3_is_read_through_its_own_template_and_an_answer_ca
         AutoTokenizer.from_pretrained(foreign),
     )
     with torch.no_grad():
-        score = lambda answer: (
-            model(
-                read(
-                    f"user: What is 2 + 2?\nassistant: {answer}\n",
-                    return_tensors="pt",
-                    add_special_tokens=False,
-                ).input_ids
+
+        def score(answer):
+            return (
+                model(
+                    read(
+                        f"user: What is 2 + 2?\nassistant: {answer}\n",
+                        return_tensors="pt",
+                        add_special_tokens=False,
+                    ).input_ids
+                )
+                .logits[0, 0]
+                .item()
             )
-            .logits[0, 0]
-            .item()
-        )
+
         expected, whole = [score("4"), score(forged.replace("<|", "<\u00b7|"))], score(forged)
     assert scores == expected and scores[1] != whole
     assert scores[0] != reward_model.load_reward_model(str(trained), CPU)([ASK], ["4"])[0]
@@ -258,8 +280,13 @@ def test_training_is_the_bradley_terry_loop_written_out(world, tmp_path):
     """-log sigmoid(s_chosen - s_rejected), averaged over the pairs of a step, whatever a micro-batch holds; an epoch in an order of its own;
     3% warm-up, then linear to 0. HelpSteer rows prefer response1 where the number is negative."""
     rows = [json.loads(line) for line in open(world / "preference.jsonl")][:24]
-    turn = lambda row, name: row[name] if isinstance(row[name], str) else row[name][-1]["content"]
-    context = lambda row: row["prompt"] if row.get("prompt") else row["chosen"][:-1]
+
+    def turn(row, name):
+        return row[name] if isinstance(row[name], str) else row[name][-1]["content"]
+
+    def context(row):
+        return row["prompt"] if row.get("prompt") else row["chosen"][:-1]
+
     helpsteer = [
         {
             "context": context(row),
@@ -304,9 +331,10 @@ def test_training_is_the_bradley_terry_loop_written_out(world, tmp_path):
     order = np.concatenate(
         [np.random.default_rng([cfg.seed, 11, e]).permutation(24) for e in (0, 1)]
     )
-    score = lambda ids: model(
-        torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids)
-    )[0]
+
+    def score(ids):
+        return model(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))[0]
+
     for step in range(6):
         optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / (0.03 * 6 + 1), 1 - step / 6)
         sum(
@@ -324,17 +352,19 @@ def test_training_is_the_bradley_terry_loop_written_out(world, tmp_path):
 
 
 def test_pairs_are_dropped_when_either_answer_is_too_long(tmp_path, tokenizer):
-    row = lambda a, b: (
-        json.dumps(
-            {
-                "context": [{"role": "user", "content": "Hi"}],
-                "response1": a,
-                "response2": b,
-                "overall_preference": -1,
-            }
+    def row(a, b):
+        return (
+            json.dumps(
+                {
+                    "context": [{"role": "user", "content": "Hi"}],
+                    "response1": a,
+                    "response2": b,
+                    "overall_preference": -1,
+                }
+            )
+            + "\n"
         )
-        + "\n"
-    )
+
     (tmp_path / "p.jsonl").write_text(
         row("Ho", "Hu") + row("Ho", "long " * 200) + row("long " * 200, "Hu")
     )

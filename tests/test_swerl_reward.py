@@ -214,7 +214,10 @@ def test_a_line_that_does_nothing_is_a_deleted_line(empty):
 def test_similarity_agrees_with_the_published_observations_where_our_decisions_do():
     """The 17 observations of rewards on hand-made answers. Exceptions, all refused before similarity (dev 2): text found
     several times, empty search text, a new file the golden patch does not make; a dot path is normalised instead."""
-    change = lambda old, new: {**FILES, "shop/cart.py": BUGGY.replace(old, new)}  # noqa: E731
+
+    def change(old, new):
+        return {**FILES, "shop/cart.py": BUGGY.replace(old, new)}
+
     near, deleted = change(BUG, "    result = sum(prices) * tax"), change(BUG + "\n", "")
     assert patches.similarity(FILES, FIXED, FIXED) == 1.0
     assert 0.9 < patches.similarity(FILES, near, FIXED) < 1.0
