@@ -1,13 +1,15 @@
-"""Times every kernel against PyTorch eager, torch.compile and (on a GPU) Liger, interleaved in one run.
+"""Times every kernel against PyTorch eager, torch.compile and (on a GPU) Liger, in one run.
 
-    python bench/kernels.py                # prints a table, writes bench/kernels_<device>.json and .png
+    python bench/kernels.py      # prints a table, writes bench/kernels_<device>.json and .png
     python bench/kernels.py --compile=0 --rounds=10 --only=swiglu
 
-On a GPU the shapes are Qwen3-8B's at 32K packed tokens in bf16, on a CPU the laptop cascade's model in fp32. The floor
-of a kernel is the time its least traffic (or its products) would take at the copy bandwidth (or matmul rate) measured
-in the same run; "of floor" is floor / time. Interleaved: every round times each contestant once and the median is
-reported, so that a slow moment of the machine hits all of them. Small tensors can beat a floor: they stay in the cache.
-Last comes the peak memory of head and loss, beside logits made whole, over growing vocabularies.
+On a GPU the shapes are those of Qwen3-8B at 32K packed tokens in bf16. On a CPU they are those of
+the laptop cascade's model in fp32. The floor of a kernel is the time that its least traffic (or its
+products) would take at the copy bandwidth (or matmul rate) measured in the same run; "of floor" is
+floor / time. Every round times each contestant once, and the median over rounds is reported, so
+that a slow moment of the machine hits all contestants. Small tensors can beat a floor, because they
+stay in the cache. Last comes the peak memory of head and loss, beside logits made whole, over
+growing vocabularies.
 """
 
 import argparse
@@ -41,8 +43,8 @@ from kernels import (
     swiglu,
 )
 
-# T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled
-# rows, S cache slots
+# T is the number of tokens, D the width, N the query heads, K the key heads, H the head width, F
+# the width of the MLP, V the vocabulary, B the sampled rows, S the cache slots.
 SHAPES = {
     "cuda": {
         "T": 32768,
@@ -69,8 +71,8 @@ SHAPES = {
         "lengths": [40 + i * 120 // 99 for i in range(100)],
     },
 }
-# tokens, width and vocabularies at which the peak memory of head and loss is taken; logits whole up
-# to a limit
+# The peak memory of head and loss is taken at these tokens, widths and vocabularies. Whole logits
+# are compared up to the vocabulary `whole`.
 HEADS = {
     "cuda": {
         "tokens": 32768,
@@ -122,7 +124,7 @@ def padded_sdpa(q, k, v, cu_seqlens, max_seqlen):
 
 
 def masked_sdpa(q, k_cache, v_cache, start, length, bias):
-    """The new token against its cache with PyTorch's fused attention; the mask is ready-made, as for ours."""
+    """PyTorch's fused attention of the new token to its cache. The mask is ready, as for ours."""
     k, v = k_cache[:, :, :length], v_cache[:, :, :length]
     mask = bias[:, None, :, :length].to(q.dtype)
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[
@@ -149,7 +151,10 @@ def logprob_entropy(hidden, weight, target):
 
 
 def cases(device, s):
-    """name -> (inputs, contestants, bytes forward, bytes both, FLOPs forward, FLOPs both); ours comes first."""
+    """Return {name: (inputs, contestants, bytes forward, bytes both, FLOPs forward, FLOPs both)}.
+
+    Among the contestants, ours comes first. "both" is forward and backward together.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     T, D, N, K, H, width, V = s["T"], s["D"], s["N"], s["K"], s["H"], s["F"], s["V"]
     cu_seqlens = torch.tensor([0, *s["lengths"]], device=device).cumsum(0, dtype=torch.int32)
@@ -280,17 +285,20 @@ def cases(device, s):
     }
     if device == "cuda":
         add_gpu_contestants(table, target, max(s["lengths"]))
-    # in bytes
+    # The table counts elements. Turn them into bytes.
     return {
         name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()
     }
 
 
 def add_gpu_contestants(table, target, longest):
-    """FlashAttention-2 of PyTorch and, where it is installed (pip install liger-kernel), Liger's Triton kernels."""
+    """Add PyTorch's FlashAttention-2 and, where it is installed, Liger's Triton kernels.
+
+    Liger is installed by pip install liger-kernel.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    # before torch 2.12 it goes unsaid
+    # Before torch 2.12 the argument does not exist and grouped heads are always accepted.
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     table["attention"][1]["fa2"] = lambda q, k, v, cu, n: varlen_attn(
         q, k, v, cu, cu, n, n, window_size=(-1, 0), **gqa
@@ -324,8 +332,11 @@ def liger_version(device):
 
 
 def head_peak(who, vocab, device):
-    """[MiB at the peak of head, loss and their gradients beyond the inputs, seconds]; on a CPU to be run in a process of
-    its own, because its peak is the process's: from /proc, in CPU time of one thread."""
+    """Return (MiB at the peak of head, loss and their gradients beyond the inputs, seconds).
+
+    On a CPU it has to run in a process of its own, because the peak is that of the whole process,
+    read from /proc. The seconds are then CPU time of one thread.
+    """
     tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.set_num_threads(1)
@@ -343,16 +354,18 @@ def head_peak(who, vocab, device):
     }[who]
 
     def resident(name):
-        return int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(re.search(name + r":\s+(\d+)", status)[1]) / 1024
 
-    # libraries load beforehand
+    # A small call first: the libraries it loads are not counted.
     linear_logprob.linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()
     hidden.grad = weight.grad = None
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before, start = torch.cuda.memory_allocated() / 2**20, time.time()
     else:
-        open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+        # The peak starts again from here.
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
         before, start = resident("VmRSS"), time.process_time()
     run().sum().backward()
     if device == "cpu":
@@ -362,7 +375,10 @@ def head_peak(who, vocab, device):
 
 
 def head_table(device):
-    """Peak memory and time of ours and of whole logits over vocabularies: the least of two runs each, interleaved."""
+    """Return the peak memory and time of ours and of whole logits over vocabularies.
+
+    Each number is the least of two runs, which are interleaved.
+    """
     rows = []
     for vocab in HEADS[device]["vocabularies"]:
         whos = ("ours", "whole") if vocab <= HEADS[device]["whole"] else ("ours",)
@@ -389,16 +405,20 @@ def head_table(device):
                 }
             )
             print(
-                f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak ({gradients:.1f} of it "
-                f"gradients), {seconds:.3f} s",
+                f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak "
+                f"({gradients:.1f} of it gradients), {seconds:.3f} s",
                 flush=True,
             )
     return rows
 
 
 def clock(fn, device, flush):
-    """Milliseconds of one call: on a GPU by events with the L2 cache emptied first and everything launched before it starts, as in
-    training, where the CPU runs ahead; on a CPU CPU time of one thread."""
+    """Return the milliseconds of one call.
+
+    On a GPU, events measure it. The L2 cache is emptied first, and everything is launched before
+    the call starts, as in training, where the CPU runs ahead. On a CPU the time is CPU time of one
+    thread.
+    """
     if device == "cuda":
         flush.zero_()
         torch.cuda._sleep(2_000_000)  # clock ticks, 1 ms
@@ -469,7 +489,8 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
                 (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
             )
             runs[who] = run
-        # nothing to differentiate, or forward alone would compare unlike things
+        # This direction is not timed: there is nothing to differentiate, or the table gives it no
+        # work because forward alone would compare unlike things.
         if not runs:
             continue
         times = {who: [] for who in runs}
@@ -497,8 +518,9 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
                 }
             )
             print(
-                f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
-                f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours",
+                f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} "
+                f"{rows[-1]['unit']:8s}{100 * floor / ms:4.0f}% of floor   "
+                f"{ms / medians['ours']:5.2f}x ours",
                 flush=True,
             )
     return rows
@@ -563,7 +585,8 @@ def main():
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
     rates = ceilings(device, dtype)
     print(
-        f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\nLiger: {liger_version(device)}"
+        f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\n"
+        f"Liger: {liger_version(device)}"
     )
     flush = torch.empty(2**26, device=device) if device == "cuda" else None
     rows = []
