@@ -161,7 +161,10 @@ def contestants(model, sequences):
 
 
 def race(size, setting, rounds, flop_rate):
-    """Return the rows of one setting. A contestant that does not fit into memory is left out."""
+    """Return the rows of one setting.
+
+    A contestant that does not fit into the GPU's memory says so and takes no more turns.
+    """
     model = build(size, torch.bfloat16)
     sequences = [
         torch.randint(model.config.vocab_size, (n,), device="cuda") for n in LENGTHS[setting]
