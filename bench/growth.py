@@ -349,12 +349,27 @@ def micro_batch_tokens(point):
     return point["prompts"] * point["group"] * (point["length"] + 60) / point["ranks"]
 
 
+def use_log_scales(axis, curves):
+    """Make both axes logarithmic, with room around the curves and minor labels at 2, 3 and 5."""
+    from matplotlib.ticker import FuncFormatter
+
+    def minor_label(value, _):
+        text = f"{value:g}"
+        return text if text[0] in "235" else ""
+
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(min(curve[0] for curve in curves) / 1.5, max(map(max, curves)) * 2)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(minor_label))
+
+
 def plot(sweeps, path):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.6), sharex="col")
     for (time_axis, memory_axis), (name, sweep) in zip(axes.T, sweeps.items(), strict=True):
@@ -408,15 +423,7 @@ def plot(sweeps, path):
                         ha="right",
                     )
             if not bars:
-                axis.set_xscale("log")
-                axis.set_yscale("log")
-                axis.set_ylim(
-                    min(sweep[k][0] for k in keys) / 1.5, max(max(sweep[k]) for k in keys) * 2
-                )
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                axis.yaxis.set_minor_formatter(
-                    FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "235" else "")
-                )
+                use_log_scales(axis, [sweep[k] for k in keys])
             axis.set_xticks(x, [f"{n:.0f}" for n in x], fontsize=8)
             axis.minorticks_off() if bars else axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)

@@ -156,34 +156,39 @@ def cases(device, s):
     Among the contestants, ours comes first. "both" is forward and backward together.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    T, D, N, K, H, width, V = s["T"], s["D"], s["N"], s["K"], s["H"], s["F"], s["V"]
-    cu_seqlens = torch.tensor([0, *s["lengths"]], device=device).cumsum(0, dtype=torch.int32)
-    packed = sum(s["lengths"])
+    element = torch.empty((), dtype=dtype).element_size()
+    target = torch.randint(s["V"], (s["T"],), device=device)
 
     def randn(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
 
-    target = torch.randint(V, (T,), device=device)
+    table = layer_cases(device, s, randn) | head_cases(device, s, randn, target, element)
+    if device == "cuda":
+        add_gpu_contestants(table, target, max(s["lengths"]))
+    # The table counts elements. Turn them into bytes.
+    return {
+        name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()
+    }
+
+
+def layer_cases(device, s, randn):
+    """Return the rows of the kernels inside a layer, with elements instead of bytes."""
+    T, D, N, K, H, width = s["T"], s["D"], s["N"], s["K"], s["H"], s["F"]
+    x, norm_weight = randn(T, D), randn(D)
     angle = torch.rand(max(s["lengths"]), H // 2, device=device)
     rope = angle.cos(), angle.sin(), torch.arange(T, device=device) % len(angle)
-    element, head_flops = torch.empty((), dtype=dtype).element_size(), 2 * T * V * D
-    attention_flops = sum(2 * n * n * N * H for n in s["lengths"])
-    x, norm_weight, head, hidden = randn(T, D), randn(D), randn(V, D, scale=0.05), randn(T, D)
+
+    cu_seqlens = torch.tensor([0, *s["lengths"]], device=device).cumsum(0, dtype=torch.int32)
+    packed = sum(s["lengths"])
     qkv = randn(packed, N, H), randn(packed, K, H), randn(packed, K, H)
-    numel = 2**28 if device == "cuda" else 2**20
-    state = [torch.randn(numel, device=device).bfloat16() for _ in range(4)]
-    plain = torch.optim.AdamW([state[0].clone().requires_grad_()], fused=True)
-    plain.param_groups[0]["params"][0].grad = state[1]
-    logits, uniform = torch.randn(s["B"], V, device=device) * 2, torch.rand(s["B"], device=device)
+    attention_flops = sum(2 * n * n * N * H for n in s["lengths"])
+
     start = torch.randint(s["S"] // 4, (s["B"],), device=device)
-    cache = [torch.randn(s["B"], K, s["S"], H, device=device).to(dtype) for _ in range(2)]
+    cache = [randn(s["B"], K, s["S"], H).detach() for _ in range(2)]
     decode_args = start, s["S"] - 1, decode_attention.slot_bias(start, s["S"] - 1, s["S"])
     slots = int((s["S"] - 1 - start).sum())
 
-    def ce(h, w):
-        return F.cross_entropy((h @ w.T).float(), target, reduction="sum")
-
-    table = {
+    return {
         "rms_norm": (
             (x, norm_weight),
             {
@@ -236,6 +241,28 @@ def cases(device, s):
             0,
             0,
         ),
+    }
+
+
+def head_cases(device, s, randn, target, element):
+    """Return the rows of the kernels behind the layers, with elements instead of bytes.
+
+    `element` is the size of one in bytes.
+    """
+    T, D, V = s["T"], s["D"], s["V"]
+    hidden, head = randn(T, D), randn(V, D, scale=0.05)
+    head_flops = 2 * T * V * D
+    logits, uniform = torch.randn(s["B"], V, device=device) * 2, torch.rand(s["B"], device=device)
+
+    numel = 2**28 if device == "cuda" else 2**20
+    state = [torch.randn(numel, device=device).bfloat16() for _ in range(4)]
+    plain = torch.optim.AdamW([state[0].clone().requires_grad_()], fused=True)
+    plain.param_groups[0]["params"][0].grad = state[1]
+
+    def ce(h, w):
+        return F.cross_entropy((h @ w.T).float(), target, reduction="sum")
+
+    return {
         "linear_logprob": (
             (hidden, head, target),
             {"ours": linear_logprob.linear_logprob, "eager": logprob_entropy},
@@ -282,12 +309,6 @@ def cases(device, s):
             0,
             0,
         ),
-    }
-    if device == "cuda":
-        add_gpu_contestants(table, target, max(s["lengths"]))
-    # The table counts elements. Turn them into bytes.
-    return {
-        name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()
     }
 
 
