@@ -374,11 +374,11 @@ MUTANTS = [
     ("rms_norm", "dx += dsummed", "dx += 0 * dsummed", add_rms_norm_fp32),
     ("rms_norm", "mask = cols < D", "mask = cols < D - 1", rms_norm_fp32),
     ("qk_norm_rope", "dy1 * cos + dy2 * sin", "dy1 * cos - dy2 * sin", qk_norm_rope_fp32),
-    ("qk_norm_rope", "z2 * cos + z1 * sin, heads", "z2 * cos - z1 * sin, heads", qk_norm_rope_fp32),
+    ("qk_norm_rope", "y2 = z2 * cos + z1 * sin", "y2 = z2 * cos - z1 * sin", qk_norm_rope_fp32),
     ("swiglu", "gate * tl.sigmoid(gate) * up", "gate * tl.sigmoid(gate)", swiglu_fp32),
     ("swiglu", "(s + gate * s * (1.0 - s))", "s", swiglu_fp32),
     ("linear_logprob", "u = a * (u + shrink * s) + tl", "u = a * u + tl", linear_logprob_fp32),
-    ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
+    ("linear_logprob", "dentropy * p * (logp + entropy)", "dentropy * p * logp", linear_logprob_fp32),
     (
         "linear_cross_entropy",
         "addmm_fp32(dweight, dz.T, hidden[block])",
