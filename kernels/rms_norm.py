@@ -1,5 +1,5 @@
-"""RMSNorm, alone or fused with the residual addition before it. If you have never read a Triton
-kernel, start here.
+"""RMSNorm, alone or fused with the residual addition before it. Start here if you have never read a
+Triton kernel.
 
     y = weight * x / rms(x),    rms(x) = sqrt(mean(x^2) + eps)
 
