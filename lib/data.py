@@ -120,7 +120,8 @@ def read_file(file, cursor=(0, 0, 0.0)):
                     yield f"{file} row {num_rows}", row, [num_rows, 0, share]
                 return
 
-            f.seek(offset)
+            # From the start, wherever the cursor is: what is left of a file of lines could be one
+            # JSON value by itself.
             if file.endswith(".json"):
                 rows = read_json(f)
                 if rows is not None:

@@ -954,6 +954,17 @@ def test_reading_on_from_any_cursor_gives_the_rows_that_follow(ending, tmp_path)
         ]
 
 
+def test_lines_in_a_file_called_json_are_read_on_from_any_cursor(tmp_path):
+    """Also from the last but one, behind which the rest of the file is one JSON value."""
+    path, rows = tmp_path / "rows.json", [{"n": i} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = list(data.read_file(str(path)))
+    assert [row for _, row, _ in read] == rows
+    for _, row, cursor in read:
+        rest = [r for _, r, _ in data.read_file(str(path), cursor)]
+        assert rest == rows[row["n"] + 1 :]
+
+
 def test_a_stream_over_files_equals_itself_after_any_stop(tmp_path):
     for name, n in (
         ("a.jsonl", 23),
