@@ -306,7 +306,7 @@ def refused(server, world, tmp_path, script, flags, message, ranks=1, **env):
     sentence = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said, said[-2000:]
     assert (
-        sentence.startswith(f"{script}: ")
+        sentence.startswith(f"{Path(script).name}: ")
         and message.replace("T/", f"{tmp_path}/") in sentence
         and len(said.strip().splitlines()) == 1
     )
