@@ -112,6 +112,10 @@ def describe_position(frames):
 
 
 # ---- Runs that break -----------------------------------------------------------------------------
+# Set once an exception has reached `uncaught`, which says more than a SIGTERM that comes after it.
+exception_is_reported = threading.Event()
+
+
 def end_process(frames, reason, code=1):
     """Print position and reason, then exit without interpreter teardown.
 
@@ -133,6 +137,7 @@ def uncaught(kind, error, trace):
     torch.distributed wraps sys.excepthook and swallows what is written to sys.stderr meanwhile.
     sys.__stderr__ passes it by.
     """
+    exception_is_reported.set()
     frames = repository_frames(traceback.walk_tb(trace))
     # A full disk needs no traceback, whether a log, a sample or a checkpoint was being written.
     if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -160,7 +165,7 @@ def watch(signal_pipe, limit_s):
         signal_number = os.read(signal_pipe, 1)[0] if readable else None
 
         frames = main_thread_frames()
-        if signal_number == signal.SIGTERM:
+        if signal_number == signal.SIGTERM and not exception_is_reported.is_set():
             reason = "ended by SIGTERM: another rank had ended, or the job was stopped"
             end_process(frames, reason, 128 + signal_number)
 
