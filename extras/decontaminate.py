@@ -14,7 +14,7 @@ import re
 
 from lib.common import print0
 from lib.data import data_files, read_file, read_rows
-from lib.flags import parse_config
+from lib.flags import PositiveInt, parse_config
 
 # The fields that hold a question, in the schemas of all stages. Answers are not compared.
 QUESTION_FIELDS = (
@@ -35,7 +35,7 @@ class Decontamination:
     data: str = ""  # training set, of any size: it is streamed
     eval_data: str = ""  # held-out sets, joined by commas
     out: str = ""  # .jsonl of the rows that are left
-    n: int = 9  # words in a row; paper 3.2 and 4.5.1
+    n: PositiveInt = 9  # words in a row; paper 3.2 and 4.5.1
 
 
 def question_texts(row):

@@ -30,7 +30,7 @@ import rlhf
 import sft
 import swerl
 from extras import decontaminate
-from lib import data
+from lib import data, prompts
 from verifiers import patches, reward_model
 
 USER, BOT = (
@@ -1159,7 +1159,7 @@ def test_a_mode_flag_that_ends_a_prompt_is_the_row_s_mode(tokenizer):
         for text in ("Hi", "Hi /think", "Hi /no_think ")
     ]
     cfg = types.SimpleNamespace(max_prompt_tokens=100)
-    kept = data.encode_prompts(rows, tokenizer, cfg)
+    kept = prompts.encode_prompts(rows, tokenizer, cfg)
     assert [row["think"] for row in kept] == [True, True, False, False, True, False]
     texts = [tokenizer.decode(row["prompt_ids"], skip_special_tokens=False) for row in kept]
     assert ["Hi /think<|im_end|>" in text for text in texts] == [row["think"] for row in kept]
@@ -1337,5 +1337,5 @@ def test_a_row_s_index_is_its_place_after_long_prompts_have_gone(tokenizer):
         {"messages": [{"role": "user", "content": text}], "think": False}
         for text in ("Hi", "long " * 200, "Ho")
     ]
-    kept = data.encode_prompts(rows, tokenizer, mathrl.Config(max_prompt_tokens=100))
+    kept = prompts.encode_prompts(rows, tokenizer, mathrl.Config(max_prompt_tokens=100))
     assert [row["index"] for row in kept] == [0, 1] and kept[1]["messages"][0]["content"] == "Ho"
