@@ -65,15 +65,18 @@ EXPECTED = {
     # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not
     # apply (4.7).
     "swerl.py": {
-        "changed": {"verdict", "reward"},
-        "absent": {"normalize", "judge"},
+        "changed": {"normalize", "verdict", "reward"},
+        "absent": {"judge"},
         "own": {
-            "read_files",
+            "find_issue",
             "source_files",
+            "read_files",
+            "read_commit",
+            "read_clone",
+            "git",
             "choose_files",
-            "judge_rollout",
             "lexical_judge",
-            "ask_judge",
+            "judge_rollout",
         },
     },
     # No reward at all: teachers speak about each token (Cascade 2, 4.4).
