@@ -52,7 +52,7 @@ class Config(MachineFlags):  # memory, checkpoints, time limits: lib/flags.py
     eval_data: str = ""  # held-out conversations in the same schemas; "": no held-out loss
     seed: int = 0
 
-    # leave the no_think conversations out, as for the thinking models of the paper (section 3)
+    # leave out the no_think conversations, as for 8B-Thinking and 14B-Thinking; paper 3
     think_only: bool = False
     limit: int = 0  # rows of data that are read in an epoch; 0: all
     # rows that are read, tokenized and shuffled at a time [D4]; a smaller set is held whole

@@ -298,9 +298,9 @@ def fresh():
 def walk(cfg, steps, state=None):
     """([file, row] of each conversation, step after step, and the state as a checkpoint would keep it after each step)"""
     state = fresh() if state is None else state
-    batches, taken, states = sft.stream_steps(None, state, cfg), [], []
+    stream, taken, states = sft.stream_steps(None, state, cfg), [], []
     for _ in range(steps):
-        taken.append([ids.tolist() for ids, _, _ in next(batches)])
+        taken.append([ids.tolist() for ids, _, _ in next(stream)])
         states.append(json.loads(json.dumps(state)))
     return taken, states
 
@@ -409,12 +409,12 @@ def test_memory_is_bounded_by_the_block_not_by_the_set(rows, tmp_path):
     peaks = {}
     for n, block_rows in ((400, 200), (4000, 200), (4000, 4000)):
         path = rows({"a.jsonl": n})
-        batches = sft.stream_steps(
+        stream = sft.stream_steps(
             None, fresh(), config(data=path, samples_per_step=100, block_rows=block_rows)
         )
         tracemalloc.start()
         for _ in range(n // 100):
-            next(batches)
+            next(stream)
         peaks[n, block_rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     print("peak bytes {rows, block_rows}:", peaks)
