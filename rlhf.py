@@ -262,9 +262,9 @@ def self_test(rows, cfg):
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
-    """The score of one held-out rollout: floors included, not shaped, and without bounds.
+    """The score of one held-out rollout, with the floors and before shaping.
 
-    Numbers compare only within one reward model.
+    It has no bounds, and it compares only with scores of the same reward model.
     """
     return rollout.score
 

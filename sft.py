@@ -111,7 +111,7 @@ def normalize(row, where, think_only=False):
 
 
 def from_llama_nemotron(row):
-    """A Llama-Nemotron row, which has question and answer in fields of their own, as a chat."""
+    """A Llama-Nemotron row as a chat: it has question and answer in fields of their own."""
     messages = as_messages(row.get("input"), "input")
     system = row.get("system_prompt") or ""
     # This set switches the mode by its system prompt. Ours is the field "thinking".
@@ -143,7 +143,7 @@ def without_tags(content):
 
 
 def tool_calls_of(message):
-    """The tool calls of a turn, each with a name and arguments, or inside {"function": ...}."""
+    """The tool calls of a turn: name and arguments each, at their top or under "function"."""
     calls = from_json(message.get("tool_calls"), "tool_calls")
     for call in calls:
         function = call.get("function") or call
@@ -154,7 +154,7 @@ def tool_calls_of(message):
 
 
 def from_json(value, name):
-    """A list of objects, which a row gives as it is, as JSON text, or not at all."""
+    """A list of objects. A row holds it as a list or as JSON text, or has none: that is []."""
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
@@ -171,8 +171,8 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     """Samples [(ids, mask, category)] of a data set; the mask is True where a token is trained.
 
     Conversations over max_seq_len tokens are dropped and counted. Without cursors the whole set is
-    read; with them the next block_rows rows, and the cursors move behind these. `seen` {category:
-    [conversations, tokens]}, of the blocks before, is counted on.
+    read. With cursors the next block_rows rows are read, and the cursors move behind them. `seen`
+    {category: [conversations, tokens]} holds the counts of the blocks before; these rows are added.
     """
     if cursors:
         raw_rows = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows)
@@ -234,15 +234,16 @@ def stream_steps(tokenizer, state, cfg):
         state["files"] = at_start
     if file_names(state["files"]) != file_names(at_start):
         fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
-    loaded = None
+    loaded_files = None
     chosen = []
     while True:
         # Load the block that begins at state["files"]. A set that is one block stays in memory.
-        if loaded != state["files"]:
-            loaded = dict(state["files"])
-            behind = dict(state["files"])
+        if loaded_files != state["files"]:
+            loaded_files = dict(state["files"])
+            # load_samples moves these cursors behind the block, and counts its categories.
+            next_files = dict(state["files"])
             seen = dict(state["seen"])
-            samples = load_samples(cfg.data, tokenizer, cfg, behind, seen)
+            samples = load_samples(cfg.data, tokenizer, cfg, next_files, seen)
 
         # Shuffle it by seed, epoch and block, and deal it out from the position on.
         key = [cfg.seed, state["epoch"]]
@@ -260,10 +261,10 @@ def stream_steps(tokenizer, state, cfg):
 
         # Go on with the next block or epoch.
         state["position"] = 0
-        if all_read(behind, cfg.limit):
+        if all_read(next_files, cfg.limit):
             state |= {"epoch": state["epoch"] + 1, "block": 0, "files": at_start, "seen": {}}
         else:
-            state |= {"block": state["block"] + 1, "files": behind, "seen": seen}
+            state |= {"block": state["block"] + 1, "files": next_files, "seen": seen}
 
 
 def file_names(cursors):
