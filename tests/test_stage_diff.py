@@ -36,9 +36,18 @@ EXPECTED = {
     # Reward: a Bradley-Terry model (reward_model.py), trained first, or somebody's endpoint. Loss:
     # stabilisers for small reward models (6.3).
     "rlhf.py": {
-        "changed": {"grpo_loss"},
-        "absent": {"normalize", "verdict", "reward", "judge"},
-        "own": {"answer_of", "reference_model", "reference_logprobs"},
+        "changed": {"normalize", "grpo_loss"},
+        "absent": {"verdict", "reward", "judge"},
+        "own": {
+            "answer_of",
+            "status_of",
+            "lowest_ok_score",
+            "mean_and_std",
+            "shape_rewards",
+            "reward_model_path",
+            "reference_model",
+            "reference_logprobs",
+        },
     },
     # Reward: all constraints of the prompt hold, and for thinking models the reward model's
     # preference on top (4.4).
