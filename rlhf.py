@@ -372,7 +372,7 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     Token-level policy gradient, paper eq. 1, with the stabilisers of 6.3 on top: a KL term towards
     the policy this stage started from, and sequence-level averaging.
     """
-    # CHANGED: the stabilisers for small reward models (paper 6.3) join the loss of the other stages.
+    # CHANGED: the stabilisers for small reward models (paper 6.3) join the loss of other stages.
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]
     # One update per batch (4.1.2): the policy is the one that sampled, so the ratio is exactly 1
