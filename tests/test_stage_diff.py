@@ -1,7 +1,9 @@
-"""Guards: what the paper keeps from stage to stage is the same text in all five RL scripts; what differs is listed here, by name.
+"""Guards: what the paper keeps from stage to stage is the same text in all five RL scripts; what
+differs is listed here, by name.
 
-Read the table as the paper's summary: what each stage has instead of Math RL's (`changed`), and what it needs besides (`own`). A fix
-below the waterline is made in all five scripts in one commit, or this fails.
+Read the table as the paper's summary: what each stage has instead of Math RL's (`changed`), and
+what it needs besides (`own`). A fix below the waterline is made in all five scripts in one
+commit, or this fails.
 """
 
 import ast
@@ -83,7 +85,8 @@ BELOW = {
 
 
 def top_level(text):
-    """{name: its lines, decorators and comments included} of every top-level function, class and assignment."""
+    """{name: its lines, decorators and comments included} of every top-level function, class and
+    assignment."""
     lines, named = text.splitlines(), {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -105,7 +108,8 @@ def below(script):
 
 @pytest.mark.parametrize("script", EXPECTED)
 def test_below_the_waterline_a_stage_is_mathrl_line_for_line(script):
-    """Names that differ are taken out of both; everything else, comments and blank lines between functions included, is equal."""
+    """Names that differ are taken out of both; everything else, comments and blank lines between
+    functions included, is equal."""
     ours, canon = "\n".join(below(script)), "\n".join(below("mathrl.py"))
     a, b = top_level("#" + ours), top_level("#" + canon)
     assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == BELOW[script]
