@@ -452,11 +452,11 @@ def test_a_longer_limit_of_the_problem_is_respected():
 
 def test_the_self_test_passes_sound_rows_and_stops_on_unsound_ones(capsys):
     cfg = coderl.Config()
-    row = lambda tests, solution="": {
-        "messages": [{"role": "user", "content": "p"}],
-        "tests": tests,
-        "solution": solution,
-    }
+
+    def row(tests, solution=""):
+        messages = [{"role": "user", "content": "p"}]
+        return {"messages": messages, "tests": tests, "solution": solution}
+
     coderl.self_test([row(STDIN), row(CALL)], cfg)
     assert "was not checked" in capsys.readouterr().out
     coderl.self_test([row(STDIN, "print(int(input()) * 2)"), row(CALL)], cfg)
