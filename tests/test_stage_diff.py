@@ -56,20 +56,11 @@ EXPECTED = {
         "absent": {"normalize", "verdict", "judge"},
         "own": {"verify", "add_preference", "read_constraints", "extremes"},
     },
-    # Reward: all unit tests pass, in the sandbox (4.6).
+    # Reward: all unit tests pass (verifiers/programs.py), in the sandbox (4.6).
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
-        "own": {
-            "statement",
-            "normal_tests",
-            "loads",
-            "extract_code",
-            "table_program",
-            "run_tests",
-            "same_output",
-            "same_value",
-        },
+        "own": {"statement", "join_parts", "normal_tests"},
     },
     # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not
     # apply (4.7).
