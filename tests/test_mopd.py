@@ -1,5 +1,6 @@
 """Guards: the distillation loss of Cascade 2 (arXiv 2603.19220, 4.4), by hand and against the exact
-reverse KL; teachers, data, resume."""
+reverse KL; teachers, data, resume.
+"""
 
 import json
 import shutil
@@ -37,8 +38,10 @@ def naive_logprobs(model, rollout, temperature=1.0):
 
 # ---- The loss ------------------------------------------------------------------------------------
 def test_the_loss_by_hand():
-    """Three completion tokens after one prompt token. The third leaves the sum, because its ratio
-    to the sampler is outside [0.5, 2]."""
+    """Three completion tokens stand after one prompt token.
+
+    The third one's ratio to the sampler is outside [0.5, 2], so it leaves the sum.
+    """
     logprobs_T = torch.tensor([0.0, -1.0, -2.0, -1.0]).requires_grad_()
     batch = {
         "loss_index": torch.tensor([1, 2, 3]),
@@ -112,7 +115,10 @@ def test_each_rollout_is_scored_by_its_own_teacher_and_no_other(world, teachers)
 
 
 def test_the_teacher_reads_at_the_student_s_temperature_and_rope_factor(world, teachers):
-    """A teacher that was never stretched is stretched as the student is."""
+    """The teacher's log-probs are those of its logits / T over the whole vocabulary.
+
+    A teacher that was never stretched is stretched as the student is.
+    """
     tokenizer = load_tokenizer(world / "base")
     r = make_rollout(tokenizer, teachers / "teacher1", "say", 0)
     r.completion_ids, r.sampler_logprobs = [7, 8, 9], [0.0] * 3
@@ -208,7 +214,7 @@ def test_the_student_comes_nearer_and_a_resumed_run_is_the_straight_one(
 
 @pytest.mark.slow
 def test_two_ranks_are_one(world, taught, teachers, tmp_path):
-    # A small lr: where a gradient is all rounding, Adam still moves the weight by a whole lr.
+    # Adam moves a weight by a whole lr even if its gradient is all rounding, so lr is small.
     gentle = {"lr": 2e-5, "num_steps": 4}
     run_mopd(world, taught, teachers, tmp_path / "one", **gentle)
     run_mopd(world, taught, teachers, tmp_path / "two", ranks=2, **gentle)
@@ -219,4 +225,4 @@ def test_two_ranks_are_one(world, taught, teachers, tmp_path):
     moved = max((one[name] - before[name]).abs().max().item() for name in one)
     print(f"two ranks against one: max weight difference {error:.1e}, tolerance 1e-5")
     print(f"weights moved by up to {moved:.1e}")
-    assert error < 1e-5 < 2e-5 < moved
+    assert error < 1e-5 and moved > 2e-5
