@@ -379,8 +379,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     Returns (trained, sampled): the groups that are kept, and those of the first round for the log,
     which are an unbiased view of the policy.
     """
-    # CHANGED: dynamic sampling (paper 4.4.2, DAPO). A group of equal rewards has no gradient; it makes
-    # room for the group of a fresh prompt.
+    # CHANGED: dynamic sampling (paper 4.4.2, DAPO). A group of equal rewards has no gradient; it
+    # makes room for the group of a fresh prompt.
     submit, collect = reward_hook
     prompts = indices[rank::world]
     wanted = len(prompts)
@@ -423,7 +423,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         if refill == cfg.max_refill_rounds:
             break
 
-        # Refill what is missing. All ranks stop in the same round: a reward hook may hold collectives.
+        # Refill what is missing. All ranks stop in the same round, since a reward hook may hold
+        # collectives.
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
         if all_reduce({"n": missing}, "max")["n"] == 0:
             break
