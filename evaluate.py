@@ -253,7 +253,7 @@ def weights_of(folder):
 
 def appending(path):
     """Open a file for more lines; a last line that was cut off is ended first."""
-    out = open(path, "a")  # noqa: SIM115  the caller closes it
+    out = open(path, "a")  # the caller closes it
     if out.tell() and not Path(path).read_text().endswith("\n"):
         out.write("\n")
     return out

@@ -195,5 +195,5 @@ def test_a_browser_steps_through_the_rollouts_without_a_console_error(folder, tm
 
 
 def test_the_template_is_ascii_and_names_no_host():
-    text = (ROOT / "report_template.html").read_text()
+    text = (ROOT / "evals" / "report_template.html").read_text()
     assert text.isascii() and "__DATA__" in text
