@@ -1,4 +1,4 @@
-"""Measures a checkpoint: toy skills and public benchmarks with 95% intervals, the matrix, the gates.
+"""Measures a checkpoint: toy skills and public benchmarks with 95% intervals, matrix and gates.
 
     python evaluate.py --model=out/toy/mathrl/final --tasks=all-toy       one table
     python evaluate.py --model=... --tasks=aime24,math500 --results=...   the paper's protocol
@@ -128,8 +128,8 @@ def stage_task(script, modes, **settings):
     """Return a task that is graded by the stage script that teaches it.
 
     script: name of a module with Config, load_rows, make_reward and metric, as each RL stage has
-    them. A copy of a stage with rows and a verdict of its own is measured through one line of TASKS:
-    "countdown": stage_task("my_countdown", ("think",)). settings: fields of its Config.
+    them. settings: fields of its Config. So a copy of a stage, with rows and a verdict of its own,
+    becomes a task by one line of TASKS: "countdown": stage_task("my_countdown", ("think",)).
     """
 
     def load(path, outside):

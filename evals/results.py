@@ -200,7 +200,7 @@ def why_unchecked(cells, stages, stage=""):
 
 
 def check_gates(folder, stage=""):
-    """Return one sentence and a next step if a gate is broken (after `stage`, if named), else ""."""
+    """Return a sentence and a next step if a gate (after `stage`, if named) is broken, else ""."""
     cells, stages = read_results(folder, "gates")
     broken = [(s, text) for s, text in broken_gates(cells, stages) if stage in ("", s)]
     if not broken:

@@ -175,7 +175,7 @@ def test_a_letter_inside_an_option_s_text_is_no_answer():
 
 
 def test_files_are_named_in_lists_of_any_dress():
-    assert benchmarks.named(
+    assert benchmarks.named_files(
         "2. **a/b.py**\nd.py: because\n- `./e/f.py` (main file)\nnone\n[g-h.py](x)"
     ) == ["a/b.py", "d.py", "e/f.py", "g-h.py"]
 
@@ -449,7 +449,7 @@ def test_livecodebench_windows_and_packing(tmp_path):
         for name in ("lcb_v5", "lcb_v6")
     }
     assert windows == {"lcb_v5": list(dates[1:3]), "lcb_v6": list(dates[1:5])}
-    assert benchmarks.unpacked('[{"input": "1"}]') == [{"input": "1"}]
+    assert benchmarks.unpack_tests('[{"input": "1"}]') == [{"input": "1"}]
 
 
 def test_a_hostile_pickle_is_read_and_not_run(tmp_path):
@@ -459,7 +459,7 @@ def test_a_hostile_pickle_is_read_and_not_run(tmp_path):
 
     text = base64.b64encode(zlib.compress(pickle.dumps(Bomb()))).decode()
     with pytest.raises(ValueError):
-        benchmarks.unpacked(text)
+        benchmarks.unpack_tests(text)
     assert not (tmp_path / "ran").exists()
 
 
