@@ -41,10 +41,14 @@ def draw_matrix(folder, own):
     plot_all_curves(folder, stages)
 
 
+def percents(cell):
+    return 100 * cell["score"], 100 * cell["low"], 100 * cell["high"]
+
+
 def percent_with_interval(cell, digits):
     """Format a result line as percent: 58.3 [54.3, 62.4]. digits: those of the interval's ends."""
-    low, high = 100 * cell["low"], 100 * cell["high"]
-    return f"{100 * cell['score']:.1f} [{low:.{digits}f}, {high:.{digits}f}]"
+    score, low, high = percents(cell)
+    return f"{score:.1f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def print_scores(cells, stages, columns, decoding, own):
@@ -91,7 +95,8 @@ def print_own_skills(cells, stages, own):
 
 
 def padded_interval(cell):
-    return f"{100 * cell['score']:5.1f} [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
+    score, low, high = percents(cell)
+    return f"{score:5.1f} [{low:.1f}, {high:.1f}]"
 
 
 # ---- 2. The matrix, drawn ------------------------------------------------------------------------
@@ -107,7 +112,8 @@ def plot_matrix(path, cells, stages, columns, own, title=MATRIX_TITLE):
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
-    figure, axis = plt.subplots(figsize=(1.35 * len(columns) + 1.3, 0.72 * len(stages) + 1.2))
+    width, height = 1.35 * len(columns) + 1.3, 0.72 * len(stages) + 1.2  # inches
+    figure, axis = plt.subplots(figsize=(width, height))
     teal = LinearSegmentedColormap.from_list("teal", ["#f1f7f5", "#8fc7bd", "#2f8f84", "#0b5d56"])
     for y, stage in enumerate(stages):
         skill = skill_of(stage, own)
@@ -122,7 +128,8 @@ def plot_matrix(path, cells, stages, columns, own, title=MATRIX_TITLE):
             axis.add_patch(plt.Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, **box))
             write_cell(axis, x, y, cell, before)
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(stages) - 0.5, -0.5))
-    axis.set_xticks(range(len(columns)), [f"{t}\n{m}" if m else t for t, m in columns])
+    labels = [f"{task}\n{mode}" if mode else task for task, mode in columns]
+    axis.set_xticks(range(len(columns)), labels)
     axis.set_yticks(range(len(stages)), stages)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
@@ -201,8 +208,9 @@ def plot_curves(metrics_path, path, stage):
         axis.plot(steps, means, color="tab:blue", label="training")
         held_out = [row for row in rows if "eval" in row]
         if key == "reward" and held_out:
-            dots = [row["step"] for row in held_out], [row["eval"] for row in held_out]
-            axis.plot(*dots, "o-", color="tab:red", markersize=3, label="held-out (dev)")
+            dot_steps = [row["step"] for row in held_out]
+            dots = [row["eval"] for row in held_out]
+            axis.plot(dot_steps, dots, "o-", color="tab:red", markersize=3, label="held-out (dev)")
             axis.legend(fontsize=8)
         axis.set_title(f"{stage}: {title}", fontsize=10)
         axis.set_xlabel("step", fontsize=8)

@@ -5,7 +5,7 @@ Majority vote over patches (paper 7.4):
 The submit-and-learn loop for contest problems (paper 5.1):
     python -m evals.scaling --model=... --ioi=problems.jsonl --rounds=50 --max_new_tokens=131072
 Answers of a teacher that name the right files, as SFT data (paper 3.3.2):
-    python -m evals.scaling --model=teacher --localise=nebius/SWE-rebench --repos=clones --out=f.jsonl
+    python -m evals.scaling --model=... --localise=nebius/SWE-rebench --repos=clones --out=loc.jsonl
 
 A row of --ioi is {"name", "statement", "samples": tests, "subtasks": [{"name", "points",
 "statement", "tests", "partial"}]}, with tests as {"inputs", "outputs"}.
