@@ -606,7 +606,7 @@ stage = flags.get("stage") or f"step_{{step:06d}}"
 math = {{25: 88.0, 50: 90.0, 75: 40.0}}[step]
 with open(flags["results"], "a") as f:
     for line in (cell(stage, "math", math, 1040), cell(stage, "code", 70.0, 1040)):
-        f.write(json.dumps(line) + "\n")
+        f.write(json.dumps(line) + "\\n")
 folder = os.path.dirname(flags["results"])
 if flags["results"].endswith("/results.jsonl"):
     with open(folder + "/broken_gate", "w") as f:
