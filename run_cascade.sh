@@ -1,100 +1,371 @@
 #!/usr/bin/env bash
-# The Nemotron-Cascade recipe (arXiv 2512.13607), stage after stage. Finished stages are skipped, an interrupted one resumes.
 #
-#   bash run_cascade.sh                  toy: tiny model, real verifiers, 2 CPU cores, 4 to 7 minutes after set-up
-#   BASE=folder bash run_cascade.sh 8b   8b | 8b-thinking | 14b-thinking: the paper's runs (tables T14-T20); 0.6b: the 8b lines
+# The Nemotron-Cascade recipe (arXiv 2512.13607): two stages of SFT, then RL on chat, instructions, math, code
+# and software engineering. Every stage starts from the weights in which the stage before it ended.
+#
+#   bash run_cascade.sh                  the toy: a tiny model, real verifiers, about 5 minutes on 2 CPU cores
+#   BASE=folder bash run_cascade.sh 8b   a run of the paper (tables T14-T20): 8b, 8b-thinking or 14b-thinking;
+#                                        0.6b trains a smaller model with the numbers of 8b
 #   bash run_cascade.sh setup            only install into .venv
-# Environment: NPROC ranks a node, OUT folder, SEED; for the real sizes BASE (folder of the base), RM (folder or URL of a ready reward model; else one is
-# trained from the policy) and JUDGE (URL of the SWE judge; else similarity, which the paper found worse and the toy no signal), TASKS measured after each
-# stage (e.g. ifeval,math500; files in EVAL_DATA; toy: all), KEEP_BEST=1: a broken gate takes the stage's best checkpoint and goes on, FLAGS for all stages
-# (e.g. --shard=hybrid), DRY_RUN=1 prints the commands, PIP_EXTRA_INDEX_URL the index of PyTorch's CPU wheels, LAUNCH another launcher (README, Real sizes).
+#
+# The same command goes on after a crash: finished stages are skipped, an interrupted one resumes.
+#
+# Environment variables:
+#   OUT        folder of the run; out/PRESET if unset, out/PRESET-seedN for another SEED than 0
+#   SEED       seed of the data, the base model and the training; 0 if unset
+#   NPROC      ranks on this machine; if unset, one for each GPU, without GPUs at most two
+#   LAUNCH     the launcher of every stage, instead of torchrun on this machine (README, Real sizes)
+#   FLAGS      further flags for every stage, e.g. --shard=hybrid
+#   DRY_RUN    1: print the commands instead of running them
+#   KEEP_BEST  1: when a stage breaks a gate, go on from its best checkpoint instead of stopping
+#   PIP_EXTRA_INDEX_URL   where pip finds the CPU builds of PyTorch
+# Only for the real sizes:
+#   BASE       folder of a Qwen3 base model
+#   RM         folder or URL of a reward model; if unset, RLHF trains one from the policy
+#   JUDGE      URL of the judge of SWE RL; if unset, similarity to the golden patch is the reward, which the
+#              paper found worse and from which the toy learned nothing at the paper's floor
+#   TASKS      what to measure after every stage, e.g. ifeval,math500; nothing if unset
+#   EVAL_DATA  folder with the files of these tasks
+#   LIMIT      problems of each task; all if unset
+
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
 PRESET=${1:-toy}
 SEED=${SEED:-0}
-OUT=${OUT:-out/$PRESET$([ "$SEED" = 0 ] || echo "-seed$SEED")}
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ "$SEED" = 0 ]; then default_out=out/$PRESET; else default_out=out/$PRESET-seed$SEED; fi
+OUT=${OUT:-$default_out}
+
+export PYTHONUNBUFFERED=1
+export TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
-CORES=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)  # nproc would report OMP_NUM_THREADS
+# nproc would report OMP_NUM_THREADS instead of the cores; macOS has no nproc.
+CORES=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
 NPROC=${NPROC:-$((GPUS > 0 ? GPUS : CORES > 1 ? 2 : 1))}
 LAUNCH=${LAUNCH:-.venv/bin/torchrun --nproc_per_node=$NPROC --rdzv-backend=c10d --rdzv-endpoint=localhost:0}
 
-setup() {  # .venv with the pinned packages; without an NVIDIA GPU vLLM and the CUDA builds stay out
-    local wanted; wanted=$(cat requirements.txt; echo "gpus: $((GPUS > 0))")
-    [ "${DRY_RUN:-}" = 1 ] || [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
+# -----------------------------------------------------------------------------
+# Helpers
+
+# Install requirements.txt into .venv, unless that has been done. Without an NVIDIA GPU, vLLM stays out.
+setup() {
+    local wanted left_out
+    wanted=$(cat requirements.txt; echo "gpus: $((GPUS > 0))")
+    if [ "${DRY_RUN:-}" = 1 ] || [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then return; fi
     echo "== setup: installing requirements.txt into .venv (minutes)"
     python3 -m venv .venv
-    .venv/bin/pip install -q "$(grep '^torch==' requirements.txt)" 2> >(grep -v WARNING >&2 || true)
-    .venv/bin/pip install -q -r <(grep -v "$([ "$GPUS" = 0 ] && echo '^vllm' || echo '^$')" requirements.txt) 2> >(grep -v WARNING >&2 || true)
+    # PyTorch comes first, so that the other packages settle for the build that is then there.
+    pip_install "$(grep '^torch==' requirements.txt)"
+    left_out='^$'
+    if [ "$GPUS" = 0 ]; then left_out='^vllm'; fi
+    pip_install -r <(grep -v "$left_out" requirements.txt)
     echo "$wanted" > .venv/installed
 }
-run() { if [ "${DRY_RUN:-}" = 1 ]; then echo "$@"; else "$@"; fi; }
-stage() {  # stage NAME SCRIPT [flags]: train from where the stage before it ended, then score; what is done is not done again
-    if [ -e "$OUT/$1/final" ]; then echo "== $1: done"; else
-        echo "== $1: $FROM -> $OUT/$1"
-        run $LAUNCH "$2.py" --init_from="$FROM" --out_dir="$OUT/$1" --seed="$SEED" "${@:3}" ${FLAGS:-}
-    fi
-    FROM=$OUT/$1/final
-    [ -z "${TASKS:-}" ] || [ "$1" = sft1 ] || [ -e "$OUT/$1/scored" ] || score "$1" "${1/sft2/sft}"
+
+pip_install() {
+    .venv/bin/pip install -q "$@" 2> >(grep -v WARNING >&2 || true)
 }
-score() {  # score NAME LABEL: held-out tasks of a finished stage; a broken gate stops here, or takes its best checkpoint
-    local e="$LAUNCH evaluate.py --data=${EVAL_DATA:-$OUT/data} --label_seed=$SEED --limit=${LIMIT:-0}$(pick "" " --modes=think")"
-    measure() { local t; for t in ${TASKS//,/ }; do run $e --tasks="$t" "$@"; done; }  # a launch each: some take YaRN, and an engine keeps its RoPE
-    measure --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
+
+# Run a command, or print it when DRY_RUN is 1.
+run() {
+    if [ "${DRY_RUN:-}" = 1 ]; then echo "$@"; else "$@"; fi
+}
+
+# stage NAME COMMAND...: run the command, which trains into $OUT/NAME, then measure what came out of it.
+# $OUT/NAME/final exists when the training is done, $OUT/NAME/scored when the measuring is done, too.
+stage() {
+    local name=$1
+    shift
+    if [ -e "$OUT/$name/final" ]; then
+        echo "== $name: done"
+    else
+        echo "== $name: training in $OUT/$name"
+        run "$@" --seed="$SEED" ${FLAGS:-}
+    fi
+    # SFT is measured once, after its second stage.
+    if [ -n "${TASKS:-}" ] && [ "$name" != sft1 ] && [ ! -e "$OUT/$name/scored" ]; then
+        score "$name"
+    fi
+}
+
+# score NAME: measure a finished stage on held-out tasks. evaluate.py then checks the gates: a stage must not
+# lose what an earlier one taught. If it did, $OUT/broken_gate says so; otherwise that file is empty.
+score() {
+    local name=$1 checkpoint
+    local label=${name/sft2/sft}  # the name of the row in the table of results
+    measure --model="$OUT/$name/final" --stage="$label" --results="$OUT/results.jsonl"
     if [ -s "$OUT/broken_gate" ]; then
-        cat "$OUT/broken_gate" >&2; [ "${KEEP_BEST:-}" = 1 ] || exit 2
-        for c in "$OUT/$1"/step_*; do measure --model="$c" --results="$OUT/$1/candidates.jsonl" --split=dev; done
-        run .venv/bin/python evaluate.py --keep_best="$OUT/$1"
-        measure --model="$OUT/$1/final" --stage="$2" --results="$OUT/results.jsonl"
+        cat "$OUT/broken_gate" >&2
+        if [ "${KEEP_BEST:-}" != 1 ]; then exit 2; fi
+        # Measure every saved checkpoint on the dev split. The best one becomes `final` and enters the table.
+        for checkpoint in "$OUT/$name"/step_*; do
+            measure --model="$checkpoint" --results="$OUT/$name/candidates.jsonl" --split=dev
+        done
+        run .venv/bin/python evaluate.py --keep_best="$OUT/$name"
+        measure --model="$OUT/$name/final" --stage="$label" --results="$OUT/results.jsonl"
     fi
-    run touch "$OUT/$1/scored"
+    run touch "$OUT/$name/scored"
 }
+
+# measure FLAGS...: evaluate.py on every task. Each task is a launch of its own, because some tasks need YaRN
+# and an engine cannot change its RoPE.
+measure() {
+    local task modes=""
+    if [[ ${PRESET:-} = *-thinking ]]; then modes=--modes=think; fi
+    for task in ${TASKS//,/ }; do
+        run $LAUNCH evaluate.py --tasks="$task" "$@" \
+            --data="${EVAL_DATA:-$OUT/data}" --label_seed="$SEED" --limit="${LIMIT:-0}" $modes
+    done
+}
+
+# -----------------------------------------------------------------------------
+# The toy: 0.34M parameters. With these numbers every stage raised its own skill on three seeds.
 
 toy() {
-    [ -e "$OUT/data/done" ] || { run .venv/bin/python toy.py --out="$OUT/data" --seed="$SEED"; run touch "$OUT/data/done"; }
-    local d=$OUT/data FROM=$OUT/data/base TASKS=all-toy LIMIT=240
-    local sft="--samples_per_step=64 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --eval_every=0 --save_every=100 --shard=replicate"
-    local rl="--rope_factor=0 --prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0 --max_prompt_tokens=256 --max_new_tokens=80
-        --micro_batch_tokens=8192 --reward_workers=2 --final_lr=0.1 --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20 --shard=replicate"
-    stage sft1 sft --data="$d/sft_stage1.jsonl" --lr=9e-3 --num_steps=140 --schedule_steps=400 $sft
-    stage sft2 sft --data="$d/sft_stage2.jsonl" --lr=8e-3 --num_steps=600 --schedule_steps=600 $sft
-    stage rlhf rlhf --data="$d/chat_rl.jsonl" --eval_data="$d/chat_dev.jsonl" --rm_data="$d/preference.jsonl" --rm_eval_data="$d/preference_dev.jsonl" \
-        --rm_lr=3e-3 --rm_samples_per_step=32 --rm_epochs=1 --lr=3e-4 --num_steps=40 --kl_coef=0.1 --shape_reward=true $rl
-    stage ifrl ifrl --data="$d/if_rl.jsonl" --eval_data="$d/if_dev.jsonl" --lr=4e-4 --num_steps=90 $rl --max_refill_rounds=1
-    stage mathrl mathrl --data="$d/math_rl.jsonl" --eval_data="$d/math_dev.jsonl" --lr=6e-4 --num_steps=50 $rl
-    stage coderl coderl --data="$d/code_rl.jsonl" --eval_data="$d/code_dev.jsonl" --lr=5e-4 --num_steps=60 --memory_mb=1024 $rl
-    stage swerl swerl --data="$d/swe_rl.jsonl" --eval_data="$d/swe_dev.jsonl" --min_prompt_tokens=0 --lexical_floor=0.98 --lr=3e-4 --num_steps=90 \
-        --overlong_filter=false $rl  # filtered, nothing would keep it from never ending
+    local data=$OUT/data
+    local TASKS=all-toy LIMIT=240  # score() measures every toy skill on 240 problems
+
+    # Data for all stages and a base model with random weights. The file `done` says that they are complete.
+    if [ ! -e "$data/done" ]; then
+        run .venv/bin/python toy.py --out="$data" --seed="$SEED"
+        run touch "$data/done"
+    fi
+
+    # What both SFT stages share, and what all RL stages share. A toy answer fits into 80 tokens, so that no
+    # stage needs YaRN. The learning rate of RL falls to a tenth. A model this small is whole on every rank.
+    local sft="
+        --samples_per_step=64 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20
+        --eval_every=0 --save_every=100 --shard=replicate"
+    local rl="
+        --prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0
+        --max_prompt_tokens=256 --max_new_tokens=80 --micro_batch_tokens=8192 --rope_factor=0
+        --final_lr=0.1 --reward_workers=2 --shard=replicate
+        --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20"
+
+    # SFT 1: the language, and chat, instructions, math and code from flawed demonstrations. It ends early in
+    # its cosine of 400 steps, while the learning rate is still high, because SFT 2 goes on.
+    stage sft1 $LAUNCH sft.py \
+        --init_from="$data/base" --out_dir="$OUT/sft1" \
+        --data="$data/sft_stage1.jsonl" \
+        --num_steps=140 --schedule_steps=400 --lr=9e-3 $sft
+
+    # SFT 2: the same and SWE, with a learning rate that falls to 0. Its samples repeat the flaws of the
+    # demonstrations, and this leaves the RL stages something to learn.
+    stage sft2 $LAUNCH sft.py \
+        --init_from="$OUT/sft1/final" --out_dir="$OUT/sft2" \
+        --data="$data/sft_stage2.jsonl" \
+        --num_steps=600 --schedule_steps=600 --lr=8e-3 $sft
+
+    # RLHF: replies that a reward model prefers. It first trains this reward model on pairs of replies. The KL
+    # term and the shaped reward keep the policy from farming a small reward model (paper 6.3).
+    stage rlhf $LAUNCH rlhf.py \
+        --init_from="$OUT/sft2/final" --out_dir="$OUT/rlhf" \
+        --data="$data/chat_rl.jsonl" --eval_data="$data/chat_dev.jsonl" \
+        --rm_data="$data/preference.jsonl" --rm_eval_data="$data/preference_dev.jsonl" \
+        --rm_samples_per_step=32 --rm_epochs=1 --rm_lr=3e-3 \
+        --num_steps=40 --lr=3e-4 --kl_coef=0.1 --shape_reward=true $rl
+
+    # IF-RL: constraints that a program can check, such as "use no commas". A learning rate of 6e-4 cost 13.8
+    # points of chat on seed 2. One round of fresh prompts replaces groups in which all rewards are equal.
+    stage ifrl $LAUNCH ifrl.py \
+        --init_from="$OUT/rlhf/final" --out_dir="$OUT/ifrl" \
+        --data="$data/if_rl.jsonl" --eval_data="$data/if_dev.jsonl" \
+        --num_steps=90 --lr=4e-4 --max_refill_rounds=1 $rl
+
+    # Math RL: chains of small sums, with reward 1 for the right answer in the box. The answers are short:
+    # one length is enough, where the paper goes through three.
+    stage mathrl $LAUNCH mathrl.py \
+        --init_from="$OUT/ifrl/final" --out_dir="$OUT/mathrl" \
+        --data="$data/math_rl.jsonl" --eval_data="$data/math_dev.jsonl" \
+        --num_steps=50 --lr=6e-4 $rl
+
+    # Code RL: programs on lists, with reward 1 for a program that passes its four tests in the sandbox.
+    stage coderl $LAUNCH coderl.py \
+        --init_from="$OUT/mathrl/final" --out_dir="$OUT/coderl" \
+        --data="$data/code_rl.jsonl" --eval_data="$data/code_dev.jsonl" \
+        --num_steps=60 --lr=5e-4 --memory_mb=1024 $rl
+
+    # SWE RL: repairs of the same programs, rewarded by the similarity to the golden patch. A near miss shares
+    # most of its text with it, so that similarity below 0.98 earns nothing. A learning rate of 5e-4 made the
+    # model forget code. Under the overlong filter one seed learned never to end an answer.
+    stage swerl $LAUNCH swerl.py \
+        --init_from="$OUT/coderl/final" --out_dir="$OUT/swerl" \
+        --data="$data/swe_rl.jsonl" --eval_data="$data/swe_dev.jsonl" \
+        --num_steps=90 --lr=3e-4 --min_prompt_tokens=0 --lexical_floor=0.98 --overlong_filter=false $rl
 }
 
-# The paper's runs. Where its text and its appendix tables (T14-T20) disagree, the tables win: RLHF and IF-RL take 256 prompts a step (text: 128), IF-RL
-# the steps below (text: 2000 + 1000, thinking 500 + 300) and no overlong filter in stage 1 (text: thinking filters), Math its own temperatures (text: 1),
-# Code lengths and temperatures by model (text: 44-48K at 1), SWE's 24K no filter (text: filters). SFT 2 sees science twice, SWE three times (3.2.4, 3.3.2).
-pick() { case $PRESET in 14b-thinking) echo "${3-$2}" ;; 8b-thinking) echo "$2" ;; *) echo "$1" ;; esac; }  # of: 8b and 0.6b, 8b-thinking, 14b-thinking
+# -----------------------------------------------------------------------------
+# The paper's runs. A flag that is not given here has the paper's value as its default in the stage's Config.
+#
+# Where the text and the appendix tables (T14-T20) disagree, the tables win:
+#   RLHF and IF-RL   256 prompts a step (text: 128)
+#   IF-RL            the steps below (text: 2000 + 1000, thinking 500 + 300), and no overlong filter in its
+#                    first stage (text: the thinking models filter)
+#   Math RL          the temperatures below (text: 1)
+#   Code RL          lengths and temperatures by model (text: 44K to 48K tokens at temperature 1)
+#   SWE RL           no overlong filter in the stage with 24K prompts (text: it filters)
+
+# setting NAME 8B 8B-THINKING 14B-THINKING: give the variable NAME the value of this preset's model.
+setting() {
+    case $PRESET in
+        8b-thinking) printf -v "$1" %s "$3" ;;
+        14b-thinking) printf -v "$1" %s "$4" ;;
+        *) printf -v "$1" %s "$2" ;;
+    esac
+}
+
+# What differs between the models. A model leaves out the stages whose number of steps is "none".
+paper_settings() {
+    #       variable              8b, 0.6b   8b-thinking   14b-thinking
+    setting thinking              false      true          true
+    setting sft1_steps            20000      20000         22000
+    setting sft2_steps            32000      32000         41000
+    setting sft2_lr               2e-5       2e-5          5e-5
+    setting rlhf_steps            800        800           900
+    setting rlhf_think_share      0.5        1.0           1.0
+    setting ifrl1_steps           2300       550           800
+    setting ifrl2_steps           800        300           120
+    setting ifrl2_tokens          8192       16384         16384
+    setting ifrl2_filter          false      true          true
+    setting mathrl_lr             2e-6       2e-6          2.5e-6
+    setting mathrl1_steps         190        190           120
+    setting mathrl1_tokens        24576      24576         28672
+    setting mathrl1_temperature   1.0        1.0           1.2
+    setting mathrl2_steps         240        240           none
+    setting mathrl3_steps         70         70            100
+    setting mathrl3_temperature   0.8        0.8           1.1
+    setting coderl1_steps         60         none          none
+    setting coderl_steps          30         64            64
+    setting coderl_tokens         49152      45056         57344
+    setting coderl_temperature    0.8        1.2           1.0
+    setting swerl1_steps          30         30            none
+    setting swerl_steps           30         30            120
+    setting swerl_prompt_tokens   24576      24576         32768
+    setting swerl_filter          false      false         true
+}
+
 real() {
-    local FROM=$BASE FLAGS="--phase_timeout=43200 ${FLAGS:-}" hub=nvidia/Nemotron-Cascade code=nvidia/Nemotron-RL-coding-competitive_coding two=nvidia/Nemotron-Cascade-SFT-Stage-2
-    local rm=--rm=${RM:-$OUT/rlhf/rm} lr=$(pick "" "" --lr=2.5e-6) think=$(pick "" --think_only=true) judge=${JUDGE:+--judge=$JUDGE} long="--max_new_tokens=16384 --overlong_filter=true"
-    stage sft1 sft --data=$hub-SFT-Stage-1 --num_steps=$(pick 20000 20000 22000) --lr=5e-5 --max_seq_len=16384 $think
-    stage sft2 sft --data=$two,$two:science$(for i in 2 3; do printf ",$two:swe_%s" repair localization testgen; done) --micro_batch_tokens=32768 $think \
-        --num_steps=$(pick 32000 32000 41000) --lr=$(pick 2e-5 2e-5 5e-5) --max_seq_len=32768
-    stage rlhf rlhf --data=$hub-RL-RLHF --num_steps=$(pick 800 800 900) --think_share=$(pick 0.5 1.0) ${RM:+--rm=$RM}
-    stage ifrl1 ifrl --data=$hub-RL-Instruction-Following --taxonomy=ifeval --num_steps=$(pick 2300 550 800) $(pick "" "--think=true $rm")
-    stage ifrl2 ifrl --data=nvidia/Nemotron-RL-instruction_following --taxonomy=iftrain --num_steps=$(pick 800 300 120) $(pick "" "--think=true $long $rm")
-    stage mathrl1 mathrl --max_new_tokens=$(pick 24576 24576 28672) --num_steps=$(pick 190 190 120) --temperature=$(pick 1.0 1.0 1.2) $lr
-    [ "$PRESET" = 14b-thinking ] || stage mathrl2 mathrl --max_new_tokens=32768 --num_steps=240 --temperature=1.0 --overlong_filter=false --rope_factor=2
-    stage mathrl3 mathrl --max_new_tokens=40960 --num_steps=$(pick 70 70 100) --temperature=$(pick 0.8 0.8 1.1) $lr --overlong_filter=false --rope_factor=2
-    [[ $PRESET = *-thinking ]] || stage coderl1 coderl --data=$code --max_new_tokens=45056 --num_steps=60 --temperature=1.0 --rope_factor=2
-    stage coderl coderl --data=$code --max_new_tokens=$(pick 49152 45056 57344) --num_steps=$(pick 30 64) --temperature=$(pick 0.8 1.2 1.0) --rope_factor=2
-    [ "$PRESET" = 14b-thinking ] || stage swerl1 swerl --max_prompt_tokens=16384 --num_steps=30 --overlong_filter=true --rope_factor=2 $judge
-    stage swerl swerl --max_prompt_tokens=$(pick 24576 24576 32768) --num_steps=$(pick 30 30 120) --overlong_filter=$(pick false false true) --rope_factor=2 $judge
+    paper_settings
+    local hub=nvidia/Nemotron-Cascade
+    local code=nvidia/Nemotron-RL-coding-competitive_coding
+    # A phase of a step may last 12 hours before the run ends: the longest steps could take several.
+    local FLAGS="--phase_timeout=43200 ${FLAGS:-}"
+
+    # SFT 1: general, math, science and code, up to 16K tokens. The thinking models see only the conversations
+    # that think.
+    stage sft1 $LAUNCH sft.py \
+        --init_from="$BASE" --out_dir="$OUT/sft1" \
+        --data=$hub-SFT-Stage-1 --think_only=$thinking \
+        --num_steps=$sft1_steps --lr=5e-5 --max_seq_len=16384
+
+    # SFT 2: up to 32K tokens, with tool calling and SWE. A set is seen as often as it is named, and its parts
+    # with it: science twice, SWE three times (paper 3.2.4, 3.3.2).
+    local stage2=$hub-SFT-Stage-2
+    local swe=$stage2:swe_repair,$stage2:swe_localization,$stage2:swe_testgen
+    stage sft2 $LAUNCH sft.py \
+        --init_from="$OUT/sft1/final" --out_dir="$OUT/sft2" \
+        --data="$stage2,$stage2:science,$swe,$swe" --think_only=$thinking \
+        --num_steps=$sft2_steps --lr=$sft2_lr --max_seq_len=32768 --micro_batch_tokens=32768
+
+    # RLHF: replies that a reward model prefers. The unified models train on half of the prompts with thinking
+    # and on half without, the thinking models on all with thinking.
+    stage rlhf $LAUNCH rlhf.py \
+        --init_from="$OUT/sft2/final" --out_dir="$OUT/rlhf" \
+        --data=$hub-RL-RLHF ${RM:+--rm="$RM"} \
+        --num_steps=$rlhf_steps --think_share=$rlhf_think_share
+
+    # IF-RL: first the 25 constraints of IFEval, then 29 further ones. The unified models train without
+    # thinking, and the rules alone decide. For the thinking models the reward model has a say as well.
+    local ifrl_rm=""
+    if [ "$thinking" = true ]; then ifrl_rm=--rm=${RM:-$OUT/rlhf/rm}; fi
+    stage ifrl1 $LAUNCH ifrl.py \
+        --init_from="$OUT/rlhf/final" --out_dir="$OUT/ifrl1" \
+        --data=$hub-RL-Instruction-Following --taxonomy=ifeval --think=$thinking $ifrl_rm \
+        --num_steps=$ifrl1_steps
+    stage ifrl2 $LAUNCH ifrl.py \
+        --init_from="$OUT/ifrl1/final" --out_dir="$OUT/ifrl2" \
+        --data=nvidia/Nemotron-RL-instruction_following --taxonomy=iftrain --think=$thinking $ifrl_rm \
+        --num_steps=$ifrl2_steps --max_new_tokens=$ifrl2_tokens --overlong_filter=$ifrl2_filter
+
+    # Math RL: the length grows from 24K to 32K to 40K tokens (14B: from 28K to 40K). Only the first length
+    # leaves out answers that were cut off; later they earn 0. YaRN is on once 32K can be passed.
+    local before_mathrl3=mathrl1
+    stage mathrl1 $LAUNCH mathrl.py \
+        --init_from="$OUT/ifrl2/final" --out_dir="$OUT/mathrl1" \
+        --num_steps=$mathrl1_steps --lr=$mathrl_lr --temperature=$mathrl1_temperature \
+        --max_new_tokens=$mathrl1_tokens
+    if [ "$mathrl2_steps" != none ]; then
+        before_mathrl3=mathrl2
+        stage mathrl2 $LAUNCH mathrl.py \
+            --init_from="$OUT/mathrl1/final" --out_dir="$OUT/mathrl2" \
+            --num_steps=$mathrl2_steps --lr=$mathrl_lr --temperature=1.0 \
+            --max_new_tokens=32768 --overlong_filter=false --rope_factor=2
+    fi
+    stage mathrl3 $LAUNCH mathrl.py \
+        --init_from="$OUT/$before_mathrl3/final" --out_dir="$OUT/mathrl3" \
+        --num_steps=$mathrl3_steps --lr=$mathrl_lr --temperature=$mathrl3_temperature \
+        --max_new_tokens=40960 --overlong_filter=false --rope_factor=2
+
+    # Code RL: contest problems, with reward 1 for a program that passes all its tests. The unified models
+    # start with 44K tokens at temperature 1.
+    local before_coderl=mathrl3
+    if [ "$coderl1_steps" != none ]; then
+        before_coderl=coderl1
+        stage coderl1 $LAUNCH coderl.py \
+            --init_from="$OUT/mathrl3/final" --out_dir="$OUT/coderl1" \
+            --data=$code \
+            --num_steps=$coderl1_steps --temperature=1.0 --max_new_tokens=45056 --rope_factor=2
+    fi
+    stage coderl $LAUNCH coderl.py \
+        --init_from="$OUT/$before_coderl/final" --out_dir="$OUT/coderl" \
+        --data=$code \
+        --num_steps=$coderl_steps --temperature=$coderl_temperature --max_new_tokens=$coderl_tokens \
+        --rope_factor=2
+
+    # SWE RL: patches of real repositories. The 8B models see prompts of up to 16K tokens, then of up to 24K;
+    # 14B sees up to 32K at once.
+    local before_swerl=coderl
+    if [ "$swerl1_steps" != none ]; then
+        before_swerl=swerl1
+        stage swerl1 $LAUNCH swerl.py \
+            --init_from="$OUT/coderl/final" --out_dir="$OUT/swerl1" \
+            ${JUDGE:+--judge="$JUDGE"} \
+            --num_steps=$swerl1_steps --max_prompt_tokens=16384 --overlong_filter=true --rope_factor=2
+    fi
+    stage swerl $LAUNCH swerl.py \
+        --init_from="$OUT/$before_swerl/final" --out_dir="$OUT/swerl" \
+        ${JUDGE:+--judge="$JUDGE"} \
+        --num_steps=$swerl_steps --max_prompt_tokens=$swerl_prompt_tokens --overlong_filter=$swerl_filter \
+        --rope_factor=2
 }
 
-[ "${BASH_SOURCE[0]}" = "$0" ] || return 0  # bench/control.sh and bench/mopd.sh take the functions
+# -----------------------------------------------------------------------------
+# Main. bench/control.sh and bench/mopd.sh source this file for its functions and stop here.
+
+if [ "${BASH_SOURCE[0]}" != "$0" ]; then return 0; fi
+
 case $PRESET in
-    setup) setup ;;
-    toy) setup; toy; run .venv/bin/python -m evals.report --run="$OUT" ;;
-    0.6b|8b|8b-thinking|14b-thinking)
-        [ -n "${BASE:-}" ] || { echo "run_cascade.sh: set BASE to the folder of a Qwen3 base model." >&2; exit 2; }
-        setup; real; [ -z "${TASKS:-}" ] || run .venv/bin/python -m evals.report --run="$OUT" ;;
-    *) echo "usage: bash run_cascade.sh [toy|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2; exit 2 ;;
+    setup)
+        setup
+        ;;
+    toy)
+        setup
+        toy
+        run .venv/bin/python -m evals.report --run="$OUT"
+        ;;
+    0.6b | 8b | 8b-thinking | 14b-thinking)
+        if [ -z "${BASE:-}" ]; then
+            echo "run_cascade.sh: set BASE to the folder of a Qwen3 base model." >&2
+            exit 2
+        fi
+        setup
+        real
+        if [ -n "${TASKS:-}" ]; then run .venv/bin/python -m evals.report --run="$OUT"; fi
+        ;;
+    *)
+        echo "usage: bash run_cascade.sh [toy|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2
+        exit 2
+        ;;
 esac

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.data import BadRow, as_messages, fresh_cursors, normal_rows, read_rows, stream_rows
-from lib.flags import parse_config
+from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
 from lib.packing import shared_prefixes, split_by_budget
@@ -36,7 +36,7 @@ from model import render_chat, show_tokens
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
-class Config:
+class Config(MachineFlags):  # memory, checkpoints, time limits: lib/flags.py
     init_from: str = "out/base"  # Hugging Face Qwen3 folder (hub ids are for data)
     out_dir: str = "out/sft"
     # hub id, folder, parquet, .json or .jsonl with `messages` rows; named n times: n times as often
@@ -47,28 +47,26 @@ class Config:
     think_only: bool = False
     limit: int = 0  # rows read from data; 0: all
     # rows read, tokenized and shuffled at a time [dev 3]; smaller sets are held whole
-    block_rows: int = 32768
-    samples_per_step: int = 256  # conversations per update, over all ranks [dev 1]; paper T14
-    num_steps: int = 20000  # paper T14: 20K, then 32K (8B)
-    schedule_steps: int = 100000  # where the cosine reaches 0; paper T14 [dev 4]
+    block_rows: PositiveInt = 32768
+    samples_per_step: PositiveInt = (
+        256  # conversations per update, over all ranks [dev 1]; paper T14
+    )
+    num_steps: PositiveInt = 20000  # paper T14: 20K, then 32K (8B)
+    schedule_steps: PositiveInt = 100000  # where the cosine reaches 0; paper T14 [dev 4]
     warmup_steps: int = 200  # linear; 1%, not stated in the paper [dev 2]
-    max_seq_len: int = 16384  # tokens; longer conversations are dropped. Paper 3.1.1: 16K, then 32K
-    micro_batch_tokens: int = 16384  # tokens of one packed forward pass on one rank
-    lr: float = 5e-5  # paper T14: 5e-5, then 2e-5 (8B)
-    beta1: float = 0.9  # paper T14
-    beta2: float = 0.95  # paper T14
+    max_seq_len: PositiveInt = (
+        16384  # tokens; longer conversations are dropped. Paper 3.1.1: 16K, then 32K
+    )
+    micro_batch_tokens: PositiveInt = 16384  # tokens of one packed forward pass on one rank
+    lr: PositiveFloat = 5e-5  # paper T14: 5e-5, then 2e-5 (8B)
+    beta1: Beta = 0.9  # paper T14
+    beta2: Beta = 0.95  # paper T14
     weight_decay: float = 1e-4  # paper T14
-    grad_clip: float = 1.0  # not stated in the paper
+    grad_clip: PositiveFloat = 1.0  # not stated in the paper
     # YaRN factor; 2.0 once sequences can pass 32K; 0: as the checkpoint has it
     rope_factor: float = 0.0
     eval_every: int = 500  # steps; 0: never
-    save_every: int = 1000  # steps
-    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
-    # in host memory; replicate: whole
-    shard: str = "full"
-    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
-    # and says where
-    phase_timeout: float = 7200.0
+    save_every: PositiveInt = 1000  # steps
     seed: int = 0
 
 
@@ -266,7 +264,7 @@ def train_step(model, optimizer, samples, cfg, device, world):
     batches += [batches[-1]] * (most - len(batches))
     total = 0.0
     for batch, weight in zip(batches, weights, strict=True):
-        loss = weight * model(*batch.values(), nll=True) / num_tokens
+        loss = weight * model.nll(batch) / num_tokens
         (loss * world).backward()  # ranks are averaged, and the denominator is global already
         total += loss.item()
     average_gradients(model)
@@ -291,7 +289,7 @@ def evaluate(model, samples, cfg, device, rank, world):
         rounds = int(all_reduce({"n": len(batches)}, "max")["n"])
         nll = 0.0
         for i in range(rounds):
-            value = model(*batches[i % len(batches)].values(), nll=True)
+            value = model.nll(batches[i % len(batches)])
             nll += value.item() if i < len(batches) and part[rank::world] else 0.0
         sums[f"eval/{category}"] = nll / sum(int(mask.sum()) for _, mask, _ in part)
     assert len(sums) == most, "ranks read different eval data"

@@ -13,7 +13,6 @@ Deviations from the paper:
 torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/swerl --judge=http://judge:8000/v1
 """
 
-import functools
 import json
 import math
 import os
@@ -24,39 +23,22 @@ import statistics
 import subprocess
 import time
 import urllib.request
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import Rollout, make_engine, request_seed
-from lib.checkpoint import (
-    load_checkpoint,
-    load_history,
-    load_policy,
-    lock,
-    mark_final,
-    save_checkpoint,
-)
+from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
+from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import (
-    BadRow,
-    as_messages,
-    count_correct,
-    encode_prompts,
-    first_nonempty,
-    load_table,
-    next_prompts,
-    required_field,
-)
-from lib.flags import parse_config
+from lib.data import BadRow, as_messages, first_nonempty, load_table, required_field
+from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
-from lib.logs import Logger, console_line, summarize
+from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
+from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
 from verifiers.patches import (
     BLOCK,
     NoPatch,
@@ -74,7 +56,7 @@ from verifiers.pool import in_background
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
-class Config:
+class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
     # checkpoint of the previous stage, or a Hugging Face folder
     init_from: str = "out/coderl/final"
     out_dir: str = "out/swerl"
@@ -84,55 +66,40 @@ class Config:
     repos: str = ""
     # same schema, with "tests" where programs can be run; empty: no held-out metric
     eval_data: str = ""
-    engine: str = "auto"  # rollouts: auto, torch or vllm
     judge: str = "lexical"  # or the URL of an OpenAI-compatible endpoint ending in /v1
     # the lexical judge pays 0 below it: near misses share most of their text; paper T12
-    lexical_floor: float = 0.5
+    lexical_floor: Share = 0.5
     judge_model: str = "moonshotai/Kimi-Dev-72B"  # paper 4.7.2
     # prompts that also show files the golden patch leaves alone; paper 4.7.1 mixes both kinds
-    noisy_share: float = 0.5
-    max_files: int = 5  # in such a prompt
-    chars_per_token: float = 3.0  # of source code, on the safe side [dev 4]
+    noisy_share: Share = 0.5
+    max_files: PositiveInt = 5  # in such a prompt
+    chars_per_token: PositiveFloat = 3.0  # of source code, on the safe side [dev 4]
     min_prompt_tokens: int = 8192  # shorter prompts are dropped; paper 4.7.1
-    prompts_per_step: int = 128  # over all ranks; paper T20
-    group_size: int = 16  # completions per prompt (G); paper T20
-    num_steps: int = 30  # then 30 more with 24K prompts; paper T20
-    max_prompt_tokens: int = 16384  # 16K, then 24K
-    max_new_tokens: int = 16384
+    prompts_per_step: PositiveInt = 128  # over all ranks; paper T20
+    group_size: PositiveInt = 16  # completions per prompt (G); paper T20
+    num_steps: PositiveInt = 30  # then 30 more with 24K prompts; paper T20
+    max_prompt_tokens: PositiveInt = 16384  # 16K, then 24K
+    max_new_tokens: PositiveInt = 16384
     rope_factor: float = 0.0  # YaRN factor; 2.0 for 24K + 16K, which passes 32K
-    temperature: float = 1.0  # of the sampler and of the trained log-probs; paper T20
-    top_p: float = 0.95
+    temperature: PositiveFloat = 1.0  # of the sampler and of the trained log-probs; paper T20
+    top_p: TopP = 0.95
     top_k: int = 0  # 0 is off
-    lr: float = 2.5e-6  # AdamW; paper T20
+    lr: PositiveFloat = 2.5e-6  # AdamW; paper T20
     # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
-    final_lr: float = 1.0
+    final_lr: Share = 1.0
     warmup_steps: int = 0  # linear
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
     weight_decay: float = 0.01
-    grad_clip: float = 1.0  # not stated in the paper
-    clip_low: float = 0.2  # ratio clip; never binds, one update a batch keeps the ratio at 1
-    clip_high: float = 0.2
+    grad_clip: PositiveFloat = 1.0  # not stated in the paper
     # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
     # weigh 1
     importance_limit: float = 0.0
     # truncated completions are skipped; False in the 24K stage: they earn -1
     overlong_filter: bool = True
-    max_refill_rounds: int = 0  # extra sampling rounds a step for groups without a gradient
-    micro_batch_tokens: int = 32768  # packed tokens per forward
-    reward_workers: int = 16  # threads waiting for the judge
-    # the run stops when a larger share of a step's rewards are infrastructure failures
-    max_infra: float = 0.02
+    reward_workers: PositiveInt = 16  # threads waiting for the judge
     eval_every: int = 10  # steps
     eval_rows: int = 100
-    save_every: int = 10  # steps
-    # weights and optimizer over all ranks; hybrid: inside a node, replicated across nodes; offload:
-    # in host memory; replicate: whole
-    shard: str = "full"
-    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
-    # and says where
-    phase_timeout: float = 7200.0
-    sample_every: int = 10  # steps between printed samples
     seed: int = 0
 
 
@@ -494,182 +461,168 @@ def metric(rollout):
 
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
-
 # ---- 5. GRPO -------------------------------------------------------------------------------------
-# T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
+# A micro-batch is packed: whole sequences stand one behind another, without padding. Two rollouts
+# of the prompt [5, 6], with completion [7, 8] and advantage 0.7, and with [9] and -0.7, become
+#
+#     position        0    1    2    3    4    5    6
+#     input_ids_T     5    6    7    8    5    6    9       T = 7 tokens
+#     cu_seqlens      0                   4              7  starts of the sequences, and the end
+#     loss_index                2    3              6       M = 3 tokens of completions
+#     advantages_T    0    0  0.7  0.7    0    0 -0.7
+#     first_U         0    1    2    3              6       U = 5 tokens with distinct pasts
+#     copy_T          0    1    2    3    0    1    4       token 4 is a copy of token 0
+#
+# Suffixes name axes: entry t of every _T tensor is about token t; _M runs over loss_index.
+
+
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
-    """(trained, sampled): this rank's rollouts with rewards, verified while others still decode. With max_refill_rounds > 0
-    groups of equal rewards make room for fresh prompts (DAPO dynamic sampling, paper 4.4.2): `trained` are the groups kept,
-    `sampled` those of the first round, an unbiased view of the policy."""
+    """Sample a group of completions for each of this rank's prompts; verify them; set advantages.
+
+    Returns (trained, sampled): the rollouts to train on and those to log. Here both are the same;
+    IF-RL's dynamic sampling (paper 4.4.2) trains on others than it logs.
+    """
     submit, collect = reward_hook
-    mine, trained, sampled = indices[rank::world], [], []
-    wanted, spare = (
-        len(mine),
-        list(np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows)))[rank::world],
-    )
-    for refill in range(1 + cfg.max_refill_rounds):
-        fresh = [
-            Rollout(
-                row=rows[i],
-                group=refill * wanted + g,
-                prompt_ids=rows[i]["prompt_ids"],
-                seed=request_seed(cfg.seed, step, refill, g * world + rank, sample),
-            )
-            for g, i in enumerate(mine)
-            for sample in range(cfg.group_size)
-        ]
-        with tqdm(
-            total=len(fresh),
-            desc=f"step {step} rollout",
-            leave=False,
-            disable=None if rank == 0 else True,
-        ) as bar:
-            finished = lambda r, bar=bar: (submit(r), bar.update())
-            engine.generate(
-                fresh,
-                cfg.max_new_tokens,
-                cfg.temperature,
-                cfg.top_p,
-                cfg.top_k,
-                on_finished=finished,
-            )
-            collect(fresh)
-        compute_advantages(fresh, cfg)
-        groups = [fresh[g : g + cfg.group_size] for g in range(0, len(fresh), cfg.group_size)]
-        uneven = [group for group in groups if any(r.advantage for r in group)]
-        trained += [r for group in (uneven if cfg.max_refill_rounds else groups) for r in group]
-        sampled = sampled or fresh
-        missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
-        if refill == cfg.max_refill_rounds or not all_reduce({"n": missing}, "max")["n"]:
-            # all ranks stop in the same round: a reward hook may hold collectives
-            break
-        mine, spare = spare[:missing], spare[missing:]
-    # nothing to learn from: an idle batch
-    return trained or [replace(sampled[0], trained=False, advantage=0.0)], sampled
+    # A group: group_size rollouts of one prompt. Every rank takes every world-th prompt.
+    rollouts = []
+    for group, index in enumerate(indices[rank::world]):
+        prompt_ids = rows[index]["prompt_ids"]
+        for sample in range(cfg.group_size):
+            seed = request_seed(cfg.seed, step, 0, group * world + rank, sample)
+            rollouts.append(Rollout(rows[index], group, prompt_ids, seed))
+
+    # Sample. The moment a completion ends, its verifier starts, while the others still decode.
+    no_bar = None if rank == 0 else True
+    with tqdm(total=len(rollouts), desc=f"step {step} rollout", leave=False, disable=no_bar) as bar:
+
+        def finished(r):
+            submit(r)
+            bar.update()
+
+        sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
+        engine.generate(rollouts, *sampling, on_finished=finished)
+        # Verify: wait for the verdicts that are not there yet.
+        collect(rollouts)
+
+    compute_advantages(rollouts, cfg)
+    return rollouts, rollouts
 
 
 def compute_advantages(rollouts, cfg):
-    """(r - mean) / std inside each group, paper eq. 1; unbiased std + 1e-6 (gap G1). Infra failures, and truncated
-    rollouts under overlong_filter, leave the loss, its denominator and the group statistics (gap G5)."""
+    """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; gap G1).
+
+    Infrastructure failures, and truncated rollouts under overlong_filter, are not trained on:
+    they leave the loss, its denominator and the group statistics (gap G5).
+    """
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
         assert len({r.group for r in group}) == 1, "a group was torn apart"
         for r in group:
-            assert r.status == "infra" or math.isfinite(r.reward), (
-                f"reward {r.reward} for {r.row['messages']}"
-            )
-            r.trained = r.status != "infra" and not (
-                cfg.overlong_filter and r.finish_reason == "length"
-            )
+            infra = r.status == "infra"
+            filtered = cfg.overlong_filter and r.finish_reason == "length"
+            assert infra or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
+            r.trained = not infra and not filtered
         rewards = [r.reward for r in group if r.trained]
-        # by comparison: a std of 1e-17 is not a signal
-        even = len(rewards) < 2 or max(rewards) == min(rewards)
-        mean, std = (0.0, 1.0) if even else (statistics.fmean(rewards), statistics.stdev(rewards))
+        # Equal rewards say nothing about which completion is better. They are compared, since by
+        # rounding the std of equal rewards can be 1e-17, and dividing by it would invent a signal.
+        all_equal = len(rewards) < 2 or max(rewards) == min(rewards)
         for r in group:
+            # One rollout alone has nothing to be compared with.
             r.trained = r.trained and len(rewards) > 1
-            r.advantage = 0.0 if even or not r.trained else (r.reward - mean) / (std + 1e-6)
+            r.advantage = 0.0
+        if all_equal:
+            continue
+        mean = statistics.fmean(rewards)
+        std = statistics.stdev(rewards)  # unbiased: divided by n - 1
+        for r in group:
+            if r.trained:
+                r.advantage = (r.reward - mean) / (std + 1e-6)
 
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
-    """Token-level policy gradient, paper eq. 1 with the batch-wide denominator of 6.3: the sum over this micro-batch's
-    completion tokens of -min(ratio A, clip(ratio) A), over the completion tokens of all ranks and micro-batches."""
-    # exactly 1: one update a batch (4.1.2)
-    ratio_M = (logprobs_T - old_logprobs_T)[batch["loss_index"]].exp()
-    advantages_M = batch["advantages_T"][batch["loss_index"]]
-    clipped_M = ratio_M.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    weights_M = importance(old_logprobs_T, batch, cfg)
-    return (
-        -(weights_M * torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)).sum()
-        / counts["tokens"]
-    )
+    """-sum of ratio * advantage over a micro-batch's completion tokens, over those of the batch.
 
-
-def importance(old_logprobs_T, batch, cfg):
-    """Weights of the completion tokens, without gradient: pi_train / pi_sampler corrects for a sampler that computes otherwise
-    (vLLM in bf16); a token whose ratio leaves [1 / limit, limit] is dropped."""
-    if not cfg.importance_limit:
-        return 1.0
-    ratio_M = (old_logprobs_T - batch["sampler_logprobs_T"])[batch["loss_index"]].exp()
-    return ratio_M * ((ratio_M >= 1 / cfg.importance_limit) & (ratio_M <= cfg.importance_limit))
+    Token-level policy gradient, paper eq. 1. The denominator counts the tokens of all ranks and
+    micro-batches (6.3), so the sum of the losses does not depend on how the batch was cut.
+    """
+    scored_M = batch["loss_index"]
+    advantages_M = batch["advantages_T"][scored_M]
+    # One update per batch (4.1.2): the policy is the one that sampled, so the ratio is exactly 1
+    # and PPO's clip could never bind. Its gradient is the gradient of the log-prob.
+    ratio_M = (logprobs_T - old_logprobs_T)[scored_M].exp()
+    weights_M = sampler_correction(old_logprobs_T, batch, cfg.importance_limit)
+    return -(weights_M * (ratio_M * advantages_M)).sum() / counts["tokens"]
 
 
 def train_step(model, optimizer, rollouts, cfg, device, world):
-    """One gradient update from the rollouts of all ranks; returns the metrics. A loss or gradient that is not finite is not applied."""
+    """One gradient update from the rollouts of all ranks; returns the metrics."""
+    # The denominator: completion tokens of all ranks, before the batch is cut (sequences: RLHF's).
     in_loss = [r for r in rollouts if r.trained]
-    counts = all_reduce(
-        {"tokens": sum(len(r.completion_ids) for r in in_loss), "sequences": len(in_loss)}
-    )
+    num_tokens = sum(len(r.completion_ids) for r in in_loss)
+    counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
+
+    # Pack: ranks get about equal shares of all rollouts, cut into micro-batches without padding.
     batches = collate(balance(rollouts, world), cfg, device)
-    # every rank runs equally many: collectives must match
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])
-    idle = most - len(batches)
-    batches += [pack_rollouts([replace(rollouts[0], advantage=0.0)], device)] * idle
+    num_real = len(batches)
+    # Collectives have to match, so a rank with fewer micro-batches adds dummies, which weigh 0.
+    num_batches = int(all_reduce({"n": num_real}, "max")["n"])
+    if num_real < num_batches:
+        dummy = pack_rollouts([replace(rollouts[0], advantage=0.0)], device)
+        batches += [dummy] * (num_batches - num_real)
+
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
     for i, batch in enumerate(batches):
-        packed = (
-            batch["input_ids_T"],
-            batch["cu_seqlens"],
-            batch["max_seqlen"],
-            batch["loss_index"],
-            batch["shared"],
-        )
-        logprobs_T, entropy_T = model(*packed, temperature=cfg.temperature)
-        loss = grpo_loss(
-            logprobs_T=logprobs_T,
-            old_logprobs_T=logprobs_T.detach(),
-            batch=batch,
-            counts=counts,
-            cfg=cfg,
-        )
-        # ranks are averaged, the denominator is global; idle batches weigh 0
-        (loss * world * (i < most - idle)).backward()
-        if i < most - idle:
+        is_real = i < num_real
+        # Score: log-probs of the completion tokens under the policy, at the sampler's temperature.
+        logprobs_T, entropy_T = model.token_logprobs(batch, temperature=cfg.temperature)
+        # Loss: the old policy is this one, without gradient.
+        loss = grpo_loss(logprobs_T, logprobs_T.detach(), batch, counts, cfg)
+        # Backward: FSDP averages gradients over ranks, but the denominator is global already, so
+        # multiply by the number of ranks to undo the average.
+        weight = world if is_real else 0.0
+        (loss * weight).backward()
+        if is_real:
+            gap_T = (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs()
             sums["loss"] += loss.item()
-            sums["gap"] += (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs().sum().item()
+            sums["gap"] += gap_T.sum().item()
             sums["entropy"] += entropy_T.detach().sum().item()
             sums["scored"] += len(batch["loss_index"])
+
+    # Clip: average what FSDP has not averaged, then bound the norm of the whole gradient.
     average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+    if hasattr(grad_norm, "full_tensor"):
+        grad_norm = grad_norm.full_tensor()
+    grad_norm = float(grad_norm)
+
+    # Update. A loss or gradient that is not finite is not applied (check_step ends a run of three).
     sums = all_reduce(sums)
-    if math.isfinite(grad_norm + sums["loss"]) and most:
+    if math.isfinite(grad_norm + sums["loss"]) and num_batches:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    per_token = {k: sums[k] / max(sums["scored"], 1) for k in ("gap", "entropy")}
+    num_scored = max(sums["scored"], 1)
     return {
         "loss": sums["loss"],
-        **per_token,
+        "gap": sums["gap"] / num_scored,
+        "entropy": sums["entropy"] / num_scored,
         "grad_norm": grad_norm,
         "num_tokens": counts["tokens"],
     }
 
 
 def evaluate(engine, rows, cfg, reward_hook, rank, world):
-    """Mean metric of one sample for each held-out row, at the training temperature; the seeds never change."""
-    rollouts = [
-        Rollout(row=row, group=i, prompt_ids=row["prompt_ids"], seed=request_seed(cfg.seed, 99, i))
-        for i, row in enumerate(rows)
-    ]
-    rollouts = rollouts[rank::world]
-    engine.generate(
-        rollouts,
-        cfg.max_new_tokens,
-        cfg.temperature,
-        cfg.top_p,
-        cfg.top_k,
-        on_finished=reward_hook[0],
-    )
-    reward_hook[1](rollouts)
-    sums = all_reduce(
-        {
-            "score": sum(
-                known := [
-                    m for r in rollouts if r.status != "infra" and (m := metric(r)) is not None
-                ]
-            ),
-            "n": len(known),
-        }
-    )
+    """Mean metric of one sample per held-out row, at the training temperature, seeds fixed."""
+    submit, collect = reward_hook
+    rollouts = []
+    for i in range(rank, len(rows), world):
+        seed = request_seed(cfg.seed, 99, i)
+        rollouts.append(Rollout(rows[i], i, rows[i]["prompt_ids"], seed))
+    sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
+    engine.generate(rollouts, *sampling, on_finished=submit)
+    collect(rollouts)
+    scores = [metric(r) for r in rollouts if r.status != "infra"]
+    scores = [score for score in scores if score is not None]
+    sums = all_reduce({"score": sum(scores), "n": len(scores)})
     return sums["score"] / max(sums["n"], 1)
 
 
@@ -679,19 +632,20 @@ def main(cfg):
     rank, world, device = start_run(cfg)
     if cfg.prompts_per_step % world:
         fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
-    # first of all: its workers are forked while this process is still small
+
+    # Reward workers come first: they are forked while this process is still small.
     reward_hook = make_reward(cfg)
     rows = load_rows(cfg)
-    eval_rows = (
-        load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows] if cfg.eval_data else []
-    )
+    eval_rows = []
+    if cfg.eval_data:
+        eval_rows = load_rows(replace(cfg, data=cfg.eval_data))[: cfg.eval_rows]
     self_test(rows, cfg)
 
+    # The policy: the newest checkpoint of out_dir, else init_from.
     tokenizer, model, resume = load_policy(cfg, world, device)
-    rows, eval_rows = (
-        encode_prompts(rows, tokenizer, cfg),
-        eval_rows and encode_prompts(eval_rows, tokenizer, cfg),
-    )
+    rows = encode_prompts(rows, tokenizer, cfg)
+    if eval_rows:
+        eval_rows = encode_prompts(eval_rows, tokenizer, cfg)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=cfg.lr,
@@ -699,65 +653,62 @@ def main(cfg):
         weight_decay=cfg.weight_decay,
         fused=True,
     )
+
+    # The state of a run besides weights and optimizer: which prompts come next, what was solved.
+    start = 0
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = functools.reduce(
-        lambda crc, row: zlib.crc32(repr(row["prompt_ids"]).encode(), crc), rows, 0
-    )
+    data = prompts_checksum(rows)
     state |= load_history(cfg.init_from, data)
-    start, state = load_checkpoint(resume, optimizer, cfg) if resume else (0, state)
-    if set(all_gather(data)) != {state.setdefault("data", data)}:
+    if resume:
+        start, state = load_checkpoint(resume, optimizer, cfg)
+    state.setdefault("data", data)
+    if set(all_gather(data)) != {state["data"]}:
         fail(
-            f"data {cfg.data}: the rows are not the same on every rank, or not those that {resume} was trained on."
+            f"data {cfg.data}: the rows are not the same on every rank, "
+            f"or not those that {resume} was trained on."
         )
+
     engine = make_engine(cfg.engine, model, tokenizer)
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(
-        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {len(rows)} prompts, {world} ranks on {device.type}, "
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, "
+        f"{len(rows)} prompts, {world} ranks on {device.type}, "
         f"steps {start + 1}..{cfg.num_steps} of {cfg.prompts_per_step} x {cfg.group_size}"
     )
 
     for step in range(start + 1, cfg.num_steps + 1):
+        # Rollout: sample completions of the next prompts, verify them, compute advantages.
         clock = time.time()
-        trained, sampled = rollout(
-            engine,
-            rows,
-            next_prompts(rows, state, cfg, select_rows),
-            step,
-            cfg,
-            reward_hook,
-            rank,
-            world,
-        )
+        indices = next_prompts(rows, state, cfg, select_rows)
+        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
         generated = time.time()
+
+        # Update: linear warm-up, linear decay, one gradient step, new weights for the sampler.
+        warmup = min(1.0, step / max(cfg.warmup_steps, 1))
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, step / max(cfg.warmup_steps, 1)) * decay
-        metrics = summarize(sampled, monitor(sampled)) | train_step(
-            model, optimizer, trained, cfg, device, world
-        )
+            group["lr"] = cfg.lr * warmup * decay
+        metrics = summarize(sampled, monitor(sampled))
+        metrics |= train_step(model, optimizer, trained, cfg, device, world)
         engine.sync(model)
-        metrics |= {
-            "lr": optimizer.param_groups[0]["lr"],
-            "time/gen": generated - clock,
-            "time/train": time.time() - generated,
-        }
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics["time/gen"] = generated - clock
+        metrics["time/train"] = time.time() - generated
+
+        # Remember how often each prompt was solved; stop if the step was broken.
         for counts in all_gather(count_correct(sampled)):
             state["history"] |= counts
         check_step(step, metrics, state, cfg)
-        if (
-            cfg.eval_every
-            and eval_rows
-            and (step % cfg.eval_every == 0 or step in (1, cfg.num_steps))
-        ):
+
+        # Evaluate, log, show a sample, save.
+        is_last = step == cfg.num_steps
+        if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step == 1 or is_last):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
         logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
-            r = sampled[0]
-            print0(
-                f"  prompt: {r.row['messages'][-1]['content']!r}\n  sample: {r.text!r}\n  reward: {r.reward:g} ({r.status}, {r.finish_reason})"
-            )
-        if step % cfg.save_every == 0 or step == cfg.num_steps:
+            show_sample(sampled[0])
+        if step % cfg.save_every == 0 or is_last:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 

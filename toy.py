@@ -1,16 +1,23 @@
-"""The laptop's world: a tiny base model, its tokenizer, and data for every stage in the schemas of the real sets.
+"""The toy world: data for every stage and a tiny base model, so that the cascade runs on a laptop.
 
-The stages cannot tell it from real data: the same fields, the same verifiers, the same prompt
-builders. Five skills, each with a key that decides the split (SFT, RL, dev for tuning, test for reporting never share a key):
+The rows have the fields of the real sets, and the stages read, prompt and verify them with the code
+that they use for real data; no stage knows that they are toys. There are five skills:
 
-    chat   question about a topic          key: topic x question     graded by a stated rule (chat_score)
-    if     writing with constraints        key: topic x constraints  IFEval's own checks
-    math   chain of small sums             key: numbers x operations math-verify
-    code   list program from a sentence    key: operations           four tests in the sandbox
-    swe    the same programs with one bug  key: operations           patched program passes the four tests
+    chat   a question about a topic            graded by a stated rule (chat_score)
+    if     a text that keeps constraints       graded by IFEval's own checks
+    math   a chain of small sums               graded by math-verify
+    code   a list program from a sentence      graded by four tests in the sandbox
+    swe    such a program with one wrong line  graded by the four tests on the patched program
 
-The demonstrations are finite and imperfect on purpose, as in life: a stated share of them (FLAWED) has a slip, breaks a
-constraint, or rambles. Imitation copies the slips too; a verifier does not. README.md shows what more SFT does instead.
+Every problem comes from a key, e.g. the numbers and operations of a sum. The keys are dealt to four
+splits, which share none: sft (demonstrations), rl (training), dev (tuning), test (reporting).
+
+The demonstrations are finite, and a stated share has a flaw (FLAWED): a slip, a broken constraint,
+a rambling reply. SFT copies the flaws too, but a verifier does not reward them. This is the room
+that RL has to improve on SFT here.
+
+What to look at first: FLAWED, math_rows and its demonstrations, then the files themselves (one JSON
+row a line, e.g. math_rl.jsonl for Math RL and sft_stage2.jsonl for SFT).
 
     python toy.py --out=out/toy/data --seed=0
 """
@@ -20,9 +27,13 @@ import json
 import os
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import coderl
+import mathrl
+import swerl
 from lib.flags import parse_config
 from lib.guard import fail
 from model import SYSTEM, Qwen3, Qwen3Config, save_tokenizer
@@ -40,19 +51,33 @@ class Config:
 
 
 SPLITS = ("sft", "rl", "dev", "test")
-# per split
+# Number of keys in each split. SWE uses the keys of code.
 KEYS = {
     "chat": (1000, 900, 300, 300),
     "if": (2000, 1500, 300, 300),
     "math": (3000, 2000, 300, 300),
     "code": (1800, 1200, 300, 300),
 }
-# share of the demonstrations drawn to have a flaw
+# The probability that a demonstration gets a flaw.
 FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}
 
+
+class Demonstration(NamedTuple):
+    """One example for SFT."""
+
+    prompt: object  # the text, or a row from which the stage's own code builds the text
+    reply: str
+    think: bool  # whether the reply begins with a thought
+    category: str
+
+
 # ---- Chat ----------------------------------------------------------------------------------------
-TOPICS = """rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees birds clocks coffee drums
-fire forests gardens horses lakes lamps letters markets milk paint ships stars tools towers wind wood""".split()
+TOPIC_WORDS = """
+    rain bread tea trains maps snow music books cats dogs rivers stones boats clouds apples bees
+    birds clocks coffee drums fire forests gardens horses lakes lamps letters markets milk paint
+    ships stars tools towers wind wood
+"""
+TOPICS = TOPIC_WORDS.split()
 TAILS = ["", " Keep it short.", " Be kind."]
 QUESTIONS = [
     "Tell me about {}.",
@@ -107,34 +132,58 @@ FACTS = [
     "You can read about {} at home.",
 ]
 CLOSINGS = ["I hope this helps.", "Feel free to ask more.", "Enjoy your day."]
+# Every fact about every topic: the sentences that chat_score accepts as facts.
 STATED = {fact.format(topic) for fact in FACTS for topic in TOPICS}
 FILLERS = ["I guess so.", "Well, whatever.", "I do not know.", "That is all."]
 
 
+def words_of(text):
+    """The set of lower-case words of a text, without punctuation."""
+    return set(text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
+
+
 def chat_score(prompt, reply):
-    """The stated rule of the chat column, in [0, 1]: a fifth each for naming the topic that was asked about and no other,
-    two to four facts, nothing but facts and a closing (no filler, no broken sentence), no sentence twice, and a friendly
-    closing sentence at the end."""
-    plain = lambda text: set(
-        text.lower().replace(".", " ").replace("?", " ").replace(",", " ").split()
-    )
-    topics = plain(prompt) & set(TOPICS)
-    sentences = [s.strip() + "." for s in reply.split(".") if s.strip()]
+    """Grade a chat reply by the stated rule: a fifth of a point for each of five qualities."""
+    asked_topics = words_of(prompt) & set(TOPICS)
+    named_topics = words_of(reply) & set(TOPICS)
+    sentences = [sentence.strip() + "." for sentence in reply.split(".") if sentence.strip()]
     facts = STATED & set(sentences)
-    return (
-        (plain(reply) & set(TOPICS) == topics)
-        + (2 <= len(facts) <= 4)
-        + (set(sentences) <= facts | set(CLOSINGS))
-        + (len(sentences) == len(set(sentences)))
-        + (bool(sentences) and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."))
-    ) / 5
+    points = 0
+    # 1. The reply names the topic of the question and no other.
+    if named_topics == asked_topics:
+        points += 1
+    # 2. It states two to four facts.
+    if 2 <= len(facts) <= 4:
+        points += 1
+    # 3. It consists of facts and closings only: no filler and no broken sentence.
+    if set(sentences) <= facts | set(CLOSINGS):
+        points += 1
+    # 4. It says no sentence twice.
+    if len(sentences) == len(set(sentences)):
+        points += 1
+    # 5. It ends with a whole friendly closing sentence.
+    if sentences and sentences[-1] in CLOSINGS and reply.rstrip().endswith("."):
+        points += 1
+    return points / 5
 
 
-def chat_reply(rng, topic, flaws):
-    """A reply with this many flaws (0: the rule gives 1.0)."""
-    facts = [f.format(topic) for f in rng.sample(FACTS, rng.choice([2, 2, 3]))]
+def chat_keys(rng):
+    """Draw keys without end: (topic, index of the question, index of its tail)."""
+    while True:
+        yield rng.choice(TOPICS), rng.randrange(len(QUESTIONS)), rng.randrange(len(TAILS))
+
+
+def chat_prompt(key):
+    topic, question, tail = key
+    return QUESTIONS[question].format(topic) + TAILS[tail]
+
+
+def chat_reply(rng, topic, num_flaws):
+    """Write a reply with this many flaws. chat_score gives 1.0 to a reply without any."""
+    num_facts = rng.choice([2, 2, 3])
+    facts = [fact.format(topic) for fact in rng.sample(FACTS, num_facts)]
     closing = [rng.choice(CLOSINGS)]
-    for flaw in rng.sample(["short", "twice", "filler", "rude", "stray"], flaws):
+    for flaw in rng.sample(["short", "twice", "filler", "rude", "stray"], num_flaws):
         if flaw == "short":
             facts = facts[:1]
         elif flaw == "twice":
@@ -143,87 +192,115 @@ def chat_reply(rng, topic, flaws):
             facts = facts + [rng.choice(FILLERS)]
         elif flaw == "rude":
             closing = []
-        else:
+        else:  # stray: a fact about some other topic
             facts[0] = rng.choice(FACTS).format(rng.choice(TOPICS))
     return " ".join(facts + closing)
 
 
 def chat_rows(rng, keys, split):
+    """Two demonstrations a key for the split "sft"; RLHF rows for the others."""
     prompts = [chat_prompt(key) for key in keys]
-    if split == "sft":
+    if split != "sft":
         rows = []
-        for (topic, _, _), prompt in zip(keys, prompts):
-            for think in (True, False):  # parallel answers in both modes (paper 3.1.1)
-                reply = chat_reply(
-                    rng, topic, 0 if rng.random() > FLAWED["chat"] else rng.choice([1, 1, 2, 3])
-                )
-                rows.append(
-                    (
-                        prompt,
-                        f"<think>\nabout {topic}\n</think>\n{reply}" if think else reply,
-                        think,
-                        "general",
-                    )
-                )
+        for prompt in prompts:
+            messages = [{"role": "user", "content": prompt}]
+            rows.append({"prompt": messages, "data_source": "toy", "category": "chat"})
         return rows
-    return [
-        {"prompt": [{"role": "user", "content": p}], "data_source": "toy", "category": "chat"}
-        for p in prompts
-    ]
+
+    demonstrations = []
+    for (topic, _, _), prompt in zip(keys, prompts):
+        # Every prompt is answered in both modes (paper 3.1.1).
+        for think in (True, False):
+            num_flaws = 0
+            if rng.random() <= FLAWED["chat"]:
+                num_flaws = rng.choice([1, 1, 2, 3])
+            reply = chat_reply(rng, topic, num_flaws)
+            if think:
+                reply = f"<think>\nabout {topic}\n</think>\n{reply}"
+            demonstrations.append(Demonstration(prompt, reply, think, "general"))
+    return demonstrations
 
 
 def damage(rng, topic, reply):
-    """A reply as a policy may come to write it when it drifts: about something else, with broken sentences, cut off, run on."""
-    words, kind = reply.split(), rng.random()
+    """Spoil a reply as a drifting policy would.
+
+    Change its topic, break its sentences, cut it off, repeat it or leave out a space.
+    """
+    words = reply.split()
+    kind = rng.random()
     if kind < 0.4:
-        other = rng.choice(TOPICS)
-        return " ".join(
-            other + w.removeprefix(topic) if w.startswith(topic) and rng.random() < 0.6 else w
-            for w in words
-        )
+        return change_topic(rng, topic, words)
     if kind < 0.8:
-        for _ in range(rng.choice([1, 1, 2])):
-            i = rng.randrange(len(words))
-            words[i : i + rng.choice([0, 1, 1, 2, 3])] = rng.choice(
-                [[], rng.choice(FACTS).format(topic).split()[:2], [rng.choice(words)]]
-            )
-            words = words or ["."]
-        return " ".join(words)
-    return rng.choice(
-        [
-            " ".join(words[: rng.randrange(len(words))]),
-            " ".join(words * 2),
-            reply.replace(". ", ".", 1),
-        ]
-    )
+        return break_sentences(rng, topic, words)
+    cut_off = " ".join(words[: rng.randrange(len(words))])
+    repeated = " ".join(words * 2)
+    without_a_space = reply.replace(". ", ".", 1)
+    return rng.choice([cut_off, repeated, without_a_space])
+
+
+def change_topic(rng, topic, words):
+    """Replace the topic by another one in 60% of its places."""
+    other = rng.choice(TOPICS)
+    changed = []
+    for word in words:
+        if word.startswith(topic) and rng.random() < 0.6:
+            word = other + word.removeprefix(topic)
+        changed.append(word)
+    return " ".join(changed)
+
+
+def break_sentences(rng, topic, words):
+    """Once or twice, replace up to three words by nothing, the start of a fact or another word."""
+    for _ in range(rng.choice([1, 1, 2])):
+        start = rng.randrange(len(words))
+        fact_start = rng.choice(FACTS).format(topic).split()[:2]
+        some_word = [rng.choice(words)]
+        inserted = rng.choice([[], fact_start, some_word])
+        num_removed = rng.choice([0, 1, 1, 2, 3])
+        words[start : start + num_removed] = inserted
+        if not words:
+            words = ["."]
+    return " ".join(words)
 
 
 def preference_rows(rng, keys):
-    """Pairs labelled by the rule, one in twenty the wrong way round. A reward model that has never seen a damaged reply pays
-    for it, and the policy finds out."""
+    """Pairs of replies for the reward model, labelled by chat_score; one label in twenty is wrong.
+
+    Six pairs in ten have a damaged reply. A reward model that has never seen one gives it a high
+    reward, and the policy finds that out.
+    """
     rows = []
     for key in keys:
-        topic, prompt = key[0], chat_prompt(key)
+        topic = key[0]
+        prompt = chat_prompt(key)
         for _ in range(3):
-            replies = [chat_reply(rng, topic, rng.choice([0, 0, 1, 2])) for _ in range(2)]
+            replies = []
+            for _ in range(2):
+                num_flaws = rng.choice([0, 0, 1, 2])
+                replies.append(chat_reply(rng, topic, num_flaws))
             if rng.random() < 0.6:
                 replies[1] = damage(rng, topic, replies[1])
-            scores = [chat_score(prompt, r) for r in replies]
-            if scores[0] != scores[1]:
-                best, worst = sorted(replies, key=lambda r: -chat_score(prompt, r))
-                best, worst = (worst, best) if rng.random() < 0.05 else (best, worst)
-                user = {"role": "user", "content": prompt}
-                rows.append(
-                    {
-                        "chosen": [user, {"role": "assistant", "content": best}],
-                        "rejected": [user, {"role": "assistant", "content": worst}],
-                    }
-                )
+            scores = [chat_score(prompt, reply) for reply in replies]
+            if scores[0] == scores[1]:
+                continue
+            best, worst = replies
+            if scores[0] < scores[1]:
+                best, worst = worst, best
+            if rng.random() < 0.05:
+                best, worst = worst, best
+            user = {"role": "user", "content": prompt}
+            rows.append(
+                {
+                    "chosen": [user, {"role": "assistant", "content": best}],
+                    "rejected": [user, {"role": "assistant", "content": worst}],
+                }
+            )
     return rows
 
 
 # ---- Instruction following -----------------------------------------------------------------------
-WORDS = "blue quiet happy early golden simple warm famous hidden gentle".split()
+WORD_LIST = "blue quiet happy early golden simple warm famous hidden gentle"
+WORDS = WORD_LIST.split()
 LINES = [
     "Some {} are {}.",
     "The {} look {}.",
@@ -232,8 +309,21 @@ LINES = [
     "These {} stay {}.",
 ]
 PHRASES = ["That is all.", "The end.", "Thank you."]
-KWARGS = "num_words relation keywords forbidden_words num_bullets end_phrase keyword frequency postscript_marker num_highlights".split()
-CONSTRAINTS = {  # id -> (instruction, kwargs to draw from)
+# All argument names that a row lists, whether its constraints use them or not.
+KWARGS = [
+    "num_words",
+    "relation",
+    "keywords",
+    "forbidden_words",
+    "num_bullets",
+    "end_phrase",
+    "keyword",
+    "frequency",
+    "postscript_marker",
+    "num_highlights",
+]
+# id -> (instruction, arguments from which one is drawn)
+CONSTRAINTS = {
     "punctuation:no_comma": ("Use no commas.", [{}]),
     "keywords:existence": ("Use the word {keywords[0]}.", [{"keywords": [w]} for w in WORDS]),
     "keywords:forbidden_words": (
@@ -259,81 +349,122 @@ CONSTRAINTS = {  # id -> (instruction, kwargs to draw from)
 
 
 def if_reply(rng, topic, constraints):
-    """A reply that keeps the given constraints [(id, kwargs)] and, where it is free, varies."""
-    want = dict(constraints)
-    count = want.get("length_constraints:number_words", {})
-    bullets = want.get("detectable_format:number_bullet_lists", {}).get("num_bullets", 0)
-    banned = want.get("keywords:forbidden_words", {}).get("forbidden_words", [])
-    words = [w for w in WORDS if w not in banned]
-    use = want.get("keywords:existence", {}).get("keywords", [])
-    num_lines = bullets or {"at least": 3, "less than": 1}.get(
-        count.get("relation"), rng.choice([1, 2])
-    )
-    chosen = use + rng.sample([w for w in words if w not in use], 3)
-    lines = [
-        rng.choice(LINES[2:3] if count.get("relation") == "at least" else LINES).format(
-            topic, chosen[i]
-        )
-        for i in range(num_lines)
-    ]
-    if "punctuation:no_comma" not in want and rng.random() < 0.5:
+    """Write a reply that keeps the constraints [(id, kwargs)] and varies where they allow it."""
+    wanted = dict(constraints)
+    relation = wanted.get("length_constraints:number_words", {}).get("relation")
+    bullets = wanted.get("detectable_format:number_bullet_lists", {}).get("num_bullets", 0)
+    forbidden = wanted.get("keywords:forbidden_words", {}).get("forbidden_words", [])
+    required = wanted.get("keywords:existence", {}).get("keywords", [])
+
+    # One line for each bullet point. Otherwise a demanded number of words decides, or chance.
+    if bullets:
+        num_lines = bullets
+    else:
+        num_lines = rng.choice([1, 2])
+        if relation == "at least":
+            num_lines = 3
+        elif relation == "less than":
+            num_lines = 1
+
+    # Each line holds one word of WORDS; the required one comes first. At most 12 words are wanted:
+    # three lines of the longest pattern have 18.
+    allowed = [word for word in WORDS if word not in forbidden and word not in required]
+    chosen = required + rng.sample(allowed, 3)
+    patterns = LINES[2:3] if relation == "at least" else LINES
+    lines = []
+    for i in range(num_lines):
+        lines.append(rng.choice(patterns).format(topic, chosen[i]))
+    if "punctuation:no_comma" not in wanted and rng.random() < 0.5:
         lines[0] = "Yes, " + lines[0][0].lower() + lines[0][1:]
-    text = "\n".join("* " + line for line in lines) if bullets else " ".join(lines)
-    if "detectable_format:title" in want:
+
+    # Title, body, postscript and end stand in this order; the quotes go around everything.
+    if bullets:
+        text = "\n".join("* " + line for line in lines)
+    else:
+        text = " ".join(lines)
+    if "detectable_format:title" in wanted:
         text = f"<<{topic}>>\n{text}"
-    if "detectable_content:postscript" in want:
+    if "detectable_content:postscript" in wanted:
         text += "\nP.S. Good luck."
-    if "startend:end_checker" in want:
-        text += ("\n" if bullets else " ") + want["startend:end_checker"]["end_phrase"]
-    return f'"{text}"' if "startend:quotation" in want else text
+    if "startend:end_checker" in wanted:
+        text += "\n" if bullets else " "
+        text += wanted["startend:end_checker"]["end_phrase"]
+    if "startend:quotation" in wanted:
+        text = f'"{text}"'
+    return text
+
+
+def compatible(constraints):
+    """Whether if_reply can keep all constraints [(id, kwargs)] at once."""
+    named_words, has_bullets, relations = [], False, []
+    for _, kwargs in constraints:
+        named_words += kwargs.get("keywords", []) + kwargs.get("forbidden_words", [])
+        if "num_bullets" in kwargs:
+            has_bullets = True
+        if "relation" in kwargs:
+            relations.append(kwargs["relation"])
+    # The same word must not be required and forbidden.
+    if len(named_words) != len(set(named_words)):
+        return False
+    # A number of bullet points leaves the number of words to chance.
+    if has_bullets and relations:
+        return False
+    # Three constraints do not fit into less than 8 words.
+    return not ("less than" in relations and len(constraints) > 2)
 
 
 def if_keys(rng):
+    """Draw keys without end: (topic, JSON of one to three compatible constraints [(id, kwargs)]).
+
+    JSON, because a key has to be hashable.
+    """
     while True:
         ids = rng.sample(sorted(CONSTRAINTS), rng.choice([1, 2, 2, 3]))
-        drawn = [(i, rng.choice(CONSTRAINTS[i][1])) for i in ids]
-        named = [w for _, k in drawn for w in k.get("keywords", []) + k.get("forbidden_words", [])]
-        kinds = [(k.get("num_bullets"), k.get("relation")) for _, k in drawn]
-        # bullet points leave the word count to chance
-        crowded = any(b for b, _ in kinds) and any(r for _, r in kinds)
-        short = any(r == "less than" for _, r in kinds) and len(drawn) > 2
-        if len(named) == len(set(named)) and not crowded and not short:
-            yield rng.choice(TOPICS), json.dumps(drawn)
+        constraints = []
+        for constraint_id in ids:
+            _, choices = CONSTRAINTS[constraint_id]
+            constraints.append((constraint_id, rng.choice(choices)))
+        if compatible(constraints):
+            yield rng.choice(TOPICS), json.dumps(constraints)
 
 
 def if_rows(rng, keys, split):
+    """Two demonstrations a key for the split "sft"; IF-RL rows for the others."""
     rows = []
     for index, (topic, drawn) in enumerate(keys):
-        constraints = [(i, k) for i, k in json.loads(drawn)]
-        prompt = " ".join(
-            [f"Write about {topic}."] + [CONSTRAINTS[i][0].format(**k) for i, k in constraints]
-        )
-        if split != "sft":
-            # None-filled, as on the hub
-            kwargs = [{name: k.get(name) for name in KWARGS} for _, k in constraints]
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": prompt}],
-                    "instruction_id_list": [i for i, _ in constraints],
-                    "kwargs": kwargs,
-                    "index": index,
-                }
-            )
+        constraints = json.loads(drawn)
+        sentences = [f"Write about {topic}."]
+        for constraint_id, kwargs in constraints:
+            instruction, _ = CONSTRAINTS[constraint_id]
+            sentences.append(instruction.format(**kwargs))
+        prompt = " ".join(sentences)
+        if split == "sft":
+            rows += if_demonstrations(rng, topic, prompt, constraints)
             continue
-        for think in (True, False):
-            kept = [c for c in constraints]
-            if rng.random() < FLAWED["if"]:
-                kept.remove(rng.choice(kept))
-            reply = if_reply(rng, topic, kept)
-            rows.append(
-                (
-                    prompt,
-                    f"<think>\nabout {topic}\n</think>\n{reply}" if think else reply,
-                    think,
-                    "instruction-following",
-                )
-            )
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "instruction_id_list": [constraint_id for constraint_id, _ in constraints],
+                # Every row has all names, and None for those that it does not use, as on the hub.
+                "kwargs": [{name: k.get(name) for name in KWARGS} for _, k in constraints],
+                "index": index,
+            }
+        )
     return rows
+
+
+def if_demonstrations(rng, topic, prompt, constraints):
+    """A reply in each mode; a flawed one breaks one constraint."""
+    demonstrations = []
+    for think in (True, False):
+        kept = list(constraints)
+        if rng.random() < FLAWED["if"]:
+            kept.remove(rng.choice(kept))
+        reply = if_reply(rng, topic, kept)
+        if think:
+            reply = f"<think>\nabout {topic}\n</think>\n{reply}"
+        demonstrations.append(Demonstration(prompt, reply, think, "instruction-following"))
+    return demonstrations
 
 
 # ---- Math ----------------------------------------------------------------------------------------
@@ -345,31 +476,51 @@ STEPS = {
 STARTS = ["Start with {}", "Take {}", "Begin at {}", "Ann has {}", "Think of {}"]
 
 
+def calculate(value, op, number):
+    if op == "+":
+        return value + number
+    if op == "-":
+        return value - number
+    return value * number
+
+
+def draw_steps(rng, start):
+    """Draw two or three steps (op, number, value before, value after).
+
+    Returns None if a value leaves 0 to 20. With values up to 40, SFT did not learn the sums at this
+    size, and RL had nothing to choose from.
+    """
+    value = start
+    steps = []
+    for _ in range(rng.choice([2, 2, 3, 3])):
+        op = rng.choice("++--*")
+        number = 2 if op == "*" else rng.randint(1, 5)
+        after = calculate(value, op, number)
+        if not 0 <= after <= 20:
+            return None
+        steps.append((op, number, value, after))
+        value = after
+    return tuple(steps)
+
+
 def math_keys(rng):
+    """Draw keys without end: (start, steps)."""
     while True:
-        value = start = rng.randint(1, 12)
-        steps = []
-        for _ in range(rng.choice([2, 2, 3, 3])):
-            op = rng.choice("++--*")
-            n = 2 if op == "*" else rng.randint(1, 5)
-            after = eval(f"{value}{op}{n}")  # our own digits
-            if not 0 <= after <= 20:
-                break
-            steps.append((op, n, value, after))
-            value = after
-        else:
-            yield start, tuple(steps)
+        start = rng.randint(1, 12)
+        steps = draw_steps(rng, start)
+        if steps is not None:
+            yield start, steps
 
 
 def math_rows(rng, keys, split):
+    """Two demonstrations a key for the split "sft"; Math RL rows for the others."""
     rows = []
     for start, steps in keys:
-        text = ", ".join(
-            [rng.choice(STARTS).format(start)]
-            + [rng.choice(STEPS[op]).format(n) for op, n, _, _ in steps]
-        )
+        parts = [rng.choice(STARTS).format(start)]
+        for op, number, _, _ in steps:
+            parts.append(rng.choice(STEPS[op]).format(number))
         row = {
-            "problem": text + ". What is the result?",
+            "problem": ", ".join(parts) + ". What is the result?",
             "answer": str(steps[-1][3]),
             "source": "toy",
         }
@@ -377,25 +528,33 @@ def math_rows(rng, keys, split):
             rows.append(row)
             continue
         for _ in range(2):
-            slip = rng.randrange(len(steps)) if rng.random() < FLAWED["math"] else -1
-            value, trace = start, []
-            for i, (op, n, _, _) in enumerate(steps):
-                after = eval(f"{value}{op}{n}") + (rng.choice([-2, -1, 1, 2]) if i == slip else 0)
-                trace.append(f"{value}{op}{n}={after}")
-                value = after
-            rows.append(
-                (
-                    row,
-                    "<think>\n" + "\n".join(trace) + f"\n</think>\n\\boxed{{{value}}}",
-                    True,
-                    "math",
-                )
-            )
+            slip_at = None
+            if rng.random() < FLAWED["math"]:
+                slip_at = rng.randrange(len(steps))
+            rows.append(Demonstration(row, math_reply(rng, start, steps, slip_at), True, "math"))
     return rows
 
 
+def math_reply(rng, start, steps, slip_at):
+    """Calculate step by step.
+
+    The result of the step slip_at is off by one or two, and the later steps go on from it. If
+    slip_at is None, every step is right.
+    """
+    value = start
+    equations = []
+    for i, (op, number, _, _) in enumerate(steps):
+        after = calculate(value, op, number)
+        if i == slip_at:
+            after += rng.choice([-2, -1, 1, 2])
+        equations.append(f"{value}{op}{number}={after}")
+        value = after
+    thought = "\n".join(equations)
+    return f"<think>\n{thought}\n</think>\n\\boxed{{{value}}}"
+
+
 # ---- Code and SWE --------------------------------------------------------------------------------
-# name -> (how to say it, line of code); neighbours in FAMILIES are easily mistaken for each other
+# name -> (two ways to say it, the expression)
 OPS = {
     "asc": (["sorts it", "puts it in rising order"], "sorted(x)"),
     "desc": (["sorts it from high to low", "puts it in falling order"], "sorted(x, reverse=True)"),
@@ -416,6 +575,7 @@ OPS = {
     "tail": (["drops the first number", "skips the first number"], "x[1:]"),
     "init": (["drops the last number", "leaves out the last number"], "x[:-1]"),
 }
+# The operations of a family are easily mistaken for each other.
 FAMILIES = [
     ["asc", "desc", "rev"],
     ["even", "odd"],
@@ -426,12 +586,14 @@ FAMILIES = [
     ["first", "last"],
     ["tail", "init"],
 ]
-SIBLINGS = {
-    name: [other for other in family if other != name] for family in FAMILIES for name in family
-}
+# SIBLINGS[name] are the other operations of its family.
+SIBLINGS = {}
+for family in FAMILIES:
+    for name in family:
+        SIBLINGS[name] = [other for other in family if other != name]
 
-
-RUN = {name: eval("lambda x: " + line) for name, (_, line) in OPS.items()}  # our own table
+# RUN[name] is the operation as a function of a list. The expressions are our own, so eval is safe.
+RUN = {name: eval("lambda x: " + expression) for name, (_, expression) in OPS.items()}
 
 
 def apply_ops(names, x):
@@ -441,26 +603,28 @@ def apply_ops(names, x):
 
 
 def program(names):
-    return "\n".join(["def f(x):", *(f"    x = {OPS[n][1]}" for n in names), "    return x", ""])
+    """The source of f(x), which applies the operations one after the other, one a line."""
+    lines = ["def f(x):"]
+    for name in names:
+        _, expression = OPS[name]
+        lines.append(f"    x = {expression}")
+    lines.append("    return x")
+    return "\n".join(lines) + "\n"
 
 
-def op_keys(rng):
-    """Compositions of two or three operations in which every single replacement by a sibling shows on some test input."""
-    while True:
-        names = tuple(rng.sample(sorted(OPS), rng.choice([2, 3, 3])))
-        inputs = code_inputs(names)
-        wrong = [
-            names[:i] + (other,) + names[i + 1 :]
-            for i, n in enumerate(names)
-            for other in SIBLINGS[n]
-        ]
-        if all(any(apply_ops(names, x) != apply_ops(w, x) for x in inputs) for w in wrong):
-            yield names
+def say(rng, names):
+    """The operations in words, e.g. "reverses it, then doubles every number"."""
+    return ", then ".join(rng.choice(OPS[name][0]) for name in names)
 
 
 def code_inputs(names):
+    """Four lists of numbers, always the same for the same operations."""
     rng = random.Random(" ".join(names))
-    return [[rng.randint(-9, 9) for _ in range(rng.randint(5, 8))] for _ in range(4)]
+    inputs = []
+    for _ in range(4):
+        length = rng.randint(5, 8)
+        inputs.append([rng.randint(-9, 9) for _ in range(length)])
+    return inputs
 
 
 def code_tests(names):
@@ -472,19 +636,43 @@ def code_tests(names):
     }
 
 
-def say(rng, names):
-    return ", then ".join(rng.choice(OPS[n][0]) for n in names)
+def replaced(names, i, other):
+    """The operations with the i-th one replaced."""
+    return names[:i] + (other,) + names[i + 1 :]
 
 
 def mistaken(rng, names):
+    """The operations with one of them replaced by a sibling."""
     i = rng.randrange(len(names))
-    return names[:i] + (rng.choice(SIBLINGS[names[i]]),) + names[i + 1 :]
+    return replaced(names, i, rng.choice(SIBLINGS[names[i]]))
+
+
+def tests_find_every_mistake(names):
+    """Whether each replacement of one operation by a sibling fails at least one of the tests."""
+    inputs = code_inputs(names)
+    right = [apply_ops(names, x) for x in inputs]
+    for i, name in enumerate(names):
+        for sibling in SIBLINGS[name]:
+            wrong_names = replaced(names, i, sibling)
+            if [apply_ops(wrong_names, x) for x in inputs] == right:
+                return False
+    return True
+
+
+def op_keys(rng):
+    """Draw keys without end: two or three operations whose tests find every mistake."""
+    while True:
+        names = tuple(rng.sample(sorted(OPS), rng.choice([2, 3, 3])))
+        if tests_find_every_mistake(names):
+            yield names
 
 
 def code_rows(rng, keys, split):
+    """Two demonstrations a key for the split "sft"; Code RL rows for the others."""
     rows = []
     for names in keys:
-        problem = f"Write a function f(x) that takes a list of numbers, {say(rng, names)}, and returns it."
+        task = say(rng, names)
+        problem = f"Write a function f(x) that takes a list of numbers, {task}, and returns it."
         row = {
             "hash_id": "-".join(names),
             "dataset": "toy",
@@ -496,82 +684,103 @@ def code_rows(rng, keys, split):
             rows.append(row)
             continue
         for _ in range(2):
-            written = mistaken(rng, names) if rng.random() < FLAWED["code"] else names
-            rows.append(
-                (
-                    row,
-                    f"<think>\n{' '.join(written)}\n</think>\n```python\n{program(written)}```",
-                    True,
-                    "code",
-                )
-            )
+            written = names
+            if rng.random() < FLAWED["code"]:
+                written = mistaken(rng, names)
+            thought = " ".join(written)
+            reply = f"<think>\n{thought}\n</think>\n```python\n{program(written)}```"
+            rows.append(Demonstration(row, reply, True, "code"))
     return rows
 
 
 def swe_rows(rng, keys, split):
+    """Two demonstrations a key for the split "sft"; SWE RL rows for the others.
+
+    The repository is one file, app.py, with one wrong line. A key whose bug makes two lines alike
+    is left out, because the line to be replaced must be unique in its file.
+    """
     rows = []
     for names in keys:
-        at = rng.randrange(len(names))
-        buggy = names[:at] + (rng.choice(SIBLINGS[names[at]]),) + names[at + 1 :]
-        if len(set(buggy)) < len(buggy):  # the line to be replaced must be unique in its file
+        bug_at = rng.randrange(len(names))
+        buggy = replaced(names, bug_at, rng.choice(SIBLINGS[names[bug_at]]))
+        if len(set(buggy)) < len(buggy):
             continue
-        before, after = program(buggy), program(names)
-        patch = "".join(
-            difflib.unified_diff(
-                before.splitlines(True), after.splitlines(True), "a/app.py", "b/app.py"
-            )
-        )
-        row = {
-            "prompt": "",
-            "original_prompt": f"f in app.py is wrong. It takes a list, {say(rng, names)}, and returns it.",
-            "golden_patch": patch,
-            "relevant_file_contents": [{"file_path": "app.py", "content": before}],
-            "instance_id": "toy-" + "-".join(names),
-            "source": "toy",
-            "tests": code_tests(names),
-        }
+        row = swe_row(names, buggy, say(rng, names))
         if split != "sft":
             rows.append(row)
             continue
         for _ in range(2):
-            i, new = at, names[at]
-            if rng.random() < FLAWED["swe"]:  # a wrong line, or the right line wrongly repaired
-                i = rng.randrange(len(names))
-                wrong = lambda ops: [n for n in ops if n != buggy[i] and (i, n) != (at, names[at])]
-                new = rng.choice(
-                    wrong([*SIBLINGS[names[at]], *SIBLINGS[buggy[i]], names[at]])
-                    or wrong(list(OPS))
-                )
-            edit = f"### app.py\n<<<<<<< SEARCH\n    x = {OPS[buggy[i]][1]}\n=======\n    x = {OPS[new][1]}\n>>>>>>> REPLACE"
-            rows.append(
-                (
-                    row,
-                    f"<think>\n{buggy[i]} {new}\n</think>\n```diff\n{edit}\n```",
-                    True,
-                    "swe_repair",
-                )
-            )
+            line, new = bug_at, names[bug_at]
+            if rng.random() < FLAWED["swe"]:
+                line, new = wrong_repair(rng, names, buggy, bug_at)
+            rows.append(Demonstration(row, swe_reply(buggy[line], new), True, "swe_repair"))
     return rows
 
 
+def swe_row(names, buggy, task):
+    before, after = program(buggy), program(names)
+    diff = difflib.unified_diff(
+        before.splitlines(True), after.splitlines(True), "a/app.py", "b/app.py"
+    )
+    return {
+        "prompt": "",
+        "original_prompt": f"f in app.py is wrong. It takes a list, {task}, and returns it.",
+        "golden_patch": "".join(diff),
+        "relevant_file_contents": [{"file_path": "app.py", "content": before}],
+        "instance_id": "toy-" + "-".join(names),
+        "source": "toy",
+        "tests": code_tests(names),
+    }
+
+
+def wrong_repair(rng, names, buggy, bug_at):
+    """Draw an edit that does not repair the program: (line to edit, its new operation).
+
+    The new operation is a sibling of the right operation or of the present one, or the right
+    operation in a wrong line. If none of these changes anything, it is any other operation.
+    """
+    line = rng.randrange(len(names))
+    right = names[bug_at]
+
+    def without_useless(candidates):
+        """Leave out the operation that is there already, and the repair itself."""
+        kept = []
+        for name in candidates:
+            is_the_repair = line == bug_at and name == right
+            if name != buggy[line] and not is_the_repair:
+                kept.append(name)
+        return kept
+
+    candidates = without_useless([*SIBLINGS[right], *SIBLINGS[buggy[line]], right])
+    if not candidates:
+        candidates = without_useless(list(OPS))
+    return line, rng.choice(candidates)
+
+
+def swe_reply(old, new):
+    """Replace the line of one operation by that of another, as a SEARCH/REPLACE edit."""
+    edit = (
+        "### app.py\n"
+        "<<<<<<< SEARCH\n"
+        f"    x = {OPS[old][1]}\n"
+        "=======\n"
+        f"    x = {OPS[new][1]}\n"
+        ">>>>>>> REPLACE"
+    )
+    return f"<think>\n{old} {new}\n</think>\n```diff\n{edit}\n```"
+
+
 # ---- Files ---------------------------------------------------------------------------------------
-def chat_keys(rng):
-    while True:
-        yield rng.choice(TOPICS), rng.randrange(len(QUESTIONS)), rng.randrange(len(TAILS))
-
-
-def chat_prompt(key):
-    topic, question, tail = key
-    return QUESTIONS[question].format(topic) + TAILS[tail]
-
-
 def split_keys(keys, counts):
-    """{split: keys}: distinct keys, dealt out one split after the other, disjoint by construction."""
-    seen = {}
-    while len(seen) < sum(counts):
-        seen[next(keys)] = True
-    seen = iter(seen)
-    return {split: [next(seen) for _ in range(n)] for split, n in zip(SPLITS, counts)}
+    """Deal out distinct keys, one split after the other; no two splits share one. {split: keys}."""
+    distinct = {}  # a dict keeps the order of drawing
+    while len(distinct) < sum(counts):
+        distinct[next(keys)] = True
+    remaining = iter(distinct)
+    splits = {}
+    for split, count in zip(SPLITS, counts, strict=True):
+        splits[split] = [next(remaining) for _ in range(count)]
+    return splits
 
 
 def write_jsonl(path, rows):
@@ -579,70 +788,143 @@ def write_jsonl(path, rows):
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def demonstrations(skill, made, folder):
-    """Rows of the SFT sets. The user turn is what the RL stage of that skill will show, built by its own code."""
-    import coderl
-    import mathrl
-    import swerl
-
-    prompts = [row for row, _, _, _ in made]
+def sft_rows(skill, demonstrations, folder):
+    """Rows of the SFT sets. The user turn is the prompt that the skill's RL stage will show."""
+    prompts = [demonstration.prompt for demonstration in demonstrations]
     if skill in ("math", "code", "swe"):
-        stage = {"math": mathrl, "code": coderl, "swe": swerl}[skill]
-        path = os.path.join(folder, f"{skill}_sft.jsonl")
-        # a row is demonstrated more than once
-        write_jsonl(path, {id(row): row for row in prompts}.values())
-        cfg = stage.Config(min_prompt_tokens=0) if skill == "swe" else stage.Config()
-        loaded = [row["messages"][-1]["content"] for row in stage.load_rows(cfg, path)]
-        built = dict(zip(dict.fromkeys(id(row) for row in prompts), loaded, strict=True))
-        prompts = [built[id(row)] for row in prompts]
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": reply},
-            ],
-            "category": category,
-            "source": "toy",
-            "generator": "toy.py",
-            "thinking": think,
-        }
-        for prompt, (_, reply, think, category) in zip(prompts, made, strict=True)
-    ]
+        prompts = built_prompts(skill, prompts, folder)
+    rows = []
+    for prompt, demonstration in zip(prompts, demonstrations, strict=True):
+        messages = [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": demonstration.reply},
+        ]
+        rows.append(
+            {
+                "messages": messages,
+                "category": demonstration.category,
+                "source": "toy",
+                "generator": "toy.py",
+                "thinking": demonstration.think,
+            }
+        )
+    return rows
 
 
-def make_tokenizer(folder, texts, fixed, vocab_size):
-    """Byte-level BPE over words and, so that sequences stay short, over whole lines of code; digits stand alone and each of
-    the `fixed` texts (chat headers, the stages' instructions) is one token."""
+def built_prompts(skill, rows, folder):
+    """The prompts that the stage's own load_rows builds from rows, one for each row."""
+    stage = {"math": mathrl, "code": coderl, "swe": swerl}[skill]
+    cfg = stage.Config()
+    if skill == "swe":
+        cfg.min_prompt_tokens = 0
+    # A row stands in the list once for each of its demonstrations; the stage reads it once.
+    distinct = {}
+    for row in rows:
+        distinct[id(row)] = row
+    path = os.path.join(folder, f"{skill}_sft.jsonl")
+    write_jsonl(path, distinct.values())
+    prompt_of = {}
+    for row_id, loaded in zip(distinct, stage.load_rows(cfg, path), strict=True):
+        prompt_of[row_id] = loaded["messages"][-1]["content"]
+    return [prompt_of[id(row)] for row in rows]
+
+
+def make_tokenizer(folder, texts, whole, vocab_size):
+    """Train a byte-level BPE tokenizer on texts and save it.
+
+    Sequences stay short, because a token may be a whole line of code and each of the texts in whole
+    (chat headers, the stages' instructions) is one token. Digits stand alone, as in Qwen3.
+    """
     tokenizer = Tokenizer(models.BPE())
+    # An indented line of code, a line end, a word, punctuation, or a single space.
+    pieces = Regex(r"    [^\n]+|\n| ?[A-Za-z_]+| ?[^\sA-Za-z0-9]+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(
-                Regex(r"    [^\n]+|\n| ?[A-Za-z_]+| ?[^\sA-Za-z0-9]+|\s"), behavior="isolated"
-            ),
+            pre_tokenizers.Split(pieces, behavior="isolated"),
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(fixed),
-        special_tokens=special,
+        vocab_size=vocab_size - len(whole),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens(sorted(fixed, key=len, reverse=True))
+    tokenizer.add_tokens(sorted(whole, key=len, reverse=True))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     return tokenizer
 
 
-def shared_pieces(texts, least=10):
-    """What all prompts of a stage have in common: how they begin, how they end, and whole lines in between."""
-    pieces = [os.path.commonprefix(texts), os.path.commonprefix([t[::-1] for t in texts])[::-1]]
-    middles = [t.removeprefix(pieces[0]).removesuffix(pieces[1]) for t in texts]
-    pieces += sorted(set.intersection(*(set(m.split("\n")) for m in middles)))
-    return [piece for piece in pieces if len(piece) >= least]
+def shared_pieces(texts, min_length=10):
+    """How all texts begin, how they end, and whole lines that all have in between."""
+    start = os.path.commonprefix(texts)
+    end = os.path.commonprefix([text[::-1] for text in texts])[::-1]
+    lines_of_all = None
+    for text in texts:
+        lines = set(text.removeprefix(start).removesuffix(end).split("\n"))
+        lines_of_all = lines if lines_of_all is None else lines_of_all & lines
+    pieces = [start, end, *sorted(lines_of_all)]
+    return [piece for piece in pieces if len(piece) >= min_length]
+
+
+def write_skills(cfg):
+    """Write the rl, dev and test files of every skill.
+
+    Returns ({skill: SFT rows}, {skill: {split: keys}}).
+    """
+    makers = {
+        "chat": (chat_keys, chat_rows),
+        "if": (if_keys, if_rows),
+        "math": (math_keys, math_rows),
+        "code": (op_keys, code_rows),
+        "swe": (None, swe_rows),
+    }
+    sft, keys = {}, {}
+    for skill, (make_keys, make_rows) in makers.items():
+        rng = random.Random(f"{cfg.seed} {skill}")
+        if skill == "swe":
+            # Code and SWE share their split: no program that is repaired in training is written in
+            # the test, and the other way round.
+            keys[skill] = keys["code"]
+        else:
+            keys[skill] = split_keys(make_keys(rng), KEYS[skill])
+        for split in ("rl", "dev", "test"):
+            path = os.path.join(cfg.out, f"{skill}_{split}.jsonl")
+            write_jsonl(path, make_rows(rng, keys[skill][split], split))
+        demonstrations = make_rows(rng, keys[skill]["sft"], "sft")
+        sft[skill] = sft_rows(skill, demonstrations, cfg.out)
+        counts = ", ".join(f"{len(keys[skill][split])} {split}" for split in SPLITS)
+        print(f"{skill:5s}{len(sft[skill]):6d} demonstrations, keys: {counts}")
+    return sft, keys
+
+
+def make_base_model(cfg, texts, whole):
+    """Save a tokenizer trained on texts and a Qwen3 with random weights as the folder base."""
+    base = os.path.join(cfg.out, "base")
+    os.makedirs(base, exist_ok=True)
+    for piece in whole:
+        texts = [text.replace(piece, "") for text in texts]
+    tokenizer = make_tokenizer(base, texts, whole, cfg.vocab_size)
+    model_config = Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=cfg.hidden_size,
+        intermediate_size=3 * cfg.hidden_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads,
+        num_key_value_heads=cfg.num_heads // 2,
+        head_dim=cfg.head_dim,
+        rope_theta=1e4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3.from_config(model_config, seed=cfg.seed, std=cfg.hidden_size**-0.5)
+    model.save_pretrained(base)
+    save_tokenizer(base, base)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{base}: {millions:.2f}M parameters, vocabulary {tokenizer.get_vocab_size()}")
 
 
 def main(cfg):
@@ -652,78 +934,30 @@ def main(cfg):
             note="Nothing was made.",
         )
     os.makedirs(cfg.out, exist_ok=True)
-    makers = {
-        "chat": (chat_keys, chat_rows),
-        "if": (if_keys, if_rows),
-        "math": (math_keys, math_rows),
-        "code": (op_keys, code_rows),
-        "swe": (None, swe_rows),
-    }
-    sft, keys = {}, {}
-    fixed = [
-        SYSTEM,
-        "system\n",
-        "user\n",
-        "assistant\n",
-        " /think",
-        " /no_think",
-        "<think>\n",
-        "\n</think>\n",
-    ]
-    for skill, (make_keys, make_rows) in makers.items():
-        rng = random.Random(f"{cfg.seed} {skill}")
-        # code and swe share their split
-        keys[skill] = split_keys(make_keys(rng), KEYS[skill]) if make_keys else keys["code"]
-        for split in ("rl", "dev", "test"):
-            write_jsonl(
-                os.path.join(cfg.out, f"{skill}_{split}.jsonl"),
-                make_rows(rng, keys[skill][split], split),
-            )
-        sft[skill] = demonstrations(skill, make_rows(rng, keys[skill]["sft"], "sft"), cfg.out)
-        fixed += shared_pieces([row["messages"][0]["content"] for row in sft[skill]])
-        print(
-            f"{skill:5s}{len(sft[skill]):6d} demonstrations, keys: "
-            + ", ".join(f"{len(k)} {split}" for split, k in keys[skill].items())
-        )
+    sft, keys = write_skills(cfg)
+
+    # Preferences for the reward model.
     rng = random.Random(f"{cfg.seed} files")
     preferences = preference_rows(rng, keys["chat"]["sft"] + keys["chat"]["rl"])
     held_out = preference_rows(rng, keys["chat"]["dev"])
     write_jsonl(os.path.join(cfg.out, "preference.jsonl"), preferences)
     write_jsonl(os.path.join(cfg.out, "preference_dev.jsonl"), held_out)
-    general = [row for skill in ("chat", "if", "math", "code") for row in sft[skill]]
-    # upsampled in stage 2, as in the paper (3.3.2: three times)
-    everything = general + 2 * sft["swe"]
-    for name, rows in (("sft_stage1", general), ("sft_stage2", everything)):
-        rng.shuffle(rows)
-        write_jsonl(os.path.join(cfg.out, f"{name}.jsonl"), rows)
 
-    base = os.path.join(cfg.out, "base")
-    os.makedirs(base, exist_ok=True)
-    texts = [m["content"] for row in everything for m in row["messages"]]
-    for piece in fixed:
-        texts = [t.replace(piece, "") for t in texts]
-    tokenizer = make_tokenizer(base, texts, fixed, cfg.vocab_size)
-    model = Qwen3.from_config(
-        Qwen3Config(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=cfg.hidden_size,
-            intermediate_size=3 * cfg.hidden_size,
-            num_hidden_layers=cfg.num_layers,
-            num_attention_heads=cfg.num_heads,
-            num_key_value_heads=cfg.num_heads // 2,
-            head_dim=cfg.head_dim,
-            rope_theta=1e4,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-        ),
-        seed=cfg.seed,
-        std=cfg.hidden_size**-0.5,
-    )
-    model.save_pretrained(base)
-    save_tokenizer(base, base)
-    print(
-        f"{base}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {tokenizer.get_vocab_size()}"
-    )
+    # The SFT sets. SWE comes in stage 2 only, and twice; the paper shows it three times (3.3.2).
+    stage1 = sft["chat"] + sft["if"] + sft["math"] + sft["code"]
+    stage2 = stage1 + 2 * sft["swe"]
+    rng.shuffle(stage1)
+    write_jsonl(os.path.join(cfg.out, "sft_stage1.jsonl"), stage1)
+    rng.shuffle(stage2)
+    write_jsonl(os.path.join(cfg.out, "sft_stage2.jsonl"), stage2)
+
+    # Texts that all prompts share are one token each: the chat format's and those of each skill.
+    whole = [SYSTEM, "system\n", "user\n", "assistant\n", " /think", " /no_think"]
+    whole += ["<think>\n", "\n</think>\n"]
+    for rows in sft.values():
+        whole += shared_pieces([row["messages"][0]["content"] for row in rows])
+    texts = [message["content"] for row in stage2 for message in row["messages"]]
+    make_base_model(cfg, texts, whole)
 
 
 if __name__ == "__main__":

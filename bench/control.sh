@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
-# The control of the toy cascade: beside each RL stage, as many seconds of SFT on the same demonstrations, from the same checkpoint.
 #
-#   bash bench/control.sh      needs a finished `bash run_cascade.sh`; ends with its matrix, in which every RL stage stands beside its control
+# The control of the toy cascade: beside each RL stage, as many seconds of SFT on the same demonstrations,
+# from the same checkpoint. It separates what RL teaches from what more training would have taught.
 #
-# Environment: that of run_cascade.sh. Here and not there, because it is a measurement: no stage of the recipe starts from what it trains.
+#   bash bench/control.sh      needs a finished `bash run_cascade.sh`; ends with the matrix of the run, in
+#                              which every RL stage stands beside its control
+#
+# Environment variables: those of run_cascade.sh. The control is not part of run_cascade.sh, because it is a
+# measurement: no stage of the recipe starts from a control.
+
 source "$(dirname "$0")/../run_cascade.sh" toy
-TASKS=all-toy LIMIT=240 before=sft2
+TASKS=all-toy LIMIT=240
 setup
+
+before=sft2  # the stage from which the RL stage started, and from which its control starts as well
 for name in rlhf ifrl mathrl coderl swerl; do
-    steps=$([ "${DRY_RUN:-}" = 1 ] && echo 1 || .venv/bin/python evaluate.py --same_compute="$OUT/$name,$OUT/sft2")
-    FROM=$OUT/$before/final
-    stage ${name}_control sft --data="$OUT/data/sft_stage2.jsonl" --lr=2e-3 --num_steps="$steps" --schedule_steps="$steps" \
-        --samples_per_step=64 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=10 --eval_every=0 --shard=replicate
+    # The number of SFT steps that take as many seconds as the RL stage took.
+    steps=1
+    if [ "${DRY_RUN:-}" != 1 ]; then
+        steps=$(.venv/bin/python evaluate.py --same_compute="$OUT/$name,$OUT/sft2")
+    fi
+    stage ${name}_control $LAUNCH sft.py \
+        --init_from="$OUT/$before/final" --out_dir="$OUT/${name}_control" \
+        --data="$OUT/data/sft_stage2.jsonl" \
+        --num_steps="$steps" --schedule_steps="$steps" --warmup_steps=10 --lr=2e-3 \
+        --samples_per_step=64 --max_seq_len=512 --micro_batch_tokens=8192 --eval_every=0 --shard=replicate
     before=$name
 done
 run .venv/bin/python evaluate.py --matrix="$OUT"

@@ -43,6 +43,7 @@ from lib.common import ranks
 from lib.data import BadRow, load_table, required_field
 from lib.guard import fail
 from verifiers import constraints
+from verifiers.answers import TEXT, last_box
 
 # Two protocols of appendix B: long answers under YaRN, and shorter ones without.
 K = 1024
@@ -195,7 +196,7 @@ def bare(text):
 
 def score_choice(row, answer):
     """Return whether the answer names the right letter and no other."""
-    box = mathrl.last_box(answer) or ""
+    box = last_box(answer) or ""
     option_of = {letter: bare(text) for letter, text in zip(LETTERS, row["options"])}
 
     # A letter with the text of its own option is that letter, whatever letters the text has.
@@ -205,7 +206,7 @@ def score_choice(row, answer):
             return letter == row["answer"]
 
     # The text of an option alone names no letter, even if it has one ("Vitamin C").
-    text = bare(mathrl.TEXT.sub(r"\1", box))
+    text = bare(TEXT.sub(r"\1", box))
     if len(text) > 1 and text in option_of.values():
         box = ""
     letters = SINGLE_LETTER.findall(box)

@@ -220,17 +220,3 @@ def load_checkpoint(folder, optimizer, cfg):
     for group in optimizer.param_groups:  # flags win over the file
         group |= {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
     return run["step"], run["state"]
-
-
-def load_history(folder, data):
-    """{"history", "epoch"} of the run that wrote this checkpoint if it was on the same rows (checksum `data`), else {}: the epoch
-    filter of paper 4.5.2 goes on over the length stages of Math RL."""
-    path = os.path.join(folder, "run.json")
-    with one_sentence(f"--init_from={folder}: run.json cannot be read"):
-        state = json.load(open(path))["state"] if os.path.exists(path) else {}
-    if state.get("data") != data or not state.get("history"):
-        return {}
-    print0(
-        f"{folder}: same prompts, so the epoch filter goes on with what it knows of {len(state['history'])} of them"
-    )
-    return {"history": state["history"], "epoch": state["epoch"]}

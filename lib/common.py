@@ -109,7 +109,12 @@ def shard(model, device, how="full"):
     if how not in ("full", "hybrid", "offload", "replicate"):
         fail(f"--shard={how}: expected full, hybrid, offload or replicate.")
     if dist.is_initialized() and (how != "replicate" or device.type == "cuda"):
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         dtype, inside = (
             torch.bfloat16 if device.type == "cuda" else torch.float32,
@@ -135,6 +140,10 @@ def shard(model, device, how="full"):
             if sum(p.numel() for p in layer.parameters()) >= SMALLEST_SHARE:
                 fully_shard(layer, **options)
         fully_shard(model, **options)
+        # FSDP gathers the root's weights when forward is called. These methods are entrances too.
+        for method in ("token_logprobs", "nll"):
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
     return model
 
 

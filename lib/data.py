@@ -13,11 +13,8 @@ import json
 import os
 import re
 
-import numpy as np
-
 from lib.common import print0
 from lib.guard import fail
-from model import NO_THINK, THINK, render_chat
 
 
 # ---- Data files ----------------------------------------------------------------------------------
@@ -241,55 +238,3 @@ def normal_rows(items, normalize, path):
 def load_table(path, normalize, limit=0):
     """Normal rows of a data set, all at once."""
     return list(normal_rows(read_rows(path, limit), normalize, path))
-
-
-# ---- Prompts of an RL stage ----------------------------------------------------------------------
-def encode_prompts(rows, tokenizer, cfg):
-    """Rows with prompt_ids; prompts longer than max_prompt_tokens are dropped here, before anything is grouped."""
-    # equal ids are one object: 8 bytes a token where they would be 36
-    known = {}
-    for row in rows:
-        # a flag that it ends in wins, so the verifier has to know
-        asked = row["messages"][-1]["content"].strip()
-        row["think"] = asked.endswith(THINK) or row["think"] and not asked.endswith(NO_THINK)
-        row["prompt_ids"] = [
-            known.setdefault(i, i) for i in render_chat(tokenizer, row["messages"], row["think"])[0]
-        ]
-    kept = [row for row in rows if len(row["prompt_ids"]) <= cfg.max_prompt_tokens]
-    for index, row in enumerate(kept):
-        row["index"] = index
-    if len(kept) < len(rows):
-        print0(
-            f"data: dropped {len(rows) - len(kept)} of {len(rows)} rows, prompt over {cfg.max_prompt_tokens} tokens"
-        )
-    return (
-        kept
-        if kept
-        else fail(f"data: every prompt is longer than max_prompt_tokens={cfg.max_prompt_tokens}.")
-    )
-
-
-def next_prompts(rows, state, cfg, select_rows):
-    """Row indices of the next step: a walk through a permutation of what select_rows picks for the epoch. Advances the cursor in `state`."""
-    chosen = []
-    while len(chosen) < cfg.prompts_per_step:
-        if state["position"] >= len(state["pool"]):
-            pool = select_rows(
-                rows, state["epoch"], {int(i): n for i, n in state["history"].items()}, cfg
-            )
-            order = np.random.default_rng([cfg.seed, state["epoch"]]).permutation(len(pool))
-            state |= {"pool": [pool[i] for i in order], "position": 0, "epoch": state["epoch"] + 1}
-        taken = state["pool"][state["position"] :][: cfg.prompts_per_step - len(chosen)]
-        state["position"] += len(taken)
-        chosen += taken
-    return chosen
-
-
-def count_correct(rollouts):
-    """{row index: [num_correct, num_rollouts]} of one rank, rollouts that are not trained on left out."""
-    counts = {}
-    for r in rollouts:
-        if r.trained:
-            correct, total = counts.get(str(r.row["index"]), (0, 0))
-            counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
-    return counts

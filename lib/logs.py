@@ -53,6 +53,13 @@ def summarize(rollouts, shares):
     return means | {"time/verifiers": verifiers_s}
 
 
+def show_sample(rollout):
+    """Print a rollout of this step: the end of its prompt, its text, its reward."""
+    print0(f"  prompt: {rollout.row['messages'][-1]['content']!r}")
+    print0(f"  sample: {rollout.text!r}")
+    print0(f"  reward: {rollout.reward:g} ({rollout.status}, {rollout.finish_reason})")
+
+
 def peak_memory():
     """Bytes: the most this process has held, on its GPU if there is one."""
     return (

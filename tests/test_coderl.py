@@ -1,6 +1,9 @@
-"""Code RL reads six public schemas into one form, and pays only for a program that passes every test.
-Guarded: what is dropped and why; LiveCodeBench's comparison rules; extraction after the last </think>; the language rule;
-the reward hook verifying in the background; the self test noticing wrong tests. Nothing here needs a network or a GPU."""
+"""Code RL reads six public schemas into one form, and pays only if a program passes every test.
+
+Guarded: what is dropped and why; LiveCodeBench's comparison rules; extraction after the last
+</think>; the language rule; the reward hook verifying in the background; the self test noticing
+wrong tests. Nothing here needs a network or a GPU.
+"""
 
 import json
 import os
@@ -354,7 +357,16 @@ def test_the_last_python_block_counts(text, code):
 
 
 def test_of_a_function_the_last_block_that_defines_it_counts():
-    text = "```python\nclass Solution:\n    def f(self): return 1\n```\nExample:\n```python\nprint(Solution().f())\n```"
+    text = (
+        "```python\n"
+        "class Solution:\n"
+        "    def f(self): return 1\n"
+        "```\n"
+        "Example:\n"
+        "```python\n"
+        "print(Solution().f())\n"
+        "```"
+    )
     assert (
         coderl.extract_code(text, "f").startswith("class")
         and coderl.extract_code(text, "g") == coderl.extract_code(text) == "print(Solution().f())\n"
@@ -456,12 +468,17 @@ def test_the_self_test_passes_sound_rows_and_stops_on_unsound_ones(capsys):
 
 
 def test_importing_the_stage_starts_nothing():
-    code = "import sys, coderl, sandbox; print('vllm' in sys.modules, sandbox._zygote)"
+    code = (
+        "import sys, coderl\n"
+        "from verifiers import sandbox\n"
+        "print('vllm' in sys.modules, sandbox._zygote)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=os.path.dirname(coderl.__file__),
+        check=False,
     )
     assert done.stdout == "False None\n", done.stderr
 
@@ -534,12 +551,18 @@ def test_junk_in_the_place_of_tests_drops_the_row_and_nothing_else(value, name, 
 
 @pytest.mark.slow
 def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
-    """Paper 4.6.2, measured: 12 completions leave an engine one after another, each program needs its CPU time; the same rollouts, verified
-    as they finish and verified when the last is done. Prints the seconds saved."""
+    """Paper 4.6.2, measured: verify rollouts as they finish, and when the last is done.
+
+    12 completions leave an engine one after another, and each program needs its CPU time. Prints
+    the seconds saved.
+    """
     from engine import Rollout
 
     busy = answer(
-        "import time\nend = time.process_time() + 0.15\nwhile time.process_time() < end: pass\nprint(int(input()) * 2)"
+        "import time\n"
+        "end = time.process_time() + 0.15\n"
+        "while time.process_time() < end: pass\n"
+        "print(int(input()) * 2)"
     )
     row = {
         "messages": [{"role": "user", "content": "Double it."}],
@@ -578,8 +601,9 @@ def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
     )
     overlapped, verifiers = seconds(submit, collect)
     print(
-        f"verified while decoding {overlapped:.2f} s, afterwards {afterwards:.2f} s: {afterwards - overlapped:.2f} s saved of "
-        f"{verifiers:.2f} s in the verifiers; decoding alone 3.6 s"
+        f"verified while decoding {overlapped:.2f} s, afterwards {afterwards:.2f} s: "
+        f"{afterwards - overlapped:.2f} s saved of {verifiers:.2f} s in the verifiers; "
+        "decoding alone 3.6 s"
     )
     assert afterwards - overlapped > 0.2
 

@@ -1125,39 +1125,60 @@ def test_a_mode_flag_that_ends_a_prompt_is_the_row_s_mode(tokenizer):
     assert ["Hi /think<|im_end|>" in text for text in texts] == [row["think"] for row in kept]
 
 
-# ---- README --------------------------------------------------------------------------------------
-def test_the_smallest_rows_of_the_readme_are_rows_of_their_stages(tmp_path, tokenizer):
+# ---- The rows that README.md and docs/data.md print ----------------------------------------------
+ROW_STAGES = {"sft", "rlhf", "rm", "ifrl", "mathrl", "coderl", "swerl"}
+
+
+def rows_of_the_readme():
+    """[(stage, row as JSON text)] of the table in README.md.
+
+    The second row of rlhf is a pair for its reward model.
+    """
+    rows = []
     text = (ROOT / "README.md").read_text()
-    rows = {
-        name: re.findall(r"`(\{.*?\})`", cell)
-        for name, cell in re.findall(r"^\| `(\w+)\.py` \| (`\{.*) \|$", text, re.M)
-    }
-    assert (
-        rows.keys() == {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl"}
-        and len(rows["rlhf"]) == 2
-    )
-    for name, found in rows.items():
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text(found[0] + "\n")
-        stage = importlib.import_module(name)
-        if name == "sft":
-            assert stage.normalize(json.loads(found[0]), "row 1")["think"]
+    for stage, cell in re.findall(r"^\| `(\w+)\.py` \| (`\{.*) \|$", text, re.MULTILINE):
+        for n, row in enumerate(re.findall(r"`(\{.*?\})`", cell)):
+            rows.append(("rm" if stage == "rlhf" and n == 1 else stage, row))
+    return rows
+
+
+def rows_of_the_data_page():
+    """[(stage, row as JSON text)]: the lines of the boxes in docs/data.md, by heading."""
+    rows, stage, inside = [], "", False
+    for line in (ROOT / "docs" / "data.md").read_text().splitlines():
+        if line.startswith("### Reward model"):
+            stage = "rm"
+        elif heading := re.match(r"## `(\w+)\.py`", line):
+            stage = heading[1]
+        elif line.startswith("```"):
+            inside = line == "```json"
+        elif inside:
+            rows.append((stage, line))
+    return rows
+
+
+@pytest.mark.parametrize("page", [rows_of_the_readme, rows_of_the_data_page])
+def test_the_smallest_rows_of_a_page_are_rows_of_their_stages(page, tmp_path, tokenizer):
+    rows = page()
+    assert {stage for stage, _ in rows} == ROW_STAGES
+    for stage, row in rows:
+        path = tmp_path / "row.jsonl"
+        path.write_text(row + "\n")
+        if stage == "sft":
+            loaded = data.load_table(str(path), sft.normalize)
+        elif stage == "rm":
+            loaded = reward_model.load_pairs(str(path), tokenizer, rlhf.Config())
         else:
-            assert (
-                len(
-                    stage.load_rows(
-                        stage.Config(
-                            data=str(path), **({"min_prompt_tokens": 0} if name == "swerl" else {})
-                        )
-                    )
-                )
-                == 1
-            )
-    path.write_text(rows["rlhf"][1] + "\n")
-    assert (
-        len(reward_model.load_pairs(str(path), tokenizer, importlib.import_module("rlhf").Config()))
-        == 1
-    )
+            module = importlib.import_module(stage)
+            knobs = {"min_prompt_tokens": 0} if stage == "swerl" else {}
+            loaded = module.load_rows(module.Config(data=str(path), **knobs))
+        assert len(loaded) == 1, (stage, row)
+
+
+def test_the_data_page_names_every_public_set_of_this_file():
+    text = (ROOT / "docs" / "data.md").read_text()
+    names = {name.split(",")[0] for name in SETS}
+    assert [name for name in sorted(names) if name not in text] == []
 
 
 # ---- Decontamination -----------------------------------------------------------------------------

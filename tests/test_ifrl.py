@@ -1,6 +1,9 @@
-"""ifrl.check decides all 54 constraint ids as the references do, quirks included (a hand-written table, and IFEval's 25 ids
-against lm_eval where it is installed). The loader never invents a parameter: what cannot be verified is dropped and counted.
-The reward looks at the answer only, and symbols, silence and slow patterns earn nothing."""
+"""ifrl.check decides all 54 constraint ids as the references do, quirks included.
+
+A hand-written table shows it, and for IFEval's 25 ids a comparison with lm_eval, where that is
+installed. The loader never invents a parameter: rows that cannot be verified are dropped and
+counted. The reward looks at the answer only, and symbols, silence and slow patterns earn nothing.
+"""
 
 import dataclasses
 import importlib.util
@@ -31,7 +34,6 @@ def have_punkt():
         return False
 
 
-# fmt: off
 # (id, kwargs, text, expected): per id a pass, a fail, and after them its quirks
 TABLE = [
     ("keywords:existence", {"keywords": ["dog", "cat"]}, "A DOG and a cat", True),
@@ -52,20 +54,55 @@ TABLE = [
     # whole words only
     ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "concatenate cats", True),
     ("keywords:forbidden_words", {"forbidden_words": ["c.t"]}, "a cut", False),
-    ("keywords:letter_frequency", {"letter": "a", "let_frequency": 3, "let_relation": "at least"}, "A banana", True),
-    ("keywords:letter_frequency", {"letter": "a", "let_frequency": 3, "let_relation": "less than"}, "banana", False),
-    ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "at least"}, "# and #", True),
+    (
+        "keywords:letter_frequency",
+        {"letter": "a", "let_frequency": 3, "let_relation": "at least"},
+        "A banana",
+        True,
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "a", "let_frequency": 3, "let_relation": "less than"},
+        "banana",
+        False,
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "#", "let_frequency": 2, "let_relation": "at least"},
+        "# and #",
+        True,
+    ),
     ("language:response_language", {"language": "fr"}, FRENCH, True),
     ("language:response_language", {"language": "fr"}, ENGLISH, False),
     # undetectable counts as followed
     ("language:response_language", {"language": "fr"}, "123 !?", True),
-    ("length_constraints:number_sentences", {"num_sentences": 2, **MORE}, "Hi there. Bye now.", True),
-    ("length_constraints:number_sentences", {"num_sentences": 2, **LESS}, "Hi there. Bye now.", False),
-    ("length_constraints:number_sentences", {"num_sentences": 2, **LESS}, "Dr. Smith paid $3.50 to Acme Inc. today.", True),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, **MORE},
+        "Hi there. Bye now.",
+        True,
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, **LESS},
+        "Hi there. Bye now.",
+        False,
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, **LESS},
+        "Dr. Smith paid $3.50 to Acme Inc. today.",
+        True,
+    ),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo", True),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n\ntwo", False),
     # blank ends are free
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\none\n***\ntwo\n***", True),
+    (
+        "length_constraints:number_paragraphs",
+        {"num_paragraphs": 2},
+        "***\none\n***\ntwo\n***",
+        True,
+    ),
     # a blank middle fails
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one *** *** two", False),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 1}, "one", True),
@@ -74,14 +111,44 @@ TABLE = [
     # don't is two words
     ("length_constraints:number_words", {"num_words": 3, **MORE}, "don't stop", True),
     # one Hindi word with its marks
-    ("length_constraints:number_words", {"num_words": 2, **LESS}, "\u0939\u093f\u0928\u094d\u0926\u0940", True),
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one x\n\nTwo, y", True),
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one x\n\nthree", False),
+    (
+        "length_constraints:number_words",
+        {"num_words": 2, **LESS},
+        "\u0939\u093f\u0928\u094d\u0926\u0940",
+        True,
+    ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"},
+        "one x\n\nTwo, y",
+        True,
+    ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"},
+        "one x\n\nthree",
+        False,
+    ),
     # cut at '
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "don"}, "one\n\n\"don't", True),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "don"},
+        "one\n\n\"don't",
+        True,
+    ),
     # blank keeps its place
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "one\n\n\n\ntwo", False),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] lives at [address]", True),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"},
+        "one\n\n\n\ntwo",
+        False,
+    ),
+    (
+        "detectable_content:number_placeholders",
+        {"num_placeholders": 2},
+        "[name] lives at [address]",
+        True,
+    ),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name\n]", False),
     # empty ones count
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[] [[x]", True),
@@ -101,15 +168,45 @@ TABLE = [
     ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "*\n* two", True),
     ("detectable_format:constrained_response", {}, "Well. My answer is maybe. So there.", True),
     ("detectable_format:constrained_response", {}, "My answer is Yes.", False),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and *two*", True),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and ** **", False),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+        "*one* and *two*",
+        True,
+    ),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+        "*one* and ** **",
+        False,
+    ),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 1}, "**one**", True),
     # its stars make no second span
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "**one**", False),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 3}, "**one** *two*", False),
-    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "Section 1 a\nSection 2 b", True),
-    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "SECTION 1 a\nSECTION 2 b", False),
-    ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}, "Section1Section2", True),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 3},
+        "**one** *two*",
+        False,
+    ),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Section", "num_sections": 2},
+        "Section 1 a\nSection 2 b",
+        True,
+    ),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Section", "num_sections": 2},
+        "SECTION 1 a\nSECTION 2 b",
+        False,
+    ),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Section", "num_sections": 2},
+        "Section1Section2",
+        True,
+    ),
     ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', True),
     ("detectable_format:json_format", {}, "{'a': 1}", False),
     ("detectable_format:json_format", {}, "1", True),  # a bare number passes
@@ -127,10 +224,25 @@ TABLE = [
     ("startend:quotation", {}, '"quoted"', True),
     ("startend:quotation", {}, "quoted", False),
     ("startend:quotation", {}, '"', False),
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "NASA and ESA fly", True),
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, "NASA and ESA fly", False),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        "NASA and ESA fly",
+        True,
+    ),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "less than"},
+        "NASA and ESA fly",
+        False,
+    ),
     # DO, N'T, GO: needs punkt
-    ("change_case:capital_word_frequency", {"capital_frequency": 3, "capital_relation": "at least"}, "DON'T. GO", True),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 3, "capital_relation": "at least"},
+        "DON'T. GO",
+        True,
+    ),
     ("change_case:english_capital", {}, ENGLISH.upper(), True),
     ("change_case:english_capital", {}, ENGLISH, False),
     ("change_case:english_capital", {}, "123", False),  # no letters is not upper-case
@@ -140,23 +252,63 @@ TABLE = [
     ("punctuation:no_comma", {}, "one; two", True),
     ("punctuation:no_comma", {}, "one, two", False),
     ("punctuation:no_comma", {}, "one\uff0c two", True),  # only the ASCII comma
-    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The early bird catches a worm", True),
-    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The late cat catches the worm", False),
+    (
+        "copy:repeat_phrase",
+        BIRD,
+        "The late bird catches the worm. The early bird catches a worm",
+        True,
+    ),
+    (
+        "copy:repeat_phrase",
+        BIRD,
+        "The late bird catches the worm. The late cat catches the worm",
+        False,
+    ),
     # an exact one may come first
-    ("copy:repeat_phrase", BIRD, "The early bird catches the worm. The late bird catches the worm", True),
+    (
+        "copy:repeat_phrase",
+        BIRD,
+        "The early bird catches the worm. The late bird catches the worm",
+        True,
+    ),
     # but not last
-    ("copy:repeat_phrase", BIRD, "The late bird catches the worm. The early bird catches the worm", False),
+    (
+        "copy:repeat_phrase",
+        BIRD,
+        "The late bird catches the worm. The early bird catches the worm",
+        False,
+    ),
     ("copy:copy", {"prompt_to_repeat": "Say hi"}, " say HI\n", True),
     ("copy:copy", {"prompt_to_repeat": "Say hi"}, "Say hi!", False),
     ("copy:copying_simple", {"prompt_to_repeat": "Say hi"}, "Say hi", True),
     ("copy:copying_simple", {"prompt_to_repeat": "Say hi"}, "Say", False),
     ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi ****** say hi", True),
     ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi", False),
-    ("copy:copying_multiple", {"prompt_to_repeat": "Say hi", "N": 2}, "Say hi******say hi******", False),
+    (
+        "copy:copying_multiple",
+        {"prompt_to_repeat": "Say hi", "N": 2},
+        "Say hi******say hi******",
+        False,
+    ),
     # characters, end open
-    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9}, "WOR", True),
-    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9}, "worl", False),
-    ("new:copy_span_idx", {"prompt_to_repeat": "Hello world", "n_start": 0, "n_end": 5}, "hello", True),
+    (
+        "new:copy_span_idx",
+        {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9},
+        "WOR",
+        True,
+    ),
+    (
+        "new:copy_span_idx",
+        {"prompt_to_repeat": "Hello world", "n_start": 6, "n_end": 9},
+        "worl",
+        False,
+    ),
+    (
+        "new:copy_span_idx",
+        {"prompt_to_repeat": "Hello world", "n_start": 0, "n_end": 5},
+        "hello",
+        True,
+    ),
     ("detectable_format:sentence_hyphens", {}, "I am here.-You are there.", True),
     ("detectable_format:sentence_hyphens", {}, "I am here. -You are there.", False),
     ("detectable_format:sentence_hyphens", {}, "I am here. You are there.", False),
@@ -170,8 +322,18 @@ TABLE = [
     ("detectable_format:square_brackets", {}, "[one]. [two]", False),
     ("keywords:word_once", {"keyword": "dog"}, "A Dog ran", True),
     ("keywords:word_once", {"keyword": "dog"}, "dog and hotdog", False),
-    ("keywords:word_count_different_numbers", {"keyword": "dog", "frequency": 2, **MORE}, "dog dog", True),
-    ("keywords:word_count_different_numbers", {"keyword": "dog", "frequency": 2, **LESS}, "dog dogs", False),
+    (
+        "keywords:word_count_different_numbers",
+        {"keyword": "dog", "frequency": 2, **MORE},
+        "dog dog",
+        True,
+    ),
+    (
+        "keywords:word_count_different_numbers",
+        {"keyword": "dog", "frequency": 2, **LESS},
+        "dog dogs",
+        False,
+    ),
     ("keywords:exclude_word_harder", {"keyword": "dog"}, "a cat", True),
     ("keywords:exclude_word_harder", {"keyword": "dog"}, "a dog ran", False),
     # case counts, and a blank on both sides
@@ -186,9 +348,14 @@ TABLE = [
     ("first_word:first_word_sent", {"first_word": "we"}, "We ran. They won!", False),
     # punctuation is part of the word
     ("first_word:first_word_sent", {"first_word": "we"}, "We, ran.", False),
-    ("first_word:first_word_sent", {"first_word": ["we"]}, "We saw Dr. Smith at 3.30 p.m. daily", True),
+    (
+        "first_word:first_word_sent",
+        {"first_word": ["we"]},
+        "We saw Dr. Smith at 3.30 p.m. daily",
+        True,
+    ),
     ("first_word:first_word_answer", {"first_word": "we"}, "WE ran. They won", True),
-    ("first_word:first_word_answer", {"first_word": "we"}, "\"We ran", False),
+    ("first_word:first_word_answer", {"first_word": "we"}, '"We ran', False),
     ("last_word:last_word_sent", {"last_word": "now"}, "Go now. Run Now!", True),
     ("last_word:last_word_sent", {"last_word": "now"}, "Go now. Run away!", False),
     # the second mark is a sentence of its own
@@ -210,13 +377,38 @@ TABLE = [
     ("letters:letter_counting", {"N": 3, **MORE}, "a1b2c", True),
     ("letters:letter_counting", {"N": 3, **LESS}, "abc", False),
     ("letters:letter_counting", {"N": 3, **LESS}, "ab\u00e9", True),  # ASCII letters
-    ("letters:letter_counting2", {"letter": "o", "let_frequency": 2, "let_relation": "at least"}, "Oo", True),
-    ("letters:letter_counting2", {"letter": "o", "let_frequency": 2, "let_relation": "at least"}, "o", False),
-    ("count:counting_composition", {"n_sent": 2, "n_words": 3}, "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.", True),
+    (
+        "letters:letter_counting2",
+        {"letter": "o", "let_frequency": 2, "let_relation": "at least"},
+        "Oo",
+        True,
+    ),
+    (
+        "letters:letter_counting2",
+        {"letter": "o", "let_frequency": 2, "let_relation": "at least"},
+        "o",
+        False,
+    ),
+    (
+        "count:counting_composition",
+        {"n_sent": 2, "n_words": 3},
+        "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.",
+        True,
+    ),
     # the full stop is a token
-    ("count:counting_composition", {"n_sent": 2, "n_words": 2}, "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.", False),
+    (
+        "count:counting_composition",
+        {"n_sent": 2, "n_words": 2},
+        "Go on. Go up.\n***\nGo on. Go up.\n***\nGo on. Go up.",
+        False,
+    ),
     # a blank end has no sentence
-    ("count:counting_composition", {"n_sent": 1, "n_words": 2}, "Go on\n***\nGo up\n***\nGo by\n***", False),
+    (
+        "count:counting_composition",
+        {"n_sent": 1, "n_words": 2},
+        "Go on\n***\nGo up\n***\nGo by\n***",
+        False,
+    ),
     ("count:count_unique", {}, "All words differ here.", True),
     ("count:count_unique", {}, "one two one", False),
     ("count:count_unique", {}, "One. Two.", False),  # two full stops are one token twice
@@ -227,9 +419,24 @@ TABLE = [
     ("keywords:palindrome", {}, "the boat floats", False),
     ("keywords:palindrome", {}, "I float", True),  # one letter is one
     ("keywords:palindrome", {}, "the Kayak. floats", False),
-    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 2, "m": 3}, "Hi there. A big dog ran.", True),
-    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 2, "m": 3}, "Hi there. A big Dog ran.", False),
-    ("keywords:keyword_specific_position", {"keyword": "dog", "n": 3, "m": 1}, "Hi there. A dog.", False),
+    (
+        "keywords:keyword_specific_position",
+        {"keyword": "dog", "n": 2, "m": 3},
+        "Hi there. A big dog ran.",
+        True,
+    ),
+    (
+        "keywords:keyword_specific_position",
+        {"keyword": "dog", "n": 2, "m": 3},
+        "Hi there. A big Dog ran.",
+        False,
+    ),
+    (
+        "keywords:keyword_specific_position",
+        {"keyword": "dog", "n": 3, "m": 1},
+        "Hi there. A dog.",
+        False,
+    ),
     # the comma is a token
     ("keywords:keyword_specific_position", {"keyword": "dog", "n": 1, "m": 3}, "Hi, dog", True),
     ("keywords:start_end", {}, "Day after day", True),
@@ -237,7 +444,6 @@ TABLE = [
     ("keywords:start_end", {}, "Day after day.", False),  # the full stop is the last token
     ("keywords:start_end", {}, "Day", False),
 ]
-# fmt: on
 
 
 def test_every_id_is_in_the_hand_written_table_with_a_pass_and_a_fail():
@@ -321,7 +527,6 @@ def test_language_verdicts_do_not_change_from_call_to_call():
     )
 
 
-# fmt: off
 # the regular-expression splitter; punkt differs on many of these
 SPLITS = [
     ("Hello there. I am Dr. Smith. Bye!", ["Hello there.", "I am Dr. Smith.", "Bye!"]),
@@ -337,7 +542,6 @@ SPLITS = [
     ("Stop.  ", ["Stop."]),
     ("", []),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("text, sentences", SPLITS)
@@ -401,23 +605,38 @@ def test_reward_is_one_only_if_every_constraint_holds_in_the_answer():
 
 FR, COMMA = ("language:response_language", {"language": "fr"}), ("punctuation:no_comma", {})
 SHORT = ("length_constraints:number_words", {"num_words": 5, "relation": "less than"})
-# fmt: off
 # (reply, constraints, reward). A one is what the rules say: the reward model and under_20_words
 # watch those.
 ATTACKS = [
-    ("", [COMMA], 0), ("  \n", [COMMA], 0), ("\u00a0\u3000", [COMMA], 0),
-    (".", [FR], 0), ("123", [FR], 0), ("!?", [FR, COMMA], 0), ("\U0001f600\U0001f600", [FR], 0), ("\u200b", [FR], 0), ("$$ + $$", [FR], 0),
+    ("", [COMMA], 0),
+    ("  \n", [COMMA], 0),
+    ("\u00a0\u3000", [COMMA], 0),
+    (".", [FR], 0),
+    ("123", [FR], 0),
+    ("!?", [FR, COMMA], 0),
+    ("\U0001f600\U0001f600", [FR], 0),
+    ("\u200b", [FR], 0),
+    ("$$ + $$", [FR], 0),
     ("http://a.b/c", [FR], 1),  # letters, yet undetectable: the reference's rule
-    ("A", [COMMA, SHORT], 1), (".", [COMMA, SHORT], 1), ("123", [COMMA, SHORT, ("keywords:palindrome", {})], 0),
+    ("A", [COMMA, SHORT], 1),
+    (".", [COMMA, SHORT], 1),
+    ("123", [COMMA, SHORT, ("keywords:palindrome", {})], 0),
     ("7", [COMMA, SHORT, ("detectable_format:json_format", {})], 1),
     ("[] []", [("detectable_content:number_placeholders", {"num_placeholders": 2})], 1),
-    ("dog dog dog", [("keywords:frequency", {"keyword": "dog", "frequency": 3, "relation": "at least"})], 1),
+    (
+        "dog dog dog",
+        [("keywords:frequency", {"keyword": "dog", "frequency": 3, "relation": "at least"})],
+        1,
+    ),
     ("---", [("detectable_format:number_bullet_lists", {"num_bullets": 1})], 1),
-    ("<<>>", [("detectable_format:title", {})], 0), ("<<x>>", [("detectable_format:title", {})], 1),
-    ("<think>fine", [COMMA], 0), ("<think></think>", [COMMA], 0), ("</think>", [COMMA], 0), ("a</think>b, c", [COMMA], 0),
+    ("<<>>", [("detectable_format:title", {})], 0),
+    ("<<x>>", [("detectable_format:title", {})], 1),
+    ("<think>fine", [COMMA], 0),
+    ("<think></think>", [COMMA], 0),
+    ("</think>", [COMMA], 0),
+    ("a</think>b, c", [COMMA], 0),
     ("x" * 60_000, [COMMA], 0),  # past MAX_CHARS
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("reply, constraints, expected", ATTACKS)
@@ -483,7 +702,10 @@ def test_a_pattern_that_never_ends_is_masked_and_the_next_step_works(monkeypatch
 
 
 def test_thinking_reward_by_hand(monkeypatch):
-    """Scores 1 2 3 6: mean 3, unbiased std 2.1602; the third breaks a rule but counts in mean and std."""
+    """Scores 1 2 3 6: mean 3, unbiased std 2.1602.
+
+    The third reply breaks a rule, but its score counts in mean and std.
+    """
     scores = {"w": 1.0, "x": 2.0, "a,b": 3.0, "z": 6.0, "p": 5.0, "q": 5.0}
     seen = []
     monkeypatch.setattr(
@@ -523,8 +745,10 @@ SCHEMAS = {
     "allenai": {
         "messages": USER + [{"role": "assistant", "content": "ok"}],
         "dataset": ["x"],
-        "ground_truth": "[{'instruction_id': ['punctuation:no_comma', '%s'], 'kwargs': [None, {'num_words': 5.0, 'relation': 'less than', 'N': None}]}]"
-        % SHORT[0],
+        "ground_truth": (
+            f"[{{'instruction_id': ['punctuation:no_comma', '{SHORT[0]}'], 'kwargs': "
+            "[None, {'num_words': 5.0, 'relation': 'less than', 'N': None}]}]"
+        ),
     },
     "google": {
         "key": 1000,
@@ -557,7 +781,6 @@ def constrained(name, kwargs):
     return {"prompt": "Write.", "instruction_id_list": [name], "kwargs": [kwargs]}
 
 
-# fmt: off
 DROPPED = [
     # an IFBench test id: never trained on
     (constrained("count:numbers", {"N": 2}), "unknown id count:numbers"),
@@ -567,15 +790,32 @@ DROPPED = [
     (constrained("keywords:existence", {"keywords": []}), "existence without keywords"),
     (constrained("keywords:existence", {"keywords": ["ok", "c("]}), "unterminated subpattern"),
     (constrained("keywords:word_once", {"keyword": "(a|b)*"}), "repeated group"),
-    (constrained("keywords:letter_frequency", {"letter": "ab", "let_frequency": 1, "let_relation": "at least"}), "out of range"),
+    (
+        constrained(
+            "keywords:letter_frequency",
+            {"letter": "ab", "let_frequency": 1, "let_relation": "at least"},
+        ),
+        "out of range",
+    ),
     (constrained("copy:copying_multiple", {"prompt_to_repeat": "x", "N": 0}), "with N 0"),
-    (constrained("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 1, "nth_paragraph": 2, "first_word": "a"}), "out of range"),
+    (
+        constrained(
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 1, "nth_paragraph": 2, "first_word": "a"},
+        ),
+        "out of range",
+    ),
     ({"prompt": "Write.", "instruction_id_list": [], "kwargs": []}, "no constraints"),
-    ({"prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "no constraints"),
+    (
+        {"prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []},
+        "no constraints",
+    ),
     ({"prompt": " ", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "no prompt"),
-    ({"messages": USER, "ground_truth": "__import__('os').getcwd()"}, "ground_truth holds no instruction_id"),
+    (
+        {"messages": USER, "ground_truth": "__import__('os').getcwd()"},
+        "ground_truth holds no instruction_id",
+    ),
 ]
-# fmt: on
 
 
 def test_rows_that_cannot_be_verified_are_dropped_and_counted(tmp_path, capsys):
@@ -646,9 +886,14 @@ def test_self_test_stops_a_run_whose_rows_cannot_be_decided(capsys):
 
 
 # ---- properties ----------------------------------------------------------------------------------
-BITS = "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ... ?! !\" \u201cx.\u201d <<t>> << >> [x] [ ] *b* ** *** ****** - --- \n \n\n \t * {} 1 , Section P.S. \u4e2d\u6587 \u0130 \u00df \u0301 \u200b \ud7ff \x00 \x0b <stop> ``` ```json".split(
-    " "
+# Pieces of text that the checks treat in a special way.
+BIT_TEXT = (
+    "a I The early bird worm dog cat. It's DON'T. NASA U.S. Dr. e.g. 3.14 ... ?! !\" "
+    "\u201cx.\u201d <<t>> << >> [x] [ ] *b* ** *** ****** - --- \n \n\n \t * {} 1 , "
+    "Section P.S. \u4e2d\u6587 \u0130 \xdf \u0301 \u200b \ud7ff \x00 \x0b <stop> ``` "
+    "```json"
 )
+BITS = BIT_TEXT.split(" ")
 TEXTS = st.one_of(
     st.text(max_size=300),
     st.lists(st.sampled_from([*BITS, " ", " ", " "]), max_size=60).map("".join),
@@ -701,11 +946,12 @@ def test_hostile_repetition_takes_bounded_time(unit):
 
 # ---- lm_eval -------------------------------------------------------------------------------------
 def load_lm_eval(monkeypatch):
-    """lm_eval's IFEval registry without the rest of lm_eval; skips with the reason where it cannot be had."""
+    """lm_eval's IFEval registry without the rest of lm_eval; skips where it cannot be had."""
     root = importlib.util.find_spec("lm_eval")
     if root is None:
         pytest.skip(
-            "the reference, lm_eval, is not installed: IFEval's 25 ids were compared with the hand-written table only"
+            "the reference, lm_eval, is not installed: IFEval's 25 ids were compared with the "
+            "hand-written table only"
         )
     if not have_punkt():
         pytest.skip(constraints.PUNKT_HELP)
@@ -766,7 +1012,7 @@ def test_ifeval_verdicts_equal_those_of_lm_eval(monkeypatch):
         theirs.build_description(**kwargs)
         try:
             expected = bool(text.strip()) and bool(theirs.check_following(text))
-        except Exception:  # a reference that raises says no (NeMo Gym's rule)
+        except Exception:  # noqa: BLE001  a reference that raises says no (NeMo Gym's rule)
             expected = False
         compared += 1
         differ += [(name, kwargs, text)] if ifrl.check(name, kwargs, text) != expected else []
@@ -783,9 +1029,6 @@ def test_only_the_answer_may_not_be_too_long():
     assert ifrl.verify("<think></think>" + "so " * 20_000, True, ids, kwargs) == ([False], "wrong")
 
 
-from verifiers.constraints import check  # noqa: E402
-
-
 @pytest.mark.parametrize(
     "text, followed",
     [
@@ -796,4 +1039,4 @@ from verifiers.constraints import check  # noqa: E402
     ],
 )
 def test_repeat_phrase(text, followed):
-    assert check("copy:repeat_phrase", {"phrase": "a b c d", "small_n": 2}, text) is followed
+    assert ifrl.check("copy:repeat_phrase", {"phrase": "a b c d", "small_n": 2}, text) is followed

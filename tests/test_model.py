@@ -1,7 +1,9 @@
-"""Guards: our Qwen3 = transformers' Qwen3 (all five shapes, YaRN, both directions of the folder), packed = padded = alone.
+"""Guards: our Qwen3 = transformers' Qwen3 (all five shapes, YaRN, both directions of the folder),
+packed = padded = alone.
 
-Everything runs in float32 on the CPU with random weights, norm weights included, because norms of 1 hide mistakes. With this file
-and test_engine.py: sampler = trainer = transformers, so a log-prob means the same thing wherever it is computed.
+Everything runs in float32 on the CPU with random weights, norm weights included, because norms of
+1 hide mistakes. With this file and test_engine.py: sampler = trainer = transformers, so a
+log-prob means the same thing wherever it is computed.
 """
 
 import json
@@ -15,7 +17,15 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from transformers import Qwen3Config as TheirConfig
 
 from lib.packing import shared_prefixes
-from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, read_config, rope_tables
+from model import (
+    QWEN3_SIZES,
+    Qwen3,
+    Qwen3Config,
+    hf_config,
+    packed_batch,
+    read_config,
+    rope_tables,
+)
 
 PUBLISHED = {
     "0.6b": 0.596049920e9,
@@ -28,7 +38,8 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
 
 
 def scaled_down(size, **changes):
-    """The shape of one of the five sizes with its ratios (query to kv heads, mlp to width, tied or not), 64 times smaller."""
+    """The shape of one of the five sizes with its ratios (query to kv heads, mlp to width, tied
+    or not), 64 times smaller."""
     full = Qwen3Config(**QWEN3_SIZES[size])
     shape = dict(
         vocab_size=211,
@@ -46,7 +57,8 @@ def scaled_down(size, **changes):
 
 
 def theirs(model, folder):
-    """The same weights in transformers, through our saved folder; eager attention is the plain formula."""
+    """The same weights in transformers, through our saved folder; eager attention is the plain
+    formula."""
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -89,7 +101,8 @@ def test_packed_equals_padded_equals_alone(tmp_path):
     rows = [random_ids(n, seed=n) for n in lengths]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     with torch.no_grad():
-        hidden = model(torch.cat(rows), torch.tensor(starts, dtype=torch.int32), max(lengths))
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+        hidden = model.packed_hidden(torch.cat(rows), cu_seqlens, max(lengths))
         packed = F.linear(hidden, model.head_weight).split(lengths)
         padded = torch.stack([F.pad(row, (max(lengths) - len(row), 0)) for row in rows])
         seen = torch.stack(
@@ -119,10 +132,9 @@ def test_logprobs_are_those_of_the_logits_and_entry_t_is_about_token_t():
     model, row, temperature = scaled_down("4b"), random_ids(20), 0.7
     index = torch.arange(5, 20)
     with torch.no_grad():
-        logprobs, entropy = model(
-            row, torch.tensor([0, 20], dtype=torch.int32), 20, index, temperature=temperature
-        )
-        nll = model(row, torch.tensor([0, 20], dtype=torch.int32), 20, index, nll=True)
+        batch = packed_batch(row, torch.tensor([0, 20], dtype=torch.int32), 20, index)
+        logprobs, entropy = model.token_logprobs(batch, temperature=temperature)
+        nll = model.nll(batch)
         table = torch.log_softmax(model(row[None])[0] / temperature, -1)
         plain = torch.log_softmax(model(row[None])[0], -1)
     for t in range(20):
@@ -267,9 +279,9 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
 
 
 def test_the_copy_of_a_tied_head_is_left_alone(tmp_path):
-    copy = lambda state: state.update(
-        {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
-    )
+    def copy(state):
+        return state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+
     assert Qwen3.from_pretrained(broken(tmp_path, copy, size="0.6b")).lm_head is None
 
 
@@ -306,18 +318,22 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = make_tiny()
         model.gradient_checkpointing = checkpointing
         row = random_ids(12, vocab=61)
-        model(row, torch.tensor([0, 12], dtype=torch.int32), 12, torch.arange(1, 12))[
-            0
-        ].sum().backward()
+        cu_seqlens = torch.tensor([0, 12], dtype=torch.int32)
+        batch = packed_batch(row, cu_seqlens, 12, torch.arange(1, 12))
+        model.token_logprobs(batch)[0].sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(checkpointing):
-    """Two groups of samples of a prompt (one twice the same, one cut off inside another) and a lone sequence: log-probs, entropies,
-    the SFT loss and all gradients beside those of every token by itself. Tolerance 1e-5, relative."""
-    draw = lambda n, seed: random_ids(n, vocab=61, seed=seed).tolist()
+    """Two groups of samples of a prompt (one twice the same, one cut off inside another) and a lone
+    sequence: log-probs, entropies, the SFT loss and all gradients beside those of every token by
+    itself. Tolerance 1e-5, relative."""
+
+    def draw(n, seed):
+        return random_ids(n, vocab=61, seed=seed).tolist()
+
     prompts, tail = [draw(20, 1), draw(9, 2)], draw(7, 3)
     sequences = [
         prompts[0] + tail,
@@ -342,8 +358,8 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
     for given in (shared, None):
         model = make_tiny()
         model.gradient_checkpointing = checkpointing
-        logprobs_T, entropy_T = model(*packed, given, temperature=0.7)
-        nll = model(*packed, given, nll=True)
+        logprobs_T, entropy_T = model.token_logprobs(packed_batch(*packed, given), temperature=0.7)
+        nll = model.nll(packed_batch(*packed, given))
         ((weight_M * (logprobs_T + entropy_T)[packed[3]]).sum() + nll).backward()
         found.append(
             (
@@ -361,7 +377,8 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
 
 
 def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):
-    """Scored tokens alone go through the last layer's o_proj and MLP. The slow way takes every row and picks them afterwards."""
+    """Scored tokens alone go through the last layer's o_proj and MLP. The slow way takes every
+    row and picks them afterwards."""
     ids, cu_seqlens = random_ids(40, vocab=61), torch.tensor([0, 11, 17, 40], dtype=torch.int32)
     keep = torch.tensor([3, 4, 9, 15, 16, 30, 38])
     found = []
@@ -381,7 +398,8 @@ def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):
 
 
 def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monkeypatch):
-    """On CPUs linear_cross_entropy takes 512 tokens at a time beside a big weight, 128 beside this one."""
+    """On CPUs linear_cross_entropy takes 512 tokens at a time beside a big weight, 128 beside
+    this one."""
     from kernels import linear_cross_entropy as op
 
     hidden, weight = (

@@ -20,7 +20,7 @@ from lib import plan
 from lib.common import compute_device
 from lib.packing import shared_prefixes
 from lib.plan import activation_elements, memory_plan, time_plan
-from model import QWEN3_SIZES, Qwen3Config, hf_config
+from model import QWEN3_SIZES, Qwen3Config, hf_config, packed_batch
 
 GB = 1e9
 
@@ -236,13 +236,9 @@ def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, mo
     model.gradient_checkpointing, T = True, 256
     scored = torch.arange(T)[torch.arange(T) % longest > 0]
     with CountProducts() as counted:
-        model(
-            torch.arange(T),
-            torch.arange(0, T + 1, longest, dtype=torch.int32),
-            longest,
-            scored,
-            temperature=1.0,
-        )[0].sum().backward()
+        cu_seqlens = torch.arange(0, T + 1, longest, dtype=torch.int32)
+        batch = packed_batch(torch.arange(T), cu_seqlens, longest, scored)
+        model.token_logprobs(batch)[0].sum().backward()
     planned = time_plan(model.config, 1, T, longest, 0, T // longest, flops=1.0)[1]
     print(
         f"tied {tied}, sequences of {longest}: planned {planned:.4g}, counted {counted.total:.4g}, off by "

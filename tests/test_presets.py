@@ -1,6 +1,9 @@
 """The presets of run_cascade.sh against the paper's appendix tables (T14-T20).
-DRY_RUN=1 prints one command a sub-stage; every flag has to be one the script's own parser takes,
-and the values that make the recipe have to be the table's (of the toy: those that were run)."""
+
+DRY_RUN=1 prints one command a stage. The scripts' own parsers have to take every flag, and the
+values that make the recipe have to be those of the tables. The toy is not in the paper: its values
+are those that were run.
+"""
 
 import dataclasses
 import functools
@@ -17,41 +20,51 @@ from lib.flags import parse_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 K = 1024
-STAGES = ("sft.py", "rlhf.py", "ifrl.py", "mathrl.py", "coderl.py", "swerl.py", "extras/mopd.py")
+STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras.mopd")
+
+
+def dry_run(*command, **environment):
+    """The lines that a shell script prints with DRY_RUN=1."""
+    env = {**os.environ, "DRY_RUN": "1", "OUT": "out/no_such_run", **environment}
+    done = subprocess.run(
+        ["bash", *command], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def module_and_flags(line):
+    """("extras.mopd", flags) of a printed command, (None, []) of a line that starts no Python."""
+    words = shlex.split(line)
+    for i, word in enumerate(words):
+        if word.endswith(".py"):
+            return word.removesuffix(".py").replace("/", "."), words[i + 1 :]
+        if word == "-m":
+            return words[i + 1], words[i + 2 :]
+    return None, []
+
+
+def parsed(module, flags):
+    """The Config that a script would make of its flags."""
+    argv = sys.argv
+    sys.argv = [module, *flags]
+    try:
+        return parse_config(importlib.import_module(module).Config)
+    finally:
+        sys.argv = argv
 
 
 @functools.cache
 def commands(preset, stages=True):
-    """[(script, Config)] of a preset's stages (or of everything else it starts), parsed by the scripts' own parser."""
-    env = {
-        **os.environ,
-        "DRY_RUN": "1",
-        "BASE": "models/base",
-        "OUT": "out/no_such_run",
-        "NPROC": "8",
-    }
-    command = (
-        [f"bench/{preset}.sh"] if preset in ("control", "mopd") else ["run_cascade.sh", preset]
-    )
-    printed = subprocess.run(
-        ["bash", *command], cwd=ROOT, env=env, capture_output=True, text=True, check=True
-    )
+    """[(script, Config)] of a preset's stages; with stages=False, of everything else it starts."""
+    script = f"bench/{preset}.sh" if preset in ("control", "mopd") else "run_cascade.sh"
     found = []
-    for line in printed.stdout.splitlines():
-        words = shlex.split(line)
-        script = next((w for w in words if w.endswith(".py")), None)
-        if script and not line.startswith("==") and (script in STAGES) == stages:
-            argv, sys.argv = sys.argv, words[words.index(script) :]
-            try:
-                module = script.removesuffix(".py").replace("/", ".")
-                found.append(
-                    (
-                        module.rpartition(".")[2],
-                        parse_config(importlib.import_module(module).Config),
-                    )
-                )
-            finally:
-                sys.argv = argv
+    for line in dry_run(script, preset, BASE="models/base", NPROC="8"):
+        module, flags = module_and_flags(line)
+        if module is None or line.startswith("=="):
+            continue
+        if (module in STAGES) == stages:
+            name = module.rpartition(".")[2]
+            found.append((name, parsed(module, flags)))
     return found
 
 
@@ -60,12 +73,11 @@ def row(script, **values):
 
 
 def sft(steps1, steps2, lr2, think=False):
-    hub, swe = (
-        "nvidia/Nemotron-Cascade-SFT-Stage-",
-        ["swe_repair", "swe_localization", "swe_testgen"],
-    )
-    # upsampled twice and three times: 3.2.4, 3.3.2
-    stage2 = ",".join([f"{hub}2", *(f"{hub}2:{part}" for part in ["science", *swe, *swe])])
+    # Science is seen twice, SWE three times: paper 3.2.4, 3.3.2.
+    stage1 = "nvidia/Nemotron-Cascade-SFT-Stage-1"
+    stage2 = "nvidia/Nemotron-Cascade-SFT-Stage-2"
+    swe_parts = ["swe_repair", "swe_localization", "swe_testgen"]
+    parts = [f"{stage2}:{part}" for part in ["science", *swe_parts, *swe_parts]]
     return [
         row(
             "sft",
@@ -76,7 +88,7 @@ def sft(steps1, steps2, lr2, think=False):
             schedule_steps=100000,
             weight_decay=1e-4,
             think_only=think,
-            data=f"{hub}1",
+            data=stage1,
         ),
         row(
             "sft",
@@ -86,7 +98,7 @@ def sft(steps1, steps2, lr2, think=False):
             samples_per_step=256,
             schedule_steps=100000,
             think_only=think,
-            data=stage2,
+            data=",".join([stage2, *parts]),
         ),
     ]
 
@@ -114,17 +126,17 @@ def rlhf(steps, share):
 
 
 def ifrl(steps1, steps2, think):
-    # top-k: text 4.4.2, T16 has none
-    same = dict(
-        prompts_per_step=256,
-        group_size=8,
-        temperature=0.6,
-        top_p=0.95,
-        top_k=20,
-        lr=2e-6,
-        think=think,
-    )
-    same |= dict(rm="out/no_such_run/rlhf/rm") if think else {}
+    same = {
+        "prompts_per_step": 256,
+        "group_size": 8,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,  # paper 4.4.2; T16 has none
+        "lr": 2e-6,
+        "think": think,
+    }
+    if think:
+        same["rm"] = "out/no_such_run/rlhf/rm"
     return [
         row(
             "ifrl",
@@ -213,17 +225,19 @@ UNIFIED = (
 
 
 def toy(script, steps, lr, **values):
-    """Not the paper's values: those under which every stage of the tiny model learns, pinned so that a change of them is seen."""
-    sampled = dict(
-        prompts_per_step=16,
-        group_size=8,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_new_tokens=80,
-        final_lr=0.1,
-    )
-    return row(script, num_steps=steps, lr=lr, **({} if script == "sft" else sampled | values))
+    """The values under which every stage of the tiny model learns, so that a change is noticed."""
+    expected = {"num_steps": steps, "lr": lr, **values}
+    if script != "sft":
+        expected.update(
+            prompts_per_step=16,
+            group_size=8,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=80,
+            final_lr=0.1,
+        )
+    return row(script, **expected)
 
 
 TOY = [
@@ -262,7 +276,8 @@ def test_a_preset_is_the_papers_table(preset):
     found = commands(preset)
     assert [script for script, _ in found] == [script for script, _ in TABLE[preset]]
     for (script, cfg), (_, expected) in zip(found, TABLE[preset], strict=True):
-        given = {name: dataclasses.asdict(cfg)[name] for name in expected}
+        values = dataclasses.asdict(cfg)
+        given = {name: values[name] for name in expected}
         assert given == expected, f"{preset} {script}"
 
 
@@ -276,64 +291,59 @@ def test_each_sub_stage_starts_from_the_one_before(preset):
 
 @pytest.mark.parametrize("preset", TABLE)
 def test_prompt_and_response_fit_the_positions_of_qwen3(preset):
+    """YaRN is on whenever prompt and response can pass 32K."""
     for script, cfg in commands(preset):
-        length = cfg.max_seq_len if script == "sft" else cfg.max_prompt_tokens + cfg.max_new_tokens
-        room = int(32 * K * cfg.rope_factor) if cfg.rope_factor else 32 * K
-        assert length <= room, (
-            f"{script}: {length} tokens, {room} positions: YaRN is on whenever prompt and response can pass 32K"
-        )
+        if script == "sft":
+            length = cfg.max_seq_len
+        else:
+            length = cfg.max_prompt_tokens + cfg.max_new_tokens
+        positions = 32 * K
+        if cfg.rope_factor:
+            positions *= cfg.rope_factor
+        assert length <= positions, f"{script}: {length} tokens, {positions} positions"
         assert cfg.rope_factor in (0.0, 2.0)
 
 
 @pytest.mark.parametrize("preset", ["toy", "control", "mopd"])
 def test_every_flag_of_the_other_commands_is_one_of_their_scripts(preset):
-    """commands() parses them; evaluate.py and report.py beside the stages, and bench/control.sh and bench/mopd.sh, which go on from the toy."""
+    """commands() parses the flags of all that a run starts, and of two scripts in bench/."""
     scripts = {script for script, _ in commands(preset, stages=False)}
-    assert "evaluate" in scripts and (preset != "toy" or {"toy", "report"} <= scripts)
+    assert "evaluate" in scripts
+    if preset == "toy":
+        assert {"toy", "report"} <= scripts
     assert len(commands(preset)) == {"toy": 7, "control": 5, "mopd": 1}[preset]
 
 
-def test_servers_and_flags_of_the_environment_reach_their_stages():
-    env = {
-        **os.environ,
-        "DRY_RUN": "1",
+@pytest.mark.parametrize("preset, num_stages", [("8b", 12), ("8b-thinking", 11)])
+def test_servers_and_flags_of_the_environment_reach_their_stages(preset, num_stages):
+    environment = {
         "BASE": "b",
-        "OUT": "out/no_such_run",
         "RM": "http://r",
         "JUDGE": "http://j/v1",
         "FLAGS": "--shard=hybrid",
         "TASKS": "ifeval,aime25",
     }
-    for preset in ("8b", "8b-thinking"):
-        lines = subprocess.run(
-            ["bash", "run_cascade.sh", preset],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()
-        stages = [line for line in lines if "--init_from" in line]
-        assert all(line.endswith("--shard=hybrid") for line in stages) and len(stages) == (
-            12 if preset == "8b" else 11
-        )
-        assert all(("--judge=http://j/v1" in line) == (" swerl.py" in line) for line in stages)
-        assert all(
-            ("--rm=http://r" in line)
-            == (" rlhf.py" in line or " ifrl.py" in line and preset != "8b")
-            for line in stages
-        )
-        scores = [line for line in lines if " evaluate.py" in line]
-        assert scores and all(("--modes=think" in line) == (preset != "8b") for line in scores)
-        # a launch each
-        assert [line.partition("--tasks=")[2].split()[0] for line in scores] == [
-            "ifeval",
-            "aime25",
-        ] * (len(scores) // 2)
+    thinking = preset == "8b-thinking"
+    lines = dry_run("run_cascade.sh", preset, **environment)
+    stages = [line for line in lines if "--init_from" in line]
+    assert len(stages) == num_stages
+    for line in stages:
+        assert line.endswith("--shard=hybrid")
+        assert ("--judge=http://j/v1" in line) == (" swerl.py" in line)
+        # IF-RL of the unified models has no reward model.
+        reads_rm = " rlhf.py" in line or (" ifrl.py" in line and thinking)
+        assert ("--rm=http://r" in line) == reads_rm
+    scores = [line for line in lines if " evaluate.py" in line]
+    assert scores
+    for line in scores:
+        assert ("--modes=think" in line) == thinking
+    # Every task is a launch of its own.
+    tasks = [line.partition("--tasks=")[2].split()[0] for line in scores]
+    assert tasks == ["ifeval", "aime25"] * (len(scores) // 2)
 
 
 def test_an_unknown_preset_prints_the_usage_and_exits_with_2():
     done = subprocess.run(
-        ["bash", "run_cascade.sh", "70b"], cwd=ROOT, capture_output=True, text=True
+        ["bash", "run_cascade.sh", "70b"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "usage: bash run_cascade.sh" in done.stderr

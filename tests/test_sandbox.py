@@ -1,6 +1,9 @@
-"""The sandbox gives every program the verdict it deserves, and nothing of a program outlives its verdict.
-Guarded: honest programs pass whatever their style; no trick turns a wrong answer into a right one, stalls the caller, or
-leaves a process, a file or a variable behind. The same table runs with namespaces and in the degraded mode."""
+"""The sandbox gives every program its verdict, and nothing of a program outlives that verdict.
+
+Guarded: honest programs pass whatever their style. No trick turns a wrong answer into a right one,
+stalls the caller, or leaves a process, a file or a variable behind. The same table runs with
+namespaces and in the degraded mode.
+"""
 
 import json
 import os
@@ -23,31 +26,104 @@ SUM = "3\n1 2 3\n"  # stdin of the honest programs; they print 6
 
 HONEST = {  # style: source; every one reads SUM and prints 6
     "input": "n = int(input())\nprint(sum(map(int, input().split())))",
-    "stdin iteration": "import sys\nlines = [line for line in sys.stdin]\nprint(sum(map(int, lines[1].split())))",
+    "stdin iteration": (
+        "import sys\nlines = [line for line in sys.stdin]\nprint(sum(map(int, lines[1].split())))"
+    ),
     "open(0)": "data = open(0).read().split()\nprint(sum(map(int, data[1:])))",
     "/dev/stdin": "data = open('/dev/stdin').read().split()\nprint(sum(map(int, data[1:])))",
-    "buffer": "import sys\ndata = sys.stdin.buffer.read().split()\nsys.stdout.buffer.write(b'%d\\n' % sum(map(int, data[1:])))",
+    "buffer": (
+        "import sys\n"
+        "data = sys.stdin.buffer.read().split()\n"
+        "sys.stdout.buffer.write(b'%d\\n' % sum(map(int, data[1:])))"
+    ),
     "os.read": "import os\nprint(sum(map(int, os.read(0, 10**6).split()[1:])))",
-    "global counter": "total = 0\ndef add(x):\n    global total\n    total += x\ninput()\nfor x in input().split(): add(int(x))\nprint(total)",
-    "main guard": "def main():\n    input()\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()",
-    "prelude names": "input()\nprint(reduce(lambda a, b: a + b, map(int, input().split()), Counter()['x']))",
+    "global counter": (
+        "total = 0\n"
+        "def add(x):\n"
+        "    global total\n"
+        "    total += x\n"
+        "input()\n"
+        "for x in input().split(): add(int(x))\n"
+        "print(total)"
+    ),
+    "main guard": (
+        "def main():\n"
+        "    input()\n"
+        "    print(sum(map(int, input().split())))\n"
+        "if __name__ == '__main__':\n"
+        "    main()"
+    ),
+    "prelude names": (
+        "input()\nprint(reduce(lambda a, b: a + b, map(int, input().split()), Counter()['x']))"
+    ),
     "exit after print": "input()\nprint(sum(map(int, input().split())))\nexit()",
-    "sys.exit(1) after print": "import sys\ninput()\nprint(sum(map(int, input().split())))\nsys.exit(1)",
-    "thread with a big stack": "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\ndef main():\n"
-    "    input()\n    x = list(map(int, input().split()))\n    def f(i): return 0 if i == 30000 else f(i + 1)\n    print(sum(x) + f(0))\n"
-    "threading.Thread(target=main).start()",
-    "recursion through C": "import functools, sys\nsys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\ndef f(i):\n"
-    "    return 0 if i == 0 else f(i - 1)\ninput()\nprint(sum(map(int, input().split())) + f(20000))",
-    "output at exit": "import atexit, io, os, sys\nout = io.StringIO()\nsys.stdout = out\natexit.register(lambda: os.write(1, out.getvalue().encode()))\n"
-    "input()\nprint(sum(map(int, input().split())))",
-    "own file": "input()\nopen('x.txt', 'w').write(input())\nprint(sum(map(int, open('x.txt').read().split())))",
-    "modules": "import bisect, cmath, copy, datetime, decimal, enum, fractions, heapq, queue, statistics, string, struct, typing\n"
-    "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: 'int'\ninput()\n"
-    "print(sum(map(int, input().split())) + P(0, 0).x + decimal.Decimal(0))",
-    "noise on stderr": "import sys\nprint('debug', file=sys.stderr)\ninput()\nprint(sum(map(int, input().split())))",
-    "unicode and blanks": "s = 'naïve 你好'\ninput()\nprint('  ', sum(map(int, input().split())), ' \\n\\n')",
-    "arguments": "import sys\nif len(sys.argv) > 1: sys.stdin = open(sys.argv[1])\ninput()\nprint(sum(map(int, input().split())) + 0 * len(__file__))",
-    "closed at the end": "import sys\ninput()\nprint(sum(map(int, input().split())))\nsys.stdout.close()",
+    "sys.exit(1) after print": (
+        "import sys\ninput()\nprint(sum(map(int, input().split())))\nsys.exit(1)"
+    ),
+    "thread with a big stack": (
+        "import sys, threading\n"
+        "sys.setrecursionlimit(10**6)\n"
+        "threading.stack_size(1 << 27)\n"
+        "def main():\n"
+        "    input()\n"
+        "    x = list(map(int, input().split()))\n"
+        "    def f(i): return 0 if i == 30000 else f(i + 1)\n"
+        "    print(sum(x) + f(0))\n"
+        "threading.Thread(target=main).start()"
+    ),
+    "recursion through C": (
+        "import functools, sys\n"
+        "sys.setrecursionlimit(10**6)\n"
+        "@functools.lru_cache(None)\n"
+        "def f(i):\n"
+        "    return 0 if i == 0 else f(i - 1)\n"
+        "input()\n"
+        "print(sum(map(int, input().split())) + f(20000))"
+    ),
+    "output at exit": (
+        "import atexit, io, os, sys\n"
+        "out = io.StringIO()\n"
+        "sys.stdout = out\n"
+        "atexit.register(lambda: os.write(1, out.getvalue().encode()))\n"
+        "input()\n"
+        "print(sum(map(int, input().split())))"
+    ),
+    "own file": (
+        "input()\n"
+        "open('x.txt', 'w').write(input())\n"
+        "print(sum(map(int, open('x.txt').read().split())))"
+    ),
+    "modules": (
+        "import bisect, cmath, copy, datetime, decimal, enum, fractions, heapq, "
+        "queue, statistics, string, struct, typing\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class P:\n"
+        "    x: int\n"
+        "    y: 'int'\n"
+        "input()\n"
+        "print(sum(map(int, input().split())) + P(0, 0).x + decimal.Decimal(0))"
+    ),
+    "noise on stderr": (
+        "import sys\n"
+        "print('debug', file=sys.stderr)\n"
+        "input()\n"
+        "print(sum(map(int, input().split())))"
+    ),
+    "unicode and blanks": (
+        "s = 'na\xefve \u4f60\u597d'\n"
+        "input()\n"
+        "print('  ', sum(map(int, input().split())), ' \\n\\n')"
+    ),
+    "arguments": (
+        "import sys\n"
+        "if len(sys.argv) > 1: sys.stdin = open(sys.argv[1])\n"
+        "input()\n"
+        "print(sum(map(int, input().split())) + 0 * len(__file__))"
+    ),
+    "closed at the end": (
+        "import sys\ninput()\nprint(sum(map(int, input().split())))\nsys.stdout.close()"
+    ),
     "float for int": "input()\nprint(float(sum(map(int, input().split()))))",
 }
 
@@ -66,13 +142,23 @@ BAD = {
     "endless loop in C": ("sum(iter(int, 1))", {"timeout"}),
     "sleep": ("import time\ntime.sleep(1000)", {"timeout"}),
     "sleep, signals ignored": (
-        "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except: pass\n"
-        "while True: time.sleep(0.1)",
+        (
+            "import signal, time\n"
+            "for s in range(1, 65):\n"
+            "    try: signal.signal(s, signal.SIG_IGN)\n"
+            "    except: pass\n"
+            "while True: time.sleep(0.1)"
+        ),
         {"timeout"},
     ),
     "loop, timers and limits tampered": (
-        "import resource, signal\nfor t in (0, 1, 2): signal.setitimer(t, 0)\n"
-        "try: resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\nexcept Exception: pass\nwhile True: pass",
+        (
+            "import resource, signal\n"
+            "for t in (0, 1, 2): signal.setitimer(t, 0)\n"
+            "try: resource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\n"
+            "except Exception: pass\n"
+            "while True: pass"
+        ),
         {"timeout"},
     ),
     "catches everything": (
@@ -99,15 +185,31 @@ BAD = {
         {"timeout"},
     ),
     "vfork, clone, clone3 by number": (
-        "import ctypes\nlibc = ctypes.CDLL(None)\nprint([libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58, 435, 220)])",
+        (
+            "import ctypes\n"
+            "libc = ctypes.CDLL(None)\n"
+            "print([libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58, 435, 220)])"
+        ),
         {"wrong", "crash"},
     ),
     "thread bomb": (
-        "import threading, time\nwhile True:\n    try: threading.Thread(target=time.sleep, args=(1000,)).start()\n    except Exception: pass",
+        (
+            "import threading, time\n"
+            "while True:\n"
+            "    try: threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+            "    except Exception: pass"
+        ),
         {"timeout", "memory"},
     ),
     "double fork survivor": (
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\nprint(1)",
+        (
+            "import os, time\n"
+            "if os.fork() == 0:\n"
+            "    os.setsid()\n"
+            "    if os.fork() == 0:\n"
+            "        time.sleep(60)\n"
+            "print(1)"
+        ),
         {"crash"},
     ),
     "daemon survivor": (
@@ -158,29 +260,55 @@ BAD = {
         {"wrong"},
     ),
     "patched json and builtins": (
-        "import builtins, json, sys\njson.dumps = json.loads = lambda *a, **k: True\nbuiltins.all = builtins.any = lambda *a: True\n"
-        "builtins.str = type('S', (str,), {'__eq__': lambda s, o: True})\nprint(str('x'))",
+        (
+            "import builtins, json, sys\n"
+            "json.dumps = json.loads = lambda *a, **k: True\n"
+            "builtins.all = builtins.any = lambda *a: True\n"
+            "builtins.str = type('S', (str,), {'__eq__': lambda s, o: True})\n"
+            "print(str('x'))"
+        ),
         {"wrong"},
     ),
     "patched os._exit and sandbox": (
-        "import os, sys\nos._exit = lambda c: None\nm = sys.modules.get('sandbox')\nfor n in list(vars(m) if m else ()):\n"
-        "    if callable(getattr(m, n)): setattr(m, n, lambda *a, **k: 0)\nprint(0)",
+        (
+            "import os, sys\n"
+            "os._exit = lambda c: None\n"
+            "m = sys.modules.get('sandbox')\n"
+            "for n in list(vars(m) if m else ()):\n"
+            "    if callable(getattr(m, n)): setattr(m, n, lambda *a, **k: 0)\n"
+            "print(0)"
+        ),
         {"wrong", "crash"},
     ),
     "closes every descriptor": ("import os\nos.closerange(0, 100)", {"wrong", "crash"}),
     "writes to every descriptor": (
-        "import os\nfor fd in range(1, 64):\n    for text in (b'ok', b'{\"status\": \"ok\"}', b'e' + bytes(12), b'v\\0\\0\\0\\1' + b'1'):\n"
-        "        try: os.write(fd, text)\n        except OSError: pass",
+        (
+            "import os\n"
+            "for fd in range(1, 64):\n"
+            "    for text in (b'ok', b'{\"status\": \"ok\"}', b'e' + bytes(12), b'v\\0\\0\\0\\1' "
+            "+ b'1'):\n"
+            "        try: os.write(fd, text)\n"
+            "        except OSError: pass"
+        ),
         {"wrong"},
     ),
     "cuts its lines": (
-        "import os, socket\nfor fd in range(64):\n    try: socket.socket(fileno=fd).shutdown(2)\n    except OSError: pass",
+        (
+            "import os, socket\n"
+            "for fd in range(64):\n"
+            "    try: socket.socket(fileno=fd).shutdown(2)\n"
+            "    except OSError: pass"
+        ),
         {"wrong", "crash"},
     ),
     "kill parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", {"crash"}),
     "kill -1": ("import os\nos.kill(-1, 9)", {"crash"}),
     "kill by ctypes": (
-        "import ctypes\nlibc = ctypes.CDLL(None)\nassert [libc.kill(p, 9) for p in (-1, 0, 1, 2)] != [-1] * 4",
+        (
+            "import ctypes\n"
+            "libc = ctypes.CDLL(None)\n"
+            "assert [libc.kill(p, 9) for p in (-1, 0, 1, 2)] != [-1] * 4"
+        ),
         {"crash"},
     ),
     "renice and limit others": (
@@ -202,24 +330,79 @@ BAD = {
 
 # programs that look for SECRET and print the first they find; all must end without it
 THIEVES = {
-    "stack walk": "import sys\nf = sys._getframe()\nwhile f:\n    found.append(repr(f.f_locals) + repr(f.f_globals))\n    f = f.f_back",
-    "gc walk": "import gc\nfor o in gc.get_objects():\n    try: found.append(repr(o)[:10**5])\n    except Exception: pass",
-    "modules": "import sys\nfor m in list(sys.modules.values()): found.append(repr(vars(m))[:10**6])",
-    "environment": "import os\nfound.append(repr(os.environ))\nfor p in ('self', '1', str(os.getppid())):\n"
-    "    try: found.append(open(f'/proc/{p}/environ').read())\n    except OSError: pass",
-    "memory of every process": "import os\nfor p in os.listdir('/proc'):\n    try:\n        for line in open(f'/proc/{p}/maps'):\n"
-    "            a, b = (int(x, 16) for x in line.split()[0].split('-'))\n            f = open(f'/proc/{p}/mem', 'rb')\n            f.seek(a)\n"
-    "            found.append(f.read(b - a).decode('latin1'))\n    except OSError: pass",
-    "memory by process_vm_readv": "import ctypes, os, struct\nlibc = ctypes.CDLL(None)\nb = ctypes.create_string_buffer(4096)\n"
-    "for pid in range(1, 2000):\n    v = struct.pack('QQ', ctypes.addressof(b), 4096)\n    r = struct.pack('QQ', id(b), 4096)\n"
-    "    if libc.process_vm_readv(pid, v, 1, r, 1, 0) > 0 and pid != os.getpid(): found.append(b.raw.decode('latin1'))",
+    "stack walk": (
+        "import sys\n"
+        "f = sys._getframe()\n"
+        "while f:\n"
+        "    found.append(repr(f.f_locals) + repr(f.f_globals))\n"
+        "    f = f.f_back"
+    ),
+    "gc walk": (
+        "import gc\n"
+        "for o in gc.get_objects():\n"
+        "    try: found.append(repr(o)[:10**5])\n"
+        "    except Exception: pass"
+    ),
+    "modules": (
+        "import sys\nfor m in list(sys.modules.values()): found.append(repr(vars(m))[:10**6])"
+    ),
+    "environment": (
+        "import os\n"
+        "found.append(repr(os.environ))\n"
+        "for p in ('self', '1', str(os.getppid())):\n"
+        "    try: found.append(open(f'/proc/{p}/environ').read())\n"
+        "    except OSError: pass"
+    ),
+    "memory of every process": (
+        "import os\n"
+        "for p in os.listdir('/proc'):\n"
+        "    try:\n"
+        "        for line in open(f'/proc/{p}/maps'):\n"
+        "            a, b = (int(x, 16) for x in line.split()[0].split('-'))\n"
+        "            f = open(f'/proc/{p}/mem', 'rb')\n"
+        "            f.seek(a)\n"
+        "            found.append(f.read(b - a).decode('latin1'))\n"
+        "    except OSError: pass"
+    ),
+    "memory by process_vm_readv": (
+        "import ctypes, os, struct\n"
+        "libc = ctypes.CDLL(None)\n"
+        "b = ctypes.create_string_buffer(4096)\n"
+        "for pid in range(1, 2000):\n"
+        "    v = struct.pack('QQ', ctypes.addressof(b), 4096)\n"
+        "    r = struct.pack('QQ', id(b), 4096)\n"
+        "    if libc.process_vm_readv(pid, v, 1, r, 1, 0) > 0 and pid != "
+        "os.getpid(): found.append(b.raw.decode('latin1'))"
+    ),
     "own memory": "for line in open('/proc/self/maps'): pass",
-    "files": "import os\nfor top in ('/tmp', '/root', '/home', '/work', '/etc', '/dev/shm', '/proc', '.'):\n    for d, _, fs in os.walk(top):\n"
-    "        for f in fs[:50]:\n            try: found.append(open(os.path.join(d, f), errors='replace').read(10**5))\n            except OSError: pass",
-    "descriptors": "import os\nfor fd in range(64):\n    try: found.append(os.pread(fd, 10**6, 0).decode('latin1'))\n    except OSError: pass",
-    "parent's socket": "import os\nfor fd in range(3, 64):\n    try: found.append(os.read(fd, 10**6).decode('latin1'))\n    except OSError: pass",
+    "files": (
+        "import os\n"
+        "for top in ('/tmp', '/root', '/home', '/work', '/etc', '/dev/shm', '/proc', "
+        "'.'):\n"
+        "    for d, _, fs in os.walk(top):\n"
+        "        for f in fs[:50]:\n"
+        "            try: found.append(open(os.path.join(d, f), "
+        "errors='replace').read(10**5))\n"
+        "            except OSError: pass"
+    ),
+    "descriptors": (
+        "import os\n"
+        "for fd in range(64):\n"
+        "    try: found.append(os.pread(fd, 10**6, 0).decode('latin1'))\n"
+        "    except OSError: pass"
+    ),
+    "parent's socket": (
+        "import os\n"
+        "for fd in range(3, 64):\n"
+        "    try: found.append(os.read(fd, 10**6).decode('latin1'))\n"
+        "    except OSError: pass"
+    ),
 }
-SEARCH = "import re\nfor text in found:\n    for hit in re.findall(r'735192[0-9]+', text): print(hit); raise SystemExit"
+SEARCH = (
+    "import re\n"
+    "for text in found:\n"
+    "    for hit in re.findall(r'735192[0-9]+', text): print(hit); raise SystemExit"
+)
 
 # name: (source, function, argument lines, expected JSON, verdicts)
 CALLS = {
@@ -240,7 +423,12 @@ CALLS = {
     "prints a lot": ("def f(a, b):\n    print('x' * 100000)\n    return 3", "1\n2", "3", {"ok"}),
     "long result": ("def f(a, b): return [0] * 500000", "1\n2", json.dumps([0] * 500000), {"ok"}),
     "equal to everything": (
-        "class A(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\ndef f(a, b): return A(7)",
+        (
+            "class A(int):\n"
+            "    __eq__ = lambda s, o: True\n"
+            "    __hash__ = int.__hash__\n"
+            "def f(a, b): return A(7)"
+        ),
         "1\n2",
         "3",
         {"wrong"},
@@ -313,7 +501,7 @@ def stdin_tests(stdin, expected):
 
 
 def leaves():
-    """Processes of this caller's sandbox, its zygote included, and those that escaped to process 1."""
+    """Processes of this caller's sandbox, its zygote included, and orphans under process 1."""
     commands, parents = {}, {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -415,7 +603,11 @@ def test_numpy_results_count_as_json(mode):
 
 def test_nothing_outlives_its_verdict(mode):
     folders = [name for name in ("/tmp", "/var/tmp", "/dev/shm", ".", "/") if os.path.isdir(name)]
-    litter = f"for d in {folders}:\n    try: open(d + '/litter-{os.getpid()}', 'w').close()\n    except OSError: pass"
+    litter = (
+        f"for d in {folders}:\n"
+        f"    try: open(d + '/litter-{os.getpid()}', 'w').close()\n"
+        "    except OSError: pass"
+    )
     assert sandbox.run(litter).status == "ok"
     for name in (
         "double fork survivor",
@@ -440,7 +632,10 @@ def test_a_program_sees_no_variable_and_no_folder_of_the_host(mode, monkeypatch)
     seen = sandbox.run("import os\nprint(sorted(os.environ))").stdout
     assert "HF_TOKEN" not in seen and "HOME" not in seen and "USER" not in seen
     listing = sandbox.run(
-        "import os\nfor d in ('/root', '/home', '/etc', '/proc', os.getcwd()):\n    try: print(d, os.listdir(d))\n    except OSError: print(d)"
+        "import os\n"
+        "for d in ('/root', '/home', '/etc', '/proc', os.getcwd()):\n"
+        "    try: print(d, os.listdir(d))\n"
+        "    except OSError: print(d)"
     )
     print(listing.stdout)
     assert "passwd" not in listing.stdout and "sandbox.py" not in listing.stdout
@@ -471,19 +666,42 @@ def test_every_call_of_a_program_is_judged_and_a_failure_does_not_spoil_the_next
         ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),
         ("def f(x, seen=[]):\n    seen.append(x)\n    return len(seen)", "1"),
         (
-            "class Solution:\n    n = 0\n    def f(self, x):\n        Solution.n += 1\n        return self.n",
+            (
+                "class Solution:\n"
+                "    n = 0\n"
+                "    def f(self, x):\n"
+                "        Solution.n += 1\n"
+                "        return self.n"
+            ),
             "1",
         ),
         (
-            "import os\ndef f(x):\n    os.environ['X'] = os.environ.get('X', '') + 'x'\n    return len(os.environ['X'])",
+            (
+                "import os\n"
+                "def f(x):\n"
+                "    os.environ['X'] = os.environ.get('X', '') + 'x'\n"
+                "    return len(os.environ['X'])"
+            ),
             "1",
         ),
         (
-            "import json\ndef f(x):\n    old = getattr(json, 'old', 0)\n    json.old = old + 1\n    return json.old",
+            (
+                "import json\n"
+                "def f(x):\n"
+                "    old = getattr(json, 'old', 0)\n"
+                "    json.old = old + 1\n"
+                "    return json.old"
+            ),
             "1",
         ),
         (
-            "import os\ndef f(x):\n    try: open('n', 'a').write('x')\n    except OSError: return 1\n    return os.path.getsize('n')",
+            (
+                "import os\n"
+                "def f(x):\n"
+                "    try: open('n', 'a').write('x')\n"
+                "    except OSError: return 1\n"
+                "    return os.path.getsize('n')"
+            ),
             "1",
         ),
     ],
@@ -501,7 +719,12 @@ def test_the_same_program_gets_the_same_verdict_in_every_run():
 
 
 def test_limits_are_cpu_seconds_and_memory_counts():
-    burn = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\nprint(1)"
+    burn = (
+        "import time\n"
+        "end = time.process_time() + {}\n"
+        "while time.process_time() < end: pass\n"
+        "print(1)"
+    )
     assert sandbox.run(burn.format(0.2), timeout=0.5).status == "ok"
     assert sandbox.run(burn.format(0.6), timeout=0.5).status == "timeout"
     assert sandbox.run("x = bytearray(100 << 20)", memory_mb=200).status == "ok"
@@ -548,7 +771,12 @@ def test_a_forked_caller_gets_its_own_zygote():
 
 
 def test_the_zygote_ends_with_a_killed_caller():
-    code = "import sandbox, time; sandbox.run('pass'); print(sandbox._zygote[0].pid, flush=True); sandbox.run('import time; time.sleep(99)', timeout=50)"
+    code = (
+        "import sandbox, time\n"
+        "sandbox.run('pass')\n"
+        "print(sandbox._zygote[0].pid, flush=True)\n"
+        "sandbox.run('import time; time.sleep(99)', timeout=50)"
+    )
     caller = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=os.path.dirname(sandbox.__file__)
     )
@@ -576,8 +804,10 @@ def test_an_ordinary_user_has_the_same_sandbox(tmp_path, mode_name):
             path.chmod(0o755)
     shutil.copy(sandbox.__file__, folder / "sandbox.py")
     code = (
-        "import sandbox\n" + f"sandbox._mode = {mode_name!r}\n"
-        "for s in ('print(6 * 7)', 'while 1: pass', 'import os; os.fork()', 'open(\"/etc/passwd\")', 'import socket; socket.socket()'):\n"
+        "import sandbox\n"
+        f"sandbox._mode = {mode_name!r}\n"
+        "for s in ('print(6 * 7)', 'while 1: pass', 'import os; os.fork()',\n"
+        "          'open(\"/etc/passwd\")', 'import socket; socket.socket()'):\n"
         "    print(sandbox.run(s, timeout=0.3).status)\n"
         "print(sandbox.run('def f(a): return a', call=('f', [[1]])).value)"
     )
@@ -589,6 +819,7 @@ def test_an_ordinary_user_has_the_same_sandbox(tmp_path, mode_name):
         extra_groups=[],
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.stdout.split() == ["ok", "timeout", "crash", "crash", "crash", "[1]"], done.stderr
     assert ("DEGRADED" in done.stderr) == (mode_name == "degraded") or mode_name == "full"
@@ -632,8 +863,9 @@ def test_two_thousand_programs_under_load_lose_no_verdict():
         num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS,
     )
     print(
-        f"{len(jobs)} programs, 64 in flight: {took:.1f} s, {cpu:.1f} s of CPU; the limits of those that must be stopped: {most_cpu:.1f} s of CPU, "
-        f"{most_wall:.1f} s of wall over {sandbox.SLOTS} slots; load {os.getloadavg()[0]:.0f} on {sandbox.CORES} cores"
+        f"{len(jobs)} programs, 64 in flight: {took:.1f} s, {cpu:.1f} s of CPU; the limits of "
+        f"those that must be stopped: {most_cpu:.1f} s of CPU, {most_wall:.1f} s of wall over "
+        f"{sandbox.SLOTS} slots; load {os.getloadavg()[0]:.0f} on {sandbox.CORES} cores"
     )
     assert [r.status for r in results] == [job[1] for job in jobs]
     assert all(r.stdout == "42\n" for r, job in zip(results, jobs) if job[1] == "ok")

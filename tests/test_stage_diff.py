@@ -1,7 +1,9 @@
-"""Guards: what the paper keeps from stage to stage is the same text in all five RL scripts; what differs is listed here, by name.
+"""Guards: what the paper keeps from stage to stage is the same text in all five RL scripts; what
+differs is listed here, by name.
 
-Read the table as the paper's summary: what each stage has instead of Math RL's (`changed`), and what it needs besides (`own`). A fix
-below the waterline is made in all five scripts in one commit, or this fails.
+Read the table as the paper's summary: what each stage has instead of Math RL's (`changed`), and
+what it needs besides (`own`). A fix below the waterline is made in all five scripts in one
+commit, or this fails.
 """
 
 import ast
@@ -25,8 +27,8 @@ EVERY_STAGE = {
     "metric",
 }
 
-# What only Math RL has: the answer in a box, and symbolic equality in processes that can be killed.
-MATH_VERIFIER = {"last_box", "strip", "literal", "refused", "equal", "same_answer", "verifiers"}
+# What only Math RL has: the answer stands under one of several names.
+MATH_RL = {"find_answer"}
 
 DISTILL = {"compute_advantages", "grpo_loss"}
 
@@ -41,7 +43,7 @@ EXPECTED = {
     # Reward: all constraints of the prompt hold, and for thinking models the reward model's
     # preference on top (4.4).
     "ifrl.py": {
-        "changed": {"reward"},
+        "changed": {"reward", "rollout"},
         "absent": {"normalize", "verdict", "judge"},
         "own": {"verify", "add_preference", "read_constraints", "extremes"},
     },
@@ -84,7 +86,7 @@ EXPECTED = {
 # what differs below the waterline
 BELOW = {
     "rlhf.py": {"grpo_loss"},
-    "ifrl.py": set(),
+    "ifrl.py": {"rollout"},
     "coderl.py": set(),
     "swerl.py": set(),
     "extras/mopd.py": DISTILL,
@@ -92,7 +94,8 @@ BELOW = {
 
 
 def top_level(text):
-    """{name: its lines, decorators and comments included} of every top-level function, class and assignment."""
+    """{name: its lines, decorators and comments included} of every top-level function, class and
+    assignment."""
     lines, named = text.splitlines(), {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -107,14 +110,15 @@ def functions(script):
 
 def below(script):
     """The lines under the waterline."""
-    above, _, rest = (ROOT / script).read_text().partition(WATERLINE)
+    _, _, rest = (ROOT / script).read_text().partition(WATERLINE)
     assert rest, f"{script} has no waterline"
     return rest.splitlines()
 
 
 @pytest.mark.parametrize("script", EXPECTED)
 def test_below_the_waterline_a_stage_is_mathrl_line_for_line(script):
-    """Names that differ are taken out of both; everything else, comments and blank lines between functions included, is equal."""
+    """Names that differ are taken out of both; everything else, comments and blank lines between
+    functions included, is equal."""
     ours, canon = "\n".join(below(script)), "\n".join(below("mathrl.py"))
     a, b = top_level("#" + ours), top_level("#" + canon)
     assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == BELOW[script]
@@ -142,7 +146,7 @@ def test_a_stage_differs_from_mathrl_only_where_the_table_says(script):
     assert {n for n in ours.keys() & canon.keys() if ours[n] != canon[n]} == EVERY_STAGE | expected[
         "changed"
     ]
-    assert canon.keys() - ours.keys() == MATH_VERIFIER | expected["absent"]
+    assert canon.keys() - ours.keys() == MATH_RL | expected["absent"]
     assert ours.keys() - canon.keys() == expected["own"]
 
 
@@ -165,9 +169,32 @@ def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
     assert shared == {"swerl": {"coderl"}}
 
 
+# ---- The diff in README.md -----------------------------------------------------------------------
+def verdict_of(script):
+    """The lines of a stage's verdict()."""
+    text = (ROOT / script).read_text()
+    found = re.search(r"^def verdict\(.*?(?=\n\n\n)", text, re.DOTALL | re.MULTILINE)
+    return found[0].split("\n")
+
+
+def with_real_diff(readme):
+    """The text of README.md with the diff of the two verdicts between its two marks."""
+    diff = difflib.unified_diff(verdict_of("mathrl.py"), verdict_of("coderl.py"), lineterm="", n=99)
+    # The first three lines are the names of the files and the position: nobody needs them here.
+    block = "```diff\n" + "\n".join(list(diff)[3:]) + "\n```"
+    before, mark, rest = readme.partition("<!-- from the code")
+    comment, end_of_comment, rest = rest.partition("-->\n")
+    _, end_mark, after = rest.partition("\n<!-- end -->")
+    assert mark and end_mark, "README.md has lost the marks around the diff"
+    return before + mark + comment + end_of_comment + block + end_mark + after
+
+
 def test_the_diff_in_the_readme_is_the_real_one():
-    body = lambda path: re.search(
-        r"^def verdict\(.*?(?=\n\n\n)", (ROOT / path).read_text(), re.S | re.M
-    )[0].split("\n")
-    diff = list(difflib.unified_diff(body("mathrl.py"), body("coderl.py"), lineterm="", n=9))[3:]
-    assert "```diff\n" + "\n".join(diff) + "\n```" in (ROOT / "README.md").read_text()
+    """If not: python tests/test_stage_diff.py writes it."""
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_real_diff(readme)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_real_diff(path.read_text()))

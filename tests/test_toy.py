@@ -1,9 +1,10 @@
-"""Guards: the toy's splits share no problem, its demonstrations are as flawed as declared, its answers are not in its prompts.
+"""The toy world: its splits share no problem, its prompts hold no answer, its flaws are declared.
 
-Everything is checked on the files that toy.py writes (two dozen problems a skill) and, where a share is measured, on larger draws
-from the same generators; verdicts are those of the stages' own verifiers.
+Everything is checked on the files that toy.py writes (two dozen problems a skill). Where a share is
+measured, a larger draw from the same generators is used. The stages' own verifiers judge.
 """
 
+import itertools
 import json
 import random
 
@@ -27,37 +28,53 @@ def read(world, name):
 
 
 def load(world, skill, split):
-    """Normal rows, through the stage that will train or be measured on them."""
-    path, workers = str(world / f"{skill}_{split}.jsonl"), dict(reward_workers=2)
-    stage, cfg = {
-        "chat": (rlhf, rlhf.Config()),
-        "if": (ifrl, ifrl.Config()),
-        "math": (mathrl, mathrl.Config(**workers)),
-        "code": (coderl, coderl.Config()),
-        "swe": (swerl, swerl.Config(min_prompt_tokens=0)),
-    }[skill]
-    return stage, cfg, stage.load_rows(cfg, path)
+    """(stage, cfg, normal rows) of the stage that will train on the split or be measured on it."""
+    stage = {"chat": rlhf, "if": ifrl, "math": mathrl, "code": coderl, "swe": swerl}[skill]
+    cfg = stage.Config()
+    if skill == "math":
+        cfg.reward_workers = 2
+    elif skill == "swe":
+        cfg.min_prompt_tokens = 0
+    return stage, cfg, stage.load_rows(cfg, str(world / f"{skill}_{split}.jsonl"))
 
 
 def judged(stage, cfg, rows, texts):
-    """Rewards that a stage's own hook gives to texts."""
-    rollouts = [
-        Rollout(
-            row=row,
-            group=g,
-            prompt_ids=[],
-            seed=0,
-            completion_ids=[1],
-            finish_reason="stop",
-            text=text,
+    """The rewards that a stage's own hook gives to texts, one for each row."""
+    rollouts = []
+    for group, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        rollouts.append(
+            Rollout(
+                row=row,
+                group=group,
+                prompt_ids=[],
+                seed=0,
+                completion_ids=[1],
+                finish_reason="stop",
+                text=text,
+            )
         )
-        for g, (row, text) in enumerate(zip(rows, texts, strict=True))
-    ]
     submit, collect = stage.make_reward(cfg)
-    for r in rollouts:
-        submit(r)
+    for rollout in rollouts:
+        submit(rollout)
     collect(rollouts)
-    return [r.reward for r in rollouts]
+    return [rollout.reward for rollout in rollouts]
+
+
+def think_closed(program):
+    """A completion that has thought and then writes this program."""
+    return f"</think>\n```python\n{program}```"
+
+
+def assert_flawed_as_declared(skill, verdicts):
+    """Compare the share of false verdicts with FLAWED, the share that is drawn to be flawed."""
+    tolerance = 0.06
+    declared = toy.FLAWED[skill]
+    flawed = 1 - sum(verdicts) / len(verdicts)
+    print(
+        f"{skill}: {flawed:.2f} of {len(verdicts)} demonstrations flawed, "
+        f"declared {declared:.2f}, tolerance {tolerance}"
+    )
+    assert abs(flawed - declared) < tolerance
 
 
 @pytest.mark.parametrize("skill", SKILLS)
@@ -65,21 +82,21 @@ def test_every_stage_reads_every_split_without_dropping_a_row(skill, world, caps
     for split in HELD_OUT:
         stage, cfg, rows = load(world, skill, split)
         assert len(rows) == len(read(world, f"{skill}_{split}")) > 0
-        stage.self_test(rows, cfg) if skill != "chat" else None
+        if skill != "chat":  # its reward model is trained first
+            stage.self_test(rows, cfg)
     assert "dropped" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_splits_share_no_prompt(skill, world):
-    """By what the model reads, and in the demonstrations by what the stages would render."""
-    prompts = {
-        split: {row["messages"][-1]["content"] for row in load(world, skill, split)[2]}
-        for split in HELD_OUT
-    }
+    """Compares the prompts as the model reads them, not the rows."""
+    prompts = {}
+    for split in HELD_OUT:
+        _, _, rows = load(world, skill, split)
+        prompts[split] = {row["messages"][-1]["content"] for row in rows}
     prompts["sft"] = {row["messages"][0]["content"] for row in read(world, "sft_stage2")}
-    for a in prompts:
-        for b in prompts:
-            assert a == b or not prompts[a] & prompts[b], f"{skill}: {a} and {b}"
+    for a, b in itertools.combinations(prompts, 2):
+        assert not prompts[a] & prompts[b], f"{skill}: {a} and {b}"
 
 
 @pytest.mark.parametrize("skill", ["chat", "if", "math", "code"])
@@ -91,38 +108,35 @@ def test_splits_share_no_key(skill):
         "code": toy.op_keys,
     }[skill]
     splits = toy.split_keys(make_keys(random.Random(1)), (60, 40, 20, 20))
-    assert [len(keys) for keys in splits.values()] == [60, 40, 20, 20] and tuple(
-        splits
-    ) == toy.SPLITS
-    assert len({key for keys in splits.values() for key in keys}) == 140
+    assert tuple(splits) == toy.SPLITS
+    assert [len(keys) for keys in splits.values()] == [60, 40, 20, 20]
+    distinct = set(itertools.chain.from_iterable(splits.values()))
+    assert len(distinct) == 60 + 40 + 20 + 20
 
 
 def test_code_and_swe_share_their_split(world):
-    """A composition that is repaired in training is not written in the test, and the other way round."""
-    names = {
-        split: {r["hash_id"] for r in read(world, f"code_{split}")} for split in ("sft", *HELD_OUT)
-    }
-    for split in names:
-        assert {
-            r["instance_id"].removeprefix("toy-") for r in read(world, f"swe_{split}")
-        } <= names[split]
-    assert not names["sft"] & (names["rl"] | names["dev"] | names["test"]) and not names["rl"] & (
-        names["dev"] | names["test"]
-    )
+    """No program that is repaired in training is written in the test, and the other way round."""
+    code_names = {}
+    for split in ("sft", *HELD_OUT):
+        code_names[split] = {row["hash_id"] for row in read(world, f"code_{split}")}
+        swe_ids = [row["instance_id"] for row in read(world, f"swe_{split}")]
+        assert {name.removeprefix("toy-") for name in swe_ids} <= code_names[split]
+    reported = code_names["dev"] | code_names["test"]
+    assert not code_names["sft"] & code_names["rl"]
+    assert not code_names["sft"] & reported
+    assert not code_names["rl"] & reported
 
 
 def test_preferences_are_about_prompts_that_are_not_held_out(world):
-    held_out = {
-        row["prompt"][0]["content"]
-        for split in ("dev", "test")
-        for row in read(world, f"chat_{split}")
-    }
+    held_out_rows = read(world, "chat_dev") + read(world, "chat_test")
+    held_out = {row["prompt"][0]["content"] for row in held_out_rows}
     assert not held_out & {row["chosen"][0]["content"] for row in read(world, "preference")}
 
 
 @pytest.mark.parametrize("skill", ["math", "code", "swe"])
 def test_no_answer_leaks_into_a_prompt(skill, world):
-    for row, raw in zip(load(world, skill, "test")[2], read(world, f"{skill}_test"), strict=True):
+    _, _, rows = load(world, skill, "test")
+    for row, raw in zip(rows, read(world, f"{skill}_test"), strict=True):
         prompt = row["messages"][-1]["content"]
         if skill == "math":
             assert "=" not in prompt.split("\n\n")[-1] and f"boxed{{{row['answer']}}}" not in prompt
@@ -131,91 +145,72 @@ def test_no_answer_leaks_into_a_prompt(skill, world):
             assert not any(line.strip() in prompt for line in written)
             assert not any(json.dumps(json.loads(x)) in prompt for x in row["tests"]["outputs"])
         else:
-            fixed = [
-                line[1:]
-                for line in row["golden_patch"].splitlines()
-                if line.startswith("+") and not line.startswith("+++")
-            ]
-            assert fixed and not any(line in prompt for line in fixed)
+            patch = row["golden_patch"].splitlines()
+            added = [line for line in patch if line.startswith("+") and not line.startswith("+++")]
+            assert added
+            assert not any(line[1:] in prompt for line in added)
 
 
 def test_the_held_out_problems_are_solvable_and_their_tests_tell_siblings_apart(world):
     _, cfg, rows = load(world, "code", "test")
-    programs = [raw["hash_id"].split("-") for raw in read(world, "code_test")]
-    answer = lambda names: f"</think>\n```python\n{toy.program(names)}```"
-    assert judged(coderl, cfg, rows, map(answer, programs)) == [1.0] * len(rows)
     rng = random.Random(0)
-    assert judged(
-        coderl, cfg, rows, [answer(toy.mistaken(rng, tuple(names))) for names in programs]
-    ) == [0.0] * len(rows)
+    right, wrong = [], []
+    for raw in read(world, "code_test"):
+        names = tuple(raw["hash_id"].split("-"))
+        right.append(think_closed(toy.program(names)))
+        wrong.append(think_closed(toy.program(toy.mistaken(rng, names))))
+    assert judged(coderl, cfg, rows, right) == [1.0] * len(rows)
+    assert judged(coderl, cfg, rows, wrong) == [0.0] * len(rows)
 
 
 def test_demonstrations_are_flawed_as_often_as_declared(world):
-    """Measured by each skill's own verdict, on 400 fresh keys; what is declared is the share that is drawn flawed."""
+    """Measured on 400 fresh keys by each skill's own verdict."""
     rng = random.Random(5)
-    keys = lambda make: toy.split_keys(make(rng), (400, 0, 0, 0))["sft"]
-    made = {
-        "chat": toy.chat_rows(rng, keys(toy.chat_keys), "sft"),
-        "if": toy.if_rows(rng, keys(toy.if_keys), "sft"),
-        "math": toy.math_rows(rng, keys(toy.math_keys), "sft"),
-    }
-    good = {
-        "chat": [
-            toy.chat_score(prompt, reply.rpartition("</think>")[2]) == 1.0
-            for prompt, reply, _, _ in made["chat"]
-        ],
-        "math": [mathrl.last_box(reply) == row["answer"] for row, reply, _, _ in made["math"]],
-    }
-    for skill, verdicts in good.items():
-        flawed = 1 - sum(verdicts) / len(verdicts)
-        print(
-            f"{skill}: {flawed:.2f} of {len(verdicts)} demonstrations flawed, declared {toy.FLAWED[skill]:.2f}, tolerance 0.06"
-        )
-        assert abs(flawed - toy.FLAWED[skill]) < 0.06
-    assert all(
-        think == reply.startswith("<think>")
-        for rows in made.values()
-        for _, reply, think, _ in rows
-    )
+
+    def draw(make_keys):
+        return toy.split_keys(make_keys(rng), (400, 0, 0, 0))["sft"]
+
+    chat = toy.chat_rows(rng, draw(toy.chat_keys), "sft")
+    instructions = toy.if_rows(rng, draw(toy.if_keys), "sft")
+    math = toy.math_rows(rng, draw(toy.math_keys), "sft")
+
+    verdicts = []
+    for prompt, reply, _, _ in chat:
+        verdicts.append(toy.chat_score(prompt, reply.rpartition("</think>")[2]) == 1.0)
+    assert_flawed_as_declared("chat", verdicts)
+    verdicts = [mathrl.last_box(reply) == row["answer"] for row, reply, _, _ in math]
+    assert_flawed_as_declared("math", verdicts)
+    for _, reply, think, _ in chat + instructions + math:
+        assert think == reply.startswith("<think>")
 
 
 def test_code_and_swe_demonstrations_are_flawed_as_often_as_declared(world):
     rng = random.Random(6)
     keys = toy.split_keys(toy.op_keys(rng), (150, 0, 0, 0))["sft"]
-    written = [
-        reply.split("```python\n")[1].split("```")[0] == toy.program(key)
-        for key in keys
-        for reply in [None]
-        for _, reply, _, _ in toy.code_rows(rng, [key], "sft")
-    ]
+    written = []
+    for key in keys:
+        for _, reply, _, _ in toy.code_rows(rng, [key], "sft"):
+            program = reply.split("```python\n")[1].split("```")[0]
+            written.append(program == toy.program(key))
     repaired = []
     for row, reply, _, _ in toy.swe_rows(rng, keys, "sft"):
-        files = {f["file_path"]: f["content"] for f in row["relevant_file_contents"]}
-        search, _, replace = (
-            reply.partition("SEARCH\n")[2].partition("\n>>>>>>>")[0].partition("\n=======\n")
-        )
+        (file,) = row["relevant_file_contents"]
+        edit = reply.partition("SEARCH\n")[2].partition("\n>>>>>>>")[0]
+        search, _, replace = edit.partition("\n=======\n")
         fixed = toy.program(row["instance_id"].removeprefix("toy-").split("-"))
-        repaired.append(files["app.py"].replace(search, replace) == fixed)
-    for skill, verdicts in (("code", written), ("swe", repaired)):
-        flawed = 1 - sum(verdicts) / len(verdicts)
-        print(
-            f"{skill}: {flawed:.2f} of {len(verdicts)} demonstrations flawed, declared {toy.FLAWED[skill]:.2f}, tolerance 0.06"
-        )
-        assert abs(flawed - toy.FLAWED[skill]) < 0.06
+        repaired.append(file["content"].replace(search, replace) == fixed)
+    assert_flawed_as_declared("code", written)
+    assert_flawed_as_declared("swe", repaired)
 
 
 def test_both_modes_are_demonstrated_for_the_same_question(world):
-    by_prompt = {}
+    modes_of = {}
     for row in read(world, "sft_stage1"):
-        by_prompt.setdefault(row["messages"][0]["content"], set()).add(
-            (row["category"], row["thinking"])
-        )
-    parallel = [
-        modes
-        for modes in by_prompt.values()
-        if {c for c, _ in modes} & {"general", "instruction-following"}
-    ]
-    assert parallel and all({t for _, t in modes} == {True, False} for modes in parallel)
+        if row["category"] in ("general", "instruction-following"):
+            prompt = row["messages"][0]["content"]
+            modes_of.setdefault(prompt, set()).add(row["thinking"])
+    assert modes_of
+    assert all(modes == {True, False} for modes in modes_of.values())
 
 
 PROMPT = "Tell me about rain."
@@ -243,12 +238,13 @@ def test_chat_score_by_hand(reply, fifths):
 
 def test_a_reply_without_flaws_scores_one_and_each_flaw_costs():
     rng = random.Random(2)
-    means = [
-        sum(toy.chat_score(PROMPT, toy.chat_reply(rng, "rain", flaws)) for _ in range(300)) / 300
-        for flaws in range(5)
-    ]
+    means = []
+    for num_flaws in range(5):
+        replies = [toy.chat_reply(rng, "rain", num_flaws) for _ in range(300)]
+        means.append(sum(toy.chat_score(PROMPT, reply) for reply in replies) / 300)
     print("mean chat score by number of flaws: " + ", ".join(f"{m:.2f}" for m in means))
-    assert means[0] == 1.0 and all(a > b + 0.05 for a, b in zip(means, means[1:]))
+    assert means[0] == 1.0
+    assert all(fewer > more + 0.05 for fewer, more in itertools.pairwise(means))
 
 
 def test_the_tokenizer_reads_back_every_text_and_has_one_token_for_what_all_prompts_share(

