@@ -351,7 +351,7 @@ def complete(engine, decodings, how, hook, metric, rank):
     is worked out once.
     """
     submit, collect = hook
-    # {problem and completion: the first rollout that has it, whose verdict all of them take}
+    # {problem and completion: the first rollout that has it}; equal ones take its verdict
     first_with = {}
 
     def find_twin(r):
@@ -419,7 +419,7 @@ def make_rollouts(rows, how, settings, cfg, rank, world):
     rollouts = []
     for i, row in enumerate(rows):
         for j in range(k):
-            # Problems are dealt to ranks whole. Where there are few of them, samples are dealt.
+            # Problems are dealt to ranks whole. Where problems are few, samples are dealt.
             turn = i * k + j if len(rows) < 8 * world else i
             if turn % world != rank:
                 continue
@@ -480,7 +480,7 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
     weights = weights_of(cfg.model)
     engine_name = type(engine).__name__
 
-    # {decoding: settings that differ from the protocol}
+    # {decoding: its sampling settings}
     variants = {"sampled": how}
     if TASKS[name]["greedy"]:
         variants["greedy"] = how | {"samples": 1, "temperature": 0.0}
@@ -492,7 +492,7 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
             row["prompt_ids"] = prompt_ids
         decodings = []
         for decoding, variant in variants.items():
-            # A sample does not depend on how many of them are drawn.
+            # The number of samples is left out of the key: it changes no sample.
             settings = (weights, variant | {"samples": 0}, engine_name)
             rollouts = make_rollouts(rows, variant, settings, cfg, rank, world)
             path = os.path.join(samples, f"{name}_{mode}_{decoding}") if samples else ""

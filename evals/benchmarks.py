@@ -379,7 +379,7 @@ def ifbench_checks():
 
 
 def loose_versions(answer):
-    """Return the eight texts of which one has to follow a constraint."""
+    """Return eight versions of an answer; a constraint counts if one version follows it."""
     lines = answer.split("\n")
     versions = [answer]
     for part in (lines[1:], lines[:-1], lines[1:-1]):

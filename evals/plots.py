@@ -11,7 +11,7 @@ from evals.results import base_of, columns_of, kept_lines, read_results
 MATRIX_TITLE = "held-out score after each stage, %, with its 95% interval (sampled)"
 OUTLINE = "#c2570c"  # around the cells of a stage's own skill
 
-# What curves_<stage>.png shows: keys of metrics.jsonl, and their titles. SFT has no rewards.
+# The panels of curves_<stage>.png: keys of metrics.jsonl, and their titles. SFT has no rewards.
 RL_PANELS = (
     ("reward", "reward"),
     ("len", "completion tokens"),

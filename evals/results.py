@@ -151,7 +151,7 @@ def broken_gates(cells, stages):
     """
     broken = []
     # One account for each column: the best result so far, the points that may be lost against it,
-    # and the part of these points that a stage still has to bring back.
+    # and which part of those points which stage still has to bring back.
     accounts = {}
     for stage in stages:
         for column, now in sampled_cells(cells, stage):
@@ -167,7 +167,7 @@ def broken_gates(cells, stages):
             if payer:
                 account["owed"][payer] = account["owed"].get(payer, 0.0) + points
 
-            # What had to be repaid by now is no longer allowed.
+            # A debt that had to be repaid by now is no longer allowed.
             due = [payer for payer in account["owed"] if must_have_repaid(payer, stage)]
             account["allowed"] -= sum(account["owed"].pop(payer) for payer in due)
 

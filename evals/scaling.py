@@ -340,8 +340,8 @@ class Contest:
 def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
     """Return (points, submissions) of a problem.
 
-    In each round every open subtask gets cfg.samples candidates, of which one is submitted. Its
-    verdicts are shown to the model in the next round.
+    In each round every open subtask gets cfg.samples candidates, and one candidate is submitted.
+    Its verdicts are shown to the model in the next round.
     """
     contest = Contest(problem, submit)
     for turn in range(cfg.rounds):

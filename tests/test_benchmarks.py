@@ -359,7 +359,7 @@ def test_livecodebench_by_hand(tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """What the local judges share."""
+    """The part that the local judges share."""
 
     def read_body(self):
         return json.loads(self.rfile.read(int(self.headers["Content-Length"])))

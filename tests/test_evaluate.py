@@ -144,7 +144,8 @@ def test_tasks_with_and_without_yarn_are_refused_where_one_process_has_one_engin
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(SystemExit) as stop:
         evaluate.main(evaluate.Config(model=str(world / "base"), tasks="ifeval,math500"))
-    assert stop.value.code == 2 and "measure them apart" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "measure them apart" in capsys.readouterr().err
 
 
 def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict(tmp_path):

@@ -82,7 +82,7 @@ def measured(*lines):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a run of two stages leaves behind, with one completion that would like to be markup."""
+    """A run of two stages has left this, with one completion that would like to be markup."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     train(run / "sft2", "sft2.py", rewards=False)
     train(run / "rlhf", "rlhf.py")
