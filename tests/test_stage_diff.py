@@ -36,9 +36,18 @@ EXPECTED = {
     # Reward: a Bradley-Terry model (reward_model.py), trained first, or somebody's endpoint. Loss:
     # stabilisers for small reward models (6.3).
     "rlhf.py": {
-        "changed": {"grpo_loss"},
-        "absent": {"normalize", "verdict", "reward", "judge"},
-        "own": {"answer_of", "reference_model", "reference_logprobs"},
+        "changed": {"normalize", "grpo_loss"},
+        "absent": {"verdict", "reward", "judge"},
+        "own": {
+            "answer_of",
+            "status_of",
+            "lowest_ok_score",
+            "mean_and_std",
+            "shape_rewards",
+            "reward_model_path",
+            "reference_model",
+            "reference_logprobs",
+        },
     },
     # Reward: all constraints of the prompt hold, and for thinking models the reward model's
     # preference on top (4.4).
@@ -47,33 +56,27 @@ EXPECTED = {
         "absent": {"normalize", "verdict", "judge"},
         "own": {"verify", "add_preference", "read_constraints", "extremes"},
     },
-    # Reward: all unit tests pass, in the sandbox (4.6).
+    # Reward: all unit tests pass (verifiers/programs.py), in the sandbox (4.6).
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
-        "own": {
-            "statement",
-            "normal_tests",
-            "loads",
-            "extract_code",
-            "table_program",
-            "run_tests",
-            "same_output",
-            "same_value",
-        },
+        "own": {"statement", "join_parts", "normal_tests"},
     },
     # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not
     # apply (4.7).
     "swerl.py": {
-        "changed": {"verdict", "reward"},
-        "absent": {"normalize", "judge"},
+        "changed": {"normalize", "verdict", "reward"},
+        "absent": {"judge"},
         "own": {
-            "read_files",
+            "find_issue",
             "source_files",
+            "read_files",
+            "read_commit",
+            "read_clone",
+            "git",
             "choose_files",
-            "judge_rollout",
             "lexical_judge",
-            "ask_judge",
+            "judge_rollout",
         },
     },
     # No reward at all: teachers speak about each token (Cascade 2, 4.4).
