@@ -43,7 +43,7 @@ from evals.results import (
 )
 from lib.checkpoint import lock
 from lib.common import all_gather, finish, init_distributed
-from lib.flags import parse_config
+from lib.flags import Share, parse_config
 from lib.guard import fail, one_sentence
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -72,9 +72,9 @@ class Config:
     modes: str = ""  # think, no_think or think,no_think; "": the task's own
     # The next five replace the task's own protocol; their defaults leave it as it is.
     samples: int = 0  # completions of each problem for the sampled score
-    temperature: float = -1.0
-    top_p: float = 0.0
-    max_new_tokens: int = 0
+    temperature: float = -1.0  # of the sampled score
+    top_p: Share = 0.0  # of the sampled score
+    max_new_tokens: int = 0  # of a completion
     rope_factor: float = 0.0  # YaRN factor
     limit: int = 0  # problems of each task; 0: all
     seed: int = 0

@@ -33,17 +33,17 @@ from evals.results import (
 )
 from evaluate import own_skills
 from lib.checkpoint import git_hash
-from lib.flags import parse_config
+from lib.flags import PositiveInt, parse_config
 
 
 @dataclass
 class Config:
     run: str = "out/toy"  # folder of a cascade, or of one stage
-    problems: int = 6  # problems of each task and mode whose completions are shown
-    samples: int = 2  # completions of each problem that are shown, after every stage
+    problems: PositiveInt = 6  # problems of each task and mode whose completions are shown
+    samples: PositiveInt = 2  # completions of each problem that are shown, after every stage
     # A completion with more characters than this is shown without its middle.
-    characters: int = 6000
-    points: int = 300  # most points of a curve
+    characters: PositiveInt = 6000
+    points: PositiveInt = 300  # most points of a curve
 
 
 # ---- 1. What the run left ------------------------------------------------------------------------

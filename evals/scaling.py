@@ -36,7 +36,7 @@ from engine import Rollout, make_engine, request_seed
 from evals import benchmarks
 from lib import data
 from lib.common import finish, init_distributed
-from lib.flags import parse_config
+from lib.flags import PositiveFloat, PositiveInt, TopP, parse_config
 from lib.guard import fail
 from model import Qwen3, load_tokenizer, render_chat
 from verifiers import patches
@@ -55,11 +55,11 @@ class Config:
     repos: str = ""  # --localise: folder of git clones named owner__name
     out: str = ""  # --localise: file for the rows of sft.py
     # Completions of a problem (paper: 32), or candidates of a subtask in a round (paper: 20).
-    samples: int = 20
-    rounds: int = 50  # submissions of a problem; the limit of the IOI
-    max_new_tokens: int = 32768  # paper: 128K for the IOI
-    temperature: float = 0.6
-    top_p: float = 0.95
+    samples: PositiveInt = 20
+    rounds: PositiveInt = 50  # submissions of a problem; the limit of the IOI
+    max_new_tokens: PositiveInt = 32768  # paper: 128K for the IOI
+    temperature: PositiveFloat = 0.6  # of sampling
+    top_p: TopP = 0.95  # of sampling
     rope_factor: float = 0.0  # YaRN factor; 0: as the checkpoint has it
     engine: str = "auto"  # auto, torch or vllm
     limit: int = 0  # problems; 0: all
