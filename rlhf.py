@@ -10,9 +10,10 @@ while len and trunc stay put.
 
     torchrun --nproc_per_node=8 rlhf.py --init_from=out/sft2/final --out_dir=out/rlhf
 
-Deviations from the paper, numbered as in docs/paper.md: D1 language by Unicode scripts; D6 a reward
-model of any size; D7 the stabilisers for small reward models are flags, off by default; D8 the
-floor for a reply that never closes its thinking.
+Deviations from the paper, numbered as in docs/paper.md: D1 language by letters of other scripts; D6
+a reward model of any size; D7 the stabilisers for small reward models are flags, off by default; D8
+the floor for a reply that never closes its thinking; D33 a group that agrees on another language is
+not punished for it.
 """
 
 import functools
@@ -147,10 +148,38 @@ def answer_of(rollout):
     return rollout.text.rpartition("</think>")[2].strip()
 
 
-def status_of(rollout, score):
+# Share of a group that answers in another language only if it was asked for [D33].
+ASKED_FOR = 0.75
+
+
+def find_mixed(rollouts):
+    """Whether each rollout mixes languages although its prompt is English [D1]."""
+    mixed = []
+    for r in rollouts:
+        prompt = " ".join(turn["content"] for turn in r.row["messages"])
+        mixed.append(not language_ok(prompt, r.text))
+
+    # A prompt can ask for another language in words that language_ok does not know. Nearly the
+    # whole group then answers in it, and the floor would let a refusal win. Such a group is left
+    # to the reward model [D33]. A held-out rollout is alone in its group and agrees with nobody.
+    groups = {}
+    for i, r in enumerate(rollouts):
+        groups.setdefault(r.group, []).append(i)
+    num_asked = 0
+    for members in groups.values():
+        num_mixed = sum(mixed[i] for i in members)
+        if num_mixed >= 3 and num_mixed >= ASKED_FOR * len(members):
+            num_asked += 1
+            for i in members:
+                mixed[i] = False
+    if num_asked:
+        print0(f"reward: {num_asked} of {len(groups)} groups agree on another language, no floor")
+    return mixed
+
+
+def status_of(rollout, score, is_mixed):
     """Status of a rollout. Its score is None where the endpoint failed."""
-    prompt = " ".join(turn["content"] for turn in rollout.row["messages"])
-    if not language_ok(prompt, rollout.text):  # [D1]
+    if is_mixed:
         return "language"
     if score is None:
         return "infra"
@@ -217,8 +246,9 @@ def make_reward(cfg):
         scores, seconds = timed(score, conversations, [answer_of(r) for r in rollouts])
 
         # Status: which replies are penalised, and where the endpoint failed.
-        for r, s in zip(rollouts, scores, strict=True):
-            r.status = status_of(r, s)
+        mixed = find_mixed(rollouts)
+        for r, s, is_mixed in zip(rollouts, scores, mixed, strict=True):
+            r.status = status_of(r, s, is_mixed)
             r.verify_s = seconds / len(rollouts)
 
         # Floor: a penalised reply earns the lowest score of the others, or 10 less (paper 4.3.2).

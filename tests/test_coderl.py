@@ -408,9 +408,9 @@ def test_a_response_earns_one_only_if_every_test_passes(response, tests, earned)
 
 
 def test_a_chinese_prompt_may_be_thought_about_in_chinese():
-    assert coderl.language_ok("把它加倍", "让我想想 x") and not coderl.language_ok(
-        "把它加倍", "давай"
-    )
+    """The rule is about English prompts; tests/test_language.py has its cases."""
+    assert coderl.language_ok("把它加倍", "让我想想 x") and coderl.language_ok("把它加倍", "so x")
+    assert not coderl.language_ok("Double it.", "让我想想 x")
     started = time.perf_counter()
     assert coderl.language_ok("Double it.", "So the answer is 4. " * 10_000)
     print(f"200 KB in {1e3 * (time.perf_counter() - started):.1f} ms")

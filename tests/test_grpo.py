@@ -877,6 +877,37 @@ def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint
     assert [r.reward for r in rollouts[:3]] == [2.0, -1.0, -11.0] and math.isnan(rollouts[3].reward)
 
 
+def test_a_refusal_does_not_win_where_another_language_was_asked_for(monkeypatch):
+    """Three right answers score 3, 2.5 and 2.8, a refusal -4. The rule once gave -14, -14, -14, -4."""
+    scores = {"\u8c22\u8c22": 3.0, "\u591a\u8c22": 2.5, "\u611f\u8c22\u60a8": 2.8, "I can't.": -4.0}
+    for prompt in ("How do you say thank you in Chinese?", "Thank me as they do in Harbin."):
+        rollouts = replies(scores)
+        for r in rollouts:
+            r.row = {"messages": [{"role": "user", "content": prompt}], "think": False}
+        table_reward(monkeypatch, scores)(rollouts)
+        assert [r.reward for r in rollouts] == list(scores.values()), prompt
+
+
+@pytest.mark.parametrize(
+    "texts, penalised",
+    [
+        (["\u597d"] * 6 + ["Hi"] * 2, 0),  # three quarters agree
+        (["\u597d"] * 5 + ["Hi"] * 3, 5),
+        (["\u597d"] * 8, 0),
+        (["\u597d"] * 2, 2),  # too few to agree
+        (["\u597d"], 1),  # a held-out rollout
+    ],
+)
+def test_a_group_agrees_on_another_language_only_with_three_quarters(
+    texts, penalised, monkeypatch, capsys
+):
+    collect = table_reward(monkeypatch, {"\u597d": 1.0, "Hi": 0.0})
+    rollouts = replies(texts)
+    collect(rollouts)
+    assert sum(r.status == "language" for r in rollouts) == penalised
+    assert ("1 of 1 groups agree" in capsys.readouterr().out) == (not penalised)
+
+
 def test_shaped_rewards_are_the_tanh_of_the_group_z_score(monkeypatch):
     collect = table_reward(monkeypatch, {"a": 0.0, "b": 4.0}, shape_reward=True)
     rollouts = replies(["a", "b", "a", "b"]) + replies(["a", "a", "a", "a"], group=1)

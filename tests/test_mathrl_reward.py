@@ -579,16 +579,13 @@ LETTERS = st.text(
 
 
 def language_rule_holds(prompt, response, more):
-    """A response in the prompt's own letters is fine; longer responses only get worse, longer
-    prompts only forgive more; Latin is always fine."""
+    """A response in the prompt's own letters is fine, a longer prompt only forgives more, and
+    Latin is always fine."""
     fine = mathrl.language_ok(prompt, response)
-    assert (
-        fine in (True, False)
-        and mathrl.language_ok(prompt, prompt)
-        and mathrl.language_ok(prompt, response + " plain text") is fine
-    )
-    assert fine or not mathrl.language_ok(prompt, response + more)
+    assert fine in (True, False) and mathrl.language_ok(prompt, prompt)
+    assert mathrl.language_ok(prompt, "plain text")
     assert not fine or mathrl.language_ok(prompt + more, response)
+    assert not fine or mathrl.language_ok(prompt, response + " plain text" * 20)
 
 
 @settings(max_examples=300, deadline=None)

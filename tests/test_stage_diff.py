@@ -40,6 +40,7 @@ EXPECTED = {
         "absent": {"verdict", "reward", "judge"},
         "own": {
             "answer_of",
+            "find_mixed",
             "status_of",
             "lowest_ok_score",
             "mean_and_std",
