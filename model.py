@@ -515,6 +515,12 @@ within <tool_call></tool_call> XML tags:
 </tool_call>"""
 THINK = " /think"
 NO_THINK = " /no_think"
+# Roles that a turn can have. Some clients say "developer" for system and "function" for tool.
+SYSTEM_ROLES = ("system", "developer")
+TOOL_ROLES = ("tool", "function")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", *TOOL_ROLES)
+# Fields of an assistant turn in which servers and data sets keep its thinking beside its text.
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 
 
 def chat_template():
@@ -588,16 +594,22 @@ def render_turns(messages, think, tools=None):
     A default system text; the mode flag at the end of every user turn; history with its thinking
     removed and its flags set to /no_think. The assistant turns after the last user turn are
     trained on. A flag that is already written in the last user turn wins over `think`.
+    ValueError if a turn has an unknown role: it must not vanish without a word.
     """
-    system = messages[0]["content"] if messages[0]["role"] == "system" else SYSTEM
+    has_system = messages[0]["role"] in SYSTEM_ROLES
+    system = content_text(messages[0]) if has_system else SYSTEM
     if tools:
         signatures = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         system += "\n\n" + TOOLS.format(signatures)
     turns = [("system", system, False)]
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     for i, message in enumerate(messages):
-        text = (message["content"] or "").strip()
-        if message["role"] == "user":
+        if i == 0 and has_system:
+            continue
+        text = content_text(message).strip()
+        if message["role"] in SYSTEM_ROLES:
+            turns.append(("system", text, False))
+        elif message["role"] == "user":
             text, written = split_flag(text)
             if i != last_user:
                 flag = NO_THINK
@@ -607,17 +619,49 @@ def render_turns(messages, think, tools=None):
         elif message["role"] == "assistant":
             if i < last_user:
                 text = text.split("</think>")[-1].strip()
-            for call in message.get("tool_calls") or []:
-                text += render_tool_call(call.get("function") or call)
-            turns.append(("assistant", text, i > last_user))
-        elif message["role"] == "tool":
+            # A newline stands between the text and a call, and between two calls.
+            calls = [render_tool_call(call) for call in message.get("tool_calls") or []]
+            body = "\n".join([text, *calls] if text else calls)
+            thought = reasoning_of(message)
+            if i > last_user and thought and "</think>" not in text:
+                body = f"<think>\n{thought}\n</think>\n\n{body}"
+            turns.append(("assistant", body, i > last_user))
+        elif message["role"] in TOOL_ROLES:
             reply = f"<tool_response>\n{text}\n</tool_response>"
             if turns[-1][0] == "tool":
                 # Replies that follow one another share one turn.
                 reply = turns.pop()[1] + "\n" + reply
             turns.append(("tool", reply, False))
+        else:
+            raise ValueError(f"a turn of an unknown role: {message['role']}")
     # To the model, a tool's reply is a user turn.
     return [("user" if role == "tool" else role, text, trained) for role, text, trained in turns]
+
+
+def content_text(message):
+    """The content of a message as text. Without a content it is empty, as beside a tool call.
+
+    Of a list of parts, which have a type each, the texts are taken. A tool's reply that is an
+    object becomes JSON.
+    """
+    content = message.get("content")
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(p, dict) and "type" in p for p in content):
+        texts = [part.get("text") for part in content]
+        return "\n".join(text for text in texts if isinstance(text, str))
+    return json.dumps(content, ensure_ascii=False)
+
+
+def reasoning_of(message):
+    """The thinking of an assistant turn that stands in a field of its own, or ""."""
+    for name in REASONING:
+        thought = message.get(name)
+        if isinstance(thought, str) and thought.strip():
+            return thought.strip()
+    return ""
 
 
 def split_flag(text):
@@ -630,11 +674,12 @@ def split_flag(text):
 
 def render_tool_call(call):
     """A tool call as text; its arguments are a JSON text or an object."""
-    name = json.dumps(call["name"], ensure_ascii=False)
-    arguments = call["arguments"]
+    function = call.get("function") or call
+    name = json.dumps(function["name"], ensure_ascii=False)
+    arguments = function["arguments"]
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return f'\n<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
 
 def render_chat(tokenizer, messages, think, tools=None, add_generation_prompt=True):

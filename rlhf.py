@@ -118,6 +118,8 @@ def normalize(row, where):
     if not turns[last]["content"].strip():
         raise BadRow("no user turn")
     kept = turns[: last + 1]
+    if any(turn.get("tool_calls") for turn in kept):
+        raise BadRow("a turn that calls a tool")
     return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in kept]}
 
 

@@ -38,7 +38,7 @@ from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_conf
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
 from lib.packing import shared_prefixes, split_by_budget
-from model import render_chat, show_tokens
+from model import REASONING, TOOL_ROLES, reasoning_of, render_chat, show_tokens
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------
@@ -76,7 +76,6 @@ class Config(MachineFlags):  # memory, checkpoints, time limits: lib/flags.py
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-ROLES = ("system", "user", "assistant", "tool")
 # A tool's reply that brings tags of its own: one or more <tool_response> blocks and nothing else.
 TAGGED_REPLIES = re.compile(
     r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", re.S
@@ -96,14 +95,17 @@ def normalize(row, where, think_only=False):
     check_turns(messages)
     tools = from_json(row.get("tools"), "tools")
     for message in messages:
-        if message["role"] == "tool":
+        if message["role"] in TOOL_ROLES:
             message["content"] = without_tags(message["content"])
         message["tool_calls"] = tool_calls_of(message)
+    has_reasoning = check_reasoning(messages)
     think = row.get("thinking")
     if think is None:
-        think = "<think>" in messages[-1]["content"]
+        think = "<think>" in messages[-1]["content"] or has_reasoning
     if not isinstance(think, bool):
         raise BadRow('field "thinking" is neither true nor false')
+    if has_reasoning and not think:
+        raise BadRow("reasoning in a no_think conversation")
     if think_only and not think:
         raise BadRow("a no_think conversation")
     category = str(row.get("category") or "all")
@@ -125,12 +127,25 @@ def check_turns(messages):
     """BadRow unless there is a user turn, and an assistant turn at the end to train on."""
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow("the last turn is not the assistant's")
-    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+    last = messages[-1]
+    if not last["content"].strip() and not last.get("tool_calls") and not last.get("function_call"):
         raise BadRow("the last assistant turn is empty")
     if not any(m["role"] == "user" and m["content"].strip() for m in messages):
         raise BadRow("no user turn")
-    if any(m["role"] not in ROLES for m in messages):
-        raise BadRow("a turn of an unknown role")
+
+
+def check_reasoning(messages):
+    """Whether a turn that is trained on has its thinking in a field of its own.
+
+    render_turns writes that field into the text. BadRow if it is no text.
+    """
+    last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    trained = [m for m in messages[last_user + 1 :] if m["role"] == "assistant"]
+    for message in trained:
+        for name in REASONING:
+            if isinstance(message.get(name), (list, dict)):
+                raise BadRow(f'field "{name}" of a turn is not text')
+    return any(reasoning_of(message) for message in trained)
 
 
 def without_tags(content):
@@ -145,6 +160,8 @@ def without_tags(content):
 def tool_calls_of(message):
     """The tool calls of a turn: name and arguments each, at their top or under "function"."""
     calls = from_json(message.get("tool_calls"), "tool_calls")
+    if message.get("function_call"):
+        calls = [*calls, *from_json([message["function_call"]], "function_call")]
     for call in calls:
         function = call.get("function") or call
         is_named = isinstance(function, dict) and isinstance(function.get("name"), str)

@@ -12,6 +12,7 @@ import re
 
 from lib.common import print0
 from lib.guard import fail
+from model import ROLES
 
 FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
 
@@ -281,6 +282,8 @@ def as_messages(turns, name="prompt"):
         turns = [{"role": "user", "content": turns}]
     if not isinstance(turns, list) or not all(has_role(turn) for turn in turns):
         raise BadRow(f'field "{name}" is no list of chat messages with a role each')
+    if any(turn["role"] not in ROLES for turn in turns):
+        raise BadRow("a turn of an unknown role")
     messages = []
     for turn in turns:
         content = turn.get("content") or ""

@@ -11,7 +11,7 @@ import itertools
 import pytest
 from transformers import AutoTokenizer
 
-from model import render_chat, save_tokenizer, show_tokens, stop_ids
+from model import render_chat, render_turns, save_tokenizer, show_tokens, stop_ids
 
 SYSTEM = "<|im_start|>system\nYou are a helpful and harmless assistant.<|im_end|>\n"
 WEATHER = {
@@ -51,22 +51,22 @@ def user(text):
     return {"role": "user", "content": text}
 
 
+def call(name, arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 def assistant(text, *calls):
     turn = {"role": "assistant", "content": text}
-    return turn | (
-        {
-            "tool_calls": [
-                {"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls
-            ]
-        }
-        if calls
-        else {}
-    )
+    if calls:
+        turn["tool_calls"] = [call(name, arguments) for name, arguments in calls]
+    return turn
 
 
 def tool(text):
     return {"role": "tool", "content": text}
 
+
+SUN = {"type": "text", "text": "n"}
 
 # name: (messages, think, tools, text with the trained part in [[ ]])
 EXPECTED = {
@@ -161,11 +161,88 @@ EXPECTED = {
         False,
         None,
         SYSTEM + "<|im_start|>user\nRain? /no_think<|im_end|>\n"
-        '<|im_start|>assistant\n\n<tool_call>\n{"name": "weather", "arguments": {}}\n'
+        '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {}}\n'
         "</tool_call><|im_end|>\n"
         "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\nNo.<|im_end|>\n"
         "<|im_start|>user\nThanks /no_think<|im_end|>\n<|im_start|>assistant\n[[Bye.<|im_end|>]]\n",
+    ),
+    "two tool calls without a text or a content, and a reply that is an object": (
+        [
+            user("Rain?"),
+            {"role": "assistant", "tool_calls": [call("weather", {}), call("weather", {})]},
+            {"role": "tool", "content": {"K\u00f6ln": ["rain", 4]}},
+            {"role": "function", "content": [{"a": 1}, {"type": "text", "text": "x"}]},
+            {"role": "tool", "content": [{"type": "text", "text": "su"}, {"type": "text"}, SUN]},
+            assistant("Rain."),
+        ],
+        False,
+        None,
+        SYSTEM + "<|im_start|>user\nRain? /no_think<|im_end|>\n<|im_start|>assistant\n"
+        '[[<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>]]\n'
+        '<|im_start|>user\n<tool_response>\n{"K\u00f6ln": ["rain", 4]}\n</tool_response>\n'
+        '<tool_response>\n[{"a": 1}, {"type": "text", "text": "x"}]\n</tool_response>\n'
+        "<tool_response>\nsu\nn\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n[[Rain.<|im_end|>]]\n",
+    ),
+    "thinking in a field of its own, in a turn that is trained and in the history": (
+        [
+            user("Add 2 and 3."),
+            assistant("5") | {"reasoning_content": "2+3=5"},
+            user("Rain?"),
+            assistant("", ("weather", {})) | {"reasoning": "I have to look.\n"},
+            tool("sun"),
+            assistant("No.") | {"reasoning_content": None, "thought": "\nSun is no rain."},
+        ],
+        True,
+        None,
+        SYSTEM + "<|im_start|>user\nAdd 2 and 3. /no_think<|im_end|>\n"
+        "<|im_start|>assistant\n5<|im_end|>\n"
+        "<|im_start|>user\nRain? /think<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\nI have to look.\n</think>\n\n"
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>]]\n'
+        "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\nSun is no rain.\n</think>\n\nNo.<|im_end|>]]\n",
+    ),
+    "thinking in a field and in the text is written once": (
+        [
+            user("Add 2 and 3."),
+            assistant("<think>\n2+3=5\n</think>\n5") | {"thinking": "2+3=5"},
+        ],
+        True,
+        None,
+        SYSTEM + "<|im_start|>user\nAdd 2 and 3. /think<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\n2+3=5\n</think>\n5<|im_end|>]]\n",
+    ),
+    "system turns after the first, and those of developers": (
+        [
+            {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+            user("Hi"),
+            assistant("Hi."),
+            {"role": "system", "content": "From now on answer in French.\n"},
+            user("Bye"),
+            {"role": "developer", "content": "Now."},
+            assistant("Salut."),
+        ],
+        False,
+        None,
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n"
+            "<|im_start|>user\nHi /no_think<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n"
+            "<|im_start|>system\nFrom now on answer in French.<|im_end|>\n"
+            "<|im_start|>user\nBye /no_think<|im_end|>\n"
+            "<|im_start|>system\nNow.<|im_end|>\n<|im_start|>assistant\n[[Salut.<|im_end|>]]\n"
+        ),
+    ),
+    "a tool speaks first and last": (
+        [tool("on"), user("Hi"), tool("off"), assistant("Hi.")],
+        False,
+        None,
+        SYSTEM + "<|im_start|>user\n<tool_response>\non\n</tool_response><|im_end|>\n"
+        "<|im_start|>user\nHi /no_think<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\noff\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n[[Hi.<|im_end|>]]\n",
     ),
 }
 
@@ -230,7 +307,9 @@ def test_a_prompt_is_a_prefix_of_its_completion(name, tokenizer):
     assert prompt_mask[-1] == 0 and whole_mask[len(prompt)] == 1, (
         "training starts where sampling starts"
     )
-    completion = tokenizer.encode(messages[-1]["content"].strip(), add_special_tokens=False).ids
+    *_, (_, last_text, _) = render_turns(messages, think, tools)
+    assert messages[-1]["content"].strip() in last_text
+    completion = tokenizer.encode(last_text, add_special_tokens=False).ids
     assert whole[len(prompt) :] == [
         *completion,
         tokenizer.token_to_id("<|im_end|>"),
@@ -276,3 +355,11 @@ def test_names_of_functions_outside_ascii_are_written_alike(tokenizer, their_tok
     assert ours == their_tokenizer.apply_chat_template(
         messages, tokenize=False, enable_thinking=True
     )
+
+
+def test_a_turn_of_an_unknown_role_is_an_error_everywhere(tokenizer, their_tokenizer):
+    messages = [user("Hi"), {"role": "critic", "content": "Too short."}]
+    with pytest.raises(ValueError, match="a turn of an unknown role: critic"):
+        render_chat(tokenizer, messages, True)
+    with pytest.raises(Exception, match="a turn of an unknown role: critic"):
+        their_tokenizer.apply_chat_template(messages, tokenize=False)

@@ -878,7 +878,7 @@ def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint
 
 
 def test_a_refusal_does_not_win_where_another_language_was_asked_for(monkeypatch):
-    """Three right answers score 3, 2.5 and 2.8, a refusal -4. The rule once gave -14, -14, -14, -4."""
+    """Three right answers score 3, 2.5 and 2.8, a refusal -4. They once earned -14 each."""
     scores = {"\u8c22\u8c22": 3.0, "\u591a\u8c22": 2.5, "\u611f\u8c22\u60a8": 2.8, "I can't.": -4.0}
     for prompt in ("How do you say thank you in Chinese?", "Thank me as they do in Harbin."):
         rollouts = replies(scores)

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+import coderl
+import mathrl
 from verifiers.language import language_ok
 
 WHO = "Who wrote War and Peace?"
@@ -411,6 +413,21 @@ def test_a_word_that_only_looks_like_a_language_excuses_nothing():
         assert not language_ok(prompt, drift), prompt
 
 
+def test_reasoning_about_words_of_another_language_costs_math_and_code_nothing():
+    asked = "Write a program that prints the Chinese numeral of a digit."
+    plan = "<think>The digits are 零 一 二 三 四 五 六 七 八 九, so a table will do.</think>"
+    greeting = '<think>So print("你好") for an even n, else print("再见").</think>'
+    tests = {"inputs": ["1\n"], "outputs": ["1\n"], "fn_name": None, "time_limit": None}
+    program = "\n```python\nprint(input())\n```"
+    assert coderl.verdict(plan + program, tests, asked)[:2] == (1, "ok")
+    assert coderl.verdict(greeting + program, tests, SUM)[:2] == (1, "ok")
+    inequality = "<think>By Чебышёв's inequality (неравенство Чебышёва) it is 2.</think>\\boxed{2}"
+    assert mathrl.verdict(inequality, "2", FIND) == (1, "ok")
+    drift = "<think>It is even. 现在我们来验证一下这个结论是否正确。</think>"
+    assert coderl.verdict(drift + program, tests, SUM)[:2] == (0, "language")
+    assert mathrl.verdict(drift + "\\boxed{2}", "2", FIND) == (-1, "language")
+
+
 def test_thought_and_answer_are_judged_each_by_itself():
     thought = "<think>" + "The user says hi, so I greet back. " * 100 + "</think>"
     assert language_ok("Hi", thought + "Hello!") and not language_ok("Hi", thought + "你好")
@@ -427,17 +444,17 @@ def test_quotes_and_code_are_no_hiding_place():
 
 
 def test_a_verdict_takes_milliseconds_whatever_the_text():
-    """A response has at most some 200 KB. The slowest of these took 190 ms of CPU."""
+    """A response has at most some 200 KB, four times as much as these; the cost is linear."""
     draw = random.Random(0)
-    noise = "".join(draw.choice("\"'`(|*>[ \n“«「ab好") for _ in range(100_000))
+    noise = "".join(draw.choice("\"'`(|*>[ \n“«「ab好") for _ in range(25_000))
     texts = {
-        "English": "So the answer is 4. " * 10_000,
-        "mathematics": "So α ≤ 4 — naïve. " * 11_000,
-        "Chinese": "现在我们来验证一下这个结论是否正确。" * 3500,
-        "named": "in Chinese 好 x " * 13_000,
-        "different": "".join(f"China {chr(0x4E00 + i)} xx " for i in range(15_000)),
+        "English": "So the answer is 4. " * 2500,
+        "mathematics": "So α ≤ 4 — naïve. " * 2700,
+        "Chinese": "现在我们来验证一下这个结论是否正确。" * 900,
+        "named": "in Chinese 好 x " * 3200,
+        "different": "".join(f"China {chr(0x4E00 + i)} xx " for i in range(3700)),
         "noise": noise,
-        **{mark: mark * 100_000 + "好" for mark in "\"'`([*>|«“「 \n"},
+        **{mark: mark * 25_000 + "好" for mark in "\"'`([*>|«“「 \n"},
     }
     seconds = {}
     for name, text in texts.items():
@@ -445,5 +462,5 @@ def test_a_verdict_takes_milliseconds_whatever_the_text():
         language_ok(FIND, text)
         seconds[name] = time.process_time() - start
     slowest = max(seconds, key=seconds.get)
-    print(f"slowest: {slowest!r}, {1e3 * seconds[slowest]:.0f} ms of CPU (limit 1500)")
-    assert seconds[slowest] < 1.5
+    print(f"slowest: {slowest!r}, {1e3 * seconds[slowest]:.0f} ms of CPU (limit 500)")
+    assert seconds[slowest] < 0.5

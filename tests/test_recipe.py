@@ -105,7 +105,7 @@ def test_3_3_1_tool_calling_conversation_trains_calls_and_answer_but_not_the_too
         ("user", "What is 6 * 7? /no_think", False),
         (
             "assistant",
-            '\n<tool_call>\n{"name": "mul", "arguments": {"a": 6, "b": 7}}\n</tool_call>',
+            '<tool_call>\n{"name": "mul", "arguments": {"a": 6, "b": 7}}\n</tool_call>',
             True,
         ),
         ("user", "<tool_response>\n42\n</tool_response>", False),

@@ -206,6 +206,54 @@ def test_a_tool_s_reply_is_wrapped_once_whoever_wrote_the_tags(written, tokenize
     )
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "thought"])
+def test_thinking_in_a_field_of_its_own_is_trained_on(name, tokenizer):
+    """It once vanished: "4" was trained under /think."""
+    turns = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4", name: "two and two"},
+    ]
+    for row in ({"messages": turns}, {"messages": turns, "thinking": True}):
+        row = sft.normalize(row, "row 1")
+        ids, mask = render_chat(tokenizer, row["messages"], row["think"], [], False)
+        trained = tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on], False)
+        assert row["think"] and trained == "<think>\ntwo and two\n</think>\n\n4<|im_end|>"
+    with pytest.raises(data.BadRow, match="reasoning in a no_think conversation"):
+        sft.normalize({"messages": turns, "thinking": False}, "row 1")
+    with pytest.raises(data.BadRow, match="of a turn is not text"):
+        sft.normalize({"messages": [turns[0], turns[1] | {name: [{"text": "x"}]}]}, "row 1")
+
+
+def test_thinking_in_a_field_of_the_history_goes_as_all_thinking_of_the_history(tokenizer):
+    turns = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "two and two"},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Bye."},
+    ]
+    row = sft.normalize({"messages": turns, "thinking": False}, "row 1")
+    ids, _ = render_chat(tokenizer, row["messages"], row["think"], [], False)
+    assert "two and two" not in tokenizer.decode(ids) and not row["think"]
+
+
+def test_a_later_system_turn_and_an_old_function_call_are_in_the_text(tokenizer):
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "system", "content": "From now on answer in French."},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "sun"},
+        {"role": "assistant", "content": "Non."},
+    ]
+    row = sft.normalize({"messages": turns}, "row 1")
+    ids, _ = render_chat(tokenizer, row["messages"], row["think"], [], False)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert "<|im_start|>system\nFrom now on answer in French.<|im_end|>" in text
+    assert 'assistant\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' in text
+    assert "<tool_response>\nsun\n</tool_response>" in text
+
+
 def test_a_set_that_is_named_again_is_read_as_often(tmp_path):
     """Stage 2 sees science twice and SWE three times (paper 3.2.4, 3.3.2)."""
     for name, n in (("a", 10), ("b", 3)):
