@@ -22,7 +22,7 @@ MAKE_WORLD = """
 import toy
 from lib.common import finish
 from lib.flags import parse_config
-toy.KEYS = {"chat": (24, 16, 8, 8), "if": (24, 16, 8, 8), "math": (24, 16, 8, 8), "code": (24, 16, 8, 8)}
+toy.KEYS = {skill: (24, 16, 8, 8) for skill in ("chat", "if", "math", "code")}
 toy.main(parse_config(toy.Config))
 finish()
 """
@@ -31,11 +31,13 @@ finish()
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "slow: runs whole stages or an interpreter, seconds each; left out by `bash tests/run.sh fast`",
+        "slow: runs whole stages or an interpreter, seconds each; "
+        "left out by `bash tests/run.sh fast`",
     )
     config.addinivalue_line(
         "markers",
-        "exhaustive: minutes each (20,000 random inputs, 2,000 programs); only in `bash tests/run.sh all`",
+        "exhaustive: minutes each (20,000 random inputs, 2,000 programs); "
+        "only in `bash tests/run.sh all`",
     )
 
 

@@ -16,10 +16,8 @@ import pathlib
 import sys
 import tempfile
 
-ON_GPU = sys.argv[1:] == ["cuda"]
-os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1:] == ["cuda"] else "1"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -35,6 +33,8 @@ from kernels import (
     swiglu,
 )
 
+ON_GPU = sys.argv[1:] == ["cuda"]
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKS = {}
 
 

@@ -57,7 +57,7 @@ def outputs(rollouts):
 
 @torch.no_grad()
 def trainer_logprobs(model, rollouts, temperature):
-    """Per rollout, the log-probs of its completion as train_step computes them: one packed batch."""
+    """Per rollout, its completion's log-probs as train_step computes them: in one packed batch."""
     rows = [torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts]
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
     index = torch.cat(
@@ -116,12 +116,11 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
                 if (len(rollouts[i].prompt_ids) + step, rollouts[i].completion_ids[step])
                 == (position, token)
             ]
-            worst, compared = (
-                max(worst, min((full[i][position] - logits_V).abs().max().item() for i in fed)),
-                compared + 1,
-            )
+            worst = max(worst, min((full[i][position] - logits_V).abs().max().item() for i in fed))
+            compared += 1
     print(
-        f"decode logits against full forward: max error {worst:.1e} over {compared} tokens, tolerance 5e-05"
+        f"decode logits against full forward: max error {worst:.1e} over {compared} tokens, "
+        "tolerance 5e-05"
     )
     assert worst < 5e-5 and compared > 50
 
@@ -167,11 +166,9 @@ def test_waves_of_max_rows_change_nothing(engine, model, tokenizer):
 
 
 def test_the_same_seeds_give_the_same_completions_and_other_seeds_others(engine, tokenizer):
-    first, again, other = (
-        ask(tokenizer, 2, seed=0),
-        ask(tokenizer, 2, seed=0),
-        ask(tokenizer, 2, seed=1),
-    )
+    first = ask(tokenizer, 2, seed=0)
+    again = ask(tokenizer, 2, seed=0)
+    other = ask(tokenizer, 2, seed=1)
     for rollouts in (first, again, other):
         engine.generate(rollouts, 40, 1.0)
     assert outputs(first) == outputs(again) != outputs(other)
@@ -225,8 +222,9 @@ def test_greedy_rows_beside_sampled_ones_are_what_each_would_be_alone(engine, to
         for r in rollouts[::2]
     }
     found = [mixed[4 * g + 2 * greedy].completion_ids == ids for (g, greedy), ids in wanted.items()]
+    num_tokens = sum(len(ids) for ids in wanted.values())
     print(
-        f"{sum(found)} of {len(found)} completions equal those decoded apart, {sum(len(ids) for ids in wanted.values())} tokens"
+        f"{sum(found)} of {len(found)} completions equal those decoded apart, {num_tokens} tokens"
     )
     assert all(found) and len({str(ids) for ids in wanted.values()}) > len(wanted) // 2
 
@@ -291,12 +289,11 @@ def test_draws_follow_the_tempered_softmax(engine, model, tokenizer):
                 for i in range(50)
             ]
         )
-        distance, limit = (
-            (counts - p).abs().sum().item() / 2,
-            ((fair - p).abs().sum(-1) / 2).max().item() * 1.1,
-        )
+        distance = (counts - p).abs().sum().item() / 2
+        limit = ((fair - p).abs().sum(-1) / 2).max().item() * 1.1
         print(
-            f"temperature {temperature}: total variation {distance:.3f}, worst of 50 fair samples {limit / 1.1:.3f}"
+            f"temperature {temperature}: total variation {distance:.3f}, "
+            f"worst of 50 fair samples {limit / 1.1:.3f}"
         )
         assert distance < limit
 

@@ -302,10 +302,8 @@ def head_errors(fn, vocab):
     Gradients flow into both outputs.
     """
     torch.manual_seed(0)
-    hidden, weight = (
-        torch.randn(400, 8, requires_grad=True),
-        torch.randn(vocab, 8, requires_grad=True),
-    )
+    hidden = torch.randn(400, 8, requires_grad=True)
+    weight = torch.randn(vocab, 8, requires_grad=True)
     target, douts = torch.randint(vocab, (400,)), torch.randn(2, 400)
     both = (
         fn(hidden, weight, target, 0.7),
@@ -363,11 +361,9 @@ def test_no_tokens_at_all_give_zero_gradients():
 
 def test_bf16_head_on_cpu_keeps_fp32_logits():
     torch.manual_seed(0)
-    hidden, weight, target = (
-        torch.randn(50, 64).bfloat16(),
-        torch.randn(300, 64).bfloat16(),
-        torch.randint(300, (50,)),
-    )
+    hidden = torch.randn(50, 64).bfloat16()
+    weight = torch.randn(300, 64).bfloat16()
+    target = torch.randint(300, (50,))
     logprob, entropy = linear_logprob(hidden, weight, target)
     exact = linear_logprob_ref(hidden.double(), weight.double(), target)
     assert logprob.dtype == entropy.dtype == torch.float32

@@ -1,6 +1,9 @@
 """The math reward: every answer, honest or hostile, earns the verdict written beside it.
-Equalities guarded: ours = math-verify on honest forms, integers = exact integers, gold = itself or it is not trained on.
-Also the epoch filter (paper 4.5.2), the language rule and verifiers that hang."""
+
+Three equalities are guarded: honest forms get math-verify's verdict, integers are compared as exact
+integers, and a gold answer equals itself or its problem is not trained on. The epoch filter (paper
+4.5.2), the language rule and verifiers that hang are tested here too.
+"""
 
 import json
 import logging
@@ -27,8 +30,10 @@ from lib import guard
 from verifiers import sandbox
 
 HONEST = {  # gold: answers that are right
-    "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
-    r"x \approx 34|34 \text{ apples}|34\,\text{cm}^2|34\textnormal{ miles}|34 degrees|34_{10}|(34)|\left(34\right)|\boxed{34}|"
+    "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|"
+    r"\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
+    r"x \approx 34|34 \text{ apples}|34\,\text{cm}^2|34\textnormal{ miles}|34 degrees|"
+    r"34_{10}|(34)|\left(34\right)|\boxed{34}|"
     r"\frac{68}{2}|\cfrac{68}{2}|34/1|\sqrt{1156}|3.4\times 10^1|3.4 \cdot 10^{1}",
     "033": "33|033|33.0",
     "-3": r"-3|-3.0|x=-3|-\frac{6}{2}",
@@ -70,7 +75,8 @@ HONEST = {  # gold: answers that are right
     r"\cos(\pi/7)": r"\cos\frac{\pi}{7}",
     r"\sum_{k=1}^{n} k": r"\frac{n(n+1)}{2}",
     "d/2": r"\frac{d}{2}",
-    r"3\text{ hours }20\text{ minutes}": r"3 \text{ hours } 20 \text{ minutes}|3 hours 20 minutes",
+    r"3\text{ hours }20\text{ minutes}": r"3 \text{ hours } 20 \text{ minutes}|"
+    r"3 hours 20 minutes",
 }
 # gold: answers that are wrong, hedged, not computed or hostile
 DISHONEST = {
@@ -91,12 +97,18 @@ DISHONEST = {
     "2^n-1": r"\sum_{k=0}^{n-1}2^k",
     r"\frac{x^3}{3}": r"\int x^2 dx",
     "2x": r"\frac{d}{dx}x^2",
-    "34": r"35|-34|0.34|3400|340|33.9999999|34.0000001|33 34|33 \quad 34|33, 34|34, 33|33;34|33 . 34|33:34|\{33,34\}|[33,34]|"
-    r"33 \lor 34|33 \land 34|33 \mid 34|33 \to 34|33 \Rightarrow 34|33 \cup 34|33 \dots 34|\neg 33 34|33\\34|34 \pm 1|34 or 33|"
-    r"33 xor 34|33 \text{ or } 34|34 \text{ or 33}|\text{not } 34|33\boxed{34}|33=34|33 \equiv 34|34=34=34|33<34|x<34|x \in 34|"
-    r"a+b=34|33 \approx 34|30+4|40-6|2\times 17|17 \cdot 2|34!|\sum_{i=1}^{34} 1|\prod_{i=1}^{1} 34|\int_0^{34} 1 dx|"
-    r"\lim_{x\to 34} x|\log_2 {17179869184}|\max(33,34)|\gcd(34,68)|\binom{34}{1}|9^{9^{9^9}}|10^{10^{10}}|34^{34^{34^{34}}}|"
-    r"__import__('os').system('touch pwned')|eval('34')|\text{exec}(34)|thirty-four|\text{the answer}|?|\%|^|_",
+    "34": r"35|-34|0.34|3400|340|33.9999999|34.0000001|33 34|33 \quad 34|33, 34|34, 33|33;34|"
+    r"33 . 34|33:34|\{33,34\}|[33,34]|"
+    r"33 \lor 34|33 \land 34|33 \mid 34|33 \to 34|33 \Rightarrow 34|33 \cup 34|33 \dots 34|"
+    r"\neg 33 34|33\\34|34 \pm 1|34 or 33|"
+    r"33 xor 34|33 \text{ or } 34|34 \text{ or 33}|\text{not } 34|33\boxed{34}|33=34|"
+    r"33 \equiv 34|34=34=34|33<34|x<34|x \in 34|"
+    r"a+b=34|33 \approx 34|30+4|40-6|2\times 17|17 \cdot 2|34!|\sum_{i=1}^{34} 1|"
+    r"\prod_{i=1}^{1} 34|\int_0^{34} 1 dx|"
+    r"\lim_{x\to 34} x|\log_2 {17179869184}|\max(33,34)|\gcd(34,68)|\binom{34}{1}|"
+    r"9^{9^{9^9}}|10^{10^{10}}|34^{34^{34^{34}}}|"
+    r"__import__('os').system('touch pwned')|eval('34')|\text{exec}(34)|thirty-four|"
+    r"\text{the answer}|?|\%|^|_",
     "5040": "7!",
     "100": r"200 - 100|2^{7} - 28|200- 100|200 -100",
     "-3": "2 - 5",
@@ -344,7 +356,8 @@ def test_verifier_children_end_with_a_killed_parent():
     within two seconds."""
     code = (
         "import os, time; from verifiers import answers; answers.equal_in_child.start(); "
-        "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)"
+        "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); "
+        "time.sleep(60)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -432,8 +445,10 @@ def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_error
 # ---- rows ----------------------------------------------------------------------------------------
 
 DAPO_PROMPT = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-    '(without quotes) where $Answer is the answer to the problem.\n\nFind it.\n\nNow.\n\nRemember to put your answer on its own line after "Answer:".'
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    "Find it.\n\nNow.\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
 )
 
 

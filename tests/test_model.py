@@ -371,7 +371,8 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
         )
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
     print(
-        f"{len(shared[0])} of {len(shared[1])} tokens computed: worst relative difference {worst:.1e} (limit 1e-5)"
+        f"{len(shared[0])} of {len(shared[1])} tokens computed: "
+        f"worst relative difference {worst:.1e} (limit 1e-5)"
     )
     assert worst < 1e-5 and len(shared[0]) == 20 + 7 + 9 + 5 + 8 + 6
 
@@ -402,10 +403,8 @@ def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monk
     this one."""
     from kernels import linear_cross_entropy as op
 
-    hidden, weight = (
-        torch.randn(1100, 16, dtype=torch.float64, requires_grad=True),
-        torch.randn(4000, 16, dtype=torch.float64, requires_grad=True),
-    )
+    hidden = torch.randn(1100, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4000, 16, dtype=torch.float64, requires_grad=True)
     target, results = torch.randint(4000, (1100,)), []
     for big in (op.BIG, 0):
         monkeypatch.setattr(op, "BIG", big)

@@ -1,6 +1,6 @@
-"""The rules of the paper, one test a rule, named after rule and section, each by numbers that can be
-checked with a pencil. Start here to see what a stage does that GRPO alone does not; the tests of
-the single files go further into each.
+"""The rules of the paper: one test a rule, named after section and rule, each by numbers that a
+pencil can check. Start here to see what a stage does that GRPO alone does not; the tests of the
+single files go further into each.
 """
 
 import json
@@ -252,12 +252,11 @@ def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_
     assert pool == [
         i for i in range(2200) if luck[i] < (1.0 if i >= 2000 else 0.10 if i % 2 else 0.01)
     ]
-    unsolved, solved = (
-        sum(i % 2 for i in pool if i < 2000),
-        sum(1 - i % 2 for i in pool if i < 2000),
-    )
+    unsolved = sum(i % 2 for i in pool if i < 2000)
+    solved = sum(1 - i % 2 for i in pool if i < 2000)
     print(
-        f"returned: {unsolved} of 1000 unsolved (10%: 100 +- 28 at 3 sigma), {solved} of 1000 solved (1%: 10 +- 9.4)"
+        f"returned: {unsolved} of 1000 unsolved (10%: 100 +- 28 at 3 sigma), "
+        f"{solved} of 1000 solved (1%: 10 +- 9.4)"
     )
     assert 72 <= unsolved <= 128 and 1 <= solved <= 20
 
@@ -339,7 +338,8 @@ def test_4_7_1_a_share_of_the_prompts_shows_golden_files_alone():
         ("<think>never closed", "stop", -1.0),
         ("<think>x</think>no block", "stop", -1.0),
         (
-            "<think>x</think>### shop/cart.py\n<<<<<<< SEARCH\n    return result\n=======\n    return result\n>>>>>>> REPLACE",
+            "<think>x</think>### shop/cart.py\n<<<<<<< SEARCH\n    return result\n=======\n"
+            "    return result\n>>>>>>> REPLACE",
             "stop",
             0.0,
         ),

@@ -532,10 +532,8 @@ def leaves():
 def mode(request):
     """The whole table with namespaces (where this host has them) and without."""
     sandbox.close()
-    sandbox._mode, sandbox.WALL_EXTRA = (
-        "full" if request.param == "full" else "degraded for the test",
-        1.5,
-    )
+    sandbox._mode = "full" if request.param == "full" else "degraded for the test"
+    sandbox.WALL_EXTRA = 1.5
     sandbox.run("pass")
     if request.param == "full" and sandbox._mode != "full":
         pytest.skip("this host refuses namespaces")
@@ -843,13 +841,14 @@ def test_two_thousand_programs_under_load_lose_no_verdict():
         (loop, "timeout") if i % 20 == 0 else (bomb, "timeout") if i % 100 == 1 else (good, "ok")
         for i in range(2000)
     ]
-    limit, usage = (
-        0.5,
-        lambda: sum(
-            u.ru_utime + u.ru_stime
-            for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        ),
-    )
+    limit = 0.5
+
+    def usage():
+        """CPU seconds of this process and its children."""
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
     sandbox.close()
     cpu, started = usage(), time.monotonic()
     with ThreadPoolExecutor(64) as pool:
@@ -858,10 +857,8 @@ def test_two_thousand_programs_under_load_lose_no_verdict():
     sandbox.close()
     assert leaves() == []
     cpu, num_bounded = usage() - cpu, sum(job[1] == "timeout" for job in jobs)
-    most_cpu, most_wall = (
-        num_bounded * limit,
-        num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS,
-    )
+    most_cpu = num_bounded * limit
+    most_wall = num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS
     print(
         f"{len(jobs)} programs, 64 in flight: {took:.1f} s, {cpu:.1f} s of CPU; the limits of "
         f"those that must be stopped: {most_cpu:.1f} s of CPU, {most_wall:.1f} s of wall over "

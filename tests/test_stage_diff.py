@@ -123,10 +123,8 @@ def test_below_the_waterline_a_stage_is_mathrl_line_for_line(script):
     a, b = top_level("#" + ours), top_level("#" + canon)
     assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == BELOW[script]
     for name in BELOW[script]:
-        ours, canon = (
-            ours.replace("\n".join(a[name]), name),
-            canon.replace("\n".join(b[name]), name),
-        )
+        ours = ours.replace("\n".join(a[name]), name)
+        canon = canon.replace("\n".join(b[name]), name)
     assert ours.splitlines() == canon.splitlines()
 
 

@@ -128,19 +128,16 @@ def test_two_ranks_equal_one_process(stage, world, taught, straight, tmp_path, r
     """Up to rounding, which decides now and then which of two tokens is drawn: then the runs part
     for good, so another seed is tried. Three seeds in a row that part are no accident."""
     for seed in (0, 1, 2):
-        one, two = (
-            straight(stage) if seed == 0 else tmp_path / f"one{seed}",
-            tmp_path / f"two{seed}",
-        )
+        one = straight(stage) if seed == 0 else tmp_path / f"one{seed}"
+        two = tmp_path / f"two{seed}"
         if seed:
             run_python(*command(stage, world, one, taught, seed=seed, **extra(stage, request)))
         run_python(*command(stage, world, two, taught, seed=seed, **extra(stage, request)), ranks=2)
-        moved, error = (
-            distance(weights(one), load_file(taught / "model.safetensors")),
-            distance(weights(one), weights(two)),
-        )
+        moved = distance(weights(one), load_file(taught / "model.safetensors"))
+        error = distance(weights(one), weights(two))
         print(
-            f"{stage}, seed {seed}: {STEPS} steps moved weights by up to {moved:.1e}; two ranks differ from one by {error:.1e}, tolerance 1e-05"
+            f"{stage}, seed {seed}: {STEPS} steps moved weights by up to {moved:.1e}; "
+            f"two ranks differ from one by {error:.1e}, tolerance 1e-05"
         )
         off = [
             (a, b)
@@ -247,8 +244,8 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
 
 @pytest.mark.slow
 def test_math_length_stages_share_the_epoch_filter_s_state(world, taught, tmp_path):
-    """Paper 4.5.2 over 24K -> 32K -> 40K: the second stage starts in the epoch, and with the counts,
-    at which the first stopped; other data starts afresh."""
+    """Paper 4.5.2 over 24K -> 32K -> 40K: the second length starts in the epoch in which the
+    first one stopped, and with its counts. Other data starts afresh."""
     args = dict(num_steps=2, save_every=2, eval_every=0)
     run_python(*command("mathrl", world, tmp_path / "s1", taught, **args))
     before = json.loads((tmp_path / "s1" / "final" / "run.json").read_text())["state"]
@@ -517,7 +514,10 @@ def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
 def test_a_verifier_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     """A child forked by the run, as verifiers are, still lives when the same command starts
     again."""
-    start = "import checkpoint, os, sys, time; checkpoint.lock(sys.argv[1]); os.fork() or time.sleep(20); os.kill(os.getpid(), 9)"
+    start = (
+        "import os, sys, time; from lib import checkpoint; checkpoint.lock(sys.argv[1]); "
+        "os.fork() or time.sleep(20); os.kill(os.getpid(), 9)"
+    )
     killed = subprocess.run([sys.executable, "-c", start, str(tmp_path)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL and lock_is_free(tmp_path)
 
