@@ -36,9 +36,18 @@ EXPECTED = {
     # The reward is a Bradley-Terry model (verifiers/reward_model.py), trained first, or an
     # endpoint. The loss has stabilisers for small reward models (6.3).
     "rlhf.py": {
-        "changed": {"grpo_loss"},
-        "absent": {"normalize", "verdict", "reward", "judge"},
-        "own": {"answer_of", "reference_model", "reference_logprobs"},
+        "changed": {"normalize", "grpo_loss"},
+        "absent": {"verdict", "reward", "judge"},
+        "own": {
+            "answer_of",
+            "status_of",
+            "lowest_ok_score",
+            "mean_and_std",
+            "shape_rewards",
+            "reward_model_path",
+            "reference_model",
+            "reference_logprobs",
+        },
     },
     # The reward says whether all constraints of the prompt hold. For thinking models the reward
     # model's preference is added (4.4).
@@ -47,33 +56,27 @@ EXPECTED = {
         "absent": {"normalize", "verdict", "judge"},
         "own": {"verify", "add_preference", "read_constraints", "extremes"},
     },
-    # The reward says whether all unit tests pass in the sandbox (4.6).
+    # The reward says whether all unit tests pass (verifiers/programs.py) in the sandbox (4.6).
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
-        "own": {
-            "statement",
-            "normal_tests",
-            "loads",
-            "extract_code",
-            "table_program",
-            "run_tests",
-            "same_output",
-            "same_value",
-        },
+        "own": {"statement", "join_parts", "normal_tests"},
     },
     # The reward compares the edits (verifiers/patches.py) with the golden patch and runs nothing.
     # Edits that do not apply earn -1 (4.7).
     "swerl.py": {
-        "changed": {"verdict", "reward"},
-        "absent": {"normalize", "judge"},
+        "changed": {"normalize", "verdict", "reward"},
+        "absent": {"judge"},
         "own": {
-            "read_files",
+            "find_issue",
             "source_files",
+            "read_files",
+            "read_commit",
+            "read_clone",
+            "git",
             "choose_files",
-            "judge_rollout",
             "lexical_judge",
-            "ask_judge",
+            "judge_rollout",
         },
     },
     # There is no reward: teachers give every token an advantage (Cascade 2, 4.4).
