@@ -153,7 +153,8 @@ def test_shared_prefixes_by_hand_and_against_all_prefixes():
     assert shared_prefixes([[5, 6, 7], [6, 6, 7]], "cpu") is None
     draw = random.Random(0)
     for _ in range(200):
-        sequences = [draw.choices((1, 2), k=draw.randint(1, 8)) for _ in range(draw.randint(2, 12))]
+        num_sequences = draw.randint(2, 12)
+        sequences = [draw.choices((1, 2), k=draw.randint(1, 8)) for _ in range(num_sequences)]
         pasts = [tuple(s[: i + 1]) for s in sequences for i in range(len(s))]
         shared = shared_prefixes(sequences, "cpu")
         if shared is None:
@@ -166,27 +167,29 @@ def test_shared_prefixes_by_hand_and_against_all_prefixes():
 
 
 def test_micro_batches_hold_every_sequence_once_in_their_budget():
-    rollouts = [
-        rollout(0, group=n, prompt=range(3, 3 + n % 5 + 1), completion=range(10, 11 + n % 7))
-        for n in range(40)
-    ]
-    for n, r in enumerate(rollouts):
+    rollouts = []
+    for n in range(40):
+        r = rollout(0, group=n, prompt=range(3, 4 + n % 5), completion=range(10, 11 + n % 7))
         r.advantage = (n % 3 - 1.0) * (n + 1)  # every third has none and is left out
+        rollouts.append(r)
     batches = mathrl.collate(rollouts, config(micro_batch_tokens=30), "cpu")
     assert len(batches) > 3 and all(len(b["input_ids_T"]) <= 30 for b in batches)
-    seen = sorted(b["advantages_T"][b["loss_index"]].tolist() for b in batches)
-    expected = sorted(r.advantage for r in rollouts if r.advantage for _ in r.completion_ids)
-    assert sorted(x for part in seen for x in part) == expected
+    seen, expected = [], []  # the advantage of every token that the loss counts
+    for b in batches:
+        seen += b["advantages_T"][b["loss_index"]].tolist()
+    for r in rollouts:
+        if r.advantage:
+            expected += [r.advantage] * len(r.completion_ids)
+    assert sorted(seen) == sorted(expected)
 
 
 def test_samples_of_a_prompt_share_a_micro_batch():
-    rollouts = [
-        rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 11 + (3 * g + n) % 7))
-        for n in range(4)
-        for g in range(5)
-    ]
-    for r in rollouts:
+    rollouts = []
+    for n, g in itertools.product(range(4), range(5)):
+        length = 1 + (3 * g + n) % 7
+        r = rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 10 + length))
         r.advantage = 1.0
+        rollouts.append(r)
     batches = mathrl.collate(rollouts, config(micro_batch_tokens=80), "cpu")
     groups = [b["input_ids_T"][b["cu_seqlens"][:-1].long()].tolist() for b in batches]
     for part in groups:
