@@ -52,9 +52,17 @@ EXPECTED = {
     # The reward says whether all constraints of the prompt hold. For thinking models the reward
     # model's preference is added (4.4).
     "ifrl.py": {
-        "changed": {"reward", "rollout"},
-        "absent": {"normalize", "verdict", "judge"},
-        "own": {"verify", "add_preference", "read_constraints", "extremes"},
+        "changed": {"normalize", "reward", "rollout"},
+        "absent": {"verdict", "judge"},
+        "own": {
+            "read_constraints",
+            "is_list_of",
+            "taxonomy_of",
+            "answer_of",
+            "verify",
+            "add_preference",
+            "extremes",
+        },
     },
     # The reward says whether all unit tests pass (verifiers/programs.py) in the sandbox (4.6).
     "coderl.py": {
@@ -83,7 +91,7 @@ EXPECTED = {
     "extras/mopd.py": {
         "changed": DISTILL,
         "absent": {"normalize", "verdict", "reward", "judge"},
-        "own": {"load_teacher", "ask_teacher"},
+        "own": {"load_domain", "load_teacher", "ask_teacher", "differences"},
     },
 }
 
