@@ -123,8 +123,8 @@ def explain_group(run):
     blocks = [("text", text), ("table", header, rows), ("lines", group_arithmetic(run["group"]))]
     if not all(r["trained"] for r in run["group"]):
         not_trained = (
-            "A completion that is cut off at --max_new_tokens is not trained on where the stage has "
-            "an overlong filter. It does not count in the mean and the standard deviation (gap G5)."
+            "This stage has an overlong filter: a completion that is cut off at --max_new_tokens "
+            "is not trained on, and does not count in mean and standard deviation (gap G5)."
         )
         blocks.append(("text", not_trained))
     if not run["has_gradient"]:
@@ -164,10 +164,10 @@ def sum_of(values, form):
 
 def explain_mask(run):
     text = (
-        "The model did not choose the tokens of the prompt, so they are not in the loss. Every token "
-        "of a completion is, with the advantage of the whole completion: above 0 it is to become "
-        "likelier, below 0 less likely. Nothing says which token was the mistake. That shows only "
-        "over many completions, where good and bad ones have most of their tokens in common."
+        "The model did not choose the tokens of the prompt, so they are not in the loss. Every "
+        "token of a completion is, with the advantage of the whole completion: above 0 it is to "
+        "become likelier, below 0 less likely. Nothing says which token was the mistake. It shows "
+        "over many completions, since what good and bad ones have in common cancels out."
     )
     prompt = [Piece(t["text"], "grey", "prompt: not in the loss") for t in run["prompt"]]
     blocks = [("text", text), ("tokens", "prompt: not in the loss", prompt)]
@@ -199,11 +199,11 @@ def explain_packing(run, around, width):
     num_tokens = len(batch["tokens"])
     text = (
         "This is not in the paper: it saves time and changes no number. Sequences (a prompt with "
-        f"its completion) stand one behind another, without padding, in {len(run['losses'])} "
-        f"micro-batches of at most 512 tokens. Micro-batch {batch['number']} has {num_tokens} tokens "
-        f"of {len(batch['cu_seqlens']) - 1} sequences. cu_seqlens holds the offsets at which they "
-        "start; attention never crosses one. loss_index holds the positions of completion tokens. "
-        "A completion with advantage 0 has no gradient and is left out."
+        "its completion) stand one behind another, without padding, in micro-batches of at most "
+        f"512 tokens. This step has {len(run['losses'])} of these; number {batch['number']} has "
+        f"{num_tokens} tokens of {len(batch['cu_seqlens']) - 1} sequences. cu_seqlens holds the "
+        "offsets at which they start; attention never crosses one. loss_index holds the positions "
+        "of completion tokens. A completion with advantage 0 has no gradient and is left out."
     )
     in_loss = set(batch["loss_index"])
     signs = {"up": "+", "down": "-", "grey": "."}
@@ -220,8 +220,8 @@ def explain_packing(run, around, width):
             style, mark = ("", "#") if t in computed else ("grey", ".")
             work_map.append(Piece(mark, style, f"position {t}: {json.dumps(token['text'])}"))
         caption = (
-            f"shared prefixes: the layers compute {len(computed)} of {num_tokens} tokens (#). The "
-            "others repeat a token and its whole past; copy_T tells which entry of first_U they equal"
+            f"shared prefixes: the layers compute {len(computed)} of {num_tokens} tokens (#). Each "
+            "other one repeats a token and its past; copy_T tells which entry of first_U it equals"
         )
         blocks.append(("map", caption, work_map))
     header, rows, left_out = batch_table(batch, around, width)
@@ -330,7 +330,7 @@ def explain_loss(run):
         total += share
         cells = (r["group"], name, r["length"], f"{r['advantage']:+.4f}", f"{share:+.6f}")
         rows.append(table_row(style_of(r["advantage"]), *cells))
-    rows.append(table_row("", "sum", "", run["num_tokens"], "", f"{total:+.3g}"))
+    rows.append(table_row("", "sum", "", run["num_tokens"], "", f"{total:+.4g}"))
     header = ["group", "#", "tokens", "advantage", "-advantage * tokens / all tokens"]
 
     norm = run["metrics"]["grad_norm"]
@@ -341,8 +341,8 @@ def explain_loss(run):
     loss = sum(run["losses"])
     lines = [
         f"denominator: {run['num_tokens']} completion tokens that are trained on",
-        f"grpo_loss, by micro-batch: {sum_of(run['losses'], '.5f')} = {loss:.3g}",
-        f"loss of train_step: {run['metrics']['loss']:.3g}",
+        f"grpo_loss, by micro-batch: {sum_of(run['losses'], '.5f')} = {loss:.4g}",
+        f"loss of train_step: {run['metrics']['loss']:.4g}",
         f"norm of the gradient: {norm:.4f}, {clip}",
     ]
     blocks = [("text", text), ("table", header, rows), ("lines", lines)]
@@ -370,12 +370,12 @@ def explain_update(run):
         rows.append(table_row(style_of(r["advantage"]), k, note, *cells))
     header = ["#", "", "advantage", "log-prob before", "after", "change"]
     text = (
-        f"AdamW makes one step with learning rate {run['lr']:g}. Its first step moves most weights by "
-        "about that much, whatever the size of their gradient. The log-prob of a completion is the "
-        "sum over its tokens. The best completion is now "
-        f"{math.exp(changes[run['best']]):.3g} times as likely as before, the worst "
-        f"{math.exp(changes[run['worst']]):.3g} times. All completions depend on the same weights, so "
-        "one can also move against its advantage. engine.sync then gives the sampler the new weights."
+        f"AdamW makes one step with learning rate {run['lr']:g}. Its first step moves most weights "
+        "by about that much, whatever the size of their gradient. The log-prob of a completion is "
+        f"the sum over its tokens. The best completion is now {math.exp(changes[run['best']]):.3g} "
+        f"times as likely as before, the worst {math.exp(changes[run['worst']]):.3g} times. All "
+        "completions depend on the same weights, so one can also move against its advantage. In a "
+        "run, engine.sync now gives the sampler the new weights, and the next step begins."
     )
     blocks = [("text", text), ("table", header, rows)]
     return Step("One optimizer step moves the log-probs", "4.1.2, T15 to T20", blocks)
@@ -436,12 +436,13 @@ def flow_lines(pieces):
     """Pieces one behind another, in lines that break between pieces."""
     line, used = "    ", 4
     for piece in pieces:
-        text = one_line(piece.text)
-        if used + len(text) > COLUMNS:
-            yield line
-            line, used = "    ", 4
-        line += paint(piece, text)
-        used += len(text)
+        # A token may be longer than a line.
+        for text in textwrap.wrap(one_line(piece.text), COLUMNS - 4, drop_whitespace=False):
+            if used + len(text) > COLUMNS:
+                yield line
+                line, used = "    ", 4
+            line += paint(piece, text)
+            used += len(text)
     yield line
 
 
@@ -449,11 +450,14 @@ def chip_lines(pieces):
     """Every token over its id, in columns."""
     above, below = "    ", "    "
     for piece in pieces:
-        width = max(len(piece.text), len(piece.below)) + 2
+        text = piece.text
+        if len(piece.text) > COLUMNS - 6:
+            text = piece.text[: COLUMNS - 9] + "..."
+        width = max(len(text), len(piece.below)) + 2
         if len(above) + width > COLUMNS:
             yield from (above, below)
             above, below = "    ", "    "
-        above += piece.text.ljust(width)
+        above += text.ljust(width)
         below += piece.below.ljust(width)
     yield from (above, below)
 
@@ -477,7 +481,10 @@ def write_page(path, run):
         "seed": run["seed"],
         "time": f"{run['seconds']:.1f} s",
     }
-    facts = [f"<dt>{name}</dt><dd>{html.escape(str(fact))}</dd>" for name, fact in facts.items()]
+    facts = [
+        f"<div><dt>{name}</dt><dd>{html.escape(str(fact))}</dd></div>"
+        for name, fact in facts.items()
+    ]
     parts = {
         "__STAGE__": STAGES[run["stage"]],
         "__FACTS__": "".join(facts),
@@ -507,7 +514,7 @@ def block_html(kind, *content):
     *label, pieces = content
     spans = "".join(piece_html(piece) for piece in pieces)
     caption = "".join(f"<figcaption>{html.escape(text)}</figcaption>" for text in label)
-    return f'<figure>{caption}<div class="{kind}">{spans}</div></figure>'
+    return f'<figure class="of-{kind}">{caption}<div class="{kind}">{spans}</div></figure>'
 
 
 def piece_html(piece):
