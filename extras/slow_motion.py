@@ -98,13 +98,13 @@ def run_step(cfg):
     """One step of the stage, as its main() makes it. Returns what it saw, as plain values."""
     clock = time.time()
     stage = importlib.import_module(cfg.stage)
-    stage_cfg = stage_config(stage, cfg)
     device = torch.device("cpu")
     torch.manual_seed(cfg.seed)
 
-    # Setup: reward workers first, since they are forked; then prompts, policy, optimizer, sampler.
+    # Setup: reward workers before the model, since they are forked; prompts, policy, sampler.
     with one_sentence(f"--init_from={cfg.init_from}"):
         tokenizer = load_tokenizer(cfg.init_from)
+    stage_cfg = stage_config(stage, cfg)
     reward_hook = stage.make_reward(stage_cfg)
     rows = stage.load_rows(stage_cfg, limit=400)
     with one_sentence(f"--init_from={cfg.init_from}"):

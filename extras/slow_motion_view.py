@@ -74,7 +74,8 @@ def visible(text):
 
 
 def one_line(text):
-    return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    """A text with its line ends and control characters as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def explain(run, around, width):
@@ -389,6 +390,8 @@ LEFT_ALIGNED = {"position", "number", "where it is from", "status", "how it ends
 
 def print_steps(run):
     """The steps as text of 100 columns; in colour if it goes to a terminal."""
+    # Where the terminal lacks a character of the text, "?" stands for it.
+    sys.stdout.reconfigure(errors="replace")
     steps = explain(run, around=2, width=COLUMNS)
     print(f"One GRPO step of {STAGES[run['stage']]} in slow motion, from {run['init_from']}")
     for number, step in enumerate(steps, 1):
