@@ -1,28 +1,24 @@
 """Code RL: stage 5 of the cascade (paper 4.6).
 
-What changes relative to mathrl.py:
-  1. Reward: 1 only if every test passes, else 0; mixed language earns 0, not -1 (-1 teaches "wrong but clean").
-  2. Tests run in sandbox.py while other completions still decode; no expected output ever leaves this process.
-  3. 44K to 56K tokens by model, lr 4e-6, no overlong filter (truncated: 0), no epoch-wise filter.
-Deviations from the paper:
-  1. Its 9.8K problems are not public: load_rows() reads the public sets they came from, in six schemas.
-  2. Its verifier descends from LiveCodeBench's, which gives full marks to programs that look up the answer in the runner. Kept are
-     its comparison rules; not kept: `==` between Python objects (results are JSON: a tuple is a list, True is not 1), the whole-problem
-     time limit, and one process for all calls of a program (here one a test). Idioms that its rewriting breaks (open(0), globals) pass.
-  3. Time limits are CPU seconds, so that a busy machine fails nobody.
-  4. Interactive and special-judge problems are found by their fields, else by their wording.
-  5. Mixed language is a test on Unicode scripts, as in mathrl.py.
-torchrun --nproc_per_node=8 coderl.py --init_from=out/mathrl/final --out_dir=out/coderl
+The same loop as mathrl.py, which is the RL stage to read first; a program is judged instead of a
+boxed answer. Its tests run in a sandbox while other completions still decode (4.6.2).
+
+Reward: 1 if the last ```python block after </think> passes every test, else 0. If the reasoning
+leaves the language of the prompt it is 0 as well, not -1: -1 would pay wrong programs for their
+clean language. Completions have 44K to 56K tokens, and one that is cut off earns 0.
+
+    torchrun --nproc_per_node=8 coderl.py --init_from=out/mathrl/final --out_dir=out/coderl
+
+Deviations from the paper, numbered as in docs/paper.md: D1 language by Unicode scripts; D16 public
+sets instead of the paper's 9.8K problems; D17 LiveCodeBench's comparison, not its runner; D18 time
+limits in CPU seconds; D19 special judges are found by fields or wording.
 """
 
-import ast
-import decimal
-import json
+import functools
 import math
 import random
 import re
 import statistics
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,191 +35,73 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
-from verifiers import sandbox
+from verifiers import programs, sandbox
 from verifiers.language import language_ok
 from verifiers.pool import in_background
+from verifiers.programs import extract_code, fenced, run_tests, table_program
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
-    # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
-    init_from: str = "out/mathrl/final"
+    init_from: str = "out/mathrl/final"  # checkpoint of the stage before, or any Qwen3 folder
     out_dir: str = "out/coderl"
     # hub id, folder, parquet, .json or .jsonl
     data: str = "nvidia/Nemotron-RL-coding-competitive_coding"
-    eval_data: str = ""  # same schemas; "": no held-out metric
+    eval_data: str = ""  # held-out rows in the same schemas; "": no held-out metric
+    seed: int = 0
+
     prompts_per_step: PositiveInt = 128  # over all ranks; paper T19
     group_size: PositiveInt = 8  # completions per prompt (G); paper T19
-    num_steps: PositiveInt = 90  # paper T19; 64 for the thinking models
+    num_steps: PositiveInt = 90  # 60 + 30 steps, thinking models 64; paper T19
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load
-    max_new_tokens: PositiveInt = 45056  # 44K, the last steps 48K; 14B: 56K; paper T19
-    rope_factor: float = 2.0  # YaRN: prompt + completion pass 32K
-    temperature: PositiveFloat = (
-        1.0  # of the sampler and of the trained log-probs; paper T19, 0.8 with 48K
-    )
+    max_new_tokens: PositiveInt = 45056  # 44K, then 48K; 14B: 56K; paper T19
+    rope_factor: float = 2.0  # YaRN factor: prompt and completion pass 32K tokens
+    temperature: PositiveFloat = 1.0  # sampler and trained log-probs; paper T19: 1.0, 0.8
     top_p: TopP = 0.95  # sampler only (gap G4); paper T19
     top_k: int = 0  # sampler only; 0: off
-    overlong_filter: bool = False  # truncated completions earn 0; paper 4.6.2
-    # CPU time of one test [dev 3], a problem's own limit if that is longer; LiveCodeBench's default
-    test_seconds: PositiveFloat = 6.0
-    memory_mb: PositiveInt = 4096  # of one test
+    overlong_filter: bool = False  # completions that are cut off earn 0; paper 4.6.2
+
     lr: PositiveFloat = 4e-6  # AdamW; paper T19
-    # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
-    final_lr: Share = 1.0
-    warmup_steps: int = 0  # linear
+    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (gap G2)
+    warmup_steps: int = 0  # linear warm-up of the learning rate
     beta1: Beta = 0.9  # paper T19
     beta2: Beta = 0.95  # paper T19
     weight_decay: float = 0.01  # not stated in the paper (gap G3)
-    grad_clip: PositiveFloat = 1.0  # not stated in the paper
-    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
-    # weigh 1
-    importance_limit: float = 0.0
+    grad_clip: PositiveFloat = 1.0  # not stated in the paper (gap G3)
+    importance_limit: float = 0.0  # 0: off; Cascade 2 takes 2 (engine.sampler_correction)
+
     micro_batch_tokens: PositiveInt = 65536  # tokens of one packed forward pass on one rank
-    reward_workers: PositiveInt = (
-        64  # programs in flight per rank; the sandbox runs two per core at a time
-    )
-    eval_every: int = 10  # steps; 0: never
+    reward_workers: PositiveInt = 64  # programs in flight per rank; two per core run at a time
+    # CPU seconds of one test, LiveCodeBench's default; a problem's own limit where that is longer
+    test_seconds: PositiveFloat = 6.0
+    memory_mb: PositiveInt = 4096  # memory of one test in MiB
+    eval_every: int = 10  # steps between held-out metrics; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
-    seed: int = 0
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-# AceReason's
-FORMAT = "Please place the solution code in the following format:\n```python\n# Your solution code here\n```"
+# The instructions are those of AceReason.
+FORMAT = (
+    "Please place the solution code in the following format:\n"
+    "```python\n# Your solution code here\n```"
+)
 PLAIN = "{problem}\n\nWrite Python code to solve the problem. " + FORMAT
 HEADER = (
-    "{problem}\n\nSolve the problem starting with the provided function header.\n\nFunction header:\n```\n{header}\n```\n\n"
-    + FORMAT
+    "{problem}\n\nSolve the problem starting with the provided function header.\n\n"
+    "Function header:\n```\n{header}\n```\n\n" + FORMAT
 )
-INTERACTIVE = re.compile(r"this is an interactive (problem|task)|interactor|flush the output", re.I)
-ANY_ANSWER = re.compile(
-    r"(any|multiple|several|more than one) (\w+ )?(valid |correct |possible |optimal )*(answer|solution|output)s?.{0,60}"
-    r"(accepted|(print|output|return) any|any of them)|(print|output|return|(?<!not )(?<!n't )find) any( (one )?(of (them|these)|valid|suitable"
-    r"|possible|such)|(?=[.,;:)\n]|$))|(multiple|several|many) [^.\n]{0,60}(print|output|return) (any|one)\b|order [^.\n]{0,30}(does not|doesn't"
-    r"|arbitrary)|(print|output|return)(ed)?\b(?! the (n\w+|m\w+|total|sum|cost|score|largest|smallest) )[^.:\n]{0,60} in (any|arbitrary) order"
-    r"|(absolute|relative) error [^.\n]{0,40}(exceed|at most|less|within|more than|greater)|\berror (of (up|at|less|no|10|1e|\$)|less|greater)"
-    r"|(within|at most|up to) [^.\n]{0,25}(error|absolute|relative)",
-    re.I | re.S,
-)
-
-
-def loads(text):
-    """A JSON value; sets that were written by Python's repr (TACO, PrimeIntellect) are read as its literals."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        try:
-            return ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise BadRow("tests that are neither JSON nor Python literals")
-
-
-def normal_tests(row):
-    """{"inputs": [str], "outputs": [str], "fn_name", "time_limit"} from any of the six schemas [dev 1]; a call's input is one JSON value per line."""
-    # Nemotron, new and old
-    holders = [
-        row[name]
-        for name in ("verifier_metadata", "responses_create_params")
-        if isinstance(row.get(name), dict)
-    ]
-    # DeepCoder; PrimeIntellect; TACO and APPS; codeforces
-    fields = ("unit_tests", "tests", "verification_info", "input_output", "official_tests")
-    tests = next(
-        filter(
-            None,
-            [holder.get("unit_tests") for holder in holders] + [row.get(name) for name in fields],
-        ),
-        None,
-    )
-    if not tests:
-        raise BadRow("no tests")
-    tests = loads(tests) if isinstance(tests, str) else tests
-    if isinstance(tests, dict) and "test_cases" in tests:
-        if tests.get("language", "python") != "python":
-            raise BadRow("not a Python problem")
-        tests = tests["test_cases"]
-    if isinstance(tests, list):
-        names = {t.get("fn_name") or (t.get("metadata") or {}).get("func_name") for t in tests}
-        if len(names) != 1:
-            raise BadRow("tests of several functions, or none")
-        tests = {
-            "inputs": [t["input"] for t in tests],
-            "outputs": [t["output"] for t in tests],
-            "fn_name": names.pop(),
-        }
-    inputs, outputs, name = (
-        tests.get("inputs") or [],
-        tests.get("outputs") or [],
-        tests.get("fn_name") or None,
-    )
-    if not isinstance(inputs, list) or not isinstance(outputs, list) or None in inputs + outputs:
-        raise BadRow("tests of an unknown form")
-    if not inputs or len(inputs) != len(outputs):
-        raise BadRow("no tests, or more inputs than outputs")
-    if name:
-        lines = lambda x: (
-            [loads(line) for line in x.split("\n") if line.strip()]
-            if isinstance(x, str)
-            else list(x)
-        )
-        inputs = ["\n".join(json.dumps(value) for value in lines(x)) for x in inputs]
-        outputs = [loads(x) if isinstance(x, str) else x for x in outputs]
-        if all(isinstance(x, list) and len(x) == 1 for x in outputs) and not isinstance(
-            tests["outputs"][0], str
-        ):
-            outputs = [x[0] for x in outputs]  # TACO and APPS wrap every result in a list
-        outputs = [json.dumps(x) for x in outputs]
-    else:
-        inputs, outputs = (
-            ["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in part]
-            for part in (inputs, outputs)
-        )
-    last = dict(zip(inputs, outputs))
-    if any(y != last[x] and not same_output(y, last[x]) for x, y in zip(inputs, outputs)):
-        raise BadRow("two outputs for one input")
-    # a number, or TACO's "2.0 seconds"
-    seconds = re.match(r"\d+(\.\d+)?", str(row.get("time_limit") or ""))
-    return {
-        "inputs": inputs,
-        "outputs": outputs,
-        "fn_name": name,
-        "time_limit": float(seconds[0]) if seconds else None,
-    }
-
-
-def statement(row, where):
-    """The problem text of a row; open-r1/codeforces keeps it in parts."""
-    if row.get("description") and isinstance(row["description"], str):
-        titles = {
-            "description": "",
-            "input_format": "Input\n",
-            "output_format": "Output\n",
-            "note": "Note\n",
-        }
-        parts = [f"{title}{row[name]}" for name, title in titles.items() if row.get(name)]
-        examples = row.get("examples") if isinstance(row.get("examples"), list) else []
-        parts += [
-            f"Example\nInput:\n{e.get('input')}\nOutput:\n{e.get('output')}"
-            for e in examples
-            if isinstance(e, dict)
-        ]
-        return "\n\n".join(parts)
-    nested = row.get("responses_create_params")
-    asked = {**row, "input": nested.get("input")} if isinstance(nested, dict) else row
-    if not {"problem", "question", "prompt", "input", "description"} & asked.keys():
-        required_field(row, where, "problem")  # stops the run and names the fields that are there
-    name = next((k for k in ("problem", "question", "prompt", "input") if asked.get(k)), "problem")
-    return ([{"content": ""}] + as_messages(asked.get(name) or "", name))[-1]["content"]
 
 
 def normalize(row, where):
-    """One row of any known code set -> {"messages", "think", "tests", "solution"}; BadRow drops it with a reason."""
-    if not (problem := statement(row, where).strip()):
+    """One row of any known code set -> {"messages", "think", "tests", "solution"}, or BadRow."""
+    problem = statement(row, where).strip()
+    if not problem:
         raise BadRow("no problem statement")
-    if row.get("input_mode") == "interactive" or INTERACTIVE.search(problem):
-        raise BadRow("interactive")  # [dev 4]
-    if row.get("generated_checker") or ANY_ANSWER.search(problem):
+    # A comparison of outputs cannot judge these problems; the paper drops them, too (4.6.1) [D19].
+    if row.get("input_mode") == "interactive" or programs.INTERACTIVE.search(problem):
+        raise BadRow("interactive")
+    if row.get("generated_checker") or programs.ANY_ANSWER.search(problem):
         raise BadRow("several answers are right (special judge)")
     if row.get("official_tests_complete") is False or row.get("input_mode") == "file":
         raise BadRow("incomplete tests, or tests through files")
@@ -231,208 +109,168 @@ def normalize(row, where):
         tests = normal_tests(row)
     except (AttributeError, KeyError, TypeError, RecursionError):
         raise BadRow("tests of an unknown form")
-    header = row.get("starter_code") or (
-        f"def {name}(...):" if (name := tests["fn_name"]) and name not in problem else ""
-    )
+
+    # Ask for one block of code, and name the function where the problem does not.
+    header = row.get("starter_code") or ""
+    name = tests["fn_name"]
+    if not header and name and name not in problem:
+        header = f"def {name}(...):"
     if "```python" not in problem:
-        problem = (HEADER if header else PLAIN).format(problem=problem, header=header.rstrip())
+        template = HEADER if header else PLAIN
+        problem = template.format(problem=problem, header=header.rstrip())
+
+    # A reference solution: text, a list of texts, or such a list as text.
     gold = row.get("solution") or row.get("gold_standard_solution") or row.get("solutions") or ""
-    gold = loads(gold) if isinstance(gold, str) and gold.startswith("[") else gold
-    gold = gold if isinstance(gold, str) else next((s for s in gold if isinstance(s, str)), "")
-    return {
-        "messages": [{"role": "user", "content": problem}],
-        "think": True,
-        "tests": tests,
-        "solution": extract_code(gold) or gold,
-    }
+    if isinstance(gold, str) and gold.startswith("["):
+        gold = programs.parse_literal(gold)
+    if not isinstance(gold, str):
+        gold = next((text for text in gold if isinstance(text, str)), "")
+    messages = [{"role": "user", "content": problem}]
+    solution = extract_code(gold) or gold
+    return {"messages": messages, "think": True, "tests": tests, "solution": solution}
+
+
+def statement(row, where):
+    """The problem text of a row. Stops the run if the row has no field for it."""
+    if row.get("description") and isinstance(row["description"], str):
+        return join_parts(row)
+    nested = row.get("responses_create_params")
+    if isinstance(nested, dict):
+        row = {**row, "input": nested.get("input")}
+    if not {"problem", "question", "prompt", "input", "description"} & row.keys():
+        required_field(row, where, "problem")
+    for name in ("problem", "question", "prompt", "input"):
+        if row.get(name):
+            return as_messages(row[name], name)[-1]["content"]
+    return ""
+
+
+def join_parts(row):
+    """The problem text of a row of open-r1/codeforces, which keeps it in parts."""
+    parts = [row["description"]]
+    for name, title in (("input_format", "Input"), ("output_format", "Output"), ("note", "Note")):
+        if row.get(name):
+            parts.append(f"{title}\n{row[name]}")
+    examples = row.get("examples")
+    if isinstance(examples, list):
+        for example in examples:
+            if isinstance(example, dict):
+                given, printed = example.get("input"), example.get("output")
+                parts.append(f"Example\nInput:\n{given}\nOutput:\n{printed}")
+    return "\n\n".join(parts)
+
+
+def normal_tests(row):
+    """The tests of a row of any of the six schemas, in the form that run_tests takes [D16]."""
+    candidates = []
+    for name in ("verifier_metadata", "responses_create_params"):  # Nemotron, new and old
+        if isinstance(row.get(name), dict):
+            candidates.append(row[name].get("unit_tests"))
+    # DeepCoder; PrimeIntellect; TACO and APPS; codeforces.
+    for name in ("unit_tests", "tests", "verification_info", "input_output", "official_tests"):
+        candidates.append(row.get(name))
+    found = [tests for tests in candidates if tests]
+    if not found:
+        raise BadRow("no tests")
+    tests = programs.normal_form(found[0])
+    # A number, or text such as TACO's "2.0 seconds".
+    seconds = re.match(r"\d+(\.\d+)?", str(row.get("time_limit") or ""))
+    tests["time_limit"] = float(seconds[0]) if seconds else None
+    return tests
 
 
 def load_rows(cfg, path=None, limit=0):
-    """Rows of cfg.data (or path) in the normal form; what was dropped is printed by reason."""
+    """Rows of cfg.data (or path) that unit tests can judge."""
     return load_table(path or cfg.data, normalize, limit)
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices of the rows in this epoch's pool: all of them."""
+    """Indices of the rows in this epoch's pool: all of them. Code RL has no epoch-wise filter."""
     return list(range(len(rows)))
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
-BLOCK = re.compile(r"```(?:python3?|py)[^\S\n]*\n(.*?)```", re.S | re.I)
-
-
-def extract_code(text, name=None):
-    """The last ```python block, or the last that defines the function asked for, where one does; None without a block."""
-    blocks = list(map(textwrap.dedent, BLOCK.findall(text)))
-    return (
-        [block for block in blocks if name and re.search(rf"\bdef {re.escape(name)}\b", block)]
-        or blocks
-        or [None]
-    )[-1]
-
-
-def same_output(got, expected):
-    """LiveCodeBench's rule for programs: equal stripped lines, each as text or as a list of exact decimals."""
-    got, expected = (
-        [line.strip() for line in text.strip().split("\n")] for text in (got, expected)
-    )
-    decimals = lambda line: [decimal.Decimal(x) for x in line.split()]
-    # no decimals of a flood
-    alike = lambda a, b: a == b or len(a) < 2 * len(b) + 1000 and decimals(a) == decimals(b)
-    try:
-        return len(got) == len(expected) and all(map(alike, got, expected))
-    except decimal.InvalidOperation:
-        return False
-
-
-def same_value(got, expected):
-    """Rule for calls [dev 2]: the same JSON value, exact types; 1e-5 relative or 1e-8 absolute beside a float, 1e-5 of one beside an int."""
-    if isinstance(expected, float) or isinstance(got, float):
-        numbers = all(
-            isinstance(x, (int, float)) and not isinstance(x, bool) for x in (got, expected)
-        )
-        return numbers and (
-            got == expected
-            or abs(got - expected)
-            <= 1e-8 + 1e-5 * (abs(expected) if isinstance(expected, float) else 1)
-            < math.inf
-        )
-    if type(got) is not type(expected):
-        return False
-    if isinstance(got, list):
-        return len(got) == len(expected) and all(map(same_value, got, expected))
-    if isinstance(got, dict):
-        return got.keys() == expected.keys() and all(
-            same_value(got[key], expected[key]) for key in got
-        )
-    return got == expected
-
-
-def run_tests(code, tests, timeout=6.0, memory_mb=4096, stop=False):
-    """One verdict per test: ok, wrong, timeout, memory, crash, output or infra; with stop, up to the first not ok."""
-    name, verdicts = tests.get("fn_name"), []
-    given = (
-        (name, [json.loads(line) for line in text.split("\n") if line]) if name else text
-        for text in tests["inputs"]
-    )
-    results = sandbox.run_each(code, given, timeout, memory_mb)
-    for result, expected in zip(results, tests["outputs"]):
-        verdict = result.status
-        if verdict == "ok":
-            try:
-                right = (
-                    same_value(result.value, json.loads(expected))
-                    if name
-                    else same_output(result.stdout, expected)
-                )
-            except (
-                RecursionError,
-                OverflowError,
-            ):  # nested beyond reason, or an int no float can hold
-                right = False
-            verdict = "ok" if right else "wrong"
-        verdicts.append(verdict)
-        if stop and verdict != "ok":
-            break
-    results.close()  # the program ends here
-    return verdicts
-
-
 def verdict(response, tests, prompt=None, timeout=6.0, memory_mb=4096):
-    """(reward, status, share of tests passed before the first failure) of one response with its reasoning."""
+    """(reward, status, share of tests passed): the last ```python block after </think> counts."""
     reasoning, closed, final = response.rpartition("</think>")
-    if prompt is not None and not language_ok(prompt, reasoning if closed else response):  # [dev 5]
-        return 0, "language", 0.0
-    if (code := extract_code(final, tests.get("fn_name")) if closed else None) is None:
+    if not closed:
+        reasoning, final = response, ""
+    if prompt is not None and not language_ok(prompt, reasoning):  # [D1]
+        return 0, "language", 0.0  # not -1, which would pay wrong programs for clean language
+    code = extract_code(final, tests.get("fn_name"))
+    if code is None:
         return 0, "no_answer", 0.0
-    verdicts = run_tests(
-        code, tests, max(timeout, tests.get("time_limit") or 0), memory_mb, stop=True
-    )
-    status = {"memory": "crash", "output": "crash"}.get(verdicts[-1], verdicts[-1])
+    seconds = max(timeout, tests.get("time_limit") or 0)  # CPU seconds of one test [D18]
+    verdicts = run_tests(code, tests, seconds, memory_mb, stop=True)
+    status = verdicts[-1]
+    if status in ("memory", "output"):
+        status = "crash"
     return int(status == "ok"), status, verdicts.count("ok") / len(tests["inputs"])
 
 
 def reward(response, tests, prompt=None):
-    """1 if the last ```python block after </think> passes every test, else 0."""
+    """1 if every test passes, else 0."""
     return verdict(response, tests, prompt)[0]
 
 
 def judge(rollout, cfg):
-    """(reward, status, share passed) of a rollout. A truncated one has not answered, whatever it wrote on the way."""
-    text = rollout.text if rollout.row["think"] else "</think>" + rollout.text
+    """(reward, status, share passed) of a rollout. One that is cut off never earns 1 (4.6.2)."""
     if rollout.finish_reason == "length":
         return 0, "no_answer", 0.0
-    return verdict(
-        text,
-        rollout.row["tests"],
-        " ".join(turn["content"] for turn in rollout.row["messages"]),
-        cfg.test_seconds,
-        cfg.memory_mb,
-    )
+    text = rollout.text if rollout.row["think"] else "</think>" + rollout.text
+    prompt = " ".join(turn["content"] for turn in rollout.row["messages"])
+    return verdict(text, rollout.row["tests"], prompt, cfg.test_seconds, cfg.memory_mb)
 
 
 def make_reward(cfg):
-    """(submit, collect): submit(rollout) starts its tests in the background, collect(rollouts) sets the rewards."""
-    # starts the zygote, and announces a host without namespaces, before there is a model
+    """(submit, collect): start a rollout's verdict in the background; wait for all verdicts."""
+    # A first program starts the sandbox, and on a host without namespaces prints that at once.
     sandbox.run("pass")
-    return in_background(
-        ThreadPoolExecutor(cfg.reward_workers),
-        lambda r: judge(r, cfg),
-        ("reward", "status", "passed"),
-    )
+    pool = ThreadPoolExecutor(cfg.reward_workers)
+    return in_background(pool, functools.partial(judge, cfg=cfg), ("reward", "status", "passed"))
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log, as shares of all rollouts; passed is never part of the reward."""
-    mean = lambda values: sum(values) / max(len(rollouts), 1)
-    shares = {
-        kind: mean(r.status == kind for r in rollouts)
-        for kind in ("wrong", "timeout", "crash", "no_answer", "language")
-    }
-    return {**shares, "passed": mean(getattr(r, "passed", 0.0) for r in rollouts)}
+    """This stage's numbers for the log, as shares of all rollouts.
 
-
-def table_program(tests, spoil=False):
-    """A program that knows every answer: the gold of rows without a solution. Spoiled, its last answer is wrong."""
-    answers = dict(zip(tests["inputs"], tests["outputs"])) | (
-        {tests["inputs"][-1]: '"no such answer"'} if spoil else {}
-    )
-    if tests["fn_name"]:
-        return f"import json\ndef {tests['fn_name']}(*args): return json.loads({answers!r}['\\n'.join(map(json.dumps, args))])\n"
-    return f"import sys\nprint({answers!r}[sys.stdin.read()])\n"
+    passed: the share of tests that passed before the first failure. It is never a reward.
+    """
+    n = max(len(rollouts), 1)
+    shares = {}
+    for status in ("wrong", "timeout", "crash", "no_answer", "language"):
+        shares[status] = sum(r.status == status for r in rollouts) / n
+    shares["passed"] = sum(getattr(r, "passed", 0.0) for r in rollouts) / n
+    return shares
 
 
 def self_test(rows, cfg):
-    """Before training: on a sample, a program that prints the expected outputs earns 1, with one output spoiled 0."""
-    fence = lambda code: f"</think>\n```python\n{code}\n```"
+    """Before training, on a sample: expected outputs earn 1, spoiled ones 0; solutions pass."""
     sample = random.Random(cfg.seed).sample(rows, min(16, len(rows)))
     for row in sample:
-        right, spoiled = (
-            reward(fence(table_program(row["tests"], spoil)), row["tests"])
-            for spoil in (False, True)
-        )
+        tests = row["tests"]
+        right = reward(fenced(table_program(tests)), tests)
+        spoiled = reward(fenced(table_program(tests, spoil=True)), tests)
         if (right, spoiled) != (1, 0):
+            problem = row["messages"][-1]["content"]
             fail(
-                f"sandbox self test: the expected outputs earn {right} and spoiled ones {spoiled}, not 1 and 0, for {row['messages'][-1]['content'][:80]!r}."
+                f"sandbox self test: the expected outputs earn {right} and spoiled ones {spoiled}, "
+                f"not 1 and 0, for {problem[:80]!r}."
             )
-    solved = [reward(fence(row["solution"]), row["tests"]) for row in sample if row["solution"]]
-    print0(
-        f"self test: {len(sample)} rows graded right, {sum(solved)} of {len(solved)} reference solutions pass"
-        + (
-            ""
-            if solved
-            else " (no row has one: whether the tests themselves are right was not checked)"
-        )
-    )
-    if solved and sum(solved) < len(solved) / 2:
-        fail(
-            f"sandbox self test: only {sum(solved)} of {len(solved)} reference solutions pass their own tests."
-        )
+
+    # Reference solutions tell whether the tests themselves are right.
+    solved = [reward(fenced(row["solution"]), row["tests"]) for row in sample if row["solution"]]
+    result = f"{sum(solved)} of {len(solved)} reference solutions pass"
+    note = ""
+    if not solved:
+        note = " (no row has one: whether the tests themselves are right was not checked)"
+    print0(f"self test: {len(sample)} rows graded right, {result}{note}")
+    if sum(solved) < len(solved) / 2:
+        fail(f"sandbox self test: only {result} their own tests.")
 
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
-    """Whether one held-out rollout passes all tests; the mean over samples is the pass@1 of the paper."""
+    """1.0 if a held-out rollout passes all tests; the mean over samples is the paper's pass@1."""
     return float(rollout.reward == 1)
 
 

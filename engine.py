@@ -113,7 +113,7 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
     """Mean |log-prob of the engine - log-prob of the trainer| over 16 x 2 tokens that the engine
     draws.
 
-    Rounding makes 0.01 in bf16, which GPUs use, and 1e-6 in fp32. RuntimeError if it is more than that:
+    Rounding makes 0.01 in bf16, which GPUs use, and 1e-6 in fp32. RuntimeError if it is more:
     the engine then samples from another policy than the one that is trained.
     """
     messages = [{"role": "user", "content": prompt}]
@@ -142,7 +142,7 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
 def sampler_correction(trainer_logprobs_T, batch, limit):
     """Importance weights [M] of the completion tokens, without gradient: pi_trainer / pi_sampler.
 
-    They correct for a sampler that computes otherwise than the trainer (vLLM in bf16). A token whose
+    They correct for a sampler that differs from the trainer (vLLM in bf16). A token whose
     ratio leaves [1 / limit, limit] weighs 0 (Cascade 2 eq. 3, limit 2). Limit 0: all weigh 1.
     """
     if limit == 0:

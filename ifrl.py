@@ -1,31 +1,29 @@
 """IF-RL: stage 3 of the cascade, verifiable instructions (paper 4.4).
 
-What changes relative to mathrl.py:
-  1. Reward: every constraint of the prompt must hold (prompt-level strict, 0/1). Default is the paper's unified
-     model: rules only, no_think, 8K, no overlong filter. --think=True is the thinking model: 1 + sigmoid(z) if the
-     rules hold, else 0, z = reward-model score normalised in its group; s1 8K, s2 16K with the overlong filter.
-  2. Dynamic sampling (max_refill_rounds > 0): groups whose final rewards are all equal are drawn again.
-  3. Curriculum: --taxonomy=ifeval first (25 ids), then --taxonomy=iftrain (prompts with any of 29 further ids).
-Deviations: [dev 1] 256 prompts a step as in table 16, the text says 128. [dev 2] z uses all G rollouts and the
-unbiased std, std 0 gives sigmoid(0). [dev 3] In training a reply without a single letter is in no language; the
-reference takes undetectable text for followed, which symbols exploit. check(), check_loose() and metric() keep the
-reference's rule. [dev 4] Where the reference draws a random parameter, the row is dropped; n_start 0 and a symbol
-as letter count as written. [dev 5] An answer of over 50,000 characters follows nothing.
+Reward: 1 if the answer follows every constraint of its prompt, else 0. This is the paper's unified
+model, which answers without thinking. --think=True trains the thinking model, which earns
+1 + sigmoid(z) where all constraints hold, else 0; z is the reward model's score of the answer,
+normalised in its group.
+
+Two things besides the reward are not as in mathrl.py. Dynamic sampling (max_refill_rounds): a group
+whose rewards are all equal makes room for the group of a fresh prompt. Curriculum (taxonomy): first
+prompts with IFEval's 25 constraints only, then prompts with any of 29 further constraints.
 
     torchrun --nproc_per_node=8 ifrl.py --init_from=out/rlhf/final --taxonomy=ifeval
-In a good run reward rises while len stays; under_20_words rising means that short replies farm the easy constraints.
+
+In a good run the reward rises while len stays. If under_20_words rises, the policy farms the
+constraints that a short reply follows by itself.
+
+Deviations from the paper, numbered as in docs/paper.md: D9 256 prompts a step; D10 z over all
+rollouts of a group; D11 a reply without letters follows no language; D12 no random parameters; D13
+a very long answer follows nothing.
 """
 
 import ast
-import atexit
-import ctypes
-import itertools
 import json
 import math
-import multiprocessing
 import random
 import re
-import signal
 import statistics
 import time
 from collections import Counter
@@ -44,270 +42,306 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from verifiers.constraint_workers import in_processes
 from verifiers.constraints import CHECKS, IFEVAL, check, clean_kwargs, unusable
-from verifiers.pool import timed
 from verifiers.reward_model import check_reward_model, load_reward_model, rm_device
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
-    # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
-    init_from: str = "out/rlhf/final"
+    init_from: str = "out/rlhf/final"  # checkpoint of the stage before, or any Qwen3 folder
     out_dir: str = "out/ifrl"
     # hub id, folder, parquet, .json or .jsonl
     data: str = "nvidia/Nemotron-Cascade-RL-Instruction-Following"
-    eval_data: str = ""  # same schemas, e.g. google/IFEval; "": no held-out metric
-    # False: unified model, rules only; True: thinking model, rules and reward model
+    eval_data: str = ""  # held-out rows in the same schemas; "": no held-out metric
+    seed: int = 0
+
+    # False: the unified model, where constraints alone decide; True: the thinking model, which a
+    # reward model judges as well
     think: bool = False
-    # reward model (folder or URL, as in rlhf.py), read only with --think=True
-    rm: str = "out/rlhf/rm"
-    # ifeval: prompts with the 25 ids only (s1); iftrain: with any of the 29 others (s2); all
+    rm: str = "out/rlhf/rm"  # reward model, a folder or URL as in rlhf.py; read with --think=True
+    # prompts to train on: ifeval (with IFEval's 25 constraints only, first), iftrain (with any of
+    # the 29 others, second) or all
     taxonomy: str = "all"
-    need_letters: bool = True  # a reply without letters is in no language [dev 3]; training only
-    prompts_per_step: PositiveInt = 256  # over all ranks; paper T16 [dev 1]
+    need_letters: bool = True  # in training, a reply without letters is in no language [D11]
+
+    prompts_per_step: PositiveInt = 256  # over all ranks; paper T16 (128 in the text) [D9]
     group_size: PositiveInt = 8  # completions per prompt (G); paper T16
-    num_steps: PositiveInt = 2300  # then 800 more for iftrain; paper T16 (thinking 550 + 300)
+    # paper T16: 2300, then 800 more for iftrain (thinking model: 550, then 300)
+    num_steps: PositiveInt = 2300
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load
-    max_new_tokens: PositiveInt = 8192  # 8K in both unified stages; thinking s2 16K
-    # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
-    rope_factor: float = 0.0
-    temperature: PositiveFloat = 0.6  # of the sampler and of the trained log-probs; paper T16
+    max_new_tokens: PositiveInt = 8192  # paper T16 (thinking model: 16K for iftrain)
+    rope_factor: float = 0.0  # YaRN factor, 2.0 above 32K tokens; 0: as in the checkpoint
+    temperature: PositiveFloat = 0.6  # sampler and trained log-probs; paper T16
     top_p: TopP = 0.95  # sampler only (gap G4); paper T16
-    top_k: int = 20  # sampler only; paper 4.4.2
-    overlong_filter: bool = False  # True only in s2 of the thinking model; paper T16
-    # dynamic sampling: rounds of fresh prompts for groups of equal rewards
+    top_k: int = 20  # sampler only; 0: off; paper 4.4.2
+    # completions that are cut off are not trained on (gap G5); paper T16: only in the thinking
+    # model's iftrain run
+    overlong_filter: bool = False
+    # dynamic sampling: rounds of fresh prompts for groups of equal rewards; 0: off; paper 4.4.2
     max_refill_rounds: int = 4
+
     lr: PositiveFloat = 2e-6  # AdamW; paper T16
-    # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
-    final_lr: Share = 1.0
-    warmup_steps: int = 0  # linear
+    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (gap G2)
+    warmup_steps: int = 0  # linear warm-up of the learning rate
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     weight_decay: float = 0.01  # not stated in the paper (gap G3)
-    grad_clip: PositiveFloat = 1.0  # not stated in the paper
-    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
-    # weigh 1
-    importance_limit: float = 0.0
-    reward_workers: PositiveInt = 8  # verifier processes per rank; 0: in this one
-    eval_every: int = 20  # steps; 0: never
-    eval_rows: int = 541  # all of IFEval
-    save_every: PositiveInt = 50  # steps
-    seed: int = 0
+    grad_clip: PositiveFloat = 1.0  # not stated in the paper (gap G3)
+    importance_limit: float = 0.0  # 0: off; Cascade 2 takes 2 (engine.sampler_correction)
+
+    reward_workers: PositiveInt = 8  # verifier processes per rank
+    eval_every: int = 20  # steps between held-out metrics; 0: never
+    eval_rows: int = 541  # held-out rows, one sample each; all of IFEval
+    save_every: PositiveInt = 50  # steps between checkpoints
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
+def normalize(row, where):
+    """One row of any set -> {"messages", "instruction_id_list", "kwargs"}. BadRow drops it."""
+    ids, kwargs, prompt = read_constraints(row, where)
+    messages = []
+    for turn in as_messages(prompt):
+        messages.append({"role": turn["role"], "content": turn["content"]})
+    # IF-RL samples its own replies, so a reply at the end of the row is taken off.
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or not messages[-1]["content"].strip():
+        raise BadRow("no prompt")
+    well_formed = is_list_of(ids, str) and is_list_of(kwargs, (dict, type(None)))
+    if not well_formed or not ids or len(ids) != len(kwargs):
+        raise BadRow("no constraints, or not one kwargs object for each")
+    kwargs = [clean_kwargs(arguments) for arguments in kwargs]
+    for instruction_id, arguments in zip(ids, kwargs, strict=True):
+        # A constraint that lacks a parameter is unusable; the reference draws a random one [D12].
+        reason = unusable(instruction_id, arguments)
+        if reason:
+            raise BadRow(reason)
+    return {"messages": messages, "instruction_id_list": list(ids), "kwargs": kwargs}
+
+
 def read_constraints(row, where):
-    """(ids, kwargs, prompt) of any of the four schemas; the prompt is a string or a list of chat messages."""
-    if "ground_truth" not in row or "instruction_id_list" in row:
-        ids, kwargs = (
-            required_field(row, where, "instruction_id_list", list),
-            required_field(row, where, "kwargs", list),
-        )
+    """(instruction ids, kwargs, prompt) of a row in any of the four schemas (docs/data.md).
+
+    The prompt is a text or a list of chat messages.
+    """
+    if "instruction_id_list" in row or "ground_truth" not in row:
+        ids = required_field(row, where, "instruction_id_list", list)
+        kwargs = required_field(row, where, "kwargs", list)
         return ids, kwargs, row.get("prompt") or row.get("messages") or ""
-    # allenai: [{instruction_id, kwargs}] as the text of a Python literal
+    # allenai's sets have [{"instruction_id", "kwargs"}] as text: a Python literal, or JSON.
     for parse in (ast.literal_eval, json.loads):
         try:
             truth = parse(required_field(row, where, "ground_truth"))
-            truth = truth[0] if isinstance(truth, list) else truth
-            return (
-                truth["instruction_id"],
-                truth["kwargs"],
-                required_field(row, where, "messages", list),
-            )
-        except (ValueError, SyntaxError, LookupError, TypeError):
+            if isinstance(truth, list):
+                truth = truth[0]
+            ids, kwargs = truth["instruction_id"], truth["kwargs"]
+            return ids, kwargs, required_field(row, where, "messages", list)
+        except (ValueError, SyntaxError, LookupError, TypeError):  # BadRow is a ValueError
             continue
     raise BadRow("ground_truth holds no instruction_id and kwargs")
 
 
+def is_list_of(values, kinds):
+    """True for a list in which every value is an instance of kinds."""
+    return isinstance(values, list) and all(isinstance(value, kinds) for value in values)
+
+
+def taxonomy_of(row):
+    """ifeval if all constraints of a row are among IFEval's 25, else iftrain."""
+    return "ifeval" if set(row["instruction_id_list"]) <= IFEVAL.keys() else "iftrain"
+
+
 def load_rows(cfg, path=None, limit=0):
-    """Rows of cfg.data, or of path, as {messages, think, instruction_id_list, kwargs}; what is dropped is counted."""
+    """Rows of cfg.data (or path): only constraints that can be verified, only of cfg.taxonomy."""
     if cfg.taxonomy not in ("all", "ifeval", "iftrain"):
         fail(f"--taxonomy={cfg.taxonomy}: expected all, ifeval or iftrain.")
+    path = path or cfg.data
+    # Held-out rows are measured whole, whatever this run trains on.
+    keep_all = cfg.taxonomy == "all" or path == cfg.eval_data
 
-    def normalize(row, where):
-        ids, kwargs, prompt = read_constraints(row, where)
-        messages = [{"role": m["role"], "content": m["content"]} for m in as_messages(prompt)]
-        if messages and messages[-1]["role"] == "assistant":  # a reply is not ours to imitate
-            messages.pop()
-        if not messages or not messages[-1]["content"].strip():
-            raise BadRow("no prompt")
-        list_of = lambda values, kinds: (
-            isinstance(values, list) and all(isinstance(v, kinds) for v in values)
-        )  # noqa: E731
-        if (
-            not list_of(ids, str)
-            or not list_of(kwargs, (dict, type(None)))
-            or not ids
-            or len(ids) != len(kwargs)
-        ):
-            raise BadRow("no constraints, or not one kwargs object for each")
-        kwargs = [clean_kwargs(k) for k in kwargs]
-        for reason in filter(None, map(unusable, ids, kwargs)):
-            raise BadRow(reason)  # [dev 4]
-        # measured whole, whatever this stage trains on
-        held_out = (path or cfg.data) == cfg.eval_data
-        if not held_out and cfg.taxonomy not in (
-            "all",
-            "ifeval" if IFEVAL.keys() >= set(ids) else "iftrain",
-        ):
+    def normalize_and_select(row, where):
+        normal = normalize(row, where)
+        if not keep_all and taxonomy_of(normal) != cfg.taxonomy:
             raise BadRow(f"not of taxonomy {cfg.taxonomy}")
-        return {
-            "messages": messages,
-            "think": cfg.think,
-            "instruction_id_list": list(ids),
-            "kwargs": kwargs,
-        }
+        return {**normal, "think": cfg.think}
 
-    rows = load_table(path or cfg.data, normalize, limit)
-    ids = Counter(name for row in rows for name in row["instruction_id_list"])
-    beyond = sum(not IFEVAL.keys() >= set(row["instruction_id_list"]) for row in rows)
+    rows = load_table(path, normalize_and_select, limit)
+    counts = Counter()
+    for row in rows:
+        counts.update(row["instruction_id_list"])
+    num_beyond = sum(taxonomy_of(row) == "iftrain" for row in rows)
     print0(
-        f"data {path or cfg.data}: {len(rows)} prompts, {sum(ids.values())} constraints of {len(ids)} kinds, "
-        f"{beyond} prompts with ids beyond IFEval's 25"
+        f"data {path}: {len(rows)} prompts, {sum(counts.values())} constraints of "
+        f"{len(counts)} kinds, {num_beyond} prompts with ids beyond IFEval's 25"
     )
     return rows
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices this epoch draws from: all of them; easy and hopeless prompts are left to dynamic sampling."""
+    """Indices of the rows in this epoch's pool: all rows.
+
+    Dynamic sampling replaces the prompts that are too easy or too hard.
+    """
     return list(range(len(rows)))
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
-# a longer answer follows nothing [dev 5]: some patterns take quadratic time
+# A longer answer follows no constraint, because some patterns take quadratic time [D13].
 MAX_CHARS = 50_000
-# for the verdicts still open when the last completion is done; they take milliseconds
-VERDICT_SECONDS = 60
+
+
+def answer_of(text):
+    """The text after the last </think>, or all of it where that tag is missing."""
+    return text.rpartition("</think>")[2]
 
 
 def verify(text, think, instruction_id_list, kwargs, need_letters=True):
-    """([followed, by the reference], status) of one completion, judged on its answer, the text after </think>."""
-    # "\n\n" after the tag is no empty first paragraph
-    answer = text.rpartition("</think>")[2].strip() if think else text
+    """(followed, status) of a completion's answer, which with think is the text after </think>.
+
+    followed has a bool for each constraint, by the reference's rules. status is "ok" if all are
+    followed, and with need_letters only if the answer has a letter where a language is asked for.
+    """
+    answer = text
+    if think:
+        # Stripped, so that the blank line after the tag is no empty first paragraph.
+        answer = answer_of(text).strip()
     if not answer.strip() or (think and "</think>" not in text):
         return [False] * len(instruction_id_list), "no_answer"
-    pairs = zip(instruction_id_list, kwargs, strict=True)
-    followed = [len(answer) <= MAX_CHARS and check(name, k, answer) for name, k in pairs]
-    mute = (
-        need_letters
-        and not any(map(str.isalpha, answer))
-        and "language:response_language" in instruction_id_list
-    )
-    return followed, "ok" if all(followed) and not mute else "wrong"  # mute: [dev 3]
+
+    # Prompt-level strict: the reward asks for all constraints, the log for each.
+    too_long = len(answer) > MAX_CHARS  # [D13]
+    followed = []
+    for instruction_id, arguments in zip(instruction_id_list, kwargs, strict=True):
+        followed.append(not too_long and check(instruction_id, arguments, answer))
+
+    status = "ok" if all(followed) else "wrong"
+    # The reference takes a text whose language nobody can tell for one in the right language, which
+    # a policy exploits by replying in symbols [D11].
+    if need_letters and "language:response_language" in instruction_id_list:
+        if not any(character.isalpha() for character in answer):
+            status = "wrong"
+    return followed, status
 
 
 def reward(response, instruction_id_list, kwargs):
-    """1 if the answer follows every constraint, else 0: the training reward, hence with [dev 3]."""
-    return int(
-        verify(response, re.search("</?think>", response), instruction_id_list, kwargs)[1] == "ok"
-    )
+    """1 if the answer follows every constraint, else 0. This is the unified model's reward."""
+    # A response with a think tag is a thinking model's, so its answer stands after the tag.
+    think = re.search("</?think>", response) is not None
+    _, status = verify(response, think, instruction_id_list, kwargs)
+    return 1 if status == "ok" else 0
 
 
 def add_preference(rollouts, scores):
-    """Thinking model: reward = 1 + sigmoid(z) where all rules hold, z = score normalised over its whole group."""
-    for _, members in itertools.groupby(
-        zip(rollouts, scores, strict=True), key=lambda pair: pair[0].group
-    ):
-        members = list(members)
-        known = [score for _, score in members if score is not None]  # None: the endpoint failed
-        std = statistics.stdev(known) if len(known) > 1 else 0.0
+    """Set the thinking model's rewards: 1 + sigmoid(z) where all constraints hold, else 0.
+
+    scores: the reward model's, None where its endpoint failed, which makes an infra failure.
+    """
+    groups = {}  # number of the group: its (rollout, score) pairs
+    for rollout, score in zip(rollouts, scores, strict=True):
+        groups.setdefault(rollout.group, []).append((rollout, score))
+    for members in groups.values():
+        # Mean and std are those of all rollouts, also of the ones that break a constraint [D10].
+        known = [score for _, score in members if score is not None]
+        mean = statistics.fmean(known) if known else 0.0
+        std = statistics.stdev(known) if len(known) > 1 else 0.0  # unbiased: divided by n - 1
         for rollout, score in members:
-            rollout.status = "infra" if score is None else rollout.status
-            # [dev 2]
-            z = (score - statistics.fmean(known)) / std if std > 0 and score is not None else 0.0
-            rollout.reward = 1 + 1 / (1 + math.exp(-z)) if rollout.status == "ok" else 0.0
+            z = 0.0  # where all scores are equal
+            if score is None:
+                rollout.status = "infra"
+            elif std > 0:
+                z = (score - mean) / std
+            rollout.reward = 0.0
+            if rollout.status == "ok":
+                preference = 1 / (1 + math.exp(-z))
+                rollout.reward = 1 + preference
 
 
 def make_reward(cfg):
-    """(submit, collect): submit(rollout) starts its verdict in the background, collect(rollouts) waits and sets it; in
-    think mode collect then asks the reward model."""
+    """(submit, collect): start a rollout's verdict in the background; wait for all verdicts.
 
-    def start():
-        # PR_SET_PDEATHSIG: a worker dies when its parent does
-        mortal = ctypes.CDLL(None).prctl, (1, signal.SIGKILL)
-        pool = multiprocessing.get_context("fork").Pool(cfg.reward_workers, *mortal)
-        atexit.register(pool.terminate)
-        return pool
+    For the thinking model, collect also asks the reward model. In every sample_every-th call it
+    prints which constraints are followed least and most often.
+    """
 
-    pool, rounds = start() if cfg.reward_workers else None, itertools.count(1)
-
-    def submit(rollout):
+    def arguments(rollout):
         row = rollout.row
-        job = (
-            verify,
-            rollout.text,
-            row["think"],
-            row["instruction_id_list"],
-            row["kwargs"],
-            cfg.need_letters,
-        )
-        rollout.pending = pool.apply_async(timed, job) if pool else timed(*job)
-        return rollout.pending
+        ids, kwargs = row["instruction_id_list"], row["kwargs"]
+        return rollout.text, row["think"], ids, kwargs, cfg.need_letters
+
+    submit, wait = in_processes(cfg.reward_workers, verify, arguments)
+    num_calls = 0
 
     def collect(rollouts):
-        nonlocal pool
-        waiting = [rollout.pending or submit(rollout) for rollout in rollouts]
-        deadline = time.monotonic() + VERDICT_SECONDS
-        for rollout, result in zip(rollouts, waiting, strict=True):
-            try:
-                result = result.get(max(0.0, deadline - time.monotonic())) if pool else result
-            except (
-                multiprocessing.TimeoutError
-            ):  # a keyword that takes for ever as a pattern: masked, nobody's fault
-                result = ([False] * len(rollout.row["kwargs"]), "infra"), VERDICT_SECONDS
-            (rollout.followed, rollout.status), rollout.verify_s = result
-            rollout.pending = None
-            rollout.reward = float(rollout.status == "ok")
-        if any(rollout.status == "infra" for rollout in rollouts):
-            pool.terminate()
-            pool = start()
+        nonlocal num_calls
+        # Constraints: wait for the verdicts that are not there yet.
+        for rollout, verdict in zip(rollouts, wait(rollouts), strict=True):
+            if verdict is None:
+                # A keyword that takes too long as a pattern is not the policy's fault: masked.
+                verdict = [False] * len(rollout.row["kwargs"]), "infra"
+            rollout.followed, rollout.status = verdict
+            rollout.reward = 1.0 if rollout.status == "ok" else 0.0
         if cfg.think:
-            score = load_reward_model(cfg.rm, rm_device(), cfg.reward_workers)  # once: it is cached
-            # no tag: the whole text
-            answers = [rollout.text.rpartition("</think>")[2].strip() for rollout in rollouts]
-            add_preference(
-                rollouts, score([rollout.row["messages"] for rollout in rollouts], answers)
-            )
-        if cfg.sample_every and next(rounds) % cfg.sample_every == 0:
+            # Preference: the reward model, loaded in the first call, reads prompt and answer.
+            score = load_reward_model(cfg.rm, rm_device(), cfg.reward_workers)
+            prompts = [rollout.row["messages"] for rollout in rollouts]
+            answers = [answer_of(rollout.text).strip() for rollout in rollouts]
+            add_preference(rollouts, score(prompts, answers))
+        num_calls += 1
+        if cfg.sample_every and num_calls % cfg.sample_every == 0:
             print0(extremes(monitor(rollouts)))
 
     return submit, collect
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log, as shares of all rollouts: short replies, constraints given and followed."""
-    n = max(len(rollouts), 1)
-    shares = {
-        "under_20_words": sum(len(r.text.rpartition("</think>")[2].split()) < 20 for r in rollouts)
-        / n
-    }
+    """This stage's numbers for the log, as shares of all rollouts.
+
+    They are the short replies, and how often each constraint was given and followed.
+    """
+    num_short = 0
     given, followed = Counter(), Counter()
     for r in rollouts:
-        given.update(r.row["instruction_id_list"])
-        followed.update(itertools.compress(r.row["instruction_id_list"], r.followed))
-    for name in CHECKS:  # always all of them: ranks add these up
-        shares |= {f"given/{name}": given[name] / n, f"followed/{name}": followed[name] / n}
+        num_short += len(answer_of(r.text).split()) < 20
+        for instruction_id, holds in zip(r.row["instruction_id_list"], r.followed, strict=True):
+            given[instruction_id] += 1
+            followed[instruction_id] += holds
+    n = max(len(rollouts), 1)
+    shares = {"under_20_words": num_short / n}
+    # All 54 constraints are listed, given or not, because the ranks add their lists up.
+    for name in CHECKS:
+        shares[f"given/{name}"] = given[name] / n
+        shares[f"followed/{name}"] = followed[name] / n
     return shares
 
 
 def extremes(shares, k=5):
-    """One line: the ids followed least and most often, from monitor()'s shares."""
-    given = [name for name in CHECKS if shares[f"given/{name}"]]
-    rates = sorted((shares[f"followed/{name}"] / shares[f"given/{name}"], name) for name in given)
-    lowest, highest = (
-        ", ".join(f"{name} {rate:.0%}" for rate, name in part) for part in (rates[:k], rates[-k:])
-    )
-    return f"  followed least: {lowest} | most: {highest} | under 20 words: {shares['under_20_words']:.0%}"
+    """One line with the constraints followed least and most often. shares: from monitor."""
+    rates = []
+    for name in CHECKS:
+        given = shares[f"given/{name}"]
+        if given:
+            rates.append((shares[f"followed/{name}"] / given, name))
+    rates.sort()
+    lowest = ", ".join(f"{name} {rate:.0%}" for rate, name in rates[:k])
+    highest = ", ".join(f"{name} {rate:.0%}" for rate, name in rates[-k:])
+    short = shares["under_20_words"]
+    return f"  followed least: {lowest} | most: {highest} | under 20 words: {short:.0%}"
 
 
 def self_test(rows, cfg):
-    """Before training. There are no gold replies: an empty one must earn 0 and every constraint must be decidable."""
+    """Before training, on a sample: an empty reply earns 0, and every constraint is decidable.
+
+    There are no gold replies to test with.
+    """
     for row in random.Random(cfg.seed).sample(rows, min(64, len(rows))):
         ids, kwargs = row["instruction_id_list"], row["kwargs"]
-        if reward("", ids, kwargs) or any(map(unusable, ids, kwargs)):
+        undecidable = [unusable(*pair) for pair in zip(ids, kwargs, strict=True)]
+        if reward("", ids, kwargs) or any(undecidable):
             fail(
-                f"verifier self test: {ids} with {kwargs} rewards an empty reply or cannot be decided."
+                f"verifier self test: {ids} with {kwargs} rewards an empty reply "
+                "or cannot be decided."
             )
     if cfg.think:
         check_reward_model(cfg.rm, rows, cfg.reward_workers)
@@ -315,7 +349,10 @@ def self_test(rows, cfg):
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
-    """Prompt-level strict accuracy of one verified rollout by the reference's rules, that is without [dev 3]."""
+    """1 if a held-out rollout follows every constraint by the reference's rules, without D11.
+
+    The mean over rollouts is the prompt-level strict accuracy.
+    """
     return float(all(rollout.followed))
 
 
@@ -342,8 +379,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     Returns (trained, sampled): the groups that are kept, and those of the first round for the log,
     which are an unbiased view of the policy.
     """
-    # CHANGED: dynamic sampling (paper 4.4.2, DAPO). A group of equal rewards has no gradient; it makes
-    # room for the group of a fresh prompt.
+    # CHANGED: dynamic sampling (paper 4.4.2, DAPO). A group of equal rewards has no gradient; it
+    # makes room for the group of a fresh prompt.
     submit, collect = reward_hook
     prompts = indices[rank::world]
     wanted = len(prompts)
@@ -386,7 +423,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         if refill == cfg.max_refill_rounds:
             break
 
-        # Refill what is missing. All ranks stop in the same round: a reward hook may hold collectives.
+        # Refill what is missing. All ranks stop in the same round, since a reward hook may hold
+        # collectives.
         missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
         if all_reduce({"n": missing}, "max")["n"] == 0:
             break

@@ -11,7 +11,7 @@ to ask the model:
     model.packed_hidden(...)             hidden states before the head (reward model)
 
     B rows   T tokens, packed over all sequences   D model width   N query heads   K kv heads
-    H head width   F mlp width   V vocabulary   M tokens that are scored   U tokens with distinct pasts
+    H head width   F mlp width   V vocabulary   M scored tokens   U tokens with distinct pasts
 """
 
 import json
@@ -38,7 +38,7 @@ from kernels.swiglu import swiglu
 # ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Qwen3Config:
-    """The fields of a Hugging Face Qwen3 config.json that change the computation, by their names."""
+    """The fields of a Hugging Face Qwen3 config.json that change the computation."""
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -150,7 +150,7 @@ def rope_tables(config: Qwen3Config, length):
         original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
         def rotations_to_dim(rotations):
-            """The frequency (as an index) that turns `rotations` times over the original context."""
+            """Index of the frequency that turns `rotations` times over the original context."""
             return (
                 H
                 * math.log(original / (rotations * 2 * math.pi))
@@ -199,7 +199,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMSNorm on queries and keys. `attend` is the attention itself."""
+    """Grouped-query attention with RMSNorm on queries and keys; `attend` is passed in."""
 
     def __init__(self, config):
         super().__init__()
@@ -341,7 +341,7 @@ class Qwen3(nn.Module):
         return linear_cross_entropy(hidden_MD, self.head_weight, target_M)
 
     def scored_hidden(self, batch):
-        """(hidden_MD, target_M): what the head predicts the scored tokens from, and these tokens."""
+        """(hidden_MD, target_M): what the head predicts scored tokens from, and these tokens."""
         # The one shift by one of this repository: token t is predicted by the hidden state of t -
         # 1.
         predicts_M = batch["loss_index"] - 1
@@ -444,8 +444,8 @@ class Qwen3(nn.Module):
         """Load a Hugging Face folder. ValueError names a tensor that is missing, unknown or
         misshapen.
 
-        rope_factor > 1 switches YaRN on over the original context of 32,768 tokens (the paper uses 2.0:
-        section 3 and appendix B).
+        rope_factor > 1 switches YaRN on over the original context of 32,768 tokens (the paper
+        uses 2.0: section 3 and appendix B).
         """
         config = read_config(folder)
         if rope_factor > 1:
@@ -518,14 +518,15 @@ NO_THINK = " /no_think"
 
 
 def chat_template():
-    """render_turns as a Jinja template, for every other client. tests/test_chat.py holds both equal."""
+    """render_turns as a Jinja template, for every other client. tests/test_chat.py holds both
+    equal."""
     folder = os.path.dirname(os.path.abspath(__file__))
     with open(os.path.join(folder, "chat_template.jinja")) as f:
         return f.read()
 
 
 def load_tokenizer(folder) -> Tokenizer:
-    """The folder's fast tokenizer. ValueError if it is missing or is no Qwen3 (ChatML) tokenizer."""
+    """The folder's fast tokenizer. ValueError if it is missing or no Qwen3 (ChatML) tokenizer."""
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.exists(path):
         raise ValueError("no checkpoint there (tokenizer.json is missing)")
@@ -544,7 +545,7 @@ def stop_ids(tokenizer):
 
 
 def save_tokenizer(source, folder):
-    """Copy the tokenizer of `source` to `folder`, with our chat template and generation settings."""
+    """Copy the tokenizer of `source` to `folder`, with our chat template and stop tokens."""
     os.makedirs(folder, exist_ok=True)
     for name in (
         "tokenizer.json",

@@ -1,17 +1,18 @@
-"""RLHF: stage 2 of the cascade (paper 4.2 and 4.3). A Bradley-Terry reward model, then GRPO against its scalar score.
+"""RLHF: stage 2 of the cascade (paper 4.2 and 4.3). GRPO against the score of a reward model.
 
-Without --rm the reward model is trained first (--rm_data) and kept in out_dir/rm; --rm takes any Hugging Face sequence
-classifier, or the URL of a scoring endpoint. It reads question and answer, never the thinking. Half of the prompts of a
-unified run are answered in think mode, half in no_think (paper 4.3.2). Deviations from the paper and gaps filled:
-  1. The reward model starts from --rm_init_from, any size; the paper's is Qwen2.5-72B-Instruct (4.2.2).
-  2. Small reward models are unstable (paper 6.3): --kl_coef=1e-3 --sequence_level=true --shape_reward=true are the paper's
-     stabilisers, off by default as in its main runs.
-  3. Mixed language is a test on Unicode scripts; "the lowest score in the batch" is over all ranks' unpenalised rollouts.
-  4. A think-mode reply that never closes its thought earns the lowest score of the batch. The paper scores the whole text
-     and finds that low; a small reward model likes a reply without any thinking just as well, and the mode is lost.
+Reward: the scalar score of a Bradley-Terry reward model, which reads question and answer, never the
+thinking. A reply that never closes its thinking earns the lowest score of the batch, one in another
+language 10 less. Without --rm the reward model is trained first, on the pairs of --rm_data, and
+kept in out_dir/rm; --rm takes any Hugging Face sequence classifier or the URL of a scoring
+endpoint. Half of the prompts of a unified run are answered in think mode, half in no_think (4.3.2).
+A good run prints a pair accuracy of the reward model well over 0.7, and then a reward that rises
+while len and trunc stay put.
 
-torchrun --nproc_per_node=8 rlhf.py --init_from=out/sft2/final --out_dir=out/rlhf
-A good run prints a reward-model pair accuracy well over 0.7 and then a reward that rises while len and trunc stay put.
+    torchrun --nproc_per_node=8 rlhf.py --init_from=out/sft2/final --out_dir=out/rlhf
+
+Deviations from the paper, numbered as in docs/paper.md: D1 language by Unicode scripts; D6 a reward
+model of any size; D7 the stabilisers for small reward models are flags, off by default; D8 the
+floor for a reply that never closes its thinking.
 """
 
 import functools
@@ -47,188 +48,242 @@ from verifiers.reward_model import (
 # ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
-    # checkpoint of the previous stage, or any Hugging Face Qwen3 folder
-    init_from: str = "out/sft2/final"
+    init_from: str = "out/sft2/final"  # checkpoint of the stage before, or any Qwen3 folder
     out_dir: str = "out/rlhf"
-    # prompts: hub id, folder, parquet, .json or .jsonl
-    data: str = "nvidia/Nemotron-Cascade-RL-RLHF"
-    eval_data: str = ""  # same schemas; "": no held-out metric
-    # of the prompts answered in think mode; 1.0 for thinking-only models. Paper 4.3.2
-    think_share: Share = 0.5
-    rm: str = ""  # reward model folder or http(s) URL; "": train one
-    # where training it starts; "": init_from. The paper: Qwen2.5-72B-Instruct [dev 1]
-    rm_init_from: str = ""
+    data: str = "nvidia/Nemotron-Cascade-RL-RLHF"  # hub id, folder, parquet, .json or .jsonl
+    eval_data: str = ""  # held-out rows in the same schemas; "": no held-out metric
+    seed: int = 0
+
+    rm: str = ""  # reward model: a folder or an http(s) URL; "": train one
+    rm_init_from: str = ""  # weights its training starts from [D6]; "": those of init_from
     rm_data: str = "nvidia/Nemotron-Cascade-RM-Training"  # chosen/rejected or HelpSteer rows
-    rm_eval_data: str = ""  # same schemas, for the pair accuracy
-    rm_samples_per_step: PositiveInt = 256  # pairs per update; paper 4.2.2
-    rm_epochs: PositiveInt = 1  # paper 4.2.2: longer was worse
+    rm_eval_data: str = ""  # held-out rows in the same schemas, for the pair accuracy; "": none
+    rm_samples_per_step: PositiveInt = 256  # pairs per update, over all ranks; paper 4.2.2
+    rm_epochs: PositiveInt = 1  # more were worse; paper 4.2.2
     rm_lr: PositiveFloat = 2e-6  # AdamW, 3% warm-up, then linear to 0 (gap G6); paper 4.2.2
-    rm_max_len: PositiveInt = (
-        8192  # tokens of question and answer; longer pairs are dropped (gap G6)
-    )
-    # k3 estimate of KL(policy || init_from) in the loss; paper 6.3: 1e-3 [dev 2]
-    kl_coef: float = 0.0
-    sequence_level: bool = False  # mean over sequences of their token means; paper 6.3
-    shape_reward: bool = False  # tanh of the group z-score; paper 6.3
+    rm_max_len: PositiveInt = 8192  # tokens of question and answer; longer ones are dropped (G6)
+
     prompts_per_step: PositiveInt = 256  # over all ranks; paper T15 (128 in the text)
     group_size: PositiveInt = 8  # completions per prompt (G); paper T15
     num_steps: PositiveInt = 800  # paper T15
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load
-    max_new_tokens: PositiveInt = 12288  # paper T15
-    # YaRN factor; 2.0 once prompt + completion can pass 32K; 0: as the checkpoint has it
-    rope_factor: float = 0.0
-    temperature: PositiveFloat = 0.6  # of the sampler and of the trained log-probs; paper T15
+    max_new_tokens: PositiveInt = 12288  # 12K; paper T15
+    rope_factor: float = 0.0  # YaRN factor, 2.0 above 32K tokens; 0: as in the checkpoint
+    temperature: PositiveFloat = 0.6  # sampler and trained log-probs; paper T15
     top_p: TopP = 0.95  # sampler only (gap G4); paper T15
     top_k: int = 0  # sampler only; 0: off
-    # truncated completions are scored as they are, which teaches brevity; paper 4.3.2
+    # False: completions that are cut off are trained on, which teaches brevity; paper 4.3.2
     overlong_filter: bool = False
+    # share of the prompts that are answered in think mode; 1.0 for thinking models; paper 4.3.2
+    think_share: Share = 0.5
+
     lr: PositiveFloat = 2e-6  # AdamW; paper T15
-    # last step's learning rate as a fraction of lr, linear; 1: constant (gap G2)
-    final_lr: Share = 1.0
-    warmup_steps: int = 0  # linear
+    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (gap G2)
+    warmup_steps: int = 0  # linear warm-up of the learning rate
     beta1: Beta = 0.9  # paper T15
     beta2: Beta = 0.95  # paper T15
     weight_decay: float = 0.01  # not stated in the paper (gap G3)
-    grad_clip: PositiveFloat = 1.0  # not stated in the paper
-    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; 2: Cascade 2 eq. 3; 0: all
-    # weigh 1
-    importance_limit: float = 0.0
-    reward_workers: PositiveInt = 8  # parallel requests to a scoring endpoint
-    eval_every: int = 20  # steps; 0: never
+    grad_clip: PositiveFloat = 1.0  # not stated in the paper (gap G3)
+    importance_limit: float = 0.0  # 0: off; Cascade 2 takes 2 (engine.sampler_correction)
+
+    kl_coef: float = 0.0  # weight of KL(policy || init_from) in the loss [D7]; paper 6.3: 1e-3
+    sequence_level: bool = False  # loss: mean over sequences of their token means [D7]; paper 6.3
+    shape_reward: bool = False  # reward: tanh of the z-score in the group [D7]; paper 6.3
+
+    reward_workers: PositiveInt = 8  # parallel requests to a scoring endpoint, per rank
+    eval_every: int = 20  # steps between held-out metrics; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
-    save_every: PositiveInt = 50  # steps
-    seed: int = 0
+    save_every: PositiveInt = 50  # steps between checkpoints
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
+# Fields of the sets of logged conversations (WildChat, LMSYS, Arena).
+LOGGED = ("conversation", "conversation_a")
+
+
+def normalize(row, where):
+    """One row of any known prompt set -> {"messages"}, ending with a user turn. BadRow drops it.
+
+    A logged conversation gives its first user turn, because what follows answers another model.
+    """
+    name = first_nonempty(row, "prompt", "messages", *LOGGED)
+    turns = as_messages(required_field(row, where, name, (str, list)), name)
+    users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    if not users:
+        raise BadRow("no user turn")
+    last = users[0] if name in LOGGED else users[-1]
+    if not turns[last]["content"].strip():
+        raise BadRow("no user turn")
+    kept = turns[: last + 1]
+    return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in kept]}
+
+
 def load_rows(cfg, path=None, limit=0):
-    """Prompts of cfg.data (or path): a `prompt` or `messages` chat list, or text; of a logged conversation (WildChat, LMSYS,
-    Arena) the first user turn, because what follows answers another model. Modes alternate."""
-
-    def normalize(row, where):
-        logged = ("conversation", "conversation_a")
-        name = first_nonempty(row, "prompt", "messages", *logged)
-        turns = as_messages(required_field(row, where, name, (str, list)), name)
-        users = [i for i, m in enumerate(turns) if m["role"] == "user"]
-        last = users[0 if name in logged else -1] if users else -1
-        if last < 0 or not turns[last]["content"].strip():
-            raise BadRow("no user turn")
-        return {
-            "messages": [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]
-        }
-
+    """Rows of cfg.data (or path), with think_share of them, evenly spread, in think mode."""
     rows = load_table(path or cfg.data, normalize, limit)
-    for i, row in enumerate(rows):  # all G completions of a prompt share its mode (gap G8)
-        row["think"] = math.floor((i + 1) * cfg.think_share) > math.floor(i * cfg.think_share)
+    # The mode is the prompt's, so all its completions share it (gap G8). A row gets think mode
+    # where the rounded-down number of such rows grows: every second row for a share of 0.5.
+    for i, row in enumerate(rows):
+        num_before = math.floor(i * cfg.think_share)
+        row["think"] = math.floor((i + 1) * cfg.think_share) > num_before
     return rows
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices this epoch draws from: all of them."""
+    """Indices of the rows in this epoch's pool: all of them."""
     return list(range(len(rows)))
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
-@functools.cache
-def reference_model(folder, rope_factor, device):
-    """The frozen policy this stage started from, whatever it was resumed from."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Qwen3.from_pretrained(
-        folder, dtype=dtype, device=device, rope_factor=rope_factor
-    ).requires_grad_(False)
-
-
-@torch.no_grad()
-def reference_logprobs(batch, cfg):
-    """Token log-probs [T] of a micro-batch under the reference, at the policy's temperature."""
-    model = reference_model(cfg.init_from, cfg.rope_factor, batch["input_ids_T"].device)
-    return model.token_logprobs(batch, temperature=cfg.temperature)[0]
-
-
 def answer_of(rollout):
-    """What is scored: the text after </think>; the whole reply in no_think mode or when the tag is missing (paper 4.3.2)."""
-    return rollout.text.rpartition("</think>")[2].strip() if rollout.row["think"] else rollout.text
+    """The text that is scored: what follows the thinking (paper 4.3.2).
+
+    It is the whole reply in no_think mode, and where </think> is missing.
+    """
+    if not rollout.row["think"]:
+        return rollout.text
+    return rollout.text.rpartition("</think>")[2].strip()
+
+
+def status_of(rollout, score):
+    """Status of a rollout. Its score is None where the endpoint failed."""
+    prompt = " ".join(turn["content"] for turn in rollout.row["messages"])
+    if not language_ok(prompt, rollout.text):  # [D1]
+        return "language"
+    if score is None:
+        return "infra"
+    if rollout.row["think"] and "</think>" not in rollout.text:  # [D8]
+        return "no_answer"
+    return "ok"
+
+
+def lowest_ok_score(rollouts, scores):
+    """Lowest score of all ranks' rollouts with status ok; 0 if there are none."""
+    ok_scores = [s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"]
+    lowest = min(ok_scores, default=math.inf)
+    # The minimum over ranks is the maximum of the negated scores.
+    lowest = -all_reduce({"lowest": -lowest}, "max")["lowest"]
+    return lowest if math.isfinite(lowest) else 0.0
+
+
+def mean_and_std(scores):
+    """Mean and standard deviation of the scores of all ranks. None, a failure, does not count."""
+    known = [s for s in scores if s is not None]
+    squares = sum(s * s for s in known)
+    sums = all_reduce({"n": len(known), "sum": sum(known), "squares": squares})
+    n = max(sums["n"], 1)
+    mean = sums["sum"] / n
+    variance = max(sums["squares"] / n - mean**2, 0.0)
+    return mean, math.sqrt(variance)
+
+
+def shape_rewards(rollouts):
+    """reward = tanh of the z-score in the group, for small reward models (paper 6.3) [D7]."""
+    groups = {}
+    for r in rollouts:
+        if r.status != "infra":
+            groups.setdefault(r.group, []).append(r)
+    for group in groups.values():
+        # A held-out rollout is alone in its group and keeps its score.
+        if len(group) < 2:
+            continue
+        mean = statistics.fmean(r.reward for r in group)
+        std = statistics.pstdev(r.reward for r in group)  # biased: divided by n
+        for r in group:
+            r.reward = math.tanh((r.reward - mean) / (std + 1e-6))
+
+
+def reward_model_path(cfg):
+    """Folder or URL of the reward model, whether given or trained here."""
+    return cfg.rm or os.path.join(cfg.out_dir, "rm")
 
 
 def make_reward(cfg):
-    """(submit, collect). Scores are computed in one batch when all completions are there; submit has nothing to start."""
-    path = cfg.rm or os.path.join(cfg.out_dir, "rm")
+    """(submit, collect): submit starts nothing, since collect scores all rollouts in one batch."""
+    path = reward_model_path(cfg)
     if not cfg.rm and not os.path.exists(path):
         train_reward_model(cfg, path)
     score = load_reward_model(path, rm_device(), cfg.reward_workers)
 
+    def submit(rollout):
+        """Do nothing: a single completion has to wait for the batch."""
+
     def collect(rollouts):
-        scores, seconds = timed(
-            score, [r.row["messages"] for r in rollouts], [answer_of(r) for r in rollouts]
-        )
+        """Set score, reward and status of the rollouts."""
+        # Score: the reward model reads the conversation and the answer to it.
+        conversations = [r.row["messages"] for r in rollouts]
+        scores, seconds = timed(score, conversations, [answer_of(r) for r in rollouts])
+
+        # Status: which replies are penalised, and where the endpoint failed.
         for r, s in zip(rollouts, scores, strict=True):
-            r.status = (
-                "infra"
-                if s is None
-                else "no_answer"
-                if r.row["think"] and "</think>" not in r.text
-                else "ok"
-            )
+            r.status = status_of(r, s)
             r.verify_s = seconds / len(rollouts)
-            # [dev 3]
-            r.status = (
-                r.status
-                if language_ok(" ".join(m["content"] for m in r.row["messages"]), r.text)
-                else "language"
-            )
-        lowest = min(
-            [s for r, s in zip(rollouts, scores, strict=True) if r.status == "ok"], default=math.inf
-        )
-        lowest = -all_reduce({"lowest": -lowest}, "max")["lowest"]
-        lowest = lowest if math.isfinite(lowest) else 0.0
-        known = [s for s in scores if s is not None]
-        sums = all_reduce(
-            {"n": len(known), "sum": sum(known), "squares": sum(s * s for s in known)}
-        )
-        mean = sums["sum"] / max(sums["n"], 1)
-        std = math.sqrt(max(sums["squares"] / max(sums["n"], 1) - mean**2, 0.0))
-        # [dev 4], paper 4.3.2
+
+        # Floor: a penalised reply earns the lowest score of the others, or 10 less (paper 4.3.2).
+        lowest = lowest_ok_score(rollouts, scores)
+        mean, std = mean_and_std(scores)
         floors = {"infra": math.nan, "no_answer": lowest, "language": lowest - 10.0}
         for r, s in zip(rollouts, scores, strict=True):
-            r.reward = r.score = floors.get(r.status, s)
-            r.batch_mean, r.batch_std = mean, std
-        for group in {r.group for r in rollouts} if cfg.shape_reward else ():
-            members = [r for r in rollouts if r.group == group and r.status != "infra"]
-            if len(members) < 2:
-                continue
-            mean, std = (
-                statistics.fmean(r.reward for r in members),
-                statistics.pstdev(r.reward for r in members),
-            )
-            for r in members:
-                r.reward = math.tanh((r.reward - mean) / (std + 1e-6))
+            r.score = floors.get(r.status, s)
+            r.reward = r.score
+            r.batch_mean = mean
+            r.batch_std = std
 
-    return (lambda rollout: None), collect
+        # Shape: the reward becomes the tanh of the z-score in the group; the score stays.
+        if cfg.shape_reward:
+            shape_rewards(rollouts)
+
+    return submit, collect
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: mean and spread of the reward model's raw scores over the batch of all ranks (the reward may be a
-    shaped one), and the spread of the scores in a group."""
-    groups, mean = {}, lambda values: sum(values) / max(len(values), 1)
+    """This stage's numbers for the log.
+
+    rm_score and rm_std: mean and standard deviation of the reward model's raw scores over all
+    ranks; the reward itself may be shaped. rm_group_std: that of the scores in a group, on average.
+    """
+    groups = {}
     for r in rollouts:
         if math.isfinite(r.score):
             groups.setdefault(r.group, []).append(r.score)
-    batch = {
-        "rm_score": mean([r.batch_mean for r in rollouts]),
-        "rm_std": mean([r.batch_std for r in rollouts]),
+    group_stds = [statistics.pstdev(scores) for scores in groups.values()]
+    n = max(len(rollouts), 1)
+    return {
+        "rm_score": sum(r.batch_mean for r in rollouts) / n,
+        "rm_std": sum(r.batch_std for r in rollouts) / n,
+        "rm_group_std": sum(group_stds) / max(len(group_stds), 1),
     }
-    return batch | {"rm_group_std": mean([statistics.pstdev(group) for group in groups.values()])}
 
 
 def self_test(rows, cfg):
     """Before training: the reward model answers, and not with one number for everything."""
-    check_reward_model(cfg.rm or os.path.join(cfg.out_dir, "rm"), rows, cfg.reward_workers)
+    check_reward_model(reward_model_path(cfg), rows, cfg.reward_workers)
 
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
-    """The score of a held-out rollout, floors included, unshaped (unbounded; compare only within one reward model)."""
+    """The score of one held-out rollout, with the floors and before shaping.
+
+    It has no bounds, and it compares only with scores of the same reward model.
+    """
     return rollout.score
+
+
+# ---- The reference policy of the KL term in grpo_loss (paper 6.3) --------------------------------
+@functools.cache
+def reference_model(folder, rope_factor, device):
+    """The frozen policy this stage started from, whatever checkpoint it was resumed from."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def reference_logprobs(batch, cfg):
+    """Log-probs [T] of a micro-batch's tokens under the reference, at the policy's temperature."""
+    model = reference_model(cfg.init_from, cfg.rope_factor, batch["input_ids_T"].device)
+    logprobs_T, _ = model.token_logprobs(batch, temperature=cfg.temperature)
+    return logprobs_T
 
 
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
@@ -317,7 +372,7 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     Token-level policy gradient, paper eq. 1, with the stabilisers of 6.3 on top: a KL term towards
     the policy this stage started from, and sequence-level averaging.
     """
-    # CHANGED: the stabilisers for small reward models (paper 6.3) join the loss of the other stages.
+    # CHANGED: the stabilisers for small reward models (paper 6.3) join the loss of other stages.
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]
     # One update per batch (4.1.2): the policy is the one that sampled, so the ratio is exactly 1

@@ -1,15 +1,22 @@
-"""SFT: stage 1 of the cascade (paper 3 and 4.1). Next-token prediction on the assistant's tokens of packed conversations.
+"""SFT: stage 1 of the cascade (paper 3 and 4.1), and the first of its scripts to read.
 
-Two invocations (run_cascade.sh): 16K tokens, then 32K with tool calling and SWE added. Deviations and gaps filled:
-  1. "Batch 256" counts conversations, not packed rows (the released row counts only fit that). They are
-     packed for speed, and attention never crosses from one to the next, so packing changes nothing but the time.
-  2. Loss on the last assistant turn only (earlier ones are history, their thinking removed), mean over the tokens of the
-     whole step; 1% warm-up (neither is stated).
-  3. A set of more than block_rows rows is streamed and shuffled block by block, all its files mixed by size in every block.
-  4. The cosine runs over schedule_steps = 100K as printed in T14, so the rate hardly decays within a stage.
+Next-token prediction on conversations, with the loss on the assistant's turns that follow the last
+user turn. One step of main():
 
-torchrun --nproc_per_node=8 sft.py --init_from=models/Qwen3-8B-Base --data=nvidia/Nemotron-Cascade-SFT-Stage-1 --out_dir=out/sft1
-A good run prints a loss that falls fast for 100 steps and then slowly, the same for every category of the eval line.
+    samples = next(stream)                     256 conversations: token ids, and which are trained
+    batches = pack(samples)                    whole conversations, one behind another
+    loss    = -sum log p(token) / all tokens   over the trained tokens of the whole step
+    optimizer.step()                           one AdamW update
+
+Two runs (run_cascade.sh): conversations of at most 16K tokens, then of 32K, with tool calling and
+SWE added. A good run prints a loss that falls fast for 100 steps and then slowly, and so does the
+held-out loss of every category.
+
+    torchrun --nproc_per_node=8 sft.py --init_from=models/Qwen3-8B-Base --out_dir=out/sft1
+
+Deviations from the paper, numbered as in docs/paper.md: D2 a batch of 256 counts conversations, not
+packed rows; D3 loss on the last assistant turns only, 1% warm-up; D4 large sets are shuffled block
+by block; D5 the cosine runs over 100K steps, so the learning rate hardly decays.
 """
 
 import functools
@@ -25,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
+from lib.common import all_gather, all_reduce, average_gradients, finish, print0, ranks, start_run
 from lib.data import BadRow, as_messages, fresh_cursors, normal_rows, read_rows, stream_rows
 from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_config
 from lib.guard import check_step, fail
@@ -39,238 +46,329 @@ from model import render_chat, show_tokens
 class Config(MachineFlags):  # memory, checkpoints, time limits: lib/flags.py
     init_from: str = "out/base"  # Hugging Face Qwen3 folder (hub ids are for data)
     out_dir: str = "out/sft"
-    # hub id, folder, parquet, .json or .jsonl with `messages` rows; named n times: n times as often
+    # hub id, folder, parquet, .json or .jsonl with conversations; commas join several sets, and a
+    # set that is named n times is seen n times as often
     data: str = "nvidia/Nemotron-Cascade-SFT-Stage-1"
-    eval_data: str = ""  # same form; "": no held-out loss
-    # leaves out the no_think conversations: the thinking models (paper 3, 8B-Thinking and
-    # 14B-Thinking)
+    eval_data: str = ""  # held-out conversations in the same schemas; "": no held-out loss
+    seed: int = 0
+
+    # leave out the no_think conversations, as for 8B-Thinking and 14B-Thinking; paper 3
     think_only: bool = False
-    limit: int = 0  # rows read from data; 0: all
-    # rows read, tokenized and shuffled at a time [dev 3]; smaller sets are held whole
+    limit: int = 0  # rows of data that are read in an epoch; 0: all
+    # rows that are read, tokenized and shuffled at a time [D4]; a smaller set is held whole
     block_rows: PositiveInt = 32768
-    samples_per_step: PositiveInt = (
-        256  # conversations per update, over all ranks [dev 1]; paper T14
-    )
-    num_steps: PositiveInt = 20000  # paper T14: 20K, then 32K (8B)
-    schedule_steps: PositiveInt = 100000  # where the cosine reaches 0; paper T14 [dev 4]
-    warmup_steps: int = 200  # linear; 1%, not stated in the paper [dev 2]
-    max_seq_len: PositiveInt = (
-        16384  # tokens; longer conversations are dropped. Paper 3.1.1: 16K, then 32K
-    )
-    micro_batch_tokens: PositiveInt = 16384  # tokens of one packed forward pass on one rank
-    lr: PositiveFloat = 5e-5  # paper T14: 5e-5, then 2e-5 (8B)
+    samples_per_step: PositiveInt = 256  # conversations per update, over all ranks [D2]; paper T14
+    num_steps: PositiveInt = 20000  # first of 20K + 32K steps (8B); paper T14
+    max_seq_len: PositiveInt = 16384  # longer conversations are dropped; then 32K; paper 3.1.1
+    rope_factor: float = 0.0  # YaRN factor, 2.0 above 32K tokens; 0: as in the checkpoint
+
+    lr: PositiveFloat = 5e-5  # AdamW, 5e-5, then 2e-5 (8B); paper T14
+    schedule_steps: PositiveInt = 100000  # step at which the cosine reaches 0 [D5]; paper T14
+    warmup_steps: int = 200  # linear warm-up of the learning rate, 1% of num_steps [D3]
     beta1: Beta = 0.9  # paper T14
     beta2: Beta = 0.95  # paper T14
     weight_decay: float = 1e-4  # paper T14
     grad_clip: PositiveFloat = 1.0  # not stated in the paper
-    # YaRN factor; 2.0 once sequences can pass 32K; 0: as the checkpoint has it
-    rope_factor: float = 0.0
-    eval_every: int = 500  # steps; 0: never
-    save_every: PositiveInt = 1000  # steps
-    seed: int = 0
+
+    micro_batch_tokens: PositiveInt = 16384  # tokens of one packed forward pass on one rank
+    eval_every: int = 500  # steps between held-out losses; 0: never
+    save_every: PositiveInt = 1000  # steps between checkpoints
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
+ROLES = ("system", "user", "assistant", "tool")
+# A tool's reply that brings tags of its own: one or more <tool_response> blocks and nothing else.
+TAGGED_REPLIES = re.compile(
+    r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", re.S
+)
+
+
 def normalize(row, where, think_only=False):
-    """{"messages", "tools", "think", "category"} of a Nemotron SFT row; rows that cannot be trained on are BadRow. Nothing in a
-    single row stops the run: the five-millionth is read days after the first."""
-    # Llama-Nemotron: question, answer, and the mode in a system prompt of its own
+    """One row of any known SFT set -> {"messages", "tools", "think", "category"}. BadRow drops it.
+
+    Nothing in a single row stops the run: the five-millionth is read days after the first.
+    """
     if "output" in row and "messages" not in row:
-        question, system = as_messages(row.get("input"), "input"), row.get("system_prompt") or ""
-        system = (
-            []
-            if not system or re.fullmatch("detailed thinking (on|off)", system)
-            else [{"role": "system", "content": system}]
-        )
-        row = row | {
-            "messages": system + question + [{"role": "assistant", "content": row["output"]}],
-            "thinking": row.get("reasoning") == "on",
-        }
+        row = from_llama_nemotron(row)
     if "messages" not in row:
         raise BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
     messages = as_messages(row["messages"], "messages")
-    if not messages or messages[-1]["role"] != "assistant":
-        raise BadRow("the last turn is not the assistant's")
-    if not (messages[-1]["content"].strip() or messages[-1].get("tool_calls")):
-        raise BadRow("the last assistant turn is empty")
-    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
-        raise BadRow("no user turn")
-    if any(m["role"] not in ("system", "user", "assistant", "tool") for m in messages):
-        raise BadRow("a turn of an unknown role")
+    check_turns(messages)
     tools = from_json(row.get("tools"), "tools")
-    for m in messages:
-        if m["role"] == "tool" and re.fullmatch(
-            r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", m["content"], re.S
-        ):
-            parts = re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", m["content"], re.S)
-            # tags that are there already: the template writes them
-            m["content"] = "\n</tool_response>\n<tool_response>\n".join(parts)
-        m["tool_calls"] = from_json(m.get("tool_calls"), "tool_calls")
-        calls = [call.get("function") or call for call in m["tool_calls"]]
-        if not all(
-            isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call
-            for call in calls
-        ):
-            raise BadRow("a tool call without name and arguments")
+    for message in messages:
+        if message["role"] == "tool":
+            message["content"] = without_tags(message["content"])
+        message["tool_calls"] = tool_calls_of(message)
     think = row.get("thinking")
-    think = "<think>" in messages[-1]["content"] if think is None else think
+    if think is None:
+        think = "<think>" in messages[-1]["content"]
     if not isinstance(think, bool):
         raise BadRow('field "thinking" is neither true nor false')
     if think_only and not think:
         raise BadRow("a no_think conversation")
-    return {
-        "messages": messages,
-        "tools": tools,
-        "think": think,
-        "category": str(row.get("category") or "all"),
-    }
+    category = str(row.get("category") or "all")
+    return {"messages": messages, "tools": tools, "think": think, "category": category}
+
+
+def from_llama_nemotron(row):
+    """A Llama-Nemotron row as a chat: it has question and answer in fields of their own."""
+    messages = as_messages(row.get("input"), "input")
+    system = row.get("system_prompt") or ""
+    # This set switches the mode by its system prompt. Ours is the field "thinking".
+    if system and not re.fullmatch("detailed thinking (on|off)", system):
+        messages = [{"role": "system", "content": system}, *messages]
+    messages = [*messages, {"role": "assistant", "content": row["output"]}]
+    return {**row, "messages": messages, "thinking": row.get("reasoning") == "on"}
+
+
+def check_turns(messages):
+    """BadRow unless there is a user turn, and an assistant turn at the end to train on."""
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadRow("the last turn is not the assistant's")
+    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+        raise BadRow("the last assistant turn is empty")
+    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
+        raise BadRow("no user turn")
+    if any(m["role"] not in ROLES for m in messages):
+        raise BadRow("a turn of an unknown role")
+
+
+def without_tags(content):
+    """A tool's reply without <tool_response> tags, which the chat template writes around it."""
+    if not TAGGED_REPLIES.fullmatch(content):
+        return content
+    replies = re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", content, re.S)
+    # Between two replies the tags have to stay, since the template writes only the outer ones.
+    return "\n</tool_response>\n<tool_response>\n".join(replies)
+
+
+def tool_calls_of(message):
+    """The tool calls of a turn: name and arguments each, at their top or under "function"."""
+    calls = from_json(message.get("tool_calls"), "tool_calls")
+    for call in calls:
+        function = call.get("function") or call
+        is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if not is_named or "arguments" not in function:
+            raise BadRow("a tool call without name and arguments")
+    return calls
 
 
 def from_json(value, name):
-    """A list of objects, given as it is, as JSON text or not at all."""
-    try:
-        value = json.loads(value) if isinstance(value, str) and value else value or []
-    except ValueError:
-        raise BadRow(f'field "{name}" is not valid JSON')
+    """A list of objects. A row holds it as a list or as JSON text, or has none: that is []."""
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow(f'field "{name}" is not valid JSON')
+    elif not value:
+        value = []
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise BadRow(f'field "{name}" is no list of objects')
     return value
 
 
 def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
-    """[(ids, loss_mask, category)] as numpy arrays; conversations over max_seq_len tokens are dropped and counted. With cursors,
-    the next block_rows rows, and the cursors move behind them. Ranks tokenize a share each. seen {category: [conversations,
-    tokens]} counts on."""
-    rank, world = (
-        (torch.distributed.get_rank(), torch.distributed.get_world_size())
-        if torch.distributed.is_initialized()
-        else (0, 1)
-    )
-    block = (
-        itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows)
-        if cursors
-        else read_rows(path)
-    )
+    """Samples [(ids, mask, category)] of a data set; the mask is True where a token is trained.
+
+    Conversations over max_seq_len tokens are dropped and counted. Without cursors the whole set is
+    read. With cursors the next block_rows rows are read, and the cursors move behind them. `seen`
+    {category: [conversations, tokens]} holds the counts of the blocks before; these rows are added.
+    """
+    if cursors:
+        raw_rows = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows)
+    else:
+        raw_rows = read_rows(path)
+    rows = normal_rows(raw_rows, functools.partial(normalize, think_only=cfg.think_only), path)
+
+    # Tokenize: every rank reads all rows, tokenizes every world-th and gets the others' samples.
+    rank, world = ranks()
     mine = []
-    rows = normal_rows(block, functools.partial(normalize, think_only=cfg.think_only), path)
-    rows = tqdm(rows, desc="tokenize", leave=False, disable=None)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(tqdm(rows, desc="tokenize", leave=False, disable=None)):
         if i % world == rank:
-            ids, mask = render_chat(
-                tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False
-            )
-            fits = len(ids) <= cfg.max_seq_len and any(mask)
-            mine.append(
-                (np.array(ids, np.int32), np.array(mask, bool), row["category"]) if fits else None
-            )
+            mine.append(encode(row, tokenizer, cfg))
     shares = all_gather(mine)
-    samples = [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
-    kept, counts = [s for s in samples if s], {} if seen is None else seen
-    if len(kept) < len(samples):
+    num_rows = sum(len(share) for share in shares)
+    samples = [shares[i % world][i // world] for i in range(num_rows)]
+
+    # Drop what was too long, and print how much there is of each category.
+    kept = [sample for sample in samples if sample is not None]
+    if len(kept) < num_rows:
         print0(
-            f"data {path}: dropped {len(samples) - len(kept)} of {len(samples)} rows, over {cfg.max_seq_len} tokens"
+            f"data {path}: dropped {num_rows - len(kept)} of {num_rows} rows, "
+            f"over {cfg.max_seq_len} tokens"
         )
+    counts = {} if seen is None else seen
     for ids, _, category in kept:
-        n, tokens = counts.get(category, (0, 0))
-        counts[category] = (n + 1, tokens + len(ids))
-    for category, (n, tokens) in sorted(counts.items()):
+        count, tokens = counts.get(category, (0, 0))
+        counts[category] = (count + 1, tokens + len(ids))
+    for category, (count, tokens) in sorted(counts.items()):
         print0(
-            f"data {path}: {category:24s} {n:8d} conversations, {tokens / n:6.0f} tokens on average"
+            f"data {path}: {category:24s} {count:8d} conversations, "
+            f"{tokens / count:6.0f} tokens on average"
         )
-    return (
-        kept
-        if kept
-        else fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
+    if not kept:
+        fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
+    return kept
+
+
+def encode(row, tokenizer, cfg):
+    """(ids, mask, category) of a normal row; None if it is too long or has no trained token."""
+    ids, mask = render_chat(
+        tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False
     )
+    if len(ids) > cfg.max_seq_len or not any(mask):
+        return None
+    return np.array(ids, np.int32), np.array(mask, bool), row["category"]
 
 
-def batches(tokenizer, state, cfg):
-    """Endless steps of samples_per_step conversations, the same on every rank. Memory holds one block of block_rows rows, in
-    which all files are mixed; blocks are shuffled by (seed, epoch, block). `state` is the cursor: its "files" say where the
-    block begins, its "position" what of it is used, so that a resumed run reads on where it was, bit for bit."""
-    fresh = fresh_cursors(cfg.data)
-    chosen, samples, behind, seen, loaded = [], [], {}, {}, None
-    # a commit to a hub's set renames its files
-    names = lambda cursors: {re.sub(r"(?<=@)[0-9a-f]{40}(?=/)", "", file) for file in cursors}
-    if state["files"] and names(state["files"]) != names(fresh):
+def stream_steps(tokenizer, state, cfg):
+    """Yield the samples of one step after another, without end, the same on every rank.
+
+    Memory holds one block of block_rows rows, in which all files are mixed [D4]. `state` is the
+    cursor: the epoch, the block, "files" (where the block begins), "seen" (counts of the blocks
+    before) and "position" (how many samples of the block are used). A resumed run reads on from
+    it, bit for bit.
+    """
+    at_start = fresh_cursors(cfg.data)
+    if not state["files"]:
+        state["files"] = at_start
+    if file_names(state["files"]) != file_names(at_start):
         fail(f"data {cfg.data}: its files are not those that this run was trained on so far.")
+    loaded_files = None
+    chosen = []
     while True:
-        state["files"] = state["files"] or fresh
-        if loaded != state["files"]:  # a set that is one block stays in memory
-            behind, seen, loaded = dict(state["files"]), dict(state["seen"]), dict(state["files"])
-            samples = load_samples(cfg.data, tokenizer, cfg, behind, seen)
-        block = [state["block"]] if state["block"] else []
-        order = np.random.default_rng([cfg.seed, state["epoch"], *block]).permutation(len(samples))
+        # Load the block that begins at state["files"]. A set that is one block stays in memory.
+        if loaded_files != state["files"]:
+            loaded_files = dict(state["files"])
+            # load_samples moves these cursors behind the block, and counts its categories.
+            next_files = dict(state["files"])
+            seen = dict(state["seen"])
+            samples = load_samples(cfg.data, tokenizer, cfg, next_files, seen)
+
+        # Shuffle it by seed, epoch and block, and deal it out from the position on.
+        key = [cfg.seed, state["epoch"]]
+        if state["block"]:
+            key.append(state["block"])
+        order = np.random.default_rng(key).permutation(len(samples))
         while state["position"] < len(samples):
-            taken = order[state["position"] :][: cfg.samples_per_step - len(chosen)]
+            missing = cfg.samples_per_step - len(chosen)
+            taken = order[state["position"] :][:missing]
             state["position"] += len(taken)
             chosen += [samples[i] for i in taken]
             if len(chosen) == cfg.samples_per_step:
                 yield chosen
                 chosen = []
-        ended = all(share >= 1 for _, _, share in behind.values()) or 0 < cfg.limit <= sum(
-            n for n, _, _ in behind.values()
-        )
-        state |= {"position": 0, "seen": {} if ended else seen, "files": fresh if ended else behind}
-        state |= (
-            {"epoch": state["epoch"] + 1, "block": 0} if ended else {"block": state["block"] + 1}
-        )
+
+        # Go on with the next block or epoch.
+        state["position"] = 0
+        if all_read(next_files, cfg.limit):
+            state |= {"epoch": state["epoch"] + 1, "block": 0, "files": at_start, "seen": {}}
+        else:
+            state |= {"block": state["block"] + 1, "files": next_files, "seen": seen}
+
+
+def file_names(cursors):
+    """Names of the files without the commit of a hub's set: a new commit renames all of them."""
+    return {re.sub(r"(?<=@)[0-9a-f]{40}(?=/)", "", file) for file in cursors}
+
+
+def all_read(cursors, limit):
+    """True if every file is read to its end, or `limit` rows of them are read (0: no limit)."""
+    if all(share_read >= 1 for _, _, share_read in cursors.values()):
+        return True
+    return 0 < limit <= sum(num_rows for num_rows, _, _ in cursors.values())
+
+
+# ---- 3. Update -----------------------------------------------------------------------------------
+# A micro-batch is packed: whole conversations stand one behind another, without padding, and
+# attention never crosses from one to the next. [5, 6, 7, 8] and [5, 6, 9], both trained from their
+# third token on, become
+#
+#     position        0    1    2    3    4    5    6
+#     input_ids_T     5    6    7    8    5    6    9       T = 7 tokens
+#     cu_seqlens      0                   4              7  starts of the sequences, and the end
+#     loss_index                2    3              6       the trained tokens, where masks are True
+
+
+def length(sample):
+    """Tokens of a conversation."""
+    ids, _, _ = sample
+    return len(ids)
 
 
 def pack(samples, budget, device):
-    """Packed micro-batches of at most `budget` tokens (more only for a single longer sample), long samples first."""
-    batches, length = [], lambda sample: len(sample[0])
-    for group in split_by_budget(sorted(samples, key=length, reverse=True), length, budget):
-        lengths = [len(ids) for ids, _, _ in group]
-        batches.append(
-            {
-                "input_ids_T": torch.from_numpy(np.concatenate([ids for ids, _, _ in group]))
-                .long()
-                .to(device),
-                "cu_seqlens": torch.tensor(
-                    [0, *np.cumsum(lengths)], dtype=torch.int32, device=device
-                ),
-                "max_seqlen": max(lengths),
-                "loss_index": torch.from_numpy(
-                    np.flatnonzero(np.concatenate([mask for _, mask, _ in group]))
-                ).to(device),
-                # system prompts, tool lists
-                "shared": shared_prefixes([ids.tolist() for ids, _, _ in group], device),
-            }
-        )
-    return batches
+    """Micro-batches of at most `budget` tokens, longest conversations first.
+
+    A conversation that is longer than the budget makes a micro-batch of its own.
+    """
+    longest_first = sorted(samples, key=length, reverse=True)
+    groups = split_by_budget(longest_first, length, budget)
+    return [pack_group(group, device) for group in groups]
 
 
-# ---- 3. Loss -------------------------------------------------------------------------------------
+def pack_group(samples, device):
+    """One micro-batch as flat tensors: the dictionary that model.nll reads."""
+    sequences = [ids for ids, _, _ in samples]
+    masks = [mask for _, mask, _ in samples]
+    lengths = [len(sequence) for sequence in sequences]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+
+    def tensor(array, dtype):
+        return torch.as_tensor(array, dtype=dtype).to(device)
+
+    return {
+        "input_ids_T": tensor(np.concatenate(sequences), torch.int64),
+        "cu_seqlens": tensor(cu_seqlens, torch.int32),
+        "max_seqlen": max(lengths),
+        "loss_index": tensor(np.flatnonzero(np.concatenate(masks)), torch.int64),
+        # System prompts and tool lists, with which many conversations begin, are computed once.
+        "shared": shared_prefixes([ids.tolist() for ids in sequences], device),
+    }
+
+
 def learning_rate(step, cfg):
-    """Linear warm-up, then a cosine to 0 at schedule_steps."""
-    return (
-        cfg.lr
-        * min(1.0, step / max(cfg.warmup_steps, 1))
-        * 0.5
-        * (1 + math.cos(math.pi * min(step / cfg.schedule_steps, 1.0)))
-    )
+    """Linear warm-up, then a cosine to 0 at schedule_steps [D5]."""
+    warmup = min(1.0, step / max(cfg.warmup_steps, 1))
+    progress = min(step / cfg.schedule_steps, 1.0)
+    return cfg.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train_step(model, optimizer, samples, cfg, device, world):
-    """One update on this rank's samples. The denominator is the number of trained tokens of all ranks, counted first, so the
-    gradient depends neither on packing nor on the number of ranks."""
-    num_tokens = all_reduce({"n": sum(int(mask.sum()) for _, mask, _ in samples)})["n"]
+    """One gradient update from this rank's share of a step's samples; returns the metrics."""
+    # The denominator: trained tokens of all ranks, counted before the step is cut, so that the
+    # gradient depends neither on the packing nor on the number of ranks [D3].
+    trained_tokens = sum(int(mask.sum()) for _, mask, _ in samples)
+    num_tokens = all_reduce({"n": trained_tokens})["n"]
     assert num_tokens > 0, "no token of this step is trained on"
+
+    # Pack: conversations, one behind another, into micro-batches without padding.
     batches = pack(samples, cfg.micro_batch_tokens, device)
-    # collectives must match: idle ranks repeat with weight 0
-    most = int(all_reduce({"n": len(batches)}, "max")["n"])
-    weights = [1.0] * len(batches) + [0.0] * (most - len(batches))
-    batches += [batches[-1]] * (most - len(batches))
-    total = 0.0
-    for batch, weight in zip(batches, weights, strict=True):
-        loss = weight * model.nll(batch) / num_tokens
-        (loss * world).backward()  # ranks are averaged, and the denominator is global already
-        total += loss.item()
+    num_real = len(batches)
+    # Collectives have to match, so a rank with fewer micro-batches repeats one, which weighs 0.
+    num_batches = int(all_reduce({"n": num_real}, "max")["n"])
+    batches += [batches[-1]] * (num_batches - num_real)
+
+    loss_sum = 0.0
+    for i, batch in enumerate(batches):
+        is_real = i < num_real
+        # Forward and loss: -log p summed over the trained tokens, over the global denominator.
+        loss = model.nll(batch) / num_tokens
+        # Backward: FSDP averages gradients over ranks, but the denominator is global already, so
+        # multiply by the number of ranks to undo the average.
+        weight = world if is_real else 0.0
+        (loss * weight).backward()
+        if is_real:
+            loss_sum += loss.item()
+
+    # Clip: average what FSDP has not averaged, then bound the norm of the whole gradient.
     average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-    loss = all_reduce({"loss": total})["loss"]
+    if hasattr(grad_norm, "full_tensor"):
+        grad_norm = grad_norm.full_tensor()
+    grad_norm = float(grad_norm)
+
+    # Update. A loss or gradient that is not finite is not applied (check_step ends a run of three).
+    loss = all_reduce({"loss": loss_sum})["loss"]
     if math.isfinite(grad_norm + loss):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -281,22 +379,45 @@ def train_step(model, optimizer, samples, cfg, device, world):
 @torch.no_grad()
 def evaluate(model, samples, cfg, device, rank, world):
     """{"eval/<category>": nats per trained token} over the held-out conversations."""
-    sums, most = {}, max(all_gather(len({s[2] for s in samples})))
-    for category in sorted({s[2] for s in samples}):
-        part = [s for s in samples if s[2] == category]
-        mine = part[rank::world] or part[:1]
-        batches = pack(mine, cfg.micro_batch_tokens, device)
-        rounds = int(all_reduce({"n": len(batches)}, "max")["n"])
-        nll = 0.0
-        for i in range(rounds):
-            value = model.nll(batches[i % len(batches)])
-            nll += value.item() if i < len(batches) and part[rank::world] else 0.0
-        sums[f"eval/{category}"] = nll / sum(int(mask.sum()) for _, mask, _ in part)
-    assert len(sums) == most, "ranks read different eval data"
-    return all_reduce(sums)
+    categories = sorted({category for _, _, category in samples})
+    most_categories = max(all_gather(len(categories)))
+    assert len(categories) == most_categories, "ranks read different eval data"
+    nats_per_token = {}
+    for category in categories:
+        in_category = [sample for sample in samples if sample[2] == category]
+        # Every rank takes every world-th conversation. Collectives have to match, so a rank that
+        # gets none computes on the first one, and one with fewer micro-batches repeats its own.
+        # Neither is counted.
+        mine = in_category[rank::world]
+        batches = pack(mine or in_category[:1], cfg.micro_batch_tokens, device)
+        num_real = len(batches) if mine else 0
+        num_batches = int(all_reduce({"n": len(batches)}, "max")["n"])
+        nll_sum = 0.0
+        for i in range(num_batches):
+            nll = model.nll(batches[i % len(batches)])
+            if i < num_real:
+                nll_sum += nll.item()
+        num_tokens = sum(int(mask.sum()) for _, mask, _ in in_category)
+        nats_per_token[f"eval/{category}"] = nll_sum / num_tokens
+    # Each rank has a part of every sum over the whole denominator, so the parts add up.
+    return all_reduce(nats_per_token)
 
 
 # ---- 5. main -------------------------------------------------------------------------------------
+def console_line(step, cfg, metrics, seconds_per_step, tokens_per_second):
+    """step 400/20000 | loss 0.612 | grad 0.31 | ...: one line, in a fixed order."""
+    line = (
+        f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | "
+        f"grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
+        f"{seconds_per_step:.2f}s/step | {tokens_per_second / 1000:.1f}k tok/s | "
+        f"{peak_memory() / 2**30:.1f} GB"
+    )
+    for name, value in metrics.items():
+        if name.startswith("eval/"):
+            line += f" | {name} {value:.3f}"
+    return line
+
+
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
@@ -304,8 +425,12 @@ def main(cfg):
         fail(
             f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks."
         )
+
+    # The model: the newest checkpoint of out_dir, else init_from.
     tokenizer, model, resume = load_policy(cfg, world, device)
-    eval_samples = load_samples(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
+    eval_samples = []
+    if cfg.eval_data:
+        eval_samples = load_samples(cfg.eval_data, tokenizer, cfg)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=cfg.lr,
@@ -313,56 +438,61 @@ def main(cfg):
         weight_decay=cfg.weight_decay,
         fused=True,
     )
+
+    # The state of a run besides weights and optimizer: which conversations come next.
+    start = 0
     state = {"skipped": 0, "epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
-    start, saved = load_checkpoint(resume, optimizer, cfg) if resume else (0, {})
-    state |= saved
-    steps = batches(tokenizer, state, cfg)
-    # what is wrong with the data is said before the log is touched
-    steps = itertools.chain([next(steps)], steps)
+    if resume:
+        start, saved = load_checkpoint(resume, optimizer, cfg)
+        state |= saved
+    stream = stream_steps(tokenizer, state, cfg)
+    # Read the first step now, so that trouble with the data is reported before the log is touched.
+    stream = itertools.chain([next(stream)], stream)
+
     logger = Logger(cfg.out_dir, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(
-        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, {world} ranks on {device.type}, "
+        f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, "
+        f"{world} ranks on {device.type}, "
         f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}"
     )
 
-    clock, since = time.time(), {"tokens": 0, "steps": 0}
+    # A console line is printed 50 times a run; steps and tokens are counted from line to line.
+    line_every = max(cfg.num_steps // 50, 1)
+    clock = time.time()
+    steps_since, tokens_since = 0, 0
     for step in range(start + 1, cfg.num_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        samples = next(steps)
-        # about as many tokens on every rank
-        mine, began = sorted(samples, key=lambda s: -len(s[0]))[rank::world], time.time()
+        # Data: the next conversations, dealt out by length, so that ranks have equal work.
+        samples = next(stream)
+        mine = sorted(samples, key=length, reverse=True)[rank::world]
         if step == 1:
             ids, mask, _ = samples[0]
-            print0(
-                "first conversation, trained tokens in green:\n"
-                + show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400])
-            )
+            shown = show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400])
+            print0("first conversation, trained tokens in green:\n" + shown)
+
+        # Update: one gradient step at this step's learning rate; stop if the step was broken.
+        began = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
         metrics = train_step(model, optimizer, mine, cfg, device, world)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "time/train": time.time() - began}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics["time/train"] = time.time() - began
         check_step(step, metrics, state, cfg)
-        if (
-            cfg.eval_every
-            and eval_samples
-            and (step % cfg.eval_every == 0 or step == cfg.num_steps)
-        ):
+
+        # Evaluate, log, save.
+        is_last = step == cfg.num_steps
+        if cfg.eval_every and eval_samples and (step % cfg.eval_every == 0 or is_last):
             metrics |= evaluate(model, eval_samples, cfg, device, rank, world)
-        since = {
-            "tokens": since["tokens"] + sum(len(ids) for ids, _, _ in mine) * world,
-            "steps": since["steps"] + 1,
-        }
+        steps_since += 1
+        tokens_since += sum(length(sample) for sample in mine) * world
         line = ""
-        if step % max(cfg.num_steps // 50, 1) == 0 or step in (1, cfg.num_steps):
+        if step % line_every == 0 or step == 1 or is_last:
             seconds = time.time() - clock
-            line = (
-                f"step {step}/{cfg.num_steps} | loss {metrics['loss']:.3f} | grad {metrics['grad_norm']:.2f} | lr {metrics['lr']:.1e} | "
-                f"{seconds / since['steps']:.2f}s/step | {since['tokens'] / seconds / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB"
-            )
-            line += "".join(f" | {k} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/"))
-            clock, since = time.time(), {"tokens": 0, "steps": 0}
+            line = console_line(step, cfg, metrics, seconds / steps_since, tokens_since / seconds)
+            clock = time.time()
+            steps_since, tokens_since = 0, 0
         logger.log(step, metrics, line)
-        if step % cfg.save_every == 0 or step == cfg.num_steps:
+        if step % cfg.save_every == 0 or is_last:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
     mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
 

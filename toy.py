@@ -34,20 +34,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 import coderl
 import mathrl
 import swerl
-from lib.flags import parse_config
+from lib.flags import PositiveInt, parse_config
 from lib.guard import fail
 from model import SYSTEM, Qwen3, Qwen3Config, save_tokenizer
 
 
 @dataclass
 class Config:
-    out: str = "out/toy/data"
+    out: str = "out/toy/data"  # folder for the data and the base model
     seed: int = 0
-    vocab_size: int = 1024
-    hidden_size: int = 96
-    num_layers: int = 2  # four learn as much in twice the time
-    num_heads: int = 4  # query heads; half as many kv heads
-    head_dim: int = 32  # the smallest that vLLM's attention takes
+    vocab_size: PositiveInt = 1024  # tokens of the tokenizer that is trained on the data
+    hidden_size: PositiveInt = 96  # model width
+    num_layers: PositiveInt = 2  # four learn as much in twice the time
+    num_heads: PositiveInt = 4  # query heads; half as many kv heads
+    head_dim: PositiveInt = 32  # the smallest that vLLM's attention takes
 
 
 SPLITS = ("sft", "rl", "dev", "test")

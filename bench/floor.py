@@ -1,11 +1,14 @@
-"""Where a step's CPU time goes, operator by operator: how much is matrix products, and how much would be left if the rest were free.
+"""Where a step's CPU time goes, operator by operator: how much of it is matrix products, and how
+much would be left if everything else were free.
 
-    python bench/floor.py [--rounds=5]      # one thread; writes bench/floor.json and .png; needs no peer
+    python bench/floor.py [--rounds=5]      # one thread; writes bench/floor.json and .png
 
-Three pieces of the toy cascade, with the stages' own functions and settings: an SFT update on 128 conversations, the rollouts of a
-GRPO step (16 x 8 completions of 80 tokens) and its update. torch.profiler attributes the time of every operator to one of the groups
-below; "Python" is what no operator accounts for (the profiler's own cost is in it, so a plain run is timed beside it). The floor is
-the time of the products and of attention alone; "of peak" compares the products with a large square one.
+The bench needs no peer. It runs three pieces of the toy cascade with the stages' own functions and
+settings: an SFT update on 128 conversations, the rollouts of a GRPO step (16 x 8 completions of 80
+tokens) and the update of that step. torch.profiler attributes the time of every operator to one of
+the groups below. "Python" is the time that no operator accounts for. It includes the cost of the
+profiler, so a plain run is timed beside it. The floor is the time of the products and of attention
+alone. "of peak" compares the products with one large square product.
 """
 
 import argparse
@@ -14,7 +17,8 @@ import statistics
 import time
 from pathlib import Path
 
-# before side_by_side takes this folder off the path: `import sft` means the stage
+# This import comes before side_by_side takes this folder off the path. From then on `import sft`
+# means the stage and not bench/sft.py.
 import grpo
 import torch
 from side_by_side import ROOT, machine, toy_folder
@@ -79,9 +83,10 @@ def pieces():
         (lambda r: vars(r).update(reward=grpo.rarity(r.text), status="ok")),
         (lambda rollouts: None),
     )
-    rollout = lambda: mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[
-        0
-    ]
+
+    def rollout():
+        return mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[0]
+
     sft_cfg = sft.Config(
         init_from=toy_folder("base"),
         data=str(Path(toy_folder("base")).parent / "sft_stage1.jsonl"),
@@ -192,7 +197,8 @@ def main():
         row["floor_share"] = (products + spent["attention"]) / whole
         row["of_peak"] = row["product_flops"] / products / top
         print(
-            f"{name:32s}{row['plain_s']:7.2f} s | floor {row['floor_share']:4.0%} | products at {row['of_peak']:4.0%} of {top / 1e9:.0f} GFLOP/s | "
+            f"{name:32s}{row['plain_s']:7.2f} s | floor {row['floor_share']:4.0%} | "
+            f"products at {row['of_peak']:4.0%} of {top / 1e9:.0f} GFLOP/s | "
             + ", ".join(f"{group} {s / whole:.0%}" for group, s in spent.items())
         )
     head = {

@@ -1,19 +1,26 @@
-"""Real sizes on one GPU: forward and backward and decoding beside transformers, whole steps of SFT and GRPO by the stages' functions.
+"""Real sizes on one GPU: forward and backward, decoding, and whole steps of SFT and GRPO.
 
-    python bench/gpu.py [--steps=4b] [--samplers=0.6b,4b] [--passes=0.6b,8b] [--rounds=3]   # writes bench/gpu.json and .png; two minutes
+    python bench/gpu.py [--steps=4b] [--samplers=0.6b,4b] [--passes=0.6b,8b] [--rounds=3]
 
-Random weights, random tokens, bf16 compute:
-  steps    sft.train_step and mathrl.train_step as a run has them: FSDP2 (of one rank), fp32 master weights and AdamW, activation
-           checkpointing. GRPO: 4 prompts x 8 completions of 64 to 2,048 tokens, with prompts computed once and with nothing shared.
-  sampler  a decoding step of 64 rows after prompts of 512 tokens: ours and transformers' generate; floor: weights and cache read once.
-  pass     forward, cross-entropy and backward without activation checkpointing, on the same weights and tokens: ours, transformers
-           (SDPA) and, where it is installed (pip install liger-kernel), transformers with Liger's kernels. Sequences of equal
-           length, then of mixed lengths, which transformers has to pad. Contestants take turns; the losses have to agree.
-MFU counts 6 FLOPs a weight and token plus causal attention, no recomputation, over this GPU's own matmul rate, measured in the same
-run; a prompt counts for each of its completions, shared or not.
+It takes two minutes and writes bench/gpu.json and .png. Weights and tokens are random, the compute
+is in bf16.
+  steps    sft.train_step and mathrl.train_step as a run has them: FSDP2 (of one rank), fp32 master
+           weights and AdamW, activation checkpointing. GRPO trains on 4 prompts x 8 completions of
+           64 to 2,048 tokens, with every prompt computed once and with nothing shared.
+  sampler  a decoding step of 64 rows after prompts of 512 tokens: ours and transformers' generate.
+           The floor is the time to read weights and cache once.
+  pass     forward, cross-entropy and backward without activation checkpointing, on the same weights
+           and tokens: ours, transformers (SDPA) and, where it is installed (pip install
+           liger-kernel), transformers with Liger's kernels. The sequences have equal lengths, then
+           mixed lengths, which transformers has to pad. Contestants take turns, and their losses
+           have to agree.
+MFU counts 6 FLOPs a weight and token plus causal attention, without recomputation, over the matmul
+rate of this GPU measured in the same run. A prompt counts for each of its completions, shared or
+not.
 """
 
 import argparse
+import functools
 import gc
 import importlib.util
 import json
@@ -58,8 +65,12 @@ def ceilings():
 
 
 def useful_flops(config, total, sequences):
-    """6 for a weight that multiplies and a token, 12 N H for a token and each of the n / 2 that it attends to in a layer: forward and backward."""
-    # looking up is no product
+    """Return the FLOPs of forward and backward over sequences of these lengths.
+
+    A token costs 6 for each weight that multiplies. In each layer it costs 12 N H for each of the
+    n / 2 tokens that it attends to on average.
+    """
+    # Untied embeddings are looked up and multiply nothing.
     weights = total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return sum(6 * weights * n + attention * n * n for n in sequences)
@@ -81,7 +92,8 @@ def forget():
 
 
 # ---- Forward and backward ------------------------------------------------------------------------
-# transformers' function for RoPE, stock and Liger's: a module's global, so every turn sets its own
+# transformers' function for RoPE (False: stock, True: Liger's). It is a global of a module, so
+# every turn sets its own.
 ROTATE = {}
 
 
@@ -121,11 +133,11 @@ def contestants(model, sequences):
     index = (~torch.isin(torch.arange(len(ids_T), device="cuda"), ends[:-1])).nonzero()[:, 0]
     padded = torch.stack([torch.cat((s, s.new_zeros(width - len(s)))) for s in sequences])
     mask = torch.arange(width, device="cuda") < ends.diff()[:, None]
-    batch = dict(
-        input_ids=padded,
-        labels=padded.masked_fill(~mask, -100),
-        attention_mask=None if len(set(lengths)) == 1 else mask.long(),
-    )
+    batch = {
+        "input_ids": padded,
+        "labels": padded.masked_fill(~mask, -100),
+        "attention_mask": None if len(set(lengths)) == 1 else mask.long(),
+    }
 
     def ours():
         loss = model.nll(packed_batch(ids_T, ends.int(), width, index)) / len(index)
@@ -140,16 +152,19 @@ def contestants(model, sequences):
         twin.zero_grad(set_to_none=True)
         return loss.item()
 
-    whos = {"ours": ours, "transformers": lambda twin=theirs(model).train(): turn(twin, False)}
+    stock_twin = theirs(model).train()
+    whos = {"ours": ours, "transformers": functools.partial(turn, stock_twin, False)}
     if importlib.util.find_spec("liger_kernel"):
-        whos["transformers + Liger"] = lambda twin=theirs(model, liger=True).train(): turn(
-            twin, True
-        )
+        liger_twin = theirs(model, liger=True).train()
+        whos["transformers + Liger"] = functools.partial(turn, liger_twin, True)
     return whos
 
 
 def race(size, setting, rounds, flop_rate):
-    """Rows of one setting. A contestant that does not fit into the GPU's memory says so and leaves."""
+    """Return the rows of one setting.
+
+    A contestant that does not fit into the GPU's memory says so and takes no more turns.
+    """
     model = build(size, torch.bfloat16)
     sequences = [
         torch.randint(model.config.vocab_size, (n,), device="cuda") for n in LENGTHS[setting]
@@ -176,24 +191,26 @@ def race(size, setting, rounds, flop_rate):
             turns.setdefault(who, []).append((took, peak))
     rows = []
     for who, all_ in turns.items():
-        row = dict(part="pass", size=size, setting=setting, who=who, seconds=None)
+        row = {"part": "pass", "size": size, "setting": setting, "who": who, "seconds": None}
         if who in whos:
             times, peaks = zip(*all_[2:])
             ratios = [t / mine for t, (mine, _) in zip(times, turns["ours"][2:])]
             middle = statistics.median(times)
-            row |= dict(
-                seconds=middle,
-                tokens_per_s=sum(LENGTHS[setting]) / middle,
-                mfu=flops / middle / flop_rate,
-                peak_gib=max(peaks),
-                loss=losses[who],
-                ratio=statistics.median(ratios),
-                ratio_min=min(ratios),
-                ratio_max=max(ratios),
-            )
+            row |= {
+                "seconds": middle,
+                "tokens_per_s": sum(LENGTHS[setting]) / middle,
+                "mfu": flops / middle / flop_rate,
+                "peak_gib": max(peaks),
+                "loss": losses[who],
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
             print(
-                f"{size} pass, {setting:5s} {who:21s} {1e3 * middle:8.1f} ms {row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {max(peaks):5.1f} GiB  "
-                f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our time, loss {row['loss']:.4f}",
+                f"{size} pass, {setting:5s} {who:21s} {1e3 * middle:8.1f} ms "
+                f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {max(peaks):5.1f} GiB  "
+                f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our "
+                f"time, loss {row['loss']:.4f}",
                 flush=True,
             )
         rows.append(row)
@@ -203,14 +220,20 @@ def race(size, setting, rounds, flop_rate):
 
 # ---- Steps ---------------------------------------------------------------------------------------
 def steps(size, rounds, rates, device):
-    """Rows for the SFT step and the GRPO step, on a model as checkpoint.load_policy and the stages' main make it."""
+    """Return the rows for the SFT step and the GRPO step.
+
+    The model is made as checkpoint.load_policy and the stages' main make it.
+    """
     model = build(size, torch.float32)
     config, total = model.config, sum(p.numel() for p in model.parameters())
     model.gradient_checkpointing = True
     model = shard(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     rng = torch.Generator().manual_seed(0)
-    some = lambda n: torch.randint(config.vocab_size, (n,), generator=rng)
+
+    def some(n):
+        return torch.randint(config.vocab_size, (n,), generator=rng)
+
     samples = [
         (some(4096).int().numpy(), (torch.arange(4096) > 255).numpy(), "all") for _ in range(8)
     ]
@@ -246,7 +269,10 @@ def steps(size, rounds, rates, device):
     ]
     cfg = mathrl.Config(micro_batch_tokens=32768, temperature=1.0, importance_limit=0.0)
     whole, alone = [512 + n for n in lengths], packing.shared_prefixes
-    step = lambda: mathrl.train_step(model, optimizer, rollouts, cfg, device, 1)
+
+    def step():
+        return mathrl.train_step(model, optimizer, rollouts, cfg, device, 1)
+
     rows.append(report("GRPO step", size, "", rounds, step, whole, config, total, rates))
     packing.shared_prefixes = lambda sequences, device: None
     rows.append(
@@ -261,21 +287,23 @@ def report(part, size, setting, rounds, run, sequences, config, total, rates):
     torch.cuda.reset_peak_memory_stats()
     turns = [seconds(run)[:2] for _ in range(rounds + 1)][1:]
     middle, tokens = statistics.median(t for t, _ in turns), sum(sequences)
-    row = dict(
-        part=part,
-        size=size,
-        setting=setting,
-        who="ours",
-        seconds=middle,
-        tokens_per_s=tokens / middle,
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30,
-        seconds_min=min(turns)[0],
-        seconds_max=max(turns)[0],
-        mfu=useful_flops(config, total, sequences) / middle / rates[0],
-    )
+    row = {
+        "part": part,
+        "size": size,
+        "setting": setting,
+        "who": "ours",
+        "seconds": middle,
+        "tokens_per_s": tokens / middle,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "seconds_min": min(turns)[0],
+        "seconds_max": max(turns)[0],
+        "mfu": useful_flops(config, total, sequences) / middle / rates[0],
+    }
     print(
-        f"{size} {part} {setting:15s} {1e3 * middle:8.1f} ms [{1e3 * row['seconds_min']:.1f}, {1e3 * row['seconds_max']:.1f}] for {tokens} tokens: "
-        f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {row['peak_gib']:5.1f} GiB with weights and AdamW",
+        f"{size} {part} {setting:15s} {1e3 * middle:8.1f} ms "
+        f"[{1e3 * row['seconds_min']:.1f}, {1e3 * row['seconds_max']:.1f}] for {tokens} tokens: "
+        f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  "
+        f"{row['peak_gib']:5.1f} GiB with weights and AdamW",
         flush=True,
     )
     return row
@@ -332,23 +360,26 @@ def sampler(size, rates, rows=64, prompt=512, new=128):
     floor, found = 2 * (weights + cache) / rates[1], []
     for who, run in {"ours": ours, "transformers": transformers}.items():
         run(8)
-        (few, *_), (many, peak, _) = seconds(lambda: run(32)), seconds(lambda: run(32 + new))
+        (few, *_), (many, peak, _) = (
+            seconds(functools.partial(run, 32)),
+            seconds(functools.partial(run, 32 + new)),
+        )
         step = (many - few) / new
         found.append(
-            dict(
-                part="sampler",
-                size=size,
-                who=who,
-                setting=f"{rows} rows",
-                seconds=step,
-                tokens_per_s=rows / step,
-                floor_seconds=floor,
-                peak_gib=peak,
-            )
+            {
+                "part": "sampler",
+                "size": size,
+                "who": who,
+                "setting": f"{rows} rows",
+                "seconds": step,
+                "tokens_per_s": rows / step,
+                "floor_seconds": floor,
+                "peak_gib": peak,
+            }
         )
         print(
-            f"{size} sampler {who:21s} {1e3 * step:8.2f} ms a step of {rows} rows, {rows / step:8.0f} tok/s; reading weights and cache takes "
-            f"{1e3 * floor:.2f} ms",
+            f"{size} sampler {who:21s} {1e3 * step:8.2f} ms a step of {rows} rows, "
+            f"{rows / step:8.0f} tok/s; reading weights and cache takes {1e3 * floor:.2f} ms",
             flush=True,
         )
     return found

@@ -1,20 +1,27 @@
-"""How the time and memory of one GRPO step grow with response length, group size, model size and ranks, on CPU.
+"""How the time and memory of one GRPO step grow with response length, group size, model size and
+ranks, on CPU.
 
-    python bench/growth.py              # writes bench/growth.json and .png; four minutes on an idle machine
+    python bench/growth.py              # four minutes on an idle machine
     python bench/growth.py --quick      # one step a point and no length over 512: a minute
-    python bench/growth.py --sweeps=ranks,padding      # these alone, the others stay; --sweeps= fits and plots once more
+    python bench/growth.py --sweeps=ranks,padding      # measures these alone and keeps the others
+    python bench/growth.py --sweeps=    # measures nothing, fits and plots once more
 
-The toy's shape and prompts, untrained, fp32, one thread a rank. Stop tokens are banned, so lengths are exact; the reward is how rare the
-letter e is, so every group has a signal and every token is trained on. Every point is a process of its own, forked from one that has
-imported everything: its memory is the peak over what it had after the fork. CPU seconds, summed over ranks, since they mean the same on a busy machine.
-Each curve is fitted by a + b x + c x^2 (least squares of relative errors, no negative coefficient); shares are those at the largest x. Memory is
-fitted while the step is a single micro-batch: from then on more tokens are more micro-batches, not larger ones.
+It writes bench/growth.json and .png. The model has the toy's shape and prompts, untrained, fp32,
+one thread a rank. Stop tokens are banned, so lengths are exact. The reward is how rare the letter e
+is, so every group has a signal and every token is trained on. Every point is a process of its own,
+forked from one that has imported everything: the memory of a point is its peak over what it had
+after the fork. Times are CPU seconds, summed over ranks, because they mean the same on a busy
+machine. Each curve is fitted by a + b x + c x^2 (least squares of relative errors, no negative
+coefficient), and shares are those at the largest x. Memory is fitted while the step is a single
+micro-batch. From then on, more tokens make more micro-batches, not larger ones.
 
-`padding` is measured on completions of very unequal lengths (one token in 48 ends them): rows that went through the layers against
-rows that some prompt, draw or loss needs, and the same for the slots that attention looks at.
+`padding` is measured on completions of very unequal lengths (one token in 48 ends them). It
+compares the rows that went through the layers with the rows that some prompt, draw or loss needs.
+It does the same for the slots that attention looks at.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pickle
@@ -36,23 +43,23 @@ from lib.checkpoint import git_hash
 from lib.common import init_distributed, shard
 from model import Qwen3, load_tokenizer, read_config
 
-BASE = dict(prompts=2, group=4, length=128, width=96, ranks=1)
+BASE = {"prompts": 2, "group": 4, "length": 128, "width": 96, "ranks": 1}
 SWEEPS = {
     "length": (
         "response length (tokens), 2 prompts x 4",
-        [dict(length=n) for n in (64, 128, 256, 512, 1024, 2048, 4096)],
+        [{"length": n} for n in (64, 128, 256, 512, 1024, 2048, 4096)],
     ),
     "group": (
         "completions a prompt, 2 prompts x 128 tokens",
-        [dict(group=n) for n in (2, 4, 8, 16, 32, 64)],
+        [{"group": n} for n in (2, 4, 8, 16, 32, 64)],
     ),
     "width": (
         "model width (0.17M to 31M parameters), 2 x 4 x 128 tokens",
-        [dict(width=n) for n in (48, 96, 192, 384, 768)],
+        [{"width": n} for n in (48, 96, 192, 384, 768)],
     ),
     "ranks": (
         "ranks, 8 prompts x 8 x 128 tokens",
-        [dict(prompts=8, group=8, ranks=n) for n in (1, 2)],
+        [{"prompts": 8, "group": 8, "ranks": n} for n in (1, 2)],
     ),
 }
 MICRO = 8192  # tokens of a packed micro-batch
@@ -60,7 +67,10 @@ MICRO = 8192  # tokens of a packed micro-batch
 
 # ---- One point -----------------------------------------------------------------------------------
 def build(point, stops):
-    """A stage's own parts, for a model of this width: (cfg, rows, model, optimizer, engine, rank, world, device)."""
+    """Return a stage's own parts, for a model of this width.
+
+    These are (cfg, rows, model, optimizer, engine, rank, world, device).
+    """
     rank, world, device = init_distributed(0)
     folder, width = OUT / "data" / "base", point["width"]
     cfg = mathrl.Config(
@@ -132,7 +142,7 @@ def measure(point, repeats):
         sampler.sync(model)
         marks.append((time.process_time(), time.perf_counter()))
         (gen_cpu, gen_wall), (update_cpu, update_wall) = (
-            [b - a for a, b in zip(*pair)] for pair in zip(marks, marks[1:])
+            [b - a for a, b in zip(*pair)] for pair in itertools.pairwise(marks)
         )
         assert metrics["num_tokens"] == cfg.prompts_per_step * cfg.group_size * cfg.max_new_tokens
         turns.append((gen_cpu, update_cpu, gen_wall, update_wall))
@@ -146,7 +156,10 @@ def measure(point, repeats):
 
 
 def measure_padding(point, repeats):
-    """{"rollout", "update"}: [rows computed, rows needed], and the same of attention's slots, over steps with ragged completions."""
+    """Count the rows and the attention slots of rollout and update.
+
+    The completions of these steps are ragged. Each count is [computed, needed].
+    """
     cfg, rows, model, optimizer, sampler, rank, world, device = build(
         point, lambda vocab: list(range(0, vocab, 48))
     )
@@ -189,14 +202,14 @@ def measure_padding(point, repeats):
             sampler, rows, [i % len(rows) for i in indices], step, cfg, HOOK, rank, world
         )
         distinct = {tuple(r.prompt_ids) for r in sampled}
-        # the last token is not read
+        # The sampler reads every token but the last of a completion.
         counts["rollout rows"][1] += sum(map(len, distinct)) + sum(
             len(r.completion_ids) - 1 for r in sampled
         )
         where["now"] = "update"
         mathrl.train_step(model, optimizer, trained, cfg, device, world)
         whole = [tuple(r.prompt_ids + r.completion_ids) for r in trained if r.advantage]
-        # of equal pasts one is needed
+        # Tokens with equal pasts need one row together.
         counts["update rows"][1] += len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})
         counts["update slots"][1] += model.config.num_hidden_layers * sum(
             len(ids) ** 2 // 2 for ids in whole
@@ -223,7 +236,7 @@ def in_children(function, point, repeats):
                 }
             try:
                 os.write(writer, pickle.dumps(function(point, repeats)))
-            except BaseException:
+            except BaseException:  # noqa: BLE001 (a child never returns into the parent's code)
                 traceback.print_exc()
             os._exit(0)
         os.close(writer)
@@ -256,8 +269,10 @@ def sweep(name, quick):
         for key, value in combined.items():
             row.setdefault(key, []).append(value)
         print(
-            f"{name:>8s} {point[name]:5}: rollout {combined['rollout']:7.2f} update {combined['update']:7.2f} CPU s (wall {combined['rollout_wall']:.2f} "
-            f"{combined['update_wall']:.2f}), {combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}",
+            f"{name:>8s} {point[name]:5}: rollout {combined['rollout']:7.2f} "
+            f"update {combined['update']:7.2f} CPU s "
+            f"(wall {combined['rollout_wall']:.2f} {combined['update_wall']:.2f}), "
+            f"{combined['memory_mb']:6.0f} MB a rank, gap {combined['gap']:.0e}",
             flush=True,
         )
     return row
@@ -265,7 +280,7 @@ def sweep(name, quick):
 
 def padding(world):
     ranks = in_children(
-        measure_padding, BASE | dict(prompts=8, group=8, length=512, ranks=world), 4
+        measure_padding, BASE | {"prompts": 8, "group": 8, "length": 512, "ranks": world}, 4
     )
     totals = {
         key: [sum(r["counts"][key][i] for r in ranks) for i in (0, 1)] for key in ranks[0]["counts"]
@@ -286,7 +301,10 @@ def padding(world):
 
 # ---- Fit and report ------------------------------------------------------------------------------
 def fit(x, y):
-    """(a, b, c) of a + b x + c x^2, least squares of relative errors, none negative; the largest relative error."""
+    """Fit a + b x + c x^2 by least squares of relative errors, with no negative coefficient.
+
+    Returns (a, b, c) and the largest relative error.
+    """
     x, y = np.array(x, float), np.array(y, float)
     terms, best = np.stack([np.ones_like(x), x, x * x], 1) / y[:, None], None
     for used in range(1, 8):  # every subset of the terms: exact, and there are seven
@@ -318,14 +336,32 @@ def describe(name, sweep):
             "share_at_largest": list(share),
             "worst_relative_error": worst,
         }
-        line += f"\n{key:>22s} = {a:.3g} + {b:.3g} x + {c:.3g} x^2 up to {x[-1]}: there {share[0]:.0%} {share[1]:.0%} {share[2]:.0%}, off by at most {worst:.0%}"
+        line += (
+            f"\n{key:>22s} = {a:.3g} + {b:.3g} x + {c:.3g} x^2 up to {x[-1]}: "
+            f"there {share[0]:.0%} {share[1]:.0%} {share[2]:.0%}, off by at most {worst:.0%}"
+        )
     print(line, flush=True)
     return fits
 
 
 def micro_batch_tokens(point):
-    # 60: a prompt
+    # A prompt has about 60 tokens.
     return point["prompts"] * point["group"] * (point["length"] + 60) / point["ranks"]
+
+
+def use_log_scales(axis, curves):
+    """Make both axes logarithmic, with room around the curves and minor labels at 2, 3 and 5."""
+    from matplotlib.ticker import FuncFormatter
+
+    def minor_label(value, _):
+        text = f"{value:g}"
+        return text if text[0] in "235" else ""
+
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(min(curve[0] for curve in curves) / 1.5, max(map(max, curves)) * 2)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(minor_label))
 
 
 def plot(sweeps, path):
@@ -333,7 +369,7 @@ def plot(sweeps, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.1 * len(sweeps), 6.6), sharex="col")
     for (time_axis, memory_axis), (name, sweep) in zip(axes.T, sweeps.items(), strict=True):
@@ -387,19 +423,7 @@ def plot(sweeps, path):
                         ha="right",
                     )
             if not bars:
-                axis.set_xscale("log")
-                axis.set_yscale("log")
-                axis.set_ylim(
-                    min(sweep[k][0] for k in keys) / 1.5, max(max(sweep[k]) for k in keys) * 2
-                )
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                axis.yaxis.set_minor_formatter(
-                    FuncFormatter(
-                        lambda value, _: (
-                            f"{value:g}" if key == "memory_mb" and f"{value:g}"[0] in "235" else ""
-                        )
-                    )
-                )
+                use_log_scales(axis, [sweep[k] for k in keys])
             axis.set_xticks(x, [f"{n:.0f}" for n in x], fontsize=8)
             axis.minorticks_off() if bars else axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
@@ -410,7 +434,8 @@ def plot(sweeps, path):
     axes[0][0].legend(fontsize=8)
     axes[1][0].legend(fontsize=8)
     figure.suptitle(
-        "Growth of one GRPO step (toy shape, fp32): dots measured, lines a + b x + c x^2, dotted: proportional from the first point",
+        "Growth of one GRPO step (toy shape, fp32): dots measured, lines a + b x + c x^2, "
+        "dotted: proportional from the first point",
         fontsize=10,
     )
     figure.tight_layout()

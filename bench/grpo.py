@@ -1,14 +1,19 @@
-"""One GRPO step -- rollouts, rewards, one update -- beside TRL's GRPOTrainer: same model, prompts, group size and reward.
+"""One GRPO step (rollouts, rewards, one update) beside TRL's GRPOTrainer, with the same model,
+prompts, group size and reward.
 
-    python bench/grpo.py [--rounds=15]      # makes .venv-peers and out/bench, writes bench/grpo.json and .png
+    python bench/grpo.py [--rounds=15]      # makes .venv-peers and out/bench
 
-Two settings, both fp32, one thread, temperature 1, no KL term, AdamW, one update a batch:
-  fixed    the toy's untrained model, every completion 80 tokens long (no stop token), reward: how rare the letter e is. Every
-           group has a signal, so both sides train on the very same number of tokens.
-  math     the toy's SFT model on toy math with stop tokens, at most 80, and the math verifier. Here work can be saved: rows that
-           have stopped leave the batch, nothing is padded, and rollouts without an advantage have no gradient.
-Both sides hide truncated completions in `math`. "trl, our malloc" gives TRL the memory settings of init_distributed;
-"ours, nothing shared" computes the prompt once for each of its completions, as TRL does.
+It writes bench/grpo.json and .png. There are two settings, both fp32, one thread, temperature 1, no
+KL term, AdamW, one update a batch:
+  fixed    the toy's untrained model. Every completion is 80 tokens long (no stop token), and the
+           reward is how rare the letter e is. Every group has a signal, so both sides train on the
+           very same number of tokens.
+  math     the toy's SFT model on toy math, with stop tokens, at most 80 tokens, and the math
+           verifier. Here work can be saved: rows that have stopped leave the batch, nothing is
+           padded, and rollouts without an advantage have no gradient.
+Both sides hide truncated completions in `math`. "trl, our malloc" gives TRL the memory settings of
+init_distributed. "ours, nothing shared" computes the prompt once for each of its completions, as
+TRL does.
 """
 
 import argparse
@@ -36,7 +41,10 @@ def rarity(text):
 
 
 def toy_rows(setting):
-    """(cfg, rows): toy math through the stage's own loader, so both sides see the same prompts and golds."""
+    """Return (cfg, rows): toy math through the stage's own loader.
+
+    So both sides see the same prompts and gold answers.
+    """
     import mathrl
 
     cfg = mathrl.Config(
@@ -199,7 +207,10 @@ def main():
     toy_folder("sft")
     for setting in args.settings.split(","):
         print(f"{setting}: {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens", flush=True)
-        flags = lambda who, setting=setting: [f"--contestant={who}", f"--settings={setting}"]
+
+        def flags(who, setting=setting):
+            return [f"--contestant={who}", f"--settings={setting}"]
+
         contestants = {
             "ours": (sys.executable, flags("ours"), {}),
             "ours, nothing shared": (sys.executable, flags("alone"), {}),

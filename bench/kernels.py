@@ -1,13 +1,15 @@
-"""Times every kernel against PyTorch eager, torch.compile and (on a GPU) Liger, interleaved in one run.
+"""Times every kernel against PyTorch eager, torch.compile and (on a GPU) Liger, in one run.
 
-    python bench/kernels.py                # prints a table, writes bench/kernels_<device>.json and .png
+    python bench/kernels.py      # prints a table, writes bench/kernels_<device>.json and .png
     python bench/kernels.py --compile=0 --rounds=10 --only=swiglu
 
-On a GPU the shapes are Qwen3-8B's at 32K packed tokens in bf16, on a CPU the laptop cascade's model in fp32. The floor
-of a kernel is the time its least traffic (or its products) would take at the copy bandwidth (or matmul rate) measured
-in the same run; "of floor" is floor / time. Interleaved: every round times each contestant once and the median is
-reported, so that a slow moment of the machine hits all of them. Small tensors can beat a floor: they stay in the cache.
-Last comes the peak memory of head and loss, beside logits made whole, over growing vocabularies.
+On a GPU the shapes are those of Qwen3-8B at 32K packed tokens in bf16. On a CPU they are those of
+the laptop cascade's model in fp32. The floor of a kernel is the time that its least traffic (or its
+products) would take at the copy bandwidth (or matmul rate) measured in the same run; "of floor" is
+floor / time. Every round times each contestant once, and the median over rounds is reported, so
+that a slow moment of the machine hits all contestants. Small tensors can beat a floor, because they
+stay in the cache. Last comes the peak memory of head and loss, beside logits made whole, over
+growing vocabularies.
 """
 
 import argparse
@@ -41,30 +43,44 @@ from kernels import (
     swiglu,
 )
 
-# T tokens, D width, N query heads, K key heads, H head width, F mlp width, V vocabulary, B sampled
-# rows, S cache slots
+# T is the number of tokens, D the width, N the query heads, K the key heads, H the head width, F
+# the width of the MLP, V the vocabulary, B the sampled rows, S the cache slots.
 SHAPES = {
-    "cuda": dict(
-        T=32768, D=4096, N=32, K=8, H=128, F=12288, V=151936, B=256, S=4096, lengths=[4096] * 8
-    ),
-    "cpu": dict(
-        T=10000,
-        D=96,
-        N=4,
-        K=2,
-        H=24,
-        F=288,
-        V=600,
-        B=256,
-        S=200,
-        lengths=[40 + i * 120 // 99 for i in range(100)],
-    ),
+    "cuda": {
+        "T": 32768,
+        "D": 4096,
+        "N": 32,
+        "K": 8,
+        "H": 128,
+        "F": 12288,
+        "V": 151936,
+        "B": 256,
+        "S": 4096,
+        "lengths": [4096] * 8,
+    },
+    "cpu": {
+        "T": 10000,
+        "D": 96,
+        "N": 4,
+        "K": 2,
+        "H": 24,
+        "F": 288,
+        "V": 600,
+        "B": 256,
+        "S": 200,
+        "lengths": [40 + i * 120 // 99 for i in range(100)],
+    },
 }
-# tokens, width and vocabularies at which the peak memory of head and loss is taken; logits whole up
-# to a limit
+# The peak memory of head and loss is taken at these tokens, widths and vocabularies. Whole logits
+# are compared up to the vocabulary `whole`.
 HEADS = {
-    "cuda": dict(tokens=32768, width=4096, vocabularies=(16384, 65536, 151936), whole=16384),
-    "cpu": dict(tokens=4096, width=64, vocabularies=(8192, 32768, 131072), whole=32768),
+    "cuda": {
+        "tokens": 32768,
+        "width": 4096,
+        "vocabularies": (16384, 65536, 151936),
+        "whole": 16384,
+    },
+    "cpu": {"tokens": 4096, "width": 64, "vocabularies": (8192, 32768, 131072), "whole": 32768},
 }
 
 
@@ -108,7 +124,7 @@ def padded_sdpa(q, k, v, cu_seqlens, max_seqlen):
 
 
 def masked_sdpa(q, k_cache, v_cache, start, length, bias):
-    """The new token against its cache with PyTorch's fused attention; the mask is ready-made, as for ours."""
+    """PyTorch's fused attention of the new token to its cache. The mask is ready, as for ours."""
     k, v = k_cache[:, :, :length], v_cache[:, :, :length]
     mask = bias[:, None, :, :length].to(q.dtype)
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[
@@ -135,40 +151,51 @@ def logprob_entropy(hidden, weight, target):
 
 
 def cases(device, s):
-    """name -> (inputs, contestants, bytes forward, bytes both, FLOPs forward, FLOPs both); ours comes first."""
+    """Return {name: (inputs, contestants, bytes forward, bytes both, FLOPs forward, FLOPs both)}.
+
+    Among the contestants, ours comes first. "both" is forward and backward together.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    T, D, N, K, H, width, V = s["T"], s["D"], s["N"], s["K"], s["H"], s["F"], s["V"]
-    cu_seqlens = torch.tensor([0, *s["lengths"]], device=device).cumsum(0, dtype=torch.int32)
-    packed = sum(s["lengths"])
+    element = torch.empty((), dtype=dtype).element_size()
+    target = torch.randint(s["V"], (s["T"],), device=device)
 
     def randn(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
 
-    target = torch.randint(V, (T,), device=device)
+    table = layer_cases(device, s, randn) | head_cases(device, s, randn, target, element)
+    if device == "cuda":
+        add_gpu_contestants(table, target, max(s["lengths"]))
+    # The table counts elements. Turn them into bytes.
+    return {
+        name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()
+    }
+
+
+def layer_cases(device, s, randn):
+    """Return the rows of the kernels inside a layer, with elements instead of bytes."""
+    T, D, N, K, H, width = s["T"], s["D"], s["N"], s["K"], s["H"], s["F"]
+    x, norm_weight = randn(T, D), randn(D)
     angle = torch.rand(max(s["lengths"]), H // 2, device=device)
     rope = angle.cos(), angle.sin(), torch.arange(T, device=device) % len(angle)
-    element, head_flops = torch.empty((), dtype=dtype).element_size(), 2 * T * V * D
-    attention_flops = sum(2 * n * n * N * H for n in s["lengths"])
-    x, norm_weight, head, hidden = randn(T, D), randn(D), randn(V, D, scale=0.05), randn(T, D)
+
+    cu_seqlens = torch.tensor([0, *s["lengths"]], device=device).cumsum(0, dtype=torch.int32)
+    packed = sum(s["lengths"])
     qkv = randn(packed, N, H), randn(packed, K, H), randn(packed, K, H)
-    numel = 2**28 if device == "cuda" else 2**20
-    state = [torch.randn(numel, device=device).bfloat16() for _ in range(4)]
-    plain = torch.optim.AdamW([state[0].clone().requires_grad_()], fused=True)
-    plain.param_groups[0]["params"][0].grad = state[1]
-    logits, uniform = torch.randn(s["B"], V, device=device) * 2, torch.rand(s["B"], device=device)
+    attention_flops = sum(2 * n * n * N * H for n in s["lengths"])
+
     start = torch.randint(s["S"] // 4, (s["B"],), device=device)
-    cache = [torch.randn(s["B"], K, s["S"], H, device=device).to(dtype) for _ in range(2)]
+    cache = [randn(s["B"], K, s["S"], H).detach() for _ in range(2)]
     decode_args = start, s["S"] - 1, decode_attention.slot_bias(start, s["S"] - 1, s["S"])
     slots = int((s["S"] - 1 - start).sum())
-    ce = lambda h, w: F.cross_entropy((h @ w.T).float(), target, reduction="sum")  # noqa: E731
-    table = {
+
+    return {
         "rms_norm": (
             (x, norm_weight),
-            dict(
-                ours=rms_norm.rms_norm,
-                eager=hf_rms_norm,
-                fused=lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
-            ),
+            {
+                "ours": rms_norm.rms_norm,
+                "eager": hf_rms_norm,
+                "fused": lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
+            },
             2 * T * D,
             5 * T * D,
             0,
@@ -176,7 +203,7 @@ def cases(device, s):
         ),
         "add_rms_norm": (
             (x, randn(T, D), norm_weight),
-            dict(ours=rms_norm.add_rms_norm, eager=hf_add_rms_norm),
+            {"ours": rms_norm.add_rms_norm, "eager": hf_add_rms_norm},
             4 * T * D,
             8 * T * D,
             0,
@@ -184,7 +211,7 @@ def cases(device, s):
         ),
         "qk_norm_rope": (
             (randn(T, N, H), randn(T, K, H), randn(H), randn(H), *rope),
-            dict(ours=qk_norm_rope.qk_norm_rope, eager=hf_qk_norm_rope),
+            {"ours": qk_norm_rope.qk_norm_rope, "eager": hf_qk_norm_rope},
             2 * T * (N + K) * H,
             5 * T * (N + K) * H,
             0,
@@ -192,7 +219,7 @@ def cases(device, s):
         ),
         "swiglu": (
             (randn(T, width), randn(T, width)),
-            dict(ours=swiglu.swiglu, eager=lambda g, u: F.silu(g) * u),
+            {"ours": swiglu.swiglu, "eager": lambda g, u: F.silu(g) * u},
             3 * T * width,
             8 * T * width,
             0,
@@ -200,7 +227,7 @@ def cases(device, s):
         ),
         "attention": (
             (*qkv, cu_seqlens, max(s["lengths"])),
-            dict(ours=attention.flash_attention_varlen, eager=padded_sdpa),
+            {"ours": attention.flash_attention_varlen, "eager": padded_sdpa},
             0,
             0,
             attention_flops,
@@ -208,15 +235,37 @@ def cases(device, s):
         ),
         "decode_attention": (
             (randn(s["B"], N, H).detach(), *cache, *decode_args),
-            dict(ours=decode_attention.decode_attention, eager=masked_sdpa),
+            {"ours": decode_attention.decode_attention, "eager": masked_sdpa},
             2 * slots * K * H,
             0,
             0,
             0,
         ),
+    }
+
+
+def head_cases(device, s, randn, target, element):
+    """Return the rows of the kernels behind the layers, with elements instead of bytes.
+
+    `element` is the size of one in bytes.
+    """
+    T, D, V = s["T"], s["D"], s["V"]
+    hidden, head = randn(T, D), randn(V, D, scale=0.05)
+    head_flops = 2 * T * V * D
+    logits, uniform = torch.randn(s["B"], V, device=device) * 2, torch.rand(s["B"], device=device)
+
+    numel = 2**28 if device == "cuda" else 2**20
+    state = [torch.randn(numel, device=device).bfloat16() for _ in range(4)]
+    plain = torch.optim.AdamW([state[0].clone().requires_grad_()], fused=True)
+    plain.param_groups[0]["params"][0].grad = state[1]
+
+    def ce(h, w):
+        return F.cross_entropy((h @ w.T).float(), target, reduction="sum")
+
+    return {
         "linear_logprob": (
             (hidden, head, target),
-            dict(ours=linear_logprob.linear_logprob, eager=logprob_entropy),
+            {"ours": linear_logprob.linear_logprob, "eager": logprob_entropy},
             0,
             0,
             head_flops,
@@ -224,7 +273,7 @@ def cases(device, s):
         ),
         "logprob vs cross_entropy": (
             (hidden, head),
-            dict(ours=lambda h, w: linear_logprob.linear_logprob(h, w, target)[0], eager=ce),
+            {"ours": lambda h, w: linear_logprob.linear_logprob(h, w, target)[0], "eager": ce},
             0,
             0,
             head_flops,
@@ -232,9 +281,10 @@ def cases(device, s):
         ),
         "linear_cross_entropy": (
             (hidden, head),
-            dict(
-                ours=lambda h, w: linear_cross_entropy.linear_cross_entropy(h, w, target), eager=ce
-            ),
+            {
+                "ours": lambda h, w: linear_cross_entropy.linear_cross_entropy(h, w, target),
+                "eager": ce,
+            },
             0,
             0,
             0,
@@ -242,7 +292,7 @@ def cases(device, s):
         ),
         "sampling": (
             (logits, uniform, 0.6, 0.95),
-            dict(ours=sampling.sample_tokens, eager=sorted_sampling),
+            {"ours": sampling.sample_tokens, "eager": sorted_sampling},
             s["B"] * V * 4 / element,
             0,
             0,
@@ -250,26 +300,26 @@ def cases(device, s):
         ),
         "adamw": (
             (),
-            dict(ours=lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1), eager=plain.step),
+            {
+                "ours": lambda: adamw.adamw_bf16_(*state, lr=1e-6, step=9, seed=1),
+                "eager": plain.step,
+            },
             numel * 14 / element,
             0,
             0,
             0,
         ),
     }
-    if device == "cuda":
-        add_gpu_contestants(table, target, max(s["lengths"]))
-    # in bytes
-    return {
-        name: (*row[:2], *(x * element for x in row[2:4]), *row[4:]) for name, row in table.items()
-    }
 
 
 def add_gpu_contestants(table, target, longest):
-    """FlashAttention-2 of PyTorch and, where it is installed (pip install liger-kernel), Liger's Triton kernels."""
+    """Add PyTorch's FlashAttention-2 and, where it is installed, Liger's Triton kernels.
+
+    Liger is installed by pip install liger-kernel.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    # before torch 2.12 it goes unsaid
+    # Before torch 2.12 the argument does not exist and grouped heads are always accepted.
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     table["attention"][1]["fa2"] = lambda q, k, v, cu, n: varlen_attn(
         q, k, v, cu, cu, n, n, window_size=(-1, 0), **gqa
@@ -303,8 +353,11 @@ def liger_version(device):
 
 
 def head_peak(who, vocab, device):
-    """[MiB at the peak of head, loss and their gradients beyond the inputs, seconds]; on a CPU to be run in a process of
-    its own, because its peak is the process's: from /proc, in CPU time of one thread."""
+    """Return (MiB at the peak of head, loss and their gradients beyond the inputs, seconds).
+
+    On a CPU it has to run in a process of its own, because the peak is that of the whole process,
+    read from /proc. The seconds are then CPU time of one thread.
+    """
     tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.set_num_threads(1)
@@ -312,22 +365,28 @@ def head_peak(who, vocab, device):
         torch.randn(n, width, device=device).to(dtype).requires_grad_() for n in (tokens, vocab)
     )
     target = torch.randint(vocab, (tokens,), device=device)
-    whole = lambda: -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")  # noqa: E731
+
+    def whole():
+        return -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")
+
     run = {
         "ours": lambda: linear_logprob.linear_logprob(hidden, weight, target)[0],
         "whole": whole,
     }[who]
-    resident = lambda name: (
-        int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
-    )  # noqa: E731
-    # libraries load beforehand
+
+    def resident(name):
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(re.search(name + r":\s+(\d+)", status)[1]) / 1024
+
+    # A small call first: the libraries it loads are not counted.
     linear_logprob.linear_logprob(hidden[:8], weight[:8], target[:8] % 8)[0].sum().backward()
     hidden.grad = weight.grad = None
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before, start = torch.cuda.memory_allocated() / 2**20, time.time()
     else:
-        open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+        # The peak starts again from here.
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
         before, start = resident("VmRSS"), time.process_time()
     run().sum().backward()
     if device == "cpu":
@@ -337,7 +396,10 @@ def head_peak(who, vocab, device):
 
 
 def head_table(device):
-    """Peak memory and time of ours and of whole logits over vocabularies: the least of two runs each, interleaved."""
+    """Return the peak memory and time of ours and of whole logits over vocabularies.
+
+    Each number is the least of two runs, which are interleaved.
+    """
     rows = []
     for vocab in HEADS[device]["vocabularies"]:
         whos = ("ours", "whole") if vocab <= HEADS[device]["whole"] else ("ours",)
@@ -354,26 +416,30 @@ def head_table(device):
             tokens, width = HEADS[device]["tokens"], HEADS[device]["width"]
             gradients = (tokens + vocab) * width * (2 if device == "cuda" else 4) / 2**20
             rows.append(
-                dict(
-                    who=who,
-                    tokens=tokens,
-                    vocab=vocab,
-                    peak_mib=mib,
-                    gradients_mib=gradients,
-                    seconds=seconds,
-                )
+                {
+                    "who": who,
+                    "tokens": tokens,
+                    "vocab": vocab,
+                    "peak_mib": mib,
+                    "gradients_mib": gradients,
+                    "seconds": seconds,
+                }
             )
             print(
-                f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak ({gradients:.1f} of it "
-                f"gradients), {seconds:.3f} s",
+                f"head and loss, {tokens} tokens x {vocab}: {who:5s} {mib:8.1f} MiB at the peak "
+                f"({gradients:.1f} of it gradients), {seconds:.3f} s",
                 flush=True,
             )
     return rows
 
 
 def clock(fn, device, flush):
-    """Milliseconds of one call: on a GPU by events with the L2 cache emptied first and everything launched before it starts, as in
-    training, where the CPU runs ahead; on a CPU CPU time of one thread."""
+    """Return the milliseconds of one call.
+
+    On a GPU, events measure it. The L2 cache is emptied first, and everything is launched before
+    the call starts, as in training, where the CPU runs ahead. On a CPU the time is CPU time of one
+    thread.
+    """
     if device == "cuda":
         flush.zero_()
         torch.cuda._sleep(2_000_000)  # clock ticks, 1 ms
@@ -444,7 +510,8 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
                 (torch.cuda.max_memory_allocated() - before) / 2**30 if device == "cuda" else None
             )
             runs[who] = run
-        # nothing to differentiate, or forward alone would compare unlike things
+        # This direction is not timed: there is nothing to differentiate, or the table gives it no
+        # work because forward alone would compare unlike things.
         if not runs:
             continue
         times = {who: [] for who in runs}
@@ -455,25 +522,26 @@ def measure(name, case, device, rounds, use_compile, rates, flush):
         floor = moved / rates[0] * 1e3 if moved else flops / rates[1] * 1e3
         for who, ms in medians.items():
             rate = moved / ms / 1e9 if moved else flops / ms / 1e9
-            row = dict(
-                kernel=name,
-                direction=direction,
-                who=who,
-                ms=ms,
-                of_floor=floor / ms,
-                peak_gib=memory[who],
-            )
+            row = {
+                "kernel": name,
+                "direction": direction,
+                "who": who,
+                "ms": ms,
+                "of_floor": floor / ms,
+                "peak_gib": memory[who],
+            }
             rows.append(
                 row
-                | dict(
-                    rate=rate,
-                    unit="TB/s" if moved else "TFLOP/s",
-                    ours_speedup=ms / medians["ours"],
-                )
+                | {
+                    "rate": rate,
+                    "unit": "TB/s" if moved else "TFLOP/s",
+                    "ours_speedup": ms / medians["ours"],
+                }
             )
             print(
-                f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} {rows[-1]['unit']:8s}"
-                f"{100 * floor / ms:4.0f}% of floor   {ms / medians['ours']:5.2f}x ours",
+                f"{name:26s} {direction:17s} {who:8s} {ms:9.3f} ms {rate:9.3f} "
+                f"{rows[-1]['unit']:8s}{100 * floor / ms:4.0f}% of floor   "
+                f"{ms / medians['ours']:5.2f}x ours",
                 flush=True,
             )
     return rows
@@ -538,7 +606,8 @@ def main():
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
     rates = ceilings(device, dtype)
     print(
-        f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\nLiger: {liger_version(device)}"
+        f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\n"
+        f"Liger: {liger_version(device)}"
     )
     flush = torch.empty(2**26, device=device) if device == "cuda" else None
     rows = []
@@ -552,18 +621,18 @@ def main():
         for name in ("triton",)
     }
     versions["liger"] = liger_version(device)
-    head = dict(
-        device=name,
-        threads=torch.get_num_threads(),
-        versions=versions,
-        shapes=SHAPES[device],
-        rounds=args.rounds,
-    )
-    head |= dict(
-        command=["bench/kernels.py", *sys.argv[1:]],
-        copy_bytes_per_s=rates[0],
-        matmul_flop_per_s=rates[1],
-    )
+    head = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "shapes": SHAPES[device],
+        "rounds": args.rounds,
+    }
+    head |= {
+        "command": ["bench/kernels.py", *sys.argv[1:]],
+        "copy_bytes_per_s": rates[0],
+        "matmul_flop_per_s": rates[1],
+    }
     out = pathlib.Path(args.out or ROOT / "bench" / f"kernels_{device}")
     out.with_suffix(".json").write_text(
         json.dumps(head | {"head_memory": memory, "rows": rows}, indent=1) + "\n"

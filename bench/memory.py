@@ -1,10 +1,12 @@
 """Host memory over 2,000 steps of Math RL: a run that lasts for weeks must not grow.
 
-    python bench/memory.py [--steps=2000]       # about 5 minutes of CPU; prints a line, writes bench/memory.json and .png
+    python bench/memory.py [--steps=2000]       # about 5 minutes of CPU
 
-The tests' miniature world and a model taught for 200 steps, so that rewards differ and every part of a step runs: sampling, math-verify
-in its child processes, the update, held-out scores, checkpoints. The number is memory/rss_gb of metrics.jsonl: what the training process
-holds at the end of a step. Growth is the median of the last tenth of the run minus the median of the tenth before its middle.
+It prints a line and writes bench/memory.json and .png. It takes the tests' miniature world and a
+model taught for 200 steps, so that rewards differ and every part of a step runs: sampling,
+math-verify in its child processes, the update, held-out scores, checkpoints. The number is
+memory/rss_gb of metrics.jsonl: the memory of the training process at the end of a step. Growth is
+the median of the last tenth of the run minus the median of the tenth before its middle.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 from side_by_side import ROOT, machine
 
 sys.path.insert(0, str(ROOT / "tests"))
-from conftest import MAKE_WORLD, run_python  # noqa: E402
+from conftest import MAKE_WORLD, run_python
 
 
 def run(steps, out):
@@ -92,7 +94,7 @@ def main():
     args = parser.parse_args()
     path = ROOT / "bench" / "memory"
     git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     rows = run(args.steps, ROOT / "out" / "memory")
     megabytes, tenth = (
@@ -120,8 +122,9 @@ def main():
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plot([row["step"] for row in rows], megabytes, path.with_suffix(".png"))
     print(
-        f"{args.steps} steps, {trained} with a gradient: {megabytes[0]:.0f} MB after the first, {early:.0f} before the middle, "
-        f"{late:.0f} at the end; growth {late - early:+.1f} MB, {100 * (late - early) / early:+.2f}%"
+        f"{args.steps} steps, {trained} with a gradient: {megabytes[0]:.0f} MB after the first, "
+        f"{early:.0f} before the middle, {late:.0f} at the end; "
+        f"growth {late - early:+.1f} MB, {100 * (late - early) / early:+.2f}%"
     )
 
 

@@ -1,10 +1,12 @@
-"""Where the wall time of a cascade went: generation, update, the rest of each stage, and scoring, from a finished run folder.
+"""Where the wall time of a cascade went: generation, update, the rest of each stage, and scoring.
 
     python bench/phases.py [--run=out/toy]       # prints a table, writes bench/phases.json and .png
 
-Generation and update are the sums of time/gen and time/train over metrics.jsonl. The ends of the phases come from the dates of files:
-.lock (start), final (trained), scored (evaluated), so only a run that was not interrupted, in the folder it was made in, tells the
-truth. "start and rest" is what is left: imports, data and verifiers, the reward model of rlhf, held-out checks, checkpoints.
+It reads a finished run folder. Generation and update are the sums of time/gen and time/train over
+metrics.jsonl. The ends of the phases come from the dates of files: .lock (start), final (trained),
+scored (evaluated). So the times are only true for a run that was not interrupted, in the folder
+where it was made. "start and rest" is what is left: imports, data and verifiers, the reward model
+of rlhf, held-out checks, checkpoints.
 """
 
 import argparse
@@ -26,8 +28,12 @@ PHASES = {
 
 def phases(folder):
     """Seconds of each phase of a finished stage."""
-    metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    date = lambda name: os.lstat(folder / name).st_mtime
+    with open(folder / "metrics.jsonl") as f:
+        metrics = [json.loads(line) for line in f]
+
+    def date(name):
+        return os.lstat(folder / name).st_mtime
+
     row = {
         "steps": len(metrics),
         "generate": sum(m.get("time/gen", 0.0) for m in metrics),
@@ -80,7 +86,7 @@ def main():
     if not done:
         sys.exit(f"phases.py: {args.run} has no finished stage.")
     table = {stage: phases(Path(args.run) / stage) for stage in done}
-    run = json.load(open(Path(args.run) / done[-1] / "final" / "run.json"))
+    run = json.loads((Path(args.run) / done[-1] / "final" / "run.json").read_text())
     print(
         f"{'stage':10s}{'steps':>6s}"
         + "".join(f"{phase:>16s}" for phase in PHASES)

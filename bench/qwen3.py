@@ -1,10 +1,13 @@
-"""Forward and backward of model.py beside transformers' Qwen3ForCausalLM: same weights, same tokens, same dtype.
+"""Forward and backward of model.py beside transformers' Qwen3ForCausalLM: same weights, same
+tokens, same dtype.
 
-    python bench/qwen3.py [--size=0.6b] [--layers=28] [--tokens=512] [--dtype=float32] [--rounds=5]     # bench/qwen3.json, .png
+    python bench/qwen3.py [--size=0.6b] [--layers=28] [--tokens=512] [--dtype=float32] [--rounds=5]
 
-The cross-entropy of next tokens over sequences of 128, one thread; random weights from one seed. transformers gets the batch in
-its best form (equal lengths, no padding, SDPA). "mixed": the same number of tokens in sequences of 32 to 224, which
-transformers has to pad. The losses have to agree. --layers below the real number saves time and shifts weight to the head.
+It writes bench/qwen3.json and .png. It times the cross-entropy of next tokens over sequences of
+128, on one thread, with random weights from one seed. transformers gets the batch in its best form
+(equal lengths, no padding, SDPA). "mixed" has the same number of tokens in sequences of 32 to 224,
+which transformers has to pad. The losses have to agree. --layers below the real number saves time
+and shifts weight to the head.
 """
 
 import argparse
@@ -116,7 +119,7 @@ def main():
             f"--{name}={getattr(args, name)}"
             for name in ("size", "layers", "vocab", "tokens", "dtype")
         ] + [f"--setting={setting}"]
-        # two warm-ups: the heap has to reach its size
+        # There are two warm-ups, because the heap has to reach its size.
         found = race(
             "qwen3",
             {
@@ -138,7 +141,8 @@ def main():
         "qwen3",
         settings,
         groups,
-        f"Forward and backward, Qwen3-{args.size} with {args.layers} layers, {args.tokens} tokens, {args.dtype}",
+        f"Forward and backward, Qwen3-{args.size} with {args.layers} layers, {args.tokens} tokens, "
+        f"{args.dtype}",
     )
 
 

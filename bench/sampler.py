@@ -1,11 +1,15 @@
-"""The built-in sampler beside transformers' generate and vLLM's CPU build: same model, prompts, lengths and temperature.
+"""The built-in sampler beside transformers' generate and vLLM's CPU build: same model, prompts,
+lengths and temperature.
 
-    python bench/sampler.py [--rounds=8]   # writes bench/sampler.json and .png; makes .venv-peers and .venv-vllm
+    python bench/sampler.py [--rounds=8]   # makes .venv-peers and .venv-vllm
 
-16 toy math prompts x 8 samples, fp32, one thread, temperature 1, nothing cut from the distribution. "fixed": 80 tokens each, no
-stop token, random weights. "eos": the toy's SFT model, which ends after 20 to 40 tokens. A turn is four such batches one after the
-other, as in training: one alone takes ours a tenth of a second, part of it to warm up caches that the others' turns have left cold.
-Ours returns the log-probs of what it drew (RL needs them), the others are spared that; "vllm, log-probs" is asked for them.
+It writes bench/sampler.json and .png. 16 toy math prompts get 8 samples each, in fp32, on one
+thread, at temperature 1, with nothing cut from the distribution. "fixed" draws 80 tokens each, with
+random weights and no stop token. "eos" is the toy's SFT model, which ends after 20 to 40 tokens. A
+turn is four such batches one after the other, as in training: a single batch takes ours a tenth of
+a second, and part of that warms up caches that the turns of the others have left cold. Ours returns
+the log-probs of what it drew, because RL needs them, and the others are spared that. "vllm,
+log-probs" is asked for them.
 """
 
 import argparse
@@ -33,13 +37,13 @@ def prompts(folder):
     import mathrl
     from model import load_tokenizer, render_chat
 
-    rows = [json.loads(line) for line in open(OUT / "data" / "math_rl.jsonl")][:PROMPTS]
+    with open(OUT / "data" / "math_rl.jsonl") as f:
+        rows = [json.loads(line) for line in f][:PROMPTS]
     messages = [mathrl.normalize(row, "")["messages"] for row in rows]
     return [render_chat(load_tokenizer(folder), m, True)[0] for m in messages for _ in range(GROUP)]
 
 
 def ours(setting, folder):
-
     from engine import Rollout, TorchEngine, request_seed
     from lib.common import init_distributed
     from model import Qwen3, load_tokenizer
@@ -79,12 +83,16 @@ def transformers(setting, folder):
         tokens = 0
         for _ in range(BATCHES):
             with torch.no_grad():
-                how = dict(
-                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH
-                )
+                how = {
+                    "do_sample": True,
+                    "temperature": 1.0,
+                    "top_k": 0,
+                    "top_p": 1.0,
+                    "max_new_tokens": LENGTH,
+                }
                 new = model.generate(input_ids=input_ids, attention_mask=mask, **how)[:, width:]
             ends = torch.isin(new, torch.tensor([] if setting == "fixed" else stops)).long()
-            # up to the first stop token, that one included
+            # Count the tokens up to the first stop token, that one included.
             tokens += int((ends.cumsum(1) - ends == 0).sum())
         take_turn(tokens=tokens)
 
@@ -106,11 +114,10 @@ def vllm(setting, folder, logprobs):
         disable_log_stats=True,
     )
     ids = [{"prompt_token_ids": p} for p in prompts(folder)]
-    stops = (
-        []
-        if setting == "fixed"
-        else json.load(open(f"{folder}/generation_config.json"))["eos_token_id"]
-    )
+    stops = []
+    if setting != "fixed":
+        with open(f"{folder}/generation_config.json") as f:
+            stops = json.load(f)["eos_token_id"]
     params = SamplingParams(
         temperature=1.0,
         max_tokens=LENGTH,
@@ -147,14 +154,14 @@ def main():
     }
     for setting in args.settings.split(","):
         print(
-            f"{setting}: {BATCHES} batches of {PROMPTS} prompts x {GROUP} completions of {LENGTH} tokens at most",
+            f"{setting}: {BATCHES} batches of {PROMPTS} prompts x {GROUP} completions of {LENGTH} "
+            "tokens at most",
             flush=True,
         )
-        child = lambda who, python, extra, setting=setting: (
-            python,
-            [f"--contestant={who}", f"--settings={setting}"],
-            extra,
-        )
+
+        def child(who, python, extra, setting=setting):
+            return python, [f"--contestant={who}", f"--settings={setting}"], extra
+
         contestants = {
             "ours": child("ours", sys.executable, {}),
             "transformers": child("transformers", python, {}),

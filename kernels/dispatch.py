@@ -1,7 +1,8 @@
-"""Which implementation runs: CUDA tensors go to the Triton kernel, CPU tensors to the PyTorch reference. Nothing else.
+"""Choose the implementation: CUDA tensors go to the Triton kernel, CPU tensors to PyTorch.
 
-There is no fallback: a kernel that fails raises. With TRITON_INTERPRET=1 set before this import, CPU tensors go to the
-kernels too, through Triton's interpreter, which is slow and how tests/test_kernels.py checks them without a GPU.
+There is no fallback: a kernel that fails raises. With TRITON_INTERPRET=1 set before this import,
+CPU tensors go to the kernels too, through Triton's interpreter. The interpreter is slow; with it
+tests/test_kernels.py checks the kernels without a GPU.
 """
 
 import importlib.util
@@ -14,54 +15,71 @@ import torch
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Every kernel file takes `triton` and `tl` from here, so that a machine without Triton (a Mac) can
-# import them too. Where nothing
-# will be launched it is not imported, which saves a CPU process 73 MB; whoever compiles kernels
-# without a GPU has imported it before.
-if importlib.util.find_spec("triton") and (
-    torch.cuda.is_available() or INTERPRET or "triton" in sys.modules
-):
+# import the kernel files too. A CPU process that launches no kernel does not import Triton either,
+# which saves it 73 MB. A process that compiles kernels without a GPU imports Triton before this
+# file, and "triton" is then in sys.modules.
+triton_installed = importlib.util.find_spec("triton") is not None
+triton_needed = torch.cuda.is_available() or INTERPRET or "triton" in sys.modules
+
+if triton_installed and triton_needed:
     import triton
     import triton.language as tl
 else:
+    # Stand-ins for the two names that are read while a kernel file is imported.
     triton = types.SimpleNamespace(jit=lambda fn: fn)
     tl = types.SimpleNamespace(constexpr=int)
 
 
 def use_triton(*tensors):
-    """True for GPU tensors (or with the interpreter on), False for CPU tensors; a mixture or a DTensor is refused."""
+    """True for GPU tensors (or with the interpreter on), False for CPU tensors.
+
+    Raises ValueError for tensors on different devices and TypeError for a DTensor.
+    """
     device = tensors[0].device
     for tensor in tensors:
+        # Only a DTensor (a tensor sharded by FSDP) has placements.
         if hasattr(tensor, "placements"):
             raise TypeError(
-                "kernels take plain tensors; call them inside the module that FSDP gathers, or .to_local()"
+                "kernels take plain tensors; "
+                "call them inside the module that FSDP gathers, or .to_local()"
             )
         if tensor.device != device:
-            raise ValueError(
-                f"tensors on different devices: {sorted({str(t.device) for t in tensors})}"
-            )
+            devices = sorted({str(t.device) for t in tensors})
+            raise ValueError(f"tensors on different devices: {devices}")
     return INTERPRET or tensors[0].is_cuda
 
 
 def num_programs(device, per_sm=4):
-    """How many programs to launch for a kernel whose programs loop over rows: a few for each multiprocessor."""
-    return (
-        3
-        if device.type == "cpu"
-        else per_sm * torch.cuda.get_device_properties(device).multi_processor_count
-    )
+    """Number of programs for a kernel whose programs loop over rows: per_sm per multiprocessor."""
+    if device.type == "cpu":
+        # The interpreter: three programs are enough for an uneven share of the rows.
+        return 3
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def bare(*tensors):
-    """True where an op is its forward_torch and nothing else: on CPUs without gradients, as in every small step of the sampler, in
-    which autograd's bookkeeping would take as long as the arithmetic."""
+def cpu_without_grad(*tensors):
+    """True if an op may call its CPU forward directly, without an autograd node.
+
+    So it is in every step of the CPU sampler, whose tensors are so small that autograd's
+    bookkeeping would take as long as the arithmetic.
+    """
     return not (torch.is_grad_enabled() or use_triton(*tensors))
 
 
-def wide(x):
-    """x in fp32 (fp64 stays): what sums and exponentials are computed in."""
+def wide_dtype(x):
+    """The dtype that sums and exponentials of x are computed in: fp32, or fp64 if x is fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def widen(x):
+    """x in its wide dtype: bf16 and fp16 become fp32, fp32 and fp64 stay as they are."""
     return x if x.itemsize > 2 else x.float()
 
 
 def cast(x, dtype):
-    """x.to(dtype), which takes a microsecond where there is nothing to do: a third of an op on the rows of a small decoding step."""
+    """x.to(dtype), without the call if x has that dtype already.
+
+    The call takes a microsecond even if there is nothing to convert. That is a third of an op on
+    the few rows of a decoding step.
+    """
     return x if x.dtype == dtype else x.to(dtype)

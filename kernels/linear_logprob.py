@@ -1,73 +1,120 @@
 """Log-probability of a target token and entropy of its distribution, straight from hidden states.
 
-    z = hidden @ weight.T / temperature      logprob = z[target] - logsumexp(z)      entropy = -sum(p * log p)
+    z       = hidden @ weight.T / temperature
+    logprob = z[target] - logsumexp(z)
+    entropy = -sum(p * log p),    p = softmax(z)
 
-The logits z [N, V] are never whole in memory: at 32K tokens and a vocabulary of 151,936 they would be 20 GB in fp32,
-and plain autograd keeps several copies. Instead they are made tile by tile, each folded into four numbers per token,
-and the tile's memory is used again. Backward makes each tile a second time, turns it into dz and multiplies on: one
-third more arithmetic than keeping z, memory flat in V. The matrix products are the library's; the rest is row work.
-A tile is, on the GPU, all tokens x 8192 columns (one fat product, dweight written once, no sum over tokens to carry);
-on the CPU what one core's cache holds. A vocabulary that fits one tile keeps its probabilities and skips the remake.
+    dz      = (dlogprob * (onehot - p) - dentropy * p * (log p + entropy)) / temperature
+    dhidden = dz @ weight
+    dweight = dz.T @ hidden
 
-Pass only the tokens that are trained on: compaction scales the whole cost by their share. fp32 logits are not
-negotiable: bf16 ones are off by up to 0.06 nat at |z| = 16, and trainer and sampler then disagree about the policy.
+The logits z [N, V] are never whole in memory: at 32K tokens and a vocabulary of 151,936 they would
+be 20 GB in fp32, and plain autograd keeps several copies. Instead they are made tile by tile. Each
+tile is folded into four numbers per token, and its memory is used again. Backward makes each tile
+a second time, turns it into dz and multiplies on. That is one third more arithmetic than keeping z,
+with memory flat in V. The matrix products are the library's; the rest is row work.
+
+On the GPU a tile is all tokens x 8192 columns: one fat product, dweight is written once, and no sum
+over tokens has to be carried. On the CPU a tile is what one core's cache holds. A vocabulary that
+fits one tile keeps its probabilities and is not made again.
+
+Pass only the tokens that are trained on: compaction scales the whole cost by their share. fp32
+logits are not negotiable: bf16 logits are off by up to 0.06 nat at |z| = 16, and trainer and
+sampler then disagree about the policy.
 """
 
 import torch
 
-from kernels.dispatch import tl, triton, use_triton
+from kernels.dispatch import tl, triton, use_triton, wide_dtype
 
 # N tokens   D model width   V vocabulary
 
-# columns of a tile on the GPU: 1 GiB of fp32 logits at 32K tokens
+# Columns of a tile on the GPU: 1 GiB of fp32 logits at 32K tokens.
 GPU_COLUMNS = 8192
-CPU_COLUMNS, CPU_TILE = 2048, 2**18  # on the CPU: columns, and logits in all (1 MB)
-# probabilities (64 MB) that the CPU keeps for backward at most
+# Columns of a tile on the CPU, and logits of a tile in all (1 MB).
+CPU_COLUMNS = 2048
+CPU_TILE = 2**18
+# The CPU keeps at most this many probabilities for backward (64 MB).
 CPU_KEEP = 2**24
 
 
 def linear_logprob_ref(hidden, weight, target, temperature=1.0):
-    """The definition, logits and all."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    temperature = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
-    logprobs = torch.log_softmax(hidden.to(wide) @ weight.to(wide).T / temperature, dim=-1)
-    return logprobs.gather(1, target[:, None])[:, 0], -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    """The definition, logits and all; arguments as in linear_logprob."""
+    dtype = wide_dtype(hidden)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature[:, None]
+    z = hidden.to(dtype) @ weight.to(dtype).T / temperature
+    logprobs = torch.log_softmax(z, dim=-1)
+    logprob = logprobs.gather(1, target[:, None])[:, 0]
+    entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    return logprob, entropy
 
 
 def fold_torch(z, column, scale, state, out=None):
-    """Folds a tile of logits into the four running numbers of its tokens, state [4, tokens]; out receives exp(z - m).
+    """Fold a tile of logits z [tokens, columns] into the running numbers of its tokens, in place.
 
-    m = running max, -1e30 at first;  s = sum(exp(z - m));  u = sum(exp(z - m) * (z - m));  zt = the target's logit
-    A new max m' rescales: a = exp(m - m');  u = a * (u + (m - m') * s);  s = a * s. In the end
-    logprob = zt - m - log(s) and entropy = log(s) - u / s, which stays exact where logsumexp - sum(p * z) cancels.
+    state [4, tokens] holds, for each token and all columns so far,
+
+    m  = running max, -1e30 at first        s  = sum(exp(z - m))
+    zt = the target's logit                 u  = sum(exp(z - m) * (z - m))
+
+    When a tile raises the max from m to m', the sums are rescaled: with a = exp(m - m'),
+    u = a * (u + (m - m') * s) and s = a * s. In the end logprob = zt - m - log(s) and
+    entropy = log(s) - u / s, which stays exact where logsumexp - sum(p * z) cancels.
+
+    column [tokens] is the target's column in this tile, which may lie outside of it. scale is
+    1 / temperature [tokens] or None for 1. out, if given, receives exp(z - m). z is overwritten.
     """
     m, s, u, zt = state
     if scale is not None:
         z *= scale[:, None]
+
+    # zt += z[target], for the tokens whose target lies in this tile
     inside = (column >= 0) & (column < z.shape[1])
-    zt += torch.where(inside, z.gather(1, torch.where(inside, column, 0)[:, None])[:, 0], 0.0)
+    safe_column = torch.where(inside, column, 0)
+    target_logit = z.gather(1, safe_column[:, None])[:, 0]
+    zt += torch.where(inside, target_logit, 0.0)
+
+    # m' = max(m, z) and e = exp(z - m')
     new_m = torch.maximum(m, z.amax(1))
-    shrink, z = m - new_m, z.sub_(new_m[:, None])
-    a, e = shrink.exp(), torch.exp(z, out=out)
-    u.add_(shrink * s).mul_(a).add_(torch.linalg.vecdot(e, z))
+    shrink = m - new_m
+    a = shrink.exp()
+    centred = z.sub_(new_m[:, None])
+    e = torch.exp(centred, out=out)
+
+    # u = a * (u + (m - m') * s) + sum(e * (z - m'))
+    u.add_(shrink * s).mul_(a).add_(torch.linalg.vecdot(e, centred))
+    # s = a * s + sum(e)
     s.mul_(a).add_(e.sum(1))
     m.copy_(new_m)
 
 
 def dz_torch(z, p, column, scale, logprob, entropy, lse, dlogprob, dentropy):
-    """The gradient of a tile: dz = dlogprob * (onehot - p) - dentropy * p * (log p + entropy), all over temperature.
+    """The gradient dz [tokens, columns] of a tile, by the formula above.
 
-    z is given, or p if that was kept. The target's entry is dlogprob * (1 - p); -expm1(log p) keeps its digits.
+    Takes the logits z, or their probabilities p if forward kept them; p, scale and dentropy may be
+    None. column is as in fold_torch, lse is logsumexp(z), the other arguments are [tokens].
     """
     if p is None:
-        z = z if scale is None else z.mul_(scale[:, None])
+        if scale is not None:
+            z = z.mul_(scale[:, None])
         p = z.sub_(lse[:, None]).exp_()
+
+    # dz = dlogprob * (onehot - p). The target's entry has 1 - p = -expm1(log p), which keeps its
+    # digits near p = 1.
     dz = p * -dlogprob[:, None]
     inside = ((column >= 0) & (column < p.shape[1])).nonzero()[:, 0]
-    dz[inside, column[inside]] = (dlogprob * -torch.expm1(logprob))[inside]
+    target_dz = dlogprob * -torch.expm1(logprob)
+    dz[inside, column[inside]] = target_dz[inside]
+
+    # dz -= dentropy * p * (log p + entropy)
     if dentropy is not None:
-        dz -= torch.xlogy(p, p).addcmul_(p, entropy[:, None]).mul_(dentropy[:, None])
-    return dz if scale is None else dz.mul_(scale[:, None])
+        p_log_p = torch.xlogy(p, p)
+        dz -= p_log_p.addcmul_(p, entropy[:, None]).mul_(dentropy[:, None])
+
+    if scale is not None:
+        dz.mul_(scale[:, None])
+    return dz
 
 
 @triton.jit
@@ -82,31 +129,41 @@ def fold_chunk(
     chunk_cols,
     BLOCK: tl.constexpr,
 ):
-    """fold_torch, one program per token; its four numbers live in registers while it walks over the columns."""
+    """fold_torch, one program per token; m, s, u stay in registers over the walk along the columns.
+
+    The tile covers the vocabulary from chunk_start on; state is [4, num_tokens].
+    """
     token = tl.program_id(0).to(tl.int64)
+    row_ptr = z_ptr + token * z_stride
     scale = tl.load(scale_ptr + token)
     state = state_ptr + token
     m = tl.load(state)
     s = tl.load(state + num_tokens)
     u = tl.load(state + 2 * num_tokens)
+
     cols = tl.arange(0, BLOCK)
     for start in range(0, chunk_cols, BLOCK):
         mask = start + cols < chunk_cols
-        z = tl.load(z_ptr + token * z_stride + start + cols, mask=mask, other=-1e30) * scale
+        z = tl.load(row_ptr + start + cols, mask=mask, other=-1e30) * scale
+        # m' = max(m, z) and e = exp(z - m')
         new_m = tl.maximum(m, tl.max(z))
         shrink = m - new_m
         a = tl.exp(shrink)
         centred = z - new_m
         e = tl.exp(centred)
+        # the old sums, rescaled to the new max, plus those of this block
         u = a * (u + shrink * s) + tl.sum(e * centred)
         s = a * s + tl.sum(e)
         m = new_m
     tl.store(state, m)
     tl.store(state + num_tokens, s)
     tl.store(state + 2 * num_tokens, u)
+
+    # zt = z[target], if the target lies in this tile
     column = tl.load(target_ptr + token) - chunk_start
     if (column >= 0) & (column < chunk_cols):
-        tl.store(state + 3 * num_tokens, tl.load(z_ptr + token * z_stride + column) * scale)
+        target_logit = tl.load(row_ptr + column) * scale
+        tl.store(state + 3 * num_tokens, target_logit)
 
 
 @triton.jit
@@ -128,7 +185,10 @@ def logits_to_dz(
     HAS_DENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dz_torch, in the dtype of the products that follow; one program per BLOCK columns of one token."""
+    """dz_torch, one program per BLOCK columns of one token.
+
+    dz is stored in the dtype of the products that follow.
+    """
     token = (tl.program_id(0) // blocks_per_row).to(tl.int64)
     cols = tl.program_id(0) % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
     mask = cols < chunk_cols
@@ -136,185 +196,253 @@ def logits_to_dz(
     logprob = tl.load(logprob_ptr + token)
     dlogprob = tl.load(dlogprob_ptr + token)
     column = tl.load(target_ptr + token) - chunk_start
-    # logp = z - logsumexp(z);  p = exp(logp)
-    logp = tl.load(z_ptr + token * z_stride + cols, mask=mask, other=-1e30) * scale - tl.load(
-        lse_ptr + token
-    )
+
+    # p = exp(logp),  logp = z - logsumexp(z)
+    z = tl.load(z_ptr + token * z_stride + cols, mask=mask, other=-1e30) * scale
+    logp = z - tl.load(lse_ptr + token)
     p = tl.exp(logp)
-    # dz = dlogprob * (onehot - p), where 1 - p of the target is -expm1(logprob): a short series
-    # near 0, exp elsewhere
+
+    # dz = dlogprob * (onehot - p). For the target, 1 - p = -expm1(logprob): Triton has no expm1, so
+    # near 0 it is a short series, elsewhere 1 - exp.
     series = -logprob * (1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666668)))
     one_minus_p = tl.where(logprob > -0.05, series, 1.0 - tl.exp(logprob))
     dz = dlogprob * tl.where(cols == column, one_minus_p, -p)
+
     # dz -= dentropy * p * (logp + entropy)
     if HAS_DENTROPY:
-        dz -= tl.load(dentropy_ptr + token) * p * (logp + tl.load(entropy_ptr + token))
-    tl.store(dz_ptr + token * dz_stride + cols, (dz * scale).to(dz_ptr.dtype.element_ty), mask=mask)
+        dentropy = tl.load(dentropy_ptr + token)
+        entropy = tl.load(entropy_ptr + token)
+        dz -= dentropy * p * (logp + entropy)
+
+    dz_row = dz_ptr + token * dz_stride
+    tl.store(dz_row + cols, (dz * scale).to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def fold_triton(z, target, scale, state, start):
+    """Launch fold_chunk on a tile z [tokens, columns], which is the vocabulary from `start` on."""
+    num_tokens, num_cols = z.shape
+    fold_chunk[(num_tokens,)](
+        z,
+        target,
+        scale,
+        state,
+        num_tokens,
+        z.stride(0),
+        start,
+        num_cols,
+        BLOCK=4096,
+        num_warps=8,
+    )
+
+
+def dz_triton(z, dz, target, scale, logprob, entropy, lse, dlogprob, dentropy, start):
+    """Launch logits_to_dz on a tile z [tokens, columns]; writes to dz. dentropy may be None."""
+    num_tokens, num_cols = z.shape
+    blocks_per_row = triton.cdiv(num_cols, 4096)
+    logits_to_dz[(num_tokens * blocks_per_row,)](
+        z,
+        dz,
+        target,
+        scale,
+        logprob,
+        entropy,
+        lse,
+        dlogprob,
+        # An unused pointer argument must still be a tensor.
+        logprob if dentropy is None else dentropy,
+        z.stride(0),
+        dz.stride(0),
+        start,
+        num_cols,
+        blocks_per_row,
+        HAS_DENTROPY=dentropy is not None,
+        BLOCK=4096,
+        num_warps=8,
+    )
 
 
 def mm_fp32(a, b, out):
-    """out = a @ b, summed and written in fp32: from bf16 operands that needs out_dtype, which only CUDA has."""
-    return (
-        torch.mm(a, b, out=out)
-        if a.dtype == out.dtype
-        else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    )
+    """out = a @ b, summed and written in fp32.
+
+    From bf16 operands this needs torch.mm's out_dtype, which only CUDA has.
+    """
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def addmm_fp32(out, a, b):
-    """out += a @ b in fp32, from operands of either width."""
-    return (
-        out.addmm_(a, b)
-        if a.dtype == out.dtype
-        else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    )
+    """out += a @ b in fp32, from operands in fp32 or bf16."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b)
+    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+def slices(total, size):
+    """Slices of at most `size` that cover range(total) in order."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def tiles(num_tokens, vocab, on_gpu):
-    """Pairs (columns, list of token blocks) of slices that cover the logits, column by column."""
+    """Slices of the vocabulary and slices of the tokens; every pair of two is a tile of logits."""
     width = min(vocab, GPU_COLUMNS if on_gpu else CPU_COLUMNS)
-    height = max(1, num_tokens if on_gpu else CPU_TILE // width)
-    blocks = [
-        slice(start, min(start + height, num_tokens)) for start in range(0, num_tokens, height)
-    ]
-    return [(slice(start, min(start + width, vocab)), blocks) for start in range(0, vocab, width)]
+    height = num_tokens if on_gpu else CPU_TILE // width
+    return slices(vocab, width), slices(num_tokens, max(1, height))
 
 
-def new_buffer(cover, like, dtype):
+def new_buffer(column_slices, token_blocks, like, dtype):
     """Memory for the largest tile, which is the first."""
-    columns, blocks = cover[0]
-    return like.new_empty(columns.stop * blocks[0].stop if blocks else 0, dtype=dtype)
+    height = token_blocks[0].stop if token_blocks else 0
+    return like.new_empty(column_slices[0].stop * height, dtype=dtype)
 
 
 def make_tile(hidden, weight, block, columns, buffer):
-    """The logits of one tile, in the buffer's memory."""
-    shape = block.stop - block.start, columns.stop - columns.start
-    return mm_fp32(hidden[block], weight[columns].T, buffer[: shape[0] * shape[1]].view(shape))
+    """The logits [tokens, columns] of one tile, in the memory of the buffer."""
+    height = block.stop - block.start
+    width = columns.stop - columns.start
+    tile = buffer[: height * width].view(height, width)
+    return mm_fp32(hidden[block], weight[columns].T, tile)
+
+
+def rows_of(x, block):
+    """The rows of a per-token tensor that belong to a block of tokens; None stays None."""
+    return None if x is None else x[block]
 
 
 def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
-    """Returns logprob, entropy and logsumexp [N], and the probabilities if they are wanted and few."""
-    num_tokens, vocab, wide = (
-        len(hidden),
-        len(weight),
-        torch.promote_types(hidden.dtype, torch.float32),
-    )
-    m, s, u, zt = state = hidden.new_zeros(4, num_tokens, dtype=wide)
+    """Return logprob, entropy and logsumexp [N], and the probabilities [N, V] or None.
+
+    The probabilities are kept if `keep` asks for them and they are few, see CPU_KEEP.
+    """
+    num_tokens = len(hidden)
+    vocab = len(weight)
+    dtype = wide_dtype(hidden)
+    column_slices, token_blocks = tiles(num_tokens, vocab, on_gpu)
+    buffer = new_buffer(column_slices, token_blocks, hidden, dtype)
+
+    # The four running numbers of every token, see fold_torch.
+    state = hidden.new_zeros(4, num_tokens, dtype=dtype)
+    m, s, u, zt = state
     m.fill_(-1e30)
-    cover = tiles(num_tokens, vocab, on_gpu)
-    keep = keep and not on_gpu and len(cover) == 1 and num_tokens * vocab <= CPU_KEEP
-    kept = hidden.new_empty(num_tokens, vocab) if keep else None
-    buffer = new_buffer(cover, hidden, wide)
-    for columns, blocks in cover:
-        for block in blocks:
+
+    kept = None
+    few = num_tokens * vocab <= CPU_KEEP
+    if keep and not on_gpu and len(column_slices) == 1 and few:
+        kept = hidden.new_empty(num_tokens, vocab)
+
+    for columns in column_slices:
+        for block in token_blocks:
             z = make_tile(hidden, weight, block, columns, buffer)
             if on_gpu:
-                fold_chunk[(num_tokens,)](
-                    z,
-                    target,
-                    scale,
-                    state,
-                    num_tokens,
-                    z.stride(0),
-                    columns.start,
-                    z.shape[1],
-                    BLOCK=4096,
-                    num_warps=8,
-                )
-            else:
-                out, row_scale = (x if x is None else x[block] for x in (kept, scale))
-                fold_torch(z, target[block] - columns.start, row_scale, state[:, block], out)
-                if keep:
-                    out.mul_(s[block, None].reciprocal())
+                fold_triton(z, target, scale, state, columns.start)
+                continue
+            column = target[block] - columns.start
+            kept_rows = rows_of(kept, block)
+            fold_torch(z, column, rows_of(scale, block), state[:, block], kept_rows)
+            if kept is not None:
+                # exp(z - m) becomes p: with one tile of columns, s is final already.
+                kept_rows.mul_(s[block, None].reciprocal())
+
     log_s = s.log()
-    return zt - m - log_s, log_s - u / s, m + log_s, kept
+    logprob = zt - m - log_s
+    entropy = log_s - u / s
+    return logprob, entropy, m + log_s, kept
 
 
 def backward_tiles(
     dlogprob, dentropy, hidden, weight, target, scale, logprob, entropy, lse, kept, on_gpu
 ):
-    """dhidden is summed over the columns in fp32; the rows of dweight are final when their columns are done."""
+    """Return dhidden [N, D], summed over the columns in fp32, and dweight [V, D].
+
+    The rows of dweight are final as soon as their columns are done.
+    """
     num_tokens = len(hidden)
+    column_slices, token_blocks = tiles(num_tokens, len(weight), on_gpu)
     dhidden = torch.zeros(hidden.shape, dtype=logprob.dtype, device=hidden.device)
     dweight = torch.empty_like(weight) if num_tokens else torch.zeros_like(weight)
-    cover = tiles(num_tokens, len(weight), on_gpu)
-    buffer = new_buffer(cover, hidden, logprob.dtype)
-    dz_buffer = buffer if hidden.dtype == buffer.dtype else new_buffer(cover, hidden, hidden.dtype)
-    for columns, blocks in cover:
-        for block in blocks:
-            z = make_tile(hidden, weight, block, columns, buffer) if kept is None else None
+
+    buffer = new_buffer(column_slices, token_blocks, hidden, logprob.dtype)
+    if hidden.dtype == buffer.dtype:
+        dz_buffer = buffer
+    else:
+        dz_buffer = new_buffer(column_slices, token_blocks, hidden, hidden.dtype)
+
+    per_token = scale, logprob, entropy, lse, dlogprob, dentropy
+    for columns in column_slices:
+        for block in token_blocks:
+            # z and dz [tokens, columns]
+            z = None
+            if kept is None:
+                z = make_tile(hidden, weight, block, columns, buffer)
             if on_gpu:
                 dz = dz_buffer[: z.numel()].view(z.shape)
-                launches = triton.cdiv(z.shape[1], 4096)
-                logits_to_dz[(num_tokens * launches,)](
-                    z,
-                    dz,
-                    target,
-                    scale,
-                    logprob,
-                    entropy,
-                    lse,
-                    dlogprob,
-                    logprob if dentropy is None else dentropy,
-                    z.stride(0),
-                    dz.stride(0),
-                    columns.start,
-                    z.shape[1],
-                    launches,
-                    HAS_DENTROPY=dentropy is not None,
-                    BLOCK=4096,
-                    num_warps=8,
-                )
+                dz_triton(z, dz, target, *per_token, columns.start)
             else:
-                p, *rows = (
-                    x if x is None else x[block]
-                    for x in (kept, scale, logprob, entropy, lse, dlogprob, dentropy)
-                )
-                dz = dz_torch(z, p, target[block] - columns.start, *rows)
+                column = target[block] - columns.start
+                rows = [rows_of(x, block) for x in per_token]
+                dz = dz_torch(z, rows_of(kept, block), column, *rows)
+
             addmm_fp32(dhidden[block], dz, weight[columns])
-            dweight[columns].addmm_(dz.T, hidden[block], beta=0 if block is blocks[0] else 1)
+            # The first block of tokens overwrites what was in memory, the others add to it.
+            beta = 0 if block is token_blocks[0] else 1
+            dweight[columns].addmm_(dz.T, hidden[block], beta=beta)
     return dhidden, dweight
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Saves the inputs and a few numbers per token (on the CPU also the probabilities where they are few)."""
+    """The autograd node: it saves its inputs and a few numbers per token.
+
+    On the CPU it also saves the probabilities where they are few.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, target, scale, keep):
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.hidden_dtype = hidden.dtype
+        ctx.weight_dtype = weight.dtype
         ctx.on_gpu = use_triton(hidden, weight, target)
-        # PyTorch's CPU has no product of bf16 operands with an fp32 result
+        # PyTorch's CPU has no product of bf16 operands with an fp32 result.
         if not ctx.on_gpu:
-            hidden, weight = (
-                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (hidden, weight)
-            )
+            hidden = hidden.to(wide_dtype(hidden))
+            weight = weight.to(wide_dtype(weight))
         logprob, entropy, lse, kept = forward_tiles(hidden, weight, target, scale, keep, ctx.on_gpu)
         ctx.save_for_backward(hidden, weight, target, scale, logprob, entropy, lse, kept)
+        # An output that nobody used has gradient None, not a tensor of zeros.
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx, dlogprob, dentropy):
-        hidden, weight, target, scale, logprob, *rest = ctx.saved_tensors
-        dlogprob = torch.zeros_like(logprob) if dlogprob is None else dlogprob.contiguous()
-        dentropy = None if dentropy is None else dentropy.contiguous()
-        grads = backward_tiles(
-            dlogprob, dentropy, hidden, weight, target, scale, logprob, *rest, ctx.on_gpu
-        )
-        return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)), None, None, None
+        hidden, weight, target, scale, logprob, entropy, lse, kept = ctx.saved_tensors
+        if dlogprob is None:
+            dlogprob = torch.zeros_like(logprob)
+        dlogprob = dlogprob.contiguous()
+        if dentropy is not None:
+            dentropy = dentropy.contiguous()
+        saved = hidden, weight, target, scale, logprob, entropy, lse, kept
+        dhidden, dweight = backward_tiles(dlogprob, dentropy, *saved, ctx.on_gpu)
+        return dhidden.to(ctx.hidden_dtype), dweight.to(ctx.weight_dtype), None, None, None
 
 
 def linear_logprob(hidden, weight, target, temperature=1.0):
-    """hidden [N, D], weight [V, D], target [N] int64, temperature float or [N] -> (logprob [N], entropy [N]), fp32.
+    """Log-probability of each token's target and entropy of its distribution, both [N] in fp32.
 
-    Both outputs are differentiable in hidden and weight."""
-    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    hidden [N, D], weight [V, D], target [N] int64, temperature a float or [N]. Both outputs are
+    differentiable in hidden and weight.
+    """
+    if hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+    if weight.stride(-1) != 1:
+        weight = weight.contiguous()
+
+    # scale = 1 / temperature [N], or None for 1 on the CPU.
+    dtype = wide_dtype(hidden)
     if isinstance(temperature, torch.Tensor):
-        scale = temperature.to(wide).reciprocal()
+        scale = temperature.to(dtype).reciprocal()
     elif temperature == 1.0 and not use_triton(hidden, weight):
         scale = None
-    else:  # a tensor: a Python float as kernel argument would recompile or be promoted to fp64 under torch.compile
-        scale = torch.full((len(hidden),), 1.0 / temperature, dtype=wide, device=hidden.device)
+    else:
+        # A Python float as kernel argument would recompile, or under torch.compile become fp64.
+        scale = torch.full((len(hidden),), 1.0 / temperature, dtype=dtype, device=hidden.device)
+
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return LinearLogprob.apply(hidden, weight, target, scale, keep)

@@ -1,16 +1,20 @@
-"""Checkpoints: what is in a folder, when it is whole, what a run starts or resumes from.
+"""Checkpoints: save, verify, prune, resume.
 
-    out/toy/mathrl/step_000050/   a Hugging Face folder, each rank's optimizer, and run.json: flags, command, versions, state, checksums
-    out/toy/mathrl/final          names the last of them: this stage is done, and the next one starts here
+    out/toy/mathrl/step_000050/   a Hugging Face folder, the optimizer of each rank, and run.json
+                                  (flags, command, versions, state, checksums of all files)
+    out/toy/mathrl/final          a link to the last checkpoint: this stage is done, and the next
+                                  one starts here
 
-A file of its own because these promises are kept by all of it together: one run a folder, a name that only whole folders have, checksums
-against what happens to them later, and pruning that spares the best. tests/kill_harness.py holds them against SIGKILL at any instant.
+Four promises hold together. Only one run writes into a folder. Only a whole checkpoint has a name
+of the form step_000050. Checksums find what is damaged later. Pruning spares the best checkpoint.
+tests/kill_harness.py tests them against SIGKILL at any instant.
 """
 
 import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,74 +31,107 @@ from model import Qwen3, load_tokenizer, save_tokenizer
 
 # ---- The folder of a run -------------------------------------------------------------------------
 def lock(out_dir):
-    """Create out_dir and hold it: a second run on the same directory refuses. What a save that was cut off has left goes."""
+    """Create out_dir and hold it until this process ends. A second run on the folder is refused.
+
+    Removes what an interrupted save has left there.
+    """
     try:
         os.makedirs(out_dir, exist_ok=True)
         if ranks()[0] > 0:
             return
-        lock.file = open(os.path.join(out_dir, ".lock"), "w")
-        # a verifier that outlives a killed run does not hold its folder
+        # The file stays open, since closing it would release the lock.
+        lock.file = open(os.path.join(out_dir, ".lock"), "w")  # noqa: SIM115
+        # A forked verifier closes its copy, so that one that outlives a killed run does not hold
+        # the folder.
         os.register_at_fork(after_in_child=lock.file.close)
         fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{out_dir}: another run is writing here.")
-    except OSError as e:
-        fail(f"{out_dir}: no folder to write into ({e.strerror}).")
+    except OSError as error:
+        fail(f"{out_dir}: no folder to write into ({error.strerror}).")
     for name in os.listdir(out_dir):
         if name.startswith("step_") and name.endswith(".tmp"):
             shutil.rmtree(os.path.join(out_dir, name))
 
 
 def step_folders(out_dir):
-    return (
-        sorted(f for f in os.listdir(out_dir) if f.startswith("step_") and not f.endswith(".tmp"))
-        if os.path.isdir(out_dir)
-        else []
-    )
+    """Names of the checkpoints in out_dir, oldest first."""
+    if not os.path.isdir(out_dir):
+        return []
+    names = os.listdir(out_dir)
+    return sorted(n for n in names if n.startswith("step_") and not n.endswith(".tmp"))
 
 
 def best_checkpoint(out_dir):
-    """Name of the checkpoint with the best held-out score in metrics.jsonl: KEEP_BEST=1 may want it, so it is not pruned."""
-    logged = open(path) if os.path.exists(path := os.path.join(out_dir, "metrics.jsonl")) else ()
-    scores = {f"step_{m['step']:06d}": m["eval"] for m in map(json.loads, logged) if "eval" in m}
-    return max(
-        scores.keys() & set(step_folders(out_dir)),
-        key=lambda name: (scores[name], name),
-        default="",
-    )
+    """Name of the checkpoint with the best held-out score in metrics.jsonl, or "".
+
+    Of equal scores the latest wins. It is not pruned, because KEEP_BEST=1 of run_cascade.sh may
+    start the next stage from it.
+    """
+    log = os.path.join(out_dir, "metrics.jsonl")
+    if not os.path.exists(log):
+        return ""
+    scores = {}
+    with open(log) as f:
+        for line in f:
+            metrics = json.loads(line)
+            if "eval" in metrics:
+                scores[f"step_{metrics['step']:06d}"] = metrics["eval"]
+    # Many steps are logged, and few are saved.
+    candidates = [(scores[name], name) for name in step_folders(out_dir) if name in scores]
+    _, best = max(candidates, default=(0.0, ""))
+    return best
 
 
 def latest_checkpoint(out_dir):
-    """The newest whole checkpoint of out_dir, or ""; a damaged one is skipped with a line saying so. Rank 0 looks for all."""
+    """Path of the newest whole checkpoint in out_dir, or "".
+
+    A damaged one is skipped with a line that says so. Rank 0 looks, and all ranks get its answer.
+    """
     found = ""
-    for name in reversed(step_folders(out_dir)) if ranks()[0] == 0 else ():
-        folder = os.path.join(out_dir, name)
-        try:
-            files = json.load(open(os.path.join(folder, "run.json")))["files"]
-            damaged = [
-                f for f, expected in files.items() if checksum(os.path.join(folder, f)) != expected
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            damaged = [str(e)]
-        if not damaged:
-            found = folder
-            break
-        print0(f"{folder} is damaged ({damaged[0]}), trying the one before")
+    if ranks()[0] == 0:
+        for name in reversed(step_folders(out_dir)):
+            folder = os.path.join(out_dir, name)
+            damage = find_damage(folder)
+            if not damage:
+                found = folder
+                break
+            print0(f"{folder} is damaged ({damage}), trying the one before")
     return all_gather(found)[0]
 
 
+def find_damage(folder):
+    """Say in a word what is wrong with a checkpoint, or return "" if its files are as saved."""
+    try:
+        files = read_run_json(folder)["files"]
+        damaged = [
+            name
+            for name, expected in files.items()
+            if checksum(os.path.join(folder, name)) != expected
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # A file is missing, or run.json is not what a checkpoint has.
+        return str(error) or type(error).__name__
+    return damaged[0] if damaged else ""
+
+
 def mark_final(out_dir, folder):
-    """out_dir/final -> the last checkpoint: what the next stage starts from, and the sign that this stage is done."""
+    """Link out_dir/final to the last checkpoint.
+
+    The link says that this stage is done, and the next stage starts from it.
+    """
     if ranks()[0] == 0:
         link = os.path.join(out_dir, "final.tmp")
         if os.path.lexists(link):
             os.remove(link)
         os.symlink(os.path.basename(folder), link)
+        # A rename replaces the old link at one instant.
         os.replace(link, os.path.join(out_dir, "final"))
 
 
 # ---- Write ---------------------------------------------------------------------------------------
 def checksum(path):
+    """[size in bytes, BLAKE2b digest] of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as f:
         while block := f.read(1 << 22):
@@ -102,43 +139,41 @@ def checksum(path):
     return [os.path.getsize(path), digest.hexdigest()]
 
 
-def sync(path):
-    """A file, or the names in a folder, are on the disk when this returns."""
+def fsync_path(path):
+    """Wait until a file is on the disk, or, for a folder, the names in it."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
 
 
 def git_hash():
+    """Commit of this repository, or "unknown"."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return (
-        subprocess.run(
-            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-        or "unknown"
-    )
+    command = ["git", "-C", here, "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
-    """out_dir/step_000200, written under a temporary name and renamed, so that a folder with this name is always whole. The `keep` newest
-    and the best stay."""
-    (rank, world), final = ranks(), os.path.join(out_dir, f"step_{step:06d}")
+    """Write out_dir/step_000200 and return its path; all ranks call this together.
+
+    The folder is written under a temporary name and then renamed, so that a folder with this name
+    is always whole. Afterwards only the `keep` newest checkpoints and the best one stay.
+    state: what the stage needs to go on, as JSON.
+    """
+    rank, world = ranks()
+    final = os.path.join(out_dir, f"step_{step:06d}")
     folder = final + ".tmp"
-    if hasattr(model, "reshard"):
-        # a forward without backward leaves the root gathered, in compute precision
-        model.reshard()
-    whole = {}
-    for name, p in model.named_parameters():
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
-        if rank == 0:
-            whole[name] = p.cpu()
+    weights = gather_weights(model, rank)
     try:
         os.makedirs(folder, exist_ok=True)
         torch.save(optimizer.state_dict(), os.path.join(folder, f"optim_rank{rank}.pt"))
-        all_gather(None)  # every rank has written
+        # Rank 0 goes on when every rank has written its optimizer.
+        all_gather(None)
         if rank == 0:
-            model.save_pretrained(folder, whole)
-            # not the checkpoint resumed from: that one is pruned some day
+            model.save_pretrained(folder, weights)
+            # The tokenizer is that of init_from: a checkpoint that the run resumed from may be
+            # pruned by now.
             save_tokenizer(cfg.init_from, folder)
             run = {
                 "step": step,
@@ -149,74 +184,127 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
                 "world": world,
                 "state": state,
             }
-            names = sorted(name for name in os.listdir(folder) if name != "run.json")
-            with ThreadPoolExecutor(8) as pool:  # 100 GB at 8B, and every rank waits
-                run["files"] = dict(
-                    zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names))
-                )
-            with open(os.path.join(folder, "run.json"), "w") as f:
-                json.dump(run, f)
-            for name in (*run["files"], "run.json", ""):
-                sync(os.path.join(folder, name))
+            complete_folder(folder, run)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(folder, final)
-            sync(out_dir)
-    except Exception as e:  # torch and safetensors have their own words for a full disk
+            fsync_path(out_dir)
+    except Exception as error:  # noqa: BLE001  torch and safetensors word a full disk differently
         free = shutil.disk_usage(out_dir).free / 1e9
         shutil.rmtree(folder, ignore_errors=True)
         fail(
-            f"{final} cannot be written ({first_line(e)}; {free:.3g} GB were left there).",
+            f"{final} cannot be written ({first_line(error)}; {free:.3g} GB were left there).",
             note="The checkpoint before it is whole.",
         )
     if rank == 0:
-        if os.path.lexists(link := os.path.join(out_dir, "final")):
-            # the stage went on: it is not done, and pruning may take what the link names
-            os.remove(link)
-        for old in set(step_folders(out_dir)[:-keep]) - {best_checkpoint(out_dir)}:
-            shutil.rmtree(os.path.join(out_dir, old))
+        prune(out_dir, keep)
+    # No rank goes on before the folder has its name.
     all_gather(None)
     return final
 
 
+def gather_weights(model, rank):
+    """{name: whole fp32 tensor on the CPU} on rank 0, and {} on the other ranks."""
+    if hasattr(model, "reshard"):
+        # A forward pass without backward, as in evaluate, leaves FSDP's root parameters gathered
+        # and in compute precision. Resharding brings the fp32 master weights back.
+        model.reshard()
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            # A collective: every rank has to take part.
+            whole = parameter.full_tensor()
+        else:
+            whole = parameter.detach()
+        if rank == 0:
+            weights[name] = whole.cpu()
+    return weights
+
+
+def complete_folder(folder, run):
+    """Add run.json, with the checksums of all other files, and wait until all is on the disk."""
+    names = sorted(name for name in os.listdir(folder) if name != "run.json")
+    paths = [os.path.join(folder, name) for name in names]
+    # In threads, since every rank waits meanwhile: a checkpoint of 8B parameters has 100 GB.
+    with ThreadPoolExecutor(8) as pool:
+        run["files"] = dict(zip(names, pool.map(checksum, paths)))
+    run_json = os.path.join(folder, "run.json")
+    with open(run_json, "w") as f:
+        json.dump(run, f)
+    for path in [*paths, run_json, folder]:
+        fsync_path(path)
+
+
+def prune(out_dir, keep):
+    """Remove all checkpoints but the `keep` newest and the best one."""
+    # A saved step means that the stage has gone on after its end, for example with more steps. It
+    # is not done any more, and the checkpoint that the link names may be removed below.
+    link = os.path.join(out_dir, "final")
+    if os.path.lexists(link):
+        os.remove(link)
+    best = best_checkpoint(out_dir)
+    for name in step_folders(out_dir)[:-keep]:
+        if name != best:
+            shutil.rmtree(os.path.join(out_dir, name))
+
+
 # ---- Read ----------------------------------------------------------------------------------------
+def read_run_json(folder):
+    """Content of a checkpoint's run.json."""
+    with open(os.path.join(folder, "run.json")) as f:
+        return json.load(f)
+
+
 def load_policy(cfg, world, device):
-    """(tokenizer, model sharded over the ranks, checkpoint that the run resumes from or ""). Says first what the run will take."""
+    """(tokenizer, model sharded over the ranks, checkpoint that the run resumes from or "").
+
+    Prints first how much memory and time the run will take.
+    """
     resume = latest_checkpoint(cfg.out_dir)
     folder = resume or cfg.init_from
     with one_sentence(f"--init_from={folder}"):
         check_memory(folder, cfg, world, device)
-        tokenizer, model = (
-            load_tokenizer(folder),
-            Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor),
-        )
+        tokenizer = load_tokenizer(folder)
+        model = Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor)
         if tokenizer.get_vocab_size() > model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {model.config.vocab_size}"
+                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, "
+                f"the model only {model.config.vocab_size}"
             )
-    if longest_sequence(cfg) > model.max_positions():
-        flags = (
-            "--max_seq_len"
-            if hasattr(cfg, "max_seq_len")
-            else "--max_prompt_tokens + --max_new_tokens"
-        )
+
+    # The model knows only the positions it was trained on. YaRN stretches Qwen3's 32768 by the
+    # rope factor.
+    longest = longest_sequence(cfg)
+    if longest > model.max_positions():
+        is_sft = hasattr(cfg, "max_seq_len")
+        flags = "--max_seq_len" if is_sft else "--max_prompt_tokens + --max_new_tokens"
+        rope_factor = max(2, math.ceil(longest / 32768))
         fail(
-            f"{flags} is {longest_sequence(cfg)}, over the {model.max_positions()} positions of {folder}: pass --rope_factor={max(2, -(-longest_sequence(cfg) // 32768))}."
+            f"{flags} is {longest}, over the {model.max_positions()} positions of {folder}: "
+            f"pass --rope_factor={rope_factor}."
         )
     model.gradient_checkpointing = device.type == "cuda"
     return tokenizer, shard(model, device, cfg.shard), resume
 
 
 def load_checkpoint(folder, optimizer, cfg):
-    """Restore the optimizer of this rank and return (step, state); the weights are loaded by Qwen3.from_pretrained(folder)."""
-    (rank, world), run = ranks(), json.load(open(os.path.join(folder, "run.json")))
+    """Restore the optimizer of this rank and return (step, state).
+
+    The weights are not loaded here: load_policy has done that.
+    """
+    rank, world = ranks()
+    run = read_run_json(folder)
     if run["world"] != world:
         fail(f"{folder} was written by {run['world']} ranks and can only be resumed by as many.")
-    optimizer.load_state_dict(
-        torch.load(os.path.join(folder, f"optim_rank{rank}.pt"), weights_only=True)
-    )
-    now = dataclasses.asdict(cfg)
-    for name in [k for k, v in run["config"].items() if now.get(k, v) != v]:
-        print0(f"{folder}: --{name} was {run['config'][name]}, now {now[name]}")
-    for group in optimizer.param_groups:  # flags win over the file
-        group |= {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
+    moments = torch.load(os.path.join(folder, f"optim_rank{rank}.pt"), weights_only=True)
+    optimizer.load_state_dict(moments)
+
+    # Flags may change between the runs. Say which have; flags that one run lacks do not count.
+    config = dataclasses.asdict(cfg)
+    for name, before in run["config"].items():
+        if name in config and config[name] != before:
+            print0(f"{folder}: --{name} was {before}, now {config[name]}")
+    # The saved optimizer brings its old settings along. The flags of this run win over them.
+    for group in optimizer.param_groups:
+        group["betas"] = (cfg.beta1, cfg.beta2)
+        group["weight_decay"] = cfg.weight_decay
     return run["step"], run["state"]

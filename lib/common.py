@@ -1,5 +1,7 @@
-"""Ranks: start, sharding, collectives. Nothing here takes a tensor with a batch axis. fail and one_sentence, for scripts that
-cannot go on, are in guard.py."""
+"""Ranks: how they start, how a model is sharded over them, how they exchange numbers.
+
+Nothing here takes a tensor with a batch axis. How a script ends is in lib/guard.py.
+"""
 
 import ctypes
 import datetime
@@ -14,79 +16,110 @@ import torch.distributed as dist
 from lib.guard import fail, guard, one_sentence
 
 
-# ---- Ranks ---------------------------------------------------------------------------------------
+# ---- Start ---------------------------------------------------------------------------------------
 def ranks():
-    """(rank, world): torchrun's variables decide; without them it is one process."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, world) from torchrun's environment variables; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_run(cfg):
-    """(rank, world, device) of a stage's run, which from here on says why when it ends early."""
+    """Start a stage: (rank, world, device). From here on, a run that ends early says why."""
     guard(cfg.phase_timeout)
-    # whoever waits in a collective outlasts the rank that it waits for
+    # Collectives time out later than phases do. A rank that waits for a stuck one then lives until
+    # the watch thread of the stuck one has said where it is.
     return init_distributed(cfg.seed, 2 * cfg.phase_timeout)
 
 
 def init_distributed(seed, timeout_s=1800):
-    """(rank, world, device). Seeds everything."""
+    """Set up device, threads, process group and PyTorch's seed: (rank, world, device).
+
+    timeout_s: seconds after which a collective gives up.
+    """
     rank, world = ranks()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        device = torch.device("cpu")
+
     libc = ctypes.CDLL(None)
     if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(libc, "prctl"):
-        # a rank dies with its launcher: it would train on and hold out_dir
+        # PR_SET_PDEATHSIG: a rank dies with torchrun. Else it would train on and hold out_dir.
         libc.prctl(1, signal.SIGKILL)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        # glibc gives big temporaries back to the system after every op, which faults each page in
-        # again: keeping them makes a training
-        # step of the tiny model 1.5 to 2 times faster. What comes by mmap cannot be kept, hence
-        # none does.
-        if hasattr(libc, "mallopt"):
-            # allocations by mmap: none; trim threshold, top pad
-            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):
-                libc.mallopt(option, value)
-        torch.set_num_threads(
-            int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world))
-        )
-        spare_compiler()
+        keep_freed_memory(libc)
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)
+        torch.set_num_threads(int(threads))
+        skip_compiler_import()
+
+    # One process on a GPU has a group of its own, too: FSDP's mixed precision needs one.
     if world > 1 or device.type == "cuda":
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        # taken, or nobody answers
-        with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                timeout=datetime.timedelta(seconds=timeout_s),
-                **alone,
-            )
+        init_process_group(rank, world, device, timeout_s)
     torch.manual_seed(seed)
     return rank, world, device
 
 
-def spare_compiler():
-    """PyTorch's optimizers import its compiler (146 MB, 1.2 s a process) only to keep it off their methods. Nothing is compiled here."""
+def init_process_group(rank, world, device, timeout_s):
+    """Join the other ranks at MASTER_PORT. Without torchrun the group is this process alone."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    options = {"timeout": datetime.timedelta(seconds=timeout_s)}
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # This fails where the port is taken, or where no other rank answers.
+    with one_sentence(f"rank {rank} of {world} at MASTER_PORT={os.environ.get('MASTER_PORT')}"):
+        dist.init_process_group(backend, **options)
+
+
+def keep_freed_memory(libc):
+    """Tell glibc to keep the memory that tensors free.
+
+    By default glibc gives large blocks back to the system after every op, and the next op pays a
+    page fault for each page. Keeping them makes a training step of the tiny model 1.5 to 2 times
+    faster. Blocks that were allocated by mmap cannot be kept, so mmap is switched off.
+    """
+    if not hasattr(libc, "mallopt"):
+        return
+    # The numbers are those of glibc's malloc.h.
+    m_mmap_max, m_trim_threshold, m_top_pad = -4, -1, -2
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 1 << 26)
+
+
+def skip_compiler_import():
+    """Keep PyTorch's optimizers from importing its compiler, which nothing here uses.
+
+    The import costs 146 MB and 1.2 s a process. The optimizers do it only to keep the compiler off
+    their own methods.
+    """
     adamw = torch.optim.AdamW
+    # These methods are wrapped by a decorator that imports the compiler on the first call, and then
+    # stores the wrapped function here. Storing it beforehand makes the import unnecessary.
     for method in (adamw.add_param_group, adamw.zero_grad, adamw.state_dict, adamw.load_state_dict):
         method.__wrapped__.__dict__["__dynamo_disable"] = method.__wrapped__
+    # `step` has a wrapper of another kind. Of what that does, only no_grad is needed.
     adamw.step = torch.no_grad()(adamw.step.__wrapped__)
 
 
+# ---- Collectives ---------------------------------------------------------------------------------
 def print0(*args):
+    """Print on rank 0 only."""
     if ranks()[0] == 0:
         print(*args, flush=True)
 
 
 def all_reduce(values, op="sum"):
-    """{name: number} reduced over ranks, in one collective; keys must be equal on every rank."""
+    """Reduce {name: number} over all ranks in one collective; op is "sum" or "max".
+
+    The names and their order must be the same on every rank.
+    """
     if not dist.is_initialized():
         return dict(values)
-    t = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
-    dist.all_reduce(t, dict(sum=dist.ReduceOp.SUM, max=dist.ReduceOp.MAX)[op])
-    return dict(zip(values, t.tolist()))
+    operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
+    numbers = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+    dist.all_reduce(numbers, operation)
+    return dict(zip(values, numbers.tolist()))
 
 
 def all_gather(value):
@@ -98,80 +131,108 @@ def all_gather(value):
     return gathered
 
 
-# parameters of a layer that is gathered alone: below, the latency of a collective costs more than
-# its bytes
+# ---- Sharding ------------------------------------------------------------------------------------
+# A layer with at least this many parameters is gathered by itself. Below it, the latency of one
+# more collective costs more than the bytes.
 SMALLEST_SHARE = 1 << 20
 
 
 def shard(model, device, how="full"):
-    """FSDP2: fp32 master weights, bf16 compute on GPUs, fp32 gradient reduction; how: see the stages' --shard. Every layer is a collective
-    of its own where that is worth it; a small model travels in one piece. What is whole on every CPU stays the plain module."""
+    """Wrap the model with FSDP2, in place, and return it. `how` is the stages' flag --shard.
+
+    Master weights and the reduction of gradients are fp32; the computation is bf16 on GPUs and fp32
+    on CPUs. On CPUs, --shard=replicate leaves the module unwrapped, and average_gradients does the
+    rest.
+    """
     if how not in ("full", "hybrid", "offload", "replicate"):
         fail(f"--shard={how}: expected full, hybrid, offload or replicate.")
-    if dist.is_initialized() and (how != "replicate" or device.type == "cuda"):
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            MixedPrecisionPolicy,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
+    if not dist.is_initialized() or (how == "replicate" and device.type != "cuda"):
+        return model
 
-        dtype, inside = (
-            torch.bfloat16 if device.type == "cuda" else torch.float32,
-            int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if how == "hybrid" else 1,
+    # The import takes a while, so that only runs that shard pay for it.
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # FSDP2 warns of layers whose outputs are changed in place. This model changes none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    options = {
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # the inputs hold cos and sin of RoPE, which stay fp32
         )
-        # about in-place use of layer outputs: there is none
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        # RoPE stays fp32
-        options = {
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        }
-        if how in ("hybrid", "replicate"):
-            options["mesh"] = dist.init_device_mesh(
-                device.type,
-                (dist.get_world_size() // inside, inside),
-                mesh_dim_names=("replicate", "shard"),
-            )
-        if how == "offload":
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-        for layer in model.model.layers:
-            if sum(p.numel() for p in layer.parameters()) >= SMALLEST_SHARE:
-                fully_shard(layer, **options)
-        fully_shard(model, **options)
-        # FSDP gathers the root's weights when forward is called. These methods are entrances too.
-        for method in ("token_logprobs", "nll"):
-            if hasattr(model, method):
-                register_fsdp_forward_method(model, method)
+    }
+    if how in ("hybrid", "replicate"):
+        # Weights are sharded over the ranks of one node, or over one rank, and copied across nodes.
+        ranks_per_copy = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if how == "hybrid" else 1
+        options["mesh"] = dist.init_device_mesh(
+            device.type,
+            (dist.get_world_size() // ranks_per_copy, ranks_per_copy),
+            mesh_dim_names=("replicate", "shard"),
+        )
+    if how == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+    # Large layers are gathered one by one. What is left, or all of a small model, is one piece.
+    for layer in model.model.layers:
+        if sum(p.numel() for p in layer.parameters()) >= SMALLEST_SHARE:
+            fully_shard(layer, **options)
+    fully_shard(model, **options)
+    # FSDP gathers the root's weights when forward is called. These methods are entrances, too.
+    for method in ("token_logprobs", "nll"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
     return model
 
 
 def compute_device(model):
-    """Where the model computes. Under --shard=offload its parameters rest in host memory; their mesh is where they are gathered."""
-    p = next(model.parameters())
-    kind = p.device_mesh.device_type if hasattr(p, "device_mesh") else p.device.type
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else p.device
+    """Return the device on which the model computes.
+
+    Under --shard=offload its parameters rest in host memory. The mesh that they are sharded over
+    then names the kind of device on which they are gathered.
+    """
+    parameter = next(model.parameters())
+    if hasattr(parameter, "device_mesh"):
+        kind = parameter.device_mesh.device_type
+    else:
+        kind = parameter.device.type
+    if kind == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
 
 
 def average_gradients(model):
-    """Over the ranks, in one collective, of parameters that are whole on each; sharded ones were averaged in backward."""
-    whole = (
-        [p for p in model.parameters() if not hasattr(p, "full_tensor")] if ranks()[1] > 1 else []
-    )
-    if whole:
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in whole]
-        )
-        dist.all_reduce(flat)
-        for p, part in zip(
-            whole, flat.div_(ranks()[1]).split([p.numel() for p in whole]), strict=True
-        ):
-            p.grad = part.view_as(p)
+    """Average over the ranks the gradients of parameters that are whole on each, in one collective.
+
+    FSDP has averaged the gradients of sharded parameters during backward.
+    """
+    world = ranks()[1]
+    if world == 1:
+        return
+    # Sharded parameters are DTensors, which have full_tensor().
+    parameters = [p for p in model.parameters() if not hasattr(p, "full_tensor")]
+    if not parameters:
+        return
+    # A rank without a gradient takes part with zeros, as the others wait for it.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat.div_(world)
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
+# ---- End -----------------------------------------------------------------------------------------
 def finish():
-    """End of every script: leave without interpreter teardown, where gloo's threads sometimes abort the process."""
+    """End a script without interpreter teardown, where gloo's threads sometimes abort the process.
+
+    Every script ends with this call.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()

@@ -1,12 +1,9 @@
-"""Data sets: reads any of them row by row, says what it dropped and why, deals out prompts, and takes out of a training set what a
-held-out one asks.
+"""Data sets: read any of them row by row, say what was dropped and why, deal out prompts.
 
-A stage gives its normalize(row, where); what comes back are normal rows. As a script it removes the rows of a training set that
-share 9 words in a row with a held-out set, as in the paper's curation:
-    python -m extras.decontaminate --data=nvidia/Nemotron-Cascade-RL-Math --eval_data=HuggingFaceH4/MATH-500,math-ai/aime25 --out=out/math_clean.jsonl
+A stage brings its own normalize(row, where), which turns a row of any known schema into the stage's
+normal form or raises BadRow. `where` names the row in messages, like "out/toy/math.jsonl row 17".
 """
 
-import contextlib
 import io
 import itertools
 import json
@@ -16,207 +13,307 @@ import re
 from lib.common import print0
 from lib.guard import fail
 
-
-# ---- Data files ----------------------------------------------------------------------------------
-class BadRow(ValueError):
-    """Raised by a stage's normalize(row, where): the row is dropped and counted under this reason."""
-
-
 FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
 
 
-def data_files(path):
-    """Files or URLs of a data set: a file, a folder of them, or a hub id ("owner/name:config@split"; held-out splits only by name); commas join several."""
-    if "," in path:
-        return [file for part in path.split(",") for file in data_files(part)]
-    if os.path.isdir(path):
-        files = sorted(
-            os.path.join(top, f)
-            for top, _, names in os.walk(path)
-            for f in names
-            if f.endswith(FORMATS)
-        )
-    elif os.path.exists(path) or "://" in path:
-        files = (
-            [path]
-            if path.endswith(FORMATS)
-            else fail(f"data {path}: expected a file that ends in {', '.join(FORMATS)}.")
-        )
-    elif path.count("/") == 1 and not path.endswith(FORMATS):
-        import datasets  # slow to import, so only where it is used
+class BadRow(ValueError):
+    """Raised by a stage's normalize: the row is dropped, and counted under this reason."""
 
-        hub, _, wanted = path.partition("@")
-        name, _, config = hub.partition(":")
-        try:
-            names = datasets.get_dataset_config_names(name)
-            names = [config] if config else ["default"] if "default" in names else names
-            splits = [datasets.load_dataset_builder(name, n).config.data_files or {} for n in names]
-        except Exception as e:  # whatever is wrong with a name or a hub, in the library's words
-            fail(
-                f"data {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}."
-            )
-        held_out = lambda split: (
-            "train" in splits[0] and split != "train" or split.startswith(("val", "test", "dev"))
-        )
-        files = [
-            str(f)
-            for files in splits
-            for split in files
-            if (split == wanted if wanted else not held_out(split))
-            for f in files[split]
-            if str(f).endswith(FORMATS)
-        ]
+
+# ---- Files of a data set -------------------------------------------------------------------------
+def data_files(path):
+    """Files or URLs of a data set.
+
+    path: a file, a folder, a URL, or a hub id "owner/name:config@split"; commas join several.
+    """
+    formats = ", ".join(FORMATS)
+    if "," in path:
+        files = []
+        for part in path.split(","):
+            files += data_files(part)
+        return files
+    if os.path.isdir(path):
+        files = files_below(path)
+    elif os.path.exists(path) or "://" in path:
+        if not path.endswith(FORMATS):
+            fail(f"data {path}: expected a file that ends in {formats}.")
+        files = [path]
+    elif path.count("/") == 1 and not path.endswith(FORMATS):
+        files = hub_files(path)
     else:
         fail(f"data {path}: no such file or folder, and not a hub id of the form owner/name.")
-    return files or fail(f"data {path}: no file that ends in {', '.join(FORMATS)}.")
+    if not files:
+        fail(f"data {path}: no file that ends in {formats}.")
+    return files
 
 
+def files_below(folder):
+    """Paths of the data files in a folder and its subfolders, sorted."""
+    files = []
+    for parent, _, names in os.walk(folder):
+        files += [os.path.join(parent, name) for name in names if name.endswith(FORMATS)]
+    return sorted(files)
+
+
+def hub_files(path):
+    """URLs of the data files of a hub id "owner/name:config@split".
+
+    Without a config it is the one called "default", or all of them if none has that name. Without a
+    split it is all training data; a held-out split is read only if it is named.
+    """
+    import datasets  # slow to import, and most runs read local files
+
+    hub_id, _, wanted_split = path.partition("@")
+    name, _, config = hub_id.partition(":")
+    try:
+        configs = datasets.get_dataset_config_names(name)
+        if config:
+            configs = [config]
+        elif "default" in configs:
+            configs = ["default"]
+        # {split: files} of every config
+        splits_of_configs = [
+            datasets.load_dataset_builder(name, chosen).config.data_files or {}
+            for chosen in configs
+        ]
+    except Exception as error:  # noqa: BLE001  whatever is wrong with a name or with the hub
+        text = str(error).splitlines()[0] if str(error) else "no message"
+        fail(f"data {path}: {type(error).__name__}: {text}.")
+
+    files = []
+    for splits in splits_of_configs:
+        # Some sets have a split for each subject (chat, code, math) and none called "train".
+        has_train = "train" in splits_of_configs[0]
+        for split in splits:
+            if wanted_split:
+                wanted = split == wanted_split
+            elif has_train:
+                wanted = split == "train"
+            else:
+                wanted = not split.startswith(("val", "test", "dev"))
+            if wanted:
+                files += [str(f) for f in splits[split] if str(f).endswith(FORMATS)]
+    return files
+
+
+# ---- Rows of a file ------------------------------------------------------------------------------
 def read_file(file, cursor=(0, 0, 0.0)):
-    """(where, row, cursor behind it) from a cursor on, holding only what is being read (a .json whole): nothing is downloaded or
-    unpacked ahead. A cursor is [rows, bytes, share of the file that is read]."""
+    """Yield (where, row, cursor behind the row) of a file or URL, from a cursor on.
+
+    A cursor is [rows read, bytes read, share of the file that is read]. Nothing is downloaded or
+    unpacked ahead, and only what is being read is in memory (of a .json, the whole file).
+    """
     import fsspec
 
     num_rows, offset, _ = cursor
     try:
-        system, path = fsspec.core.url_to_fs(file)
-        size = max(system.size(path) or 1, 1)
-        with system.open(path, "rb", compression="gzip" if file.endswith(".gz") else None) as f:
+        file_system, path = fsspec.core.url_to_fs(file)
+        size = max(file_system.size(path) or 1, 1)
+        compression = "gzip" if file.endswith(".gz") else None
+        with file_system.open(path, "rb", compression=compression) as f:
             if file.endswith(".parquet"):
-                import pyarrow.parquet
-
-                table = pyarrow.parquet.ParquetFile(f)
-                total, first = table.metadata.num_rows, 0
-                for group in range(table.num_row_groups):
-                    here = range(first, first := first + table.metadata.row_group(group).num_rows)
-                    if num_rows in here:
-                        batches = table.iter_batches(64, row_groups=[group])
-                        for row in itertools.islice(
-                            (r for batch in batches for r in batch.to_pylist()),
-                            num_rows - here.start,
-                            None,
-                        ):
-                            num_rows += 1
-                            yield f"{file} row {num_rows}", row, [num_rows, 0, num_rows / total]
+                for row, share in read_parquet(f, num_rows):
+                    num_rows += 1
+                    yield f"{file} row {num_rows}", row, [num_rows, 0, share]
                 return
-            f.seek(offset)
-            # a list of rows or one row; else lines, whatever the name says
+
+            # From the start, wherever the cursor is: what is left of a file of lines could be one
+            # JSON value by itself.
             if file.endswith(".json"):
-                with contextlib.suppress(ValueError):
-                    parsed = json.load(f)
-                    rows = parsed if isinstance(parsed, list) else [parsed]
-                    yield from (
-                        (f"{file} row {n}", row, [n, 0, n / len(rows)])
-                        for n, row in enumerate(rows, 1)
-                        if n > num_rows
-                    )
+                rows = read_json(f)
+                if rows is not None:
+                    for n, row in enumerate(rows, 1):
+                        if n > num_rows:
+                            yield f"{file} row {n}", row, [n, 0, n / len(rows)]
                     return
-                f.seek(offset)
-            # fsspec's own readline fetches a remote file almost three times
+
+            # What is left are lines of JSON. fsspec's own readline would fetch a remote file almost
+            # three times, hence the reader around it.
+            f.seek(offset)
             for line in iter(io.BufferedReader(f, 1 << 20).readline, b""):
-                num_rows, offset = num_rows + 1, offset + len(line)
-                # packed bytes are fewer than read ones, so that share only says how far the file is
-                # not done
-                if line.strip():
-                    share = 1 - size / (size + offset) if file.endswith(".gz") else offset / size
-                    yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
-    except (
-        ValueError,
-        RecursionError,
-        OSError,
-        ImportError,
-    ) as e:  # pyarrow's errors are ValueErrors or OSErrors
-        text = (
-            f"not valid JSON ({e.msg} at column {e.colno})"
-            if isinstance(e, json.JSONDecodeError)
-            else f"{type(e).__name__}: {e}"
-        )
+                num_rows += 1
+                offset += len(line)
+                if not line.strip():
+                    continue
+                if compression:
+                    # `size` counts packed bytes and `offset` unpacked ones. This share grows with
+                    # the offset and stays below 1; it only says that the file is not done.
+                    share = 1 - size / (size + offset)
+                else:
+                    share = offset / size
+                yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
+    # The errors of pyarrow are ValueErrors or OSErrors.
+    except (ValueError, RecursionError, OSError, ImportError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            text = f"not valid JSON ({error.msg} at column {error.colno})"
+        else:
+            text = f"{type(error).__name__}: {error}"
         fail(f"data {file} row {num_rows}: {text.splitlines()[0]}.")
 
 
+def read_parquet(f, skip):
+    """Yield (row, share of the file that is read) of an open parquet file, without `skip` rows."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(f)
+    total = table.metadata.num_rows
+    num_rows = 0
+    for group in range(table.num_row_groups):
+        rows_in_group = table.metadata.row_group(group).num_rows
+        if num_rows + rows_in_group <= skip:
+            # Nothing of this row group is wanted, so it is not even fetched.
+            num_rows += rows_in_group
+            continue
+        for batch in table.iter_batches(64, row_groups=[group]):
+            for row in batch.to_pylist():
+                num_rows += 1
+                if num_rows > skip:
+                    yield row, num_rows / total
+
+
+def read_json(f):
+    """Rows of an open .json file: a list, or one object. None if it is not one JSON value.
+
+    Some .json files hold a JSON value per line.
+    """
+    try:
+        value = json.load(f)
+    except ValueError:
+        return None
+    return value if isinstance(value, list) else [value]
+
+
 def read_rows(path, limit=0):
-    """[(where, row)] of a data set, file after file."""
+    """[(where, row)] of a data set, file after file; the first `limit` rows if that is not 0."""
     rows = ((where, row) for file in data_files(path) for where, row, _ in read_file(file))
     return list(itertools.islice(rows, limit or None))
 
 
+# ---- Streams over files --------------------------------------------------------------------------
 def fresh_cursors(path):
-    """{file: cursor at its start}; a file that is named again, to be seen more often, is read beside itself, as file#1."""
-    files = data_files(path)
-    return {
-        f"{file}#{n}" if (n := files[:i].count(file)) else file: [0, 0, 0.0]
-        for i, file in enumerate(files)
-    }
+    """{file: cursor at its start} for all files of a data set.
+
+    A file may be named several times, to be seen more often. The second time it is called file#1,
+    and both are read side by side.
+    """
+    cursors = {}
+    times_named = {}
+    for file in data_files(path):
+        n = times_named.get(file, 0)
+        times_named[file] = n + 1
+        cursors[f"{file}#{n}" if n else file] = [0, 0, 0.0]
+    return cursors
 
 
 def stream_rows(cursors, limit=0):
-    """(where, row), always from the file of which the smallest share is read, so that every stretch has the mix of the whole.
-    cursors {file: cursor} move along: reading on from a copy of them gives the same rows as not having stopped."""
-    readers = {
-        file: read_file(re.sub(r"#\d+$", "", file), cursor)
-        for file, cursor in cursors.items()
-        if cursor[2] < 1
-    }
-    # one row, to know when a file is done
+    """Yield (where, row) from all files, always from the one of which the smallest share is read.
+
+    So every stretch of the stream has the mix of the whole. The cursors {file: cursor} are moved
+    along: going on from a copy of them gives the same rows as not having stopped.
+    limit: end when so many rows are read, counted from the start of the files; 0 for no limit.
+    """
+    readers = {}
+    for file, cursor in cursors.items():
+        if cursor[2] < 1:
+            name = re.sub(r"#\d+$", "", file)
+            readers[file] = read_file(name, cursor)
+    # One row of each file is read ahead, to know which row is the last one.
     ahead = {file: next(reader, None) for file, reader in readers.items()}
-    cursors |= {file: [*cursors[file][:2], 1.0] for file, row in ahead.items() if row is None}
-    while (open_files := [f for f in readers if cursors[f][2] < 1]) and not 0 < limit <= sum(
-        c[0] for c in cursors.values()
-    ):
-        file = min(open_files, key=lambda f: cursors[f][2])
+    for file, row_ahead in ahead.items():
+        if row_ahead is None:
+            cursors[file] = [*cursors[file][:2], 1.0]
+
+    while True:
+        open_files = [file for file in readers if cursors[file][2] < 1]
+        rows_read = sum(num_rows for num_rows, _, _ in cursors.values())
+        if not open_files or 0 < limit <= rows_read:
+            return
+        file = min(open_files, key=lambda name: cursors[name][2])
         where, row, cursor = ahead[file]
         ahead[file] = next(readers[file], None)
-        cursors[file] = cursor if ahead[file] else [*cursor[:2], 1.0]
+        if ahead[file] is None:
+            # The share of a packed file never gets to 1 by itself.
+            cursor = [*cursor[:2], 1.0]
+        cursors[file] = cursor
         yield where, row
 
 
+# ---- Fields of a row -----------------------------------------------------------------------------
 def required_field(row, where, name, kind=str):
-    """row[name], or one sentence naming file, row, field and what was expected."""
+    """row[name], which must be of type `kind`, or of one of several types.
+
+    A missing field or one of another type ends the run; null drops the row.
+    """
     if name not in row:
         fail(f'data {where}: no "{name}" field (has: {", ".join(map(str, row))}).')
-    if row[name] is None:
+    value = row[name]
+    if value is None:
         raise BadRow(f'field "{name}" is null')
-    if not isinstance(row[name], kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        fail(f'data {where}: field "{name}" is {type(row[name]).__name__}, expected {kinds}.')
-    return row[name]
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(k.__name__ for k in kinds)
+        fail(f'data {where}: field "{name}" is {type(value).__name__}, expected {expected}.')
+    return value
 
 
 def first_nonempty(row, *names):
-    """The first of these names that the row has something for, else one that is empty, else one that is null, else the first."""
-    return min(
-        (n for n in names if n in row),
-        key=lambda n: (row[n] is None, row[n] in ("", [])),
-        default=names[0],
-    )
+    """The first of these names that has a value in the row.
+
+    If none has, the first whose field is empty, else the first whose field is null, else the first.
+    """
+    present = [name for name in names if name in row]
+    for name in present:
+        if row[name] is not None and row[name] not in ("", []):
+            return name
+    for name in present:
+        if row[name] is not None:
+            return name
+    return present[0] if present else names[0]
 
 
 def as_messages(turns, name="prompt"):
-    """Chat messages [{"role", "content", ...}]: a string is a user's turn, a list of parts is joined, None is empty text."""
-    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-    if not isinstance(turns, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in turns
-    ):
+    """Chat messages [{"role", "content", ...}] from the forms that data sets have.
+
+    A string is a user's turn. Content that is a list of parts is joined, and null is empty text.
+    name: the field, for the reason under which a bad row is dropped.
+    """
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    if not isinstance(turns, list) or not all(has_role(turn) for turn in turns):
         raise BadRow(f'field "{name}" is no list of chat messages with a role each')
-    text = lambda parts: "\n".join(
-        p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)
-    )
-    turns = [
-        m
-        | {
-            "content": text(m["content"])
-            if isinstance(m.get("content"), list)
-            else m.get("content") or ""
-        }
-        for m in turns
-    ]
-    if not all(isinstance(m["content"], str) for m in turns):
+    messages = []
+    for turn in turns:
+        content = turn.get("content") or ""
+        if isinstance(content, list):
+            content = text_of_parts(content)
+        messages.append(turn | {"content": content})
+    if not all(isinstance(message["content"], str) for message in messages):
         raise BadRow(f'field "{name}" has a message whose content is not text')
-    return turns
+    return messages
 
 
+def has_role(turn):
+    """Whether a turn is an object with the role of its speaker, like "user"."""
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str)
+
+
+def text_of_parts(parts):
+    """The texts of a message's parts, a line each; images and other parts are left out."""
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    return "\n".join(texts)
+
+
+# ---- Normal rows ---------------------------------------------------------------------------------
 def normal_rows(items, normalize, path):
-    """normalize(row, where) of each (where, row), which returns a normal row or raises BadRow(reason). Prints what was dropped and why."""
-    total, dropped = 0, {}
+    """Yield normalize(row, where) of each (where, row); print at the end what was dropped and why.
+
+    A run without a usable row ends here. path: the data set, for the messages.
+    """
+    total = 0
+    dropped = {}  # reason -> where the rows are
     for where, raw in items:
         if not isinstance(raw, dict):
             fail(f"data {where}: a row is {type(raw).__name__}, expected an object.")
@@ -225,16 +322,16 @@ def normal_rows(items, normalize, path):
             yield normalize(raw, where)
         except BadRow as reason:
             dropped.setdefault(str(reason), []).append(where)
-        except Exception as e:  # a row of a shape nobody thought of
-            fail(f"data {where}: {type(e).__name__}: {e}.")
-    for reason, wheres in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        print0(f"data {path}: dropped {len(wheres)} of {total} rows, {reason} (first: {wheres[0]})")
-    if total == sum(map(len, dropped.values())):
-        fail(
-            f"data {path}: no usable row ({'; '.join(f'{len(w)} x {r}' for r, w in dropped.items()) or 'the file is empty'})."
-        )
+        except Exception as error:  # noqa: BLE001  a row of a shape that nobody thought of
+            fail(f"data {where}: {type(error).__name__}: {error}.")
+
+    for reason, rows in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        print0(f"data {path}: dropped {len(rows)} of {total} rows, {reason} (first: {rows[0]})")
+    if total == sum(len(rows) for rows in dropped.values()):
+        reasons = "; ".join(f"{len(rows)} x {reason}" for reason, rows in dropped.items())
+        fail(f"data {path}: no usable row ({reasons or 'the file is empty'}).")
 
 
 def load_table(path, normalize, limit=0):
-    """Normal rows of a data set, all at once."""
+    """Normal rows of a data set, all at once; of its first `limit` rows if that is not 0."""
     return list(normal_rows(read_rows(path, limit), normalize, path))

@@ -1,9 +1,14 @@
-"""How a run ends: at once, and with one sentence. What is the user's to mend ends with code 2 (fail). What broke names rank, step and phase:
+"""How a run ends: at once, and with one sentence.
 
-    mathrl.py: rank 1, step 7, rollout: ValueError: boom. Run it again: it goes on from the last checkpoint.
+User errors end with one sentence and exit code 2 (fail). Everything else that breaks a run ends
+with a sentence that names rank, step and phase:
 
-Where it was is read off the stack of the main thread: what `main` has called is the phase, its variable `step` is the step. So no stage
-has to announce anything. torchrun ends the other ranks when one has ended; they get SIGTERM and say where that met them.
+    mathrl.py: rank 1, step 7, rollout: ValueError: boom. Run it again: it goes on from the last
+    checkpoint.
+
+The position is read off the stack of the main thread: the phase is the function that `main` has
+called, and the step is the local variable `step`. No stage has to announce anything. When one rank
+has ended, torchrun sends SIGTERM to the others, and each of them says where the signal met it.
 """
 
 import contextlib
@@ -25,61 +30,101 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-# ---- The user's to mend --------------------------------------------------------------------------
+# ---- User errors ---------------------------------------------------------------------------------
 def fail(message, note="Nothing was trained."):
-    """One sentence and exit code 2, for everything that is the user's to mend."""
-    print(f"{os.path.basename(sys.argv[0])}: {message} {note}", file=sys.stderr, flush=True)
-    os._exit(2) if dist.is_initialized() else sys.exit(2)
+    """Print one sentence and exit with code 2. For every error that the user can correct."""
+    script = os.path.basename(sys.argv[0])
+    print(f"{script}: {message} {note}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        # An orderly exit would wait for the other ranks.
+        os._exit(2)
+    sys.exit(2)
 
 
 def first_line(error):
-    """What an exception says, in one line."""
+    """Return the first line of an exception's text, with its type unless that is ValueError."""
     text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+    if type(error) is ValueError:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager
-def one_sentence(what, note="Nothing was trained."):
-    """Whatever goes wrong inside is wrong with `what`, in the library's words."""
+def one_sentence(subject, note="Nothing was trained."):
+    """Turn any exception inside the block into a user error about `subject`, like a flag."""
     try:
         yield
-    except Exception as e:
-        fail(f"{what}: {first_line(e)}.", note)
+    except Exception as error:  # noqa: BLE001  libraries raise whatever they like
+        fail(f"{subject}: {first_line(error)}.", note)
 
 
 def file_trouble(kind, error, trace):
-    """sys.excepthook: a full disk, missing rights, a file where a folder should be are the user's to mend, whoever met them."""
+    """A sys.excepthook: report file errors as user errors, and leave the rest to Python.
+
+    A full disk, missing rights, or a file where a folder should be can be met by any line of code.
+    """
     if isinstance(error, OSError) and (error.filename or error.errno in DISK_FULL):
         fail(f"{first_line(error)}.", note="What was finished before is whole.")
     sys.__excepthook__(kind, error, trace)
 
 
-# ---- What broke ----------------------------------------------------------------------------------
-def ours(walk):
-    """The frames of this repository's scripts, and of the script that runs, in what a traceback.walk_... function gives."""
+# ---- Where a process is --------------------------------------------------------------------------
+def repository_frames(walk):
+    """List the frames that belong to this repository or to the script that runs.
+
+    walk: pairs (frame, line number), as traceback.walk_tb and traceback.walk_stack yield them.
+    """
+    # The running script counts wherever it stands: a user's copy of a stage (an ablation like
+    # my_idea.py) may lie outside the repository, and its errors name rank, step and phase, too.
     script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))
-    below = lambda path: path.startswith(ROOT + os.sep) and "site-packages" not in path
-    return [
-        f
-        for f, _ in walk
-        if below(os.path.abspath(f.f_code.co_filename))
-        or os.path.abspath(f.f_code.co_filename) == script
-    ]
+    frames = []
+    for frame, _ in walk:
+        path = os.path.abspath(frame.f_code.co_filename)
+        # A virtual environment may lie inside the repository, but its packages are not ours.
+        in_repository = path.startswith(ROOT + os.sep) and "site-packages" not in path
+        if in_repository or path == script:
+            frames.append(frame)
+    return frames
 
 
-def where(frames):
-    """Where it was, "rank 1, step 7, rollout", from frames, outermost first."""
-    names = [f.f_code.co_name for f in frames]
-    phase = names[names.index("main") :][1:2] if "main" in names else names[:1]
-    step = next((f"step {f.f_locals['step']}" for f in frames if "step" in f.f_locals), "start")
-    return ", ".join([f"rank {os.environ.get('RANK', 0)}", step, *phase])
+def main_thread_frames():
+    """The repository's frames on the stack of the main thread, outermost first."""
+    innermost = sys._current_frames()[threading.main_thread().ident]
+    # walk_stack goes from the innermost frame outwards.
+    return repository_frames(traceback.walk_stack(innermost))[::-1]
 
 
-def end(frames, reason, code=1):
-    """Hard: a teardown would wait for the other ranks and for reward workers."""
+def describe_position(frames):
+    """Say where a process is, like "rank 1, step 7, rollout". Frames come outermost first."""
+    functions = [frame.f_code.co_name for frame in frames]
+    # The phase is the function that main has called. Without main it is the outermost function.
+    if "main" in functions:
+        below_main = functions.index("main") + 1
+        phase = functions[below_main : below_main + 1]
+    else:
+        phase = functions[:1]
+    step = "start"
+    for frame in frames:
+        if "step" in frame.f_locals:
+            step = f"step {frame.f_locals['step']}"
+            break
+    return ", ".join([f"rank {os.environ.get('RANK', '0')}", step, *phase])
+
+
+# ---- Runs that break -----------------------------------------------------------------------------
+# Set once an exception has reached `uncaught`, which says more than a SIGTERM that comes after it.
+exception_is_reported = threading.Event()
+
+
+def end_process(frames, reason, code=1):
+    """Print position and reason, then exit without interpreter teardown.
+
+    A teardown would wait for the other ranks and for the reward workers.
+    """
+    script = os.path.basename(sys.argv[0])
     note = "Run it again: it goes on from the last checkpoint."
     print(
-        f"{os.path.basename(sys.argv[0])}: {where(frames)}: {reason}. {note}",
+        f"{script}: {describe_position(frames)}: {reason}. {note}",
         file=sys.__stderr__,
         flush=True,
     )
@@ -87,92 +132,150 @@ def end(frames, reason, code=1):
 
 
 def uncaught(kind, error, trace):
-    """For sys.excepthook. torch.distributed wraps it and catches what goes to sys.stderr, hence sys.__stderr__."""
-    # whatever was being written: a log, a sample, a checkpoint
+    """The sys.excepthook of a run: print the traceback and end the process with a sentence.
+
+    torch.distributed wraps sys.excepthook and swallows what is written to sys.stderr meanwhile.
+    sys.__stderr__ passes it by.
+    """
+    exception_is_reported.set()
+    frames = repository_frames(traceback.walk_tb(trace))
+    # A full disk needs no traceback, whether a log, a sample or a checkpoint was being written.
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        end(ours(traceback.walk_tb(trace)), f"the disk is full ({first_line(error)})", 2)
+        end_process(frames, f"the disk is full ({first_line(error)})", 2)
     traceback.print_exception(error, file=sys.__stderr__)
-    end(ours(traceback.walk_tb(trace)), f"{kind.__name__}: {error}".partition("\n")[0].rstrip("."))
+    reason, _, _ = f"{kind.__name__}: {error}".partition("\n")
+    end_process(frames, reason.rstrip("."))
 
 
-def watch(signals, limit_s):
-    """Runs in a thread of its own, so that it still works while the main thread waits for a collective or a reward."""
-    place, since = "", 0.0
+def watch(signal_pipe, limit_s):
+    """End the process on SIGTERM, or when one phase of one step takes more than limit_s seconds.
+
+    Runs in a thread of its own, so that it works while the main thread waits for a collective or
+    for a reward.
+    """
+    position, since = "", 0.0
     while True:
-        # for C code in the main thread that never lets this one run again
+        # C code in the main thread may hold the interpreter lock, and then no line of this loop
+        # runs again. faulthandler has a C thread: it prints the stacks and exits the process
+        # unless the next round of this loop restarts its clock.
         faulthandler.dump_traceback_later(limit_s + 30, exit=True)
-        told = select.select([signals], [], [], 1)[0] and os.read(signals, 1)[0]
-        frames = ours(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident]))[
-            ::-1
-        ]
-        if told == signal.SIGTERM:
-            end(
-                frames,
-                "ended by SIGTERM: another rank had ended, or the job was stopped",
-                128 + told,
-            )
-        place, since = (
-            (place, since) if where(frames) == place else (where(frames), time.monotonic())
-        )
-        # for a rank that can say more: it goes first
-        waits = any(f.f_code.co_name in ("all_reduce", "all_gather") for f in frames[-1:])
-        if time.monotonic() - since > limit_s + 5 * waits:
+
+        # Sleep for a second, or until a signal arrives.
+        readable, _, _ = select.select([signal_pipe], [], [], 1)
+        signal_number = os.read(signal_pipe, 1)[0] if readable else None
+
+        frames = main_thread_frames()
+        if signal_number == signal.SIGTERM and not exception_is_reported.is_set():
+            reason = "ended by SIGTERM: another rank had ended, or the job was stopped"
+            end_process(frames, reason, 128 + signal_number)
+
+        # The clock restarts whenever the main thread is in another phase or another step.
+        new_position = describe_position(frames)
+        if new_position != position:
+            position, since = new_position, time.monotonic()
+
+        # A rank that waits in a collective gets 5 seconds more. The rank that it waits for then
+        # ends first, and the sentence of that rank names the phase that is stuck.
+        allowed_s = limit_s
+        if frames and frames[-1].f_code.co_name in ("all_reduce", "all_gather"):
+            allowed_s += 5
+        if time.monotonic() - since > allowed_s:
             traceback.print_stack(frames[-1])
-            end(
-                frames,
-                f"not done after {limit_s:g} s (--phase_timeout), now in {frames[-1].f_code.co_name}",
-            )
+            function = frames[-1].f_code.co_name
+            reason = f"not done after {limit_s:g} s (--phase_timeout), now in {function}"
+            end_process(frames, reason)
 
 
 def guard(limit_s):
-    """From here on: exceptions, SIGTERM, and phases of more than limit_s seconds end this process with a sentence."""
-    signals, writer = os.pipe()
+    """Watch this process from here on.
+
+    Exceptions, SIGTERM, and phases of more than limit_s seconds end it with a sentence.
+    """
+    # Python writes the number of every signal into this pipe at once, even while the main thread
+    # is busy in C code, where no Python handler could run. The watch thread reads the other end.
+    signal_pipe, writer = os.pipe()
     os.set_blocking(writer, False)
-    # gets the number of a signal at once, whatever the main thread does
     signal.set_wakeup_fd(writer)
+    # A handler has to be set for the pipe to be used. This one does nothing.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    # Reward workers just end. SIGTERM waits while one is forked: in its first moment it still has
-    # this process's pipe.
-    mask, term = signal.pthread_sigmask, {signal.SIGTERM}
-    release = lambda: mask(signal.SIG_UNBLOCK, term)
-    in_child = lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), release())
+
+    # Block SIGTERM across a fork: a newborn child still shares the pipe, so a signal to the child
+    # would end this process. Reward workers simply die of SIGTERM, as is the default.
+    def block_sigterm():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def unblock_sigterm():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def die_of_sigterm():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unblock_sigterm()
+
     os.register_at_fork(
-        before=lambda: mask(signal.SIG_BLOCK, term),
-        after_in_parent=release,
-        after_in_child=in_child,
+        before=block_sigterm, after_in_parent=unblock_sigterm, after_in_child=die_of_sigterm
     )
     sys.excepthook = uncaught
-    threading.Thread(target=watch, args=(signals, limit_s), daemon=True).start()
+    threading.Thread(target=watch, args=(signal_pipe, limit_s), daemon=True).start()
 
 
-# ---- What learns nothing, or the wrong thing -----------------------------------------------------
+# ---- Training that has gone wrong ----------------------------------------------------------------
 def check_step(step, metrics, state, cfg):
-    """Ends a run whose rewards, gradients or rollouts are broken. A loss or gradient that is not finite was not applied (train_step); three in a row
-    end it. Sampler and trainer differ by rounding: 1e-6 nats a token in fp32, 0.01 in bf16; an engine that missed an update differs by more."""
-    stop, gpu = (
-        lambda reason: fail(f"step {step}, {reason}.", note="The last checkpoint is whole."),
-        torch.cuda.is_available(),
-    )
-    if (share := metrics.get("status/infra", 0)) and share > cfg.max_infra:
+    """End a run whose rewards, gradients or rollouts are broken.
+
+    metrics: of this step; "skipped" is added to them. state["skipped"] counts the steps in a row
+    whose loss or gradient was not finite. train_step did not apply these, and the third ends the
+    run.
+    """
+
+    def stop(reason):
+        fail(f"step {step}, {reason}.", note="The last checkpoint is whole.")
+
+    # Rewards that failed for a reason outside the completion. SFT has none, and no such flag.
+    infra = metrics.get("status/infra", 0)
+    if infra > 0 and infra > cfg.max_infra:
         stop(
-            f"rollout: {share:.1%} of the rewards are infrastructure failures (--max_infra={cfg.max_infra:g})"
+            f"rollout: {infra:.1%} of the rewards are infrastructure failures "
+            f"(--max_infra={cfg.max_infra:g})"
         )
+
+    # Verifications that were cut off. Only stages whose Config has the flag check them.
     if hasattr(cfg, "max_timeout") and metrics["status/timeout"] > cfg.max_timeout:
         stop(
-            f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off (--max_timeout={cfg.max_timeout:g})"
+            f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off "
+            f"(--max_timeout={cfg.max_timeout:g})"
         )
+
+    # Losses and gradients that are not finite, three times in a row.
     finite = math.isfinite(metrics["grad_norm"] + metrics["loss"])
-    metrics["skipped"] = state["skipped"] = 0 if finite else state["skipped"] + 1
+    state["skipped"] = 0 if finite else state["skipped"] + 1
+    metrics["skipped"] = state["skipped"]
     if state["skipped"] >= 3:
         stop(
-            f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) was not finite three times in a row (lr {cfg.lr})"
+            f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) "
+            f"was not finite three times in a row (lr {cfg.lr})"
         )
+
     if finite and "gap" in metrics:
-        limit = 0.05 if gpu else 1e-3
-        # its log-probs are of what top_p and top_k leave; it has a gate of its own
-        if cfg.engine == "vllm" or cfg.engine == "auto" and gpu:
-            limit += math.inf if cfg.top_k > 0 else -math.log(cfg.top_p)
-        if not metrics["gap"] <= limit:
-            stop(
-                f"rollout: the sampler's log-probs are {metrics['gap']:.1e} a token off the trainer's (limit {limit:.1e}): it draws from another policy"
-            )
+        check_gap(metrics["gap"], cfg, stop)
+
+
+def check_gap(gap, cfg, stop):
+    """Call stop(reason) if the sampler draws from another policy than the one that is trained.
+
+    gap: mean difference between the log-probs of sampler and trainer, in nats a token. They differ
+    by rounding alone: 1e-6 in fp32, 0.01 in bf16. An engine that missed an update differs by more.
+    """
+    gpu = torch.cuda.is_available()
+    limit = 0.05 if gpu else 1e-3
+    uses_vllm = cfg.engine == "vllm" or (cfg.engine == "auto" and gpu)
+    if uses_vllm:
+        # vLLM normalizes its log-probs over the tokens that top_p and top_k leave. Top-p raises
+        # each by at most -log(top_p). Top-k has no such bound, so there nothing is checked here;
+        # the vLLM engine has a gate of its own.
+        limit += math.inf if cfg.top_k > 0 else -math.log(cfg.top_p)
+    # A gap of nan has to stop the run, hence no `gap > limit`.
+    if not gap <= limit:
+        stop(
+            f"rollout: the sampler's log-probs are {gap:.1e} a token off the trainer's "
+            f"(limit {limit:.1e}): it draws from another policy"
+        )

@@ -1,4 +1,4 @@
-"""What a run prints and writes: one console line and one line of metrics.jsonl a step."""
+"""What a run prints and writes: at every step one console line and one line of metrics.jsonl."""
 
 import json
 import os
@@ -9,48 +9,75 @@ import torch
 from lib.common import all_reduce, print0, ranks
 from lib.guard import one_sentence
 
-
-# ---- Log -----------------------------------------------------------------------------------------
-def console_line(step, num_steps, m):
-    """step 120/500 | reward 0.431 | len 2831 | ...: one line for a step of RL, in a fixed order."""
-    rate = m["num_tokens"] / max(m["time/gen"] + m["time/train"], 1e-9)
-    line = (
-        f"step {step}/{num_steps} | reward {m['reward']:.3f} | len {m['len']:.0f} | trunc {m['trunc']:.0%} | flat {m['flat']:.0%} | "
-        f"ent {m['entropy']:.2f} | gap {m['gap']:.1e} | grad {m['grad_norm']:.2f} | lr {m['lr']:.1e} | gen {m['time/gen']:.1f}s "
-        f"train {m['time/train']:.1f}s | {rate / 1000:.1f}k tok/s | {peak_memory() / 2**30:.1f} GB"
-    )
-    return line + (f" | eval {m['eval']:.3f}" if "eval" in m else "")
-
-
-# of a rollout's reward, in every stage; no_answer: also an edit that does not apply
+# The status of a rollout's reward, in every stage. An edit that does not apply is a "no_answer".
 STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
 
 
+# ---- Metrics of a step ---------------------------------------------------------------------------
 def summarize(rollouts, shares):
-    """Means over the rollouts of all ranks: numerators and denominators are reduced apart."""
-    n, groups = len(rollouts), {}
+    """Mean metrics over the rollouts of all ranks: {name: number}.
+
+    shares: {name: mean over this rank's rollouts}, a stage's own metrics; they come back as
+    "reward/name". Numerators and denominators are summed over the ranks separately, since ranks
+    have different numbers of rollouts.
+    """
+    rewards_of_group = {}
     for r in rollouts:
-        groups.setdefault(r.group, set()).add(r.reward)
+        rewards_of_group.setdefault(r.group, set()).add(r.reward)
+
     sums = {
-        "n": n,
-        "groups": len(groups),
-        "flat": sum(len(rewards) == 1 for rewards in groups.values()),
+        "n": len(rollouts),
+        "groups": len(rewards_of_group),
+        # A group whose rewards are all equal has no advantages, and teaches nothing.
+        "flat": sum(len(rewards) == 1 for rewards in rewards_of_group.values()),
+        "reward": sum(r.reward for r in rollouts if r.status != "infra"),
+        "len": sum(len(r.completion_ids) for r in rollouts),
+        "trunc": sum(r.finish_reason == "length" for r in rollouts),
+        # A thinking rollout that never closed its reasoning.
+        "unclosed": sum(r.row["think"] and "</think>" not in r.text for r in rollouts),
+        "verifiers_s": sum(r.verify_s for r in rollouts),
     }
-    sums["reward"] = sum(r.reward for r in rollouts if r.status != "infra")
-    sums["len"] = sum(len(r.completion_ids) for r in rollouts)
-    sums["trunc"] = sum(r.finish_reason == "length" for r in rollouts)
-    sums["unclosed"] = sum(r.row["think"] and "</think>" not in r.text for r in rollouts)
-    sums["verifiers_s"] = sum(r.verify_s for r in rollouts)
-    sums |= {f"status/{s}": sum(r.status == s for r in rollouts) for s in STATUSES}
-    sums |= {f"reward/{name}": share * n for name, share in shares.items()}
+    for status in STATUSES:
+        sums[f"status/{status}"] = sum(r.status == status for r in rollouts)
+    for name, share in shares.items():
+        sums[f"reward/{name}"] = share * len(rollouts)
     sums = all_reduce(sums)
-    n, groups, verifiers_s = sums.pop("n"), sums.pop("groups"), sums.pop("verifiers_s")
-    means = {
-        k: v / (groups if k == "flat" else max(n - sums["status/infra"], 1) if k == "reward" else n)
-        for k, v in sums.items()
-    }
-    # of all workers; most of it while others still decode
-    return means | {"time/verifiers": verifiers_s}
+
+    num_rollouts, num_groups = sums.pop("n"), sums.pop("groups")
+    verifiers_s = sums.pop("verifiers_s")
+    num_scored = max(num_rollouts - sums["status/infra"], 1)
+    denominators = {"flat": num_groups, "reward": num_scored}
+    means = {}
+    for name, total in sums.items():
+        means[name] = total / denominators.get(name, num_rollouts)
+    # Seconds that all verifiers worked, a sum. Most of it passes while other rollouts still decode.
+    means["time/verifiers"] = verifiers_s
+    return means
+
+
+def console_line(step, num_steps, m):
+    """Return the line of one RL step, in a fixed order: step 120/500 | reward 0.431 | ...
+
+    m: the metrics of the step.
+    """
+    seconds = max(m["time/gen"] + m["time/train"], 1e-9)
+    fields = [
+        f"step {step}/{num_steps}",
+        f"reward {m['reward']:.3f}",
+        f"len {m['len']:.0f}",
+        f"trunc {m['trunc']:.0%}",
+        f"flat {m['flat']:.0%}",
+        f"ent {m['entropy']:.2f}",
+        f"gap {m['gap']:.1e}",
+        f"grad {m['grad_norm']:.2f}",
+        f"lr {m['lr']:.1e}",
+        f"gen {m['time/gen']:.1f}s train {m['time/train']:.1f}s",
+        f"{m['num_tokens'] / seconds / 1000:.1f}k tok/s",
+        f"{peak_memory() / 2**30:.1f} GB",
+    ]
+    if "eval" in m:
+        fields.append(f"eval {m['eval']:.3f}")
+    return " | ".join(fields)
 
 
 def show_sample(rollout):
@@ -61,38 +88,50 @@ def show_sample(rollout):
 
 
 def peak_memory():
-    """Bytes: the most this process has held, on its GPU if there is one."""
-    return (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    """Return the most bytes that this process has held: on its GPU, or without one on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * 1024
 
 
+# ---- Log -----------------------------------------------------------------------------------------
 class Logger:
-    """One console line and one metrics.jsonl line a step. After a resume the file is cut back to the step resumed from."""
+    """Prints the console line and writes the metrics.jsonl line of every step, on rank 0.
+
+    step: the step that the run resumes from. Lines of later steps are removed from the file.
+    """
 
     def __init__(self, out_dir, step):
         self.path = os.path.join(out_dir, "metrics.jsonl")
         if ranks()[0] == 0:
-            old = (
-                [line for line in open(self.path) if line.endswith("\n")]
-                if os.path.exists(self.path)
-                else []
-            )
-            with one_sentence(f"{self.path} is not the log of a run"):
-                kept = [line for line in old if json.loads(line)["step"] <= step]
-            with open(self.path + ".tmp", "w") as f:
-                f.writelines(kept)
-            os.replace(self.path + ".tmp", self.path)
+            self.cut_back(step)
+
+    def cut_back(self, step):
+        """Keep the lines up to `step`. A line without its end, from a killed run, goes too."""
+        lines = []
+        if os.path.exists(self.path):
+            with open(self.path) as f:
+                lines = [line for line in f if line.endswith("\n")]
+        with one_sentence(f"{self.path} is not the log of a run"):
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        # Write a new file and rename it, so that a kill at any instant leaves a whole log.
+        with open(self.path + ".tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(self.path + ".tmp", self.path)
 
     def log(self, step, metrics, line=""):
-        """Host memory is what this process holds now, its verifiers not counted."""
+        """Write the metrics of a step, and print `line` if there is one.
+
+        Adds "memory/rss_gb" to the metrics: the host memory that this process holds now, without
+        its verifier processes.
+        """
         if os.path.exists("/proc/self/statm"):
-            metrics["memory/rss_gb"] = (
-                int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**30
-            )
+            with open("/proc/self/statm") as f:
+                resident_pages = int(f.read().split()[1])
+            metrics["memory/rss_gb"] = resident_pages * resource.getpagesize() / 2**30
         if ranks()[0] == 0:
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
-        line and print0(line)
+        if line:
+            print0(line)

@@ -1,8 +1,11 @@
-"""What a run will take, said before it starts: memory at the three moments at which it peaks, and the time of a step at most.
+"""Memory and time of a run, estimated before it starts.
 
-A file of its own because it is arithmetic about the model and no part of it: model.py is Qwen3 alone, and common.py imports no model.
-check_memory prints the plan of a stage from its flags, and ends a run that cannot fit with a sentence before anything is loaded.
-tests/test_plan.py holds the plan against bytes and products counted as they happen.
+check_memory is what the stages call. It prints the estimate that follows from their flags, and ends
+a run that cannot fit with one sentence, before anything is loaded. Memory is estimated at the three
+moments at which it peaks (load, update, rollouts), time as the longest that a step may take.
+
+This is arithmetic about the model and no part of it: model.py is Qwen3 alone, and lib/common.py
+imports no model. tests/test_plan.py compares the estimate with counted bytes and matrix products.
 """
 
 import contextlib
@@ -14,66 +17,109 @@ from lib.common import print0
 from lib.guard import fail
 from model import Qwen3, read_config
 
+GB = 1e9
 
+
+# ---- Memory --------------------------------------------------------------------------------------
 def activation_elements(config, checkpointing):
-    """Numbers that the layers keep for backward, per token, in the compute precision (a few fp32 statistics are left out)."""
-    D, F_ = config.hidden_size, config.intermediate_size
+    """Number of elements per token that the layers keep for backward, in the compute precision.
+
+    checkpointing: every layer keeps its input alone, and one layer at a time is computed again.
+    A few fp32 statistics per token are left out.
+    """
+    D = config.hidden_size
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    # 2 sums, 2 normed; q k before and after RoPE, v, out; gate, up, their product
-    layer = 4 * D + 3 * heads + 3 * F_
-    return (
-        D * (config.num_hidden_layers + 1) + layer
-        if checkpointing
-        else layer * config.num_hidden_layers
-    )
+    # D wide: two residual sums and two normalized inputs. Heads: q and k before RoPE, q and k after
+    # it, v and the attention output. MLP: gate, up, and their product.
+    layer = 4 * D + 3 * heads + 3 * config.intermediate_size
+    if checkpointing:
+        return D * (config.num_hidden_layers + 1) + layer
+    return layer * config.num_hidden_layers
 
 
 def memory_plan(
     config, world, tokens, longest, gpu=True, nll=False, engine="vllm", reference=False
 ):
-    """{"load", "update", "rollouts"}: {part: bytes on one rank} at the three moments at which memory peaks. tokens: of a packed
-    micro-batch. longest: of a sequence, prompt included. Estimates where a part depends on the allocator: see its comment."""
+    """Bytes on one rank at the moments at which memory peaks: {moment: {part: bytes}}.
+
+    The moments are "load", "update" and, unless nll, "rollouts".
+
+    world:      ranks that share the weights
+    tokens:     of a packed micro-batch
+    longest:    tokens of the longest sequence, prompt included
+    nll:        training on given tokens (SFT, reward model), without rollouts
+    engine:     of the rollouts: "vllm" or "torch"
+    reference:  whether a reference policy is kept for a KL term
+
+    Parts that depend on the allocator are estimates.
+    """
+    # Count the parameters without allocating them.
     with torch.device("meta"):
         model = Qwen3(config)
     total = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    # embedding, head, last norm: gathered from first forward to last backward
+    # The root of FSDP: embedding, head and last norm. They are gathered from the beginning of
+    # forward to the end of backward.
     root = total - layer * config.num_hidden_layers
-    width, sharded, V, D = 2 if gpu else 4, gpu or world > 1, config.vocab_size, config.hidden_size
-    # fp32 master weights, two moments
+
+    width = 2 if gpu else 4  # bytes of a number in compute precision: bf16 or fp32
+    sharded = gpu or world > 1
+
+    # The trainer's state stays at all times: fp32 master weights, and AdamW's two fp32 moments.
     state = {"weights": 4 * total // world, "optimizer": 8 * total // world}
-    copies = {"reference": width * total} if reference else {}
-    replica = {"engine weights": width * total} if sharded else {}
-    update = state | copies | {"gradients": 4 * total // world}
-    # two layers and the root whole; gradients of the root and a layer in flight, once more in fp32
-    # for their reduction
+    if reference:
+        state["reference"] = width * total
+
+    update = dict(state)
+    update["gradients"] = 4 * total // world
     if sharded:
-        update["gathered"] = width * (root + 2 * layer) + (width + 4) * (root + layer)
-    peak_layer = 3 * config.intermediate_size + 2 * D  # gradients alive beside what the layer kept
-    update["activations"] = width * tokens * (activation_elements(config, gpu) + peak_layer)
-    columns, rows = (V, min(2048, tokens)) if nll else (min(V, 8192), tokens)
-    update["logits"] = (
-        (columns * rows * (4 + width) if gpu else 2**21)
-        + 4 * tokens * D
-        + (4 * V * D if nll else 0)
-    )
-    # vLLM sleeps meanwhile, its weights in host memory
-    update |= replica if engine == "torch" else {}
-    cache = (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * config.head_dim
-        * width
-        * longest
-    )
-    # of one sequence, the least that goes on
-    rollouts = state | copies | replica | {"KV cache": cache}
-    return {"load": {"weights": 4 * total}, "update": update} | (
-        {} if nll else {"rollouts": rollouts}
-    )
+        # The root and two layers are whole in compute precision: the current one, and the next one,
+        # which FSDP gathers ahead. The gradients of the root and of one layer are on their way, in
+        # compute precision and once more in fp32 for the reduction.
+        weights_in_flight = width * (root + 2 * layer)
+        gradients_in_flight = (width + 4) * (root + layer)
+        update["gathered"] = weights_in_flight + gradients_in_flight
+
+    # Besides what is kept for backward, the gradients inside the MLP of one layer are alive.
+    gradients_in_layer = 3 * config.intermediate_size + 2 * config.hidden_size
+    elements = activation_elements(config, gpu) + gradients_in_layer
+    update["activations"] = width * tokens * elements
+    update["logits"] = logits_bytes(config, tokens, width, gpu, nll)
+    # The engine's own copy of the weights. During the update vLLM keeps its copy in host memory.
+    engine_weights = {"engine weights": width * total} if sharded else {}
+    if engine == "torch":
+        update.update(engine_weights)
+
+    plan = {"load": {"weights": 4 * total}, "update": update}
+    if not nll:
+        # Keys and values of one sequence of full length: with less, no rollout can be completed.
+        kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        rollouts = {**state, **engine_weights}
+        rollouts["KV cache"] = kv_elements * width * longest
+        plan["rollouts"] = rollouts
+    return plan
 
 
+def logits_bytes(config, tokens, width, gpu, nll):
+    """Bytes of the logits of a micro-batch and of their gradients.
+
+    The kernels make the logits in tiles, in fp32 and in compute precision: linear_cross_entropy
+    (nll) whole rows of 2048 tokens, linear_logprob 8192 columns of all tokens.
+    """
+    V, D = config.vocab_size, config.hidden_size
+    if not gpu:
+        tiles = 2**21  # on CPUs two fp32 tiles of 1 MB
+    elif nll:
+        tiles = V * min(2048, tokens) * (4 + width)
+    else:
+        tiles = min(V, 8192) * tokens * (4 + width)
+    hidden_gradient = 4 * tokens * D
+    # linear_cross_entropy sums the gradient of the head in fp32.
+    head_gradient = 4 * V * D if nll else 0
+    return tiles + hidden_gradient + head_gradient
+
+
+# ---- Time ----------------------------------------------------------------------------------------
 def time_plan(
     config,
     world,
@@ -85,118 +131,181 @@ def time_plan(
     bandwidth=2e12,
     room=float("inf"),
 ):
-    """(seconds of generation, seconds of the update) of one step if every completion ran to its limit: an upper end, at rates that
-    well-kept code reaches on an H100 (40% of its peak arithmetic, 60% of its bandwidth). tokens, rows: of the whole step. room: bytes for
-    KV caches; where they hold few sequences, the weights are read for each few anew."""
+    """(seconds of generation, seconds of the update) of a step of sequences of full length.
+
+    An upper end, at rates that good code reaches on an H100: 40% of its peak arithmetic (flops, per
+    second) and 60% of its memory bandwidth (bytes per second).
+
+    tokens, rows:  tokens and sequences of the whole step, over all ranks
+    longest:       tokens of a sequence, of which new_tokens are generated
+    room:          bytes of a rank for KV caches. Where they hold few sequences at a time, the
+                   weights are read again for every few.
+    """
     with torch.device("meta"):
         total = sum(p.numel() for p in Qwen3(config).parameters())
-    # looking up is no product
-    total -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    # checkpointing: all but each last product
-    again = total - config.num_hidden_layers * config.hidden_size * config.intermediate_size
-    attention = (
-        2 * longest * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    )
-    # attention: forward twice, backward 2.5 of one
-    update = tokens * (6 * total + 2 * again + 4.5 * attention) / (world * flops)
-    cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    # of half-written completions, the mean over their growth
-    caches = rows / world * cache * (longest - new_tokens / 2)
-    # all caches at every token, and all weights at every token of a wave
-    read = new_tokens * (2 * total * max(caches / room, 1) + caches)
-    return read / bandwidth, update
+    # Looking up an embedding is no matrix product. A tied embedding is the head as well.
+    if not config.tie_word_embeddings:
+        total -= config.vocab_size * config.hidden_size
+
+    # Update. A parameter costs 2 operations per token in forward and 4 in backward. Checkpointing
+    # computes each layer again, all but its last product (the down projection): 2 more.
+    down = config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    recomputed = total - down
+    # Causal attention does this much per token in one forward pass. It runs forward twice, and
+    # backward costs 2.5 forward passes: 4.5 in all.
+    heads = config.num_attention_heads * config.head_dim
+    attention = 2 * longest * heads * config.num_hidden_layers
+    operations = tokens * (6 * total + 2 * recomputed + 4.5 * attention)
+    update_s = operations / (world * flops)
+
+    # Generation. Every new token reads the KV caches of all rows of the rank (keys and values, two
+    # bytes each), at the mean length of a completion while it grows. It also reads all weights (two
+    # bytes each), once for every wave of rows whose caches fit into `room`.
+    cache_of_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    caches = rows / world * cache_of_token * (longest - new_tokens / 2)
+    waves = max(caches / room, 1)
+    bytes_read = new_tokens * (2 * total * waves + caches)
+    return bytes_read / bandwidth, update_s
 
 
+# ---- What a run has ------------------------------------------------------------------------------
 def free_memory(device, world):
-    """Bytes that a rank may still take: of its GPU, or its share of what the machine or its container has left."""
+    """Bytes that a rank may still take: of its GPU, or on CPUs its share of the machine.
+
+    Inside a container, the machine is what the container may use.
+    """
     if device.type == "cuda":
-        return (
-            torch.cuda.mem_get_info()[0]
-            + torch.cuda.memory_reserved()
-            - torch.cuda.memory_allocated()
-        )
+        free_on_device, _ = torch.cuda.mem_get_info()
+        # PyTorch's allocator holds memory that no tensor uses.
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return free_on_device + unused
     with open("/proc/meminfo") as f:
-        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+        available = next(line for line in f if line.startswith("MemAvailable"))
+    free = int(available.split()[1]) * 1024
+    # Without a limit, memory.max is missing or says "max".
     with contextlib.suppress(OSError, ValueError):
-        free = min(
-            free,
-            int(open("/sys/fs/cgroup/memory.max").read())
-            - int(open("/sys/fs/cgroup/memory.current").read()),
-        )
+        limit = read_number("/sys/fs/cgroup/memory.max")
+        used = read_number("/sys/fs/cgroup/memory.current")
+        free = min(free, limit - used)
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
+def read_number(path):
+    """The whole number that a file consists of."""
+    with open(path) as f:
+        return int(f.read())
+
+
 def longest_sequence(cfg):
-    return (
-        cfg.max_seq_len
-        if hasattr(cfg, "max_seq_len")
-        else cfg.max_prompt_tokens + cfg.max_new_tokens
-    )
+    """Tokens of the longest sequence that the flags allow."""
+    if hasattr(cfg, "max_seq_len"):
+        return cfg.max_seq_len
+    return cfg.max_prompt_tokens + cfg.max_new_tokens
 
 
+# ---- The plan of a run ---------------------------------------------------------------------------
 def check_memory(folder, cfg, world, device, pair=0):
-    """Prints the plan of memory and time of a run that starts from `folder`, in two or three lines, and ends a run that cannot fit.
-    pair: tokens of the longest pair, where a reward model is trained; its step is SFT's, but for the logits, which it does not make."""
-    if not os.path.exists(os.path.join(folder, "config.json")) or not os.path.exists(
-        "/proc/meminfo"
-    ):
-        return  # loading says what is wrong with the folder
-    nll, longest = pair > 0 or hasattr(cfg, "max_seq_len"), pair or longest_sequence(cfg)
+    """Print memory and time of a run that starts from `folder`; end a run that cannot fit.
+
+    pair: tokens of the longest pair, if a reward model is trained. It is planned like SFT, although
+    it makes no logits.
+    """
+    # A folder without config.json is no checkpoint. Loading it says so in better words.
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        return
+    if not os.path.exists("/proc/meminfo"):
+        return
+    config = read_config(folder)
+    nll = pair > 0 or hasattr(cfg, "max_seq_len")
+    longest = pair or longest_sequence(cfg)
+    # A sequence that is longer than a micro-batch is a micro-batch by itself.
     tokens = max(cfg.micro_batch_tokens, longest)
-    shares = {"replicate": 1, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world))}.get(
-        cfg.shard, world
+    plan = plan_of_flags(config, cfg, world, device, tokens, longest, nll)
+    free = free_memory(device, world)
+    subject = "reward model, " if pair > 0 else ""
+
+    # Memory, a line for each moment but loading.
+    for moment, parts in plan.items():
+        if moment != "load":
+            needed = sum(parts.values())
+            listed = ", ".join(f"{part} {n / GB:.2g}" for part, n in parts.items())
+            print0(f"{subject}{moment}: {needed / GB:.3g} of {free / GB:.3g} GB a rank ({listed})")
+
+    # Time, a line.
+    generation_s, update_s = time_of_flags(
+        config, cfg, world, device, longest, nll, pair, plan, free
     )
+    if nll:
+        parts = f"{update_s:.3g} s"
+    else:
+        parts = f"{generation_s:.3g} s of rollouts and {update_s:.3g} s of update"
+    print0(
+        f"{subject}time: a step takes at most about {parts}, if every sequence has {longest} tokens"
+    )
+    if max(generation_s, update_s) > cfg.phase_timeout:
+        print0(
+            f"time: a phase of more than --phase_timeout={cfg.phase_timeout:g} s ends the run, "
+            "again and again when it is resumed: raise it if such steps are meant"
+        )
+
+    # Refuse what cannot fit.
+    flags = "--rm_max_len and --micro_batch_tokens" if pair > 0 else "--micro_batch_tokens"
+    for moment, parts in plan.items():
+        needed = sum(parts.values())
+        if needed > free:
+            largest = max(parts, key=parts.get)
+            fail(
+                f"{folder} on {world} ranks: {moment} needs about {needed / GB:.1f} GB a rank and "
+                f"{free / GB:.1f} GB are free; most of it is {largest}, "
+                f"{parts[largest] / GB:.1f} GB: take more ranks, or fewer {flags} "
+                f"(now {tokens} at a time)."
+            )
+
+
+def plan_of_flags(config, cfg, world, device, tokens, longest, nll):
+    """memory_plan of a run with these flags, as --shard spreads it over ranks and host memory."""
+    # Ranks that share the weights.
+    sharing = world
+    if cfg.shard == "replicate":
+        sharing = 1
+    if cfg.shard == "hybrid":
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    gpu = device.type == "cuda"
     plan = memory_plan(
-        read_config(folder),
-        shares,
+        config,
+        sharing,
         tokens,
         longest,
-        device.type == "cuda",
-        nll,
-        "" if nll else cfg.engine,
-        not nll and getattr(cfg, "kl_coef", 0) > 0,
+        gpu=gpu,
+        nll=nll,
+        engine="" if nll else cfg.engine,
+        reference=not nll and getattr(cfg, "kl_coef", 0) > 0,
     )
-    if cfg.shard == "offload" and device.type == "cuda":
-        plan = {
-            moment: {
-                k: n for k, n in parts.items() if k not in ("weights", "optimizer", "gradients")
-            }
-            for moment, parts in plan.items()
-        }
-    free, GB = free_memory(device, world), 1e9
-    for moment in list(plan)[1:]:
-        parts = ", ".join(f"{part} {n / GB:.2g}" for part, n in plan[moment].items())
-        print0(
-            f"{'reward model, ' * (pair > 0)}{moment}: {sum(plan[moment].values()) / GB:.3g} of {free / GB:.3g} GB a rank ({parts})"
-        )
-    rows, new_tokens = (
-        (cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens)
-        if not nll
-        else (cfg.rm_samples_per_step if pair else cfg.samples_per_step, 0)
+    if cfg.shard == "offload" and gpu:
+        # These parts rest in host memory and take nothing of the GPU's.
+        for parts in plan.values():
+            for part in ("weights", "optimizer", "gradients"):
+                parts.pop(part, None)
+    return plan
+
+
+def time_of_flags(config, cfg, world, device, longest, nll, pair, plan, free):
+    """time_plan of a run with these flags, on an H100 or on one core of a CPU."""
+    if not nll:
+        rows, new_tokens = cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens
+    elif pair:
+        rows, new_tokens = cfg.rm_samples_per_step, 0
+    else:
+        rows, new_tokens = cfg.samples_per_step, 0
+    if device.type == "cuda":
+        flops, bandwidth = 400e12, 2e12
+        # vLLM gets 60% of the GPU (engine.gpu_share), its weights included. 1 GB at least keeps the
+        # estimate finite.
+        weights = plan.get("rollouts", {}).get("engine weights", 0)
+        room = max(0.6 * free - weights, 1e9)
+    else:
+        flops, bandwidth = 2e10, 5e9
+        room = float("inf")
+    return time_plan(
+        config, world, rows * longest, longest, new_tokens, rows, flops, bandwidth, room
     )
-    # of an H100 and of a CPU core, as well-kept code reaches them
-    rates = (400e12, 2e12) if device.type == "cuda" else (2e10, 5e9)
-    # as gpu_share has it
-    room = (
-        max(0.6 * free - plan.get("rollouts", {}).get("engine weights", 0), 1e9)
-        if device.type == "cuda"
-        else float("inf")
-    )
-    gen, update = time_plan(
-        read_config(folder), world, rows * longest, longest, new_tokens, rows, *rates, room
-    )
-    parts = f"{update:.3g} s" if nll else f"{gen:.3g} s of rollouts and {update:.3g} s of update"
-    print0(
-        f"{'reward model, ' * (pair > 0)}time: a step takes at most about {parts}, if every sequence has {longest} tokens"
-    )
-    if max(gen, update) > cfg.phase_timeout:
-        print0(
-            f"time: a phase of more than --phase_timeout={cfg.phase_timeout:g} s ends the run, again and again when it is resumed: raise it if such steps are meant"
-        )
-    for moment, parts in plan.items():
-        if sum(parts.values()) > free:
-            most = max(parts, key=parts.get)
-            fail(
-                f"{folder} on {world} ranks: {moment} needs about {sum(parts.values()) / GB:.1f} GB a rank and {free / GB:.1f} GB are free; most of it is "
-                f"{most}, {parts[most] / GB:.1f} GB: take more ranks, or fewer {'--rm_max_len and ' * (pair > 0)}--micro_batch_tokens (now {tokens} at a time)."
-            )

@@ -1,7 +1,10 @@
-"""Compiles every Triton kernel for Hopper (sm_90) without a GPU and prints what the hardware would need, as JSON.
+"""Compile every Triton kernel for Hopper (sm_90) without a GPU; print its needs as JSON.
 
-Triton's wheel carries the assembler, so this works on any Linux machine. By hand: python tests/aot_report.py
-Shapes are Qwen3-8B's and, where a width of the toy model takes another path, the toy's.
+    python tests/aot_report.py
+
+The needs are registers, shared memory, spilled bytes and the kinds of instructions. Triton's wheel
+carries the assembler, so this works on any Linux machine. Shapes are Qwen3-8B's and, where a width
+of the toy model takes another path, the toy's.
 """
 
 import json
@@ -32,46 +35,46 @@ from kernels import (
 CUOBJDUMP = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 BF, FP, INT = "*bf16", "*fp32", "*i64"
-ROPE_8B = dict(N=32, K=8, N_BLOCK=32, K_BLOCK=8, HALF=64, HALF_BLOCK=64)
-ROPE_TOY = dict(N=4, K=2, N_BLOCK=4, K_BLOCK=2, HALF=12, HALF_BLOCK=16)
+ROPE_8B = {"N": 32, "K": 8, "N_BLOCK": 32, "K_BLOCK": 8, "HALF": 64, "HALF_BLOCK": 64}
+ROPE_TOY = {"N": 4, "K": 2, "N_BLOCK": 4, "K_BLOCK": 2, "HALF": 12, "HALF_BLOCK": 16}
 ROPE_IN = f"{BF} {BF} {BF} {BF} {FP} {FP} {INT}"
-ATTN_8B = dict(N=32, K=8, H=128, H_BLOCK=128, BLOCK_K=64)
-ATTN_TOY = dict(N=4, K=2, H=24, H_BLOCK=32, BLOCK_K=64)
+ATTN_8B = {"N": 32, "K": 8, "H": 128, "H_BLOCK": 128, "BLOCK_K": 64}
+ATTN_TOY = {"N": 4, "K": 2, "H": 24, "H_BLOCK": 32, "BLOCK_K": 64}
 SCALARS = "i32 i32 i32 i32 i32 fp32"  # three strides, num_tokens, num_blocks, scale
 
 # six strides, length, num_splits, scale
 DECODE_IN = f"{BF} {BF} {BF} {INT} {BF} {FP} {FP} {FP} " + "i32 " * 6 + f"{INT} i32 fp32"
-DECODE_8B = ATTN_8B | dict(G_BLOCK=16, SPLIT=256, BLOCK=64)
+DECODE_8B = ATTN_8B | {"G_BLOCK": 16, "SPLIT": 256, "BLOCK": 64}
 DECODE_8B.pop("BLOCK_K")
-DECODE_TOY = DECODE_8B | dict(N=4, K=2, H=24, H_BLOCK=32)
+DECODE_TOY = DECODE_8B | {"N": 4, "K": 2, "H": 24, "H_BLOCK": 32}
 
 # kernel, types of the run-time arguments in order, constants, warps, stages
 CONFIGS = [
     (
         rms_norm.rms_norm_forward,
         f"{BF} {BF} {BF} {BF} {BF} {FP} i32 i32 fp32",
-        dict(D=4096, ADD=True, BLOCK=4096),
+        {"D": 4096, "ADD": True, "BLOCK": 4096},
         8,
         3,
     ),
     (
         rms_norm.rms_norm_forward,
         f"{BF} {BF} {BF} {BF} {BF} {FP} i32 i32 fp32",
-        dict(D=5120, ADD=True, BLOCK=8192),
+        {"D": 5120, "ADD": True, "BLOCK": 8192},
         16,
         3,
     ),
     (
         rms_norm.rms_norm_backward,
         f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32",
-        dict(D=4096, ADD=True, BLOCK=4096),
+        {"D": 4096, "ADD": True, "BLOCK": 4096},
         8,
         3,
     ),
     (
         rms_norm.rms_norm_backward,
         f"{BF} {BF} {BF} {BF} {FP} {BF} {FP} i32 i32 i32",
-        dict(D=5120, ADD=True, BLOCK=8192),
+        {"D": 5120, "ADD": True, "BLOCK": 8192},
         16,
         3,
     ),
@@ -96,93 +99,99 @@ CONFIGS = [
         2,
         3,
     ),
-    (swiglu.swiglu_forward, f"{BF} {BF} {BF} i32 i32", dict(D=12288, BLOCK=1024), 4, 3),
-    (swiglu.swiglu_backward, f"{BF} {BF} {BF} {BF} {BF} i32 i32", dict(D=12288, BLOCK=1024), 4, 3),
-    (linear_logprob.fold_chunk, f"{FP} {INT} {FP} {FP} i32 i32 i32 i32", dict(BLOCK=4096), 8, 3),
+    (swiglu.swiglu_forward, f"{BF} {BF} {BF} i32 i32", {"D": 12288, "BLOCK": 1024}, 4, 3),
+    (
+        swiglu.swiglu_backward,
+        f"{BF} {BF} {BF} {BF} {BF} i32 i32",
+        {"D": 12288, "BLOCK": 1024},
+        4,
+        3,
+    ),
+    (linear_logprob.fold_chunk, f"{FP} {INT} {FP} {FP} i32 i32 i32 i32", {"BLOCK": 4096}, 8, 3),
     (
         linear_logprob.logits_to_dz,
         f"{FP} {BF} {INT} {FP} {FP} {FP} {FP} {FP} {FP} i32 i32 i32 i32 i32",
-        dict(HAS_DENTROPY=True, BLOCK=4096),
+        {"HAS_DENTROPY": True, "BLOCK": 4096},
         8,
         3,
     ),
     (
         attention.attention_forward,
         f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}",
-        ATTN_8B | dict(BLOCK_Q=128),
+        ATTN_8B | {"BLOCK_Q": 128},
         8,
         3,
     ),
     (
         attention.attention_forward,
         f"{BF} {BF} {BF} {BF} {FP} *i32 {SCALARS}",
-        ATTN_TOY | dict(BLOCK_Q=128),
+        ATTN_TOY | {"BLOCK_Q": 128},
         8,
         3,
     ),
     (
         attention.attention_backward_q,
         f"{BF} {BF} {BF} {BF} {BF} {FP} {FP} {BF} *i32 {SCALARS} fp32",
-        ATTN_8B | dict(BLOCK_Q=128),
+        ATTN_8B | {"BLOCK_Q": 128},
         8,
         3,
     ),
     (
         attention.attention_backward_kv,
         f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
-        ATTN_8B | dict(BLOCK_Q=64),
+        ATTN_8B | {"BLOCK_Q": 64},
         4,
         2,
     ),
     (
         attention.attention_backward_kv,
         f"{BF} {BF} {BF} {BF} {FP} {FP} {BF} {BF} *i32 {SCALARS} fp32",
-        ATTN_TOY | dict(BLOCK_Q=64),
+        ATTN_TOY | {"BLOCK_Q": 64},
         4,
         2,
     ),
     (
         attention.attention_backward_q,
         f"{FP} {FP} {FP} {FP} {FP} {FP} {FP} {FP} *i32 {SCALARS} fp32",
-        ATTN_8B | dict(BLOCK_Q=128),
+        ATTN_8B | {"BLOCK_Q": 128},
         8,
         2,
     ),
-    (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=False), 4, 3),
-    (decode_attention.decode_split, DECODE_IN, DECODE_8B | dict(WHOLE=True), 4, 3),
-    (decode_attention.decode_split, DECODE_IN, DECODE_TOY | dict(WHOLE=True), 4, 3),
+    (decode_attention.decode_split, DECODE_IN, DECODE_8B | {"WHOLE": False}, 4, 3),
+    (decode_attention.decode_split, DECODE_IN, DECODE_8B | {"WHOLE": True}, 4, 3),
+    (decode_attention.decode_split, DECODE_IN, DECODE_TOY | {"WHOLE": True}, 4, 3),
     (
         decode_attention.decode_join,
         f"{FP} {FP} {FP} {INT} {BF} {INT} i32",
-        dict(N=32, H=128, H_BLOCK=128, SPLIT=256, SPLITS_BLOCK=16),
+        {"N": 32, "H": 128, "H_BLOCK": 128, "SPLIT": 256, "SPLITS_BLOCK": 16},
         2,
         3,
     ),
     (
         sampling.sample_kernel,
         f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
-        dict(GREEDY=False, TOP_K=True, TOP_P=True, V=151936, BLOCK=4096),
+        {"GREEDY": False, "TOP_K": True, "TOP_P": True, "V": 151936, "BLOCK": 4096},
         8,
         3,
     ),
     (
         sampling.sample_kernel,
         f"{BF} {FP} {INT} {FP} i32 fp32 fp32 i32",
-        dict(GREEDY=True, TOP_K=False, TOP_P=False, V=151936, BLOCK=4096),
+        {"GREEDY": True, "TOP_K": False, "TOP_P": False, "V": 151936, "BLOCK": 4096},
         8,
         3,
     ),
-    (adamw.adamw_kernel, f"{BF} {BF} {BF} {BF} {FP} {INT} {FP} i32", dict(BLOCK=1024), 4, 3),
+    (adamw.adamw_kernel, f"{BF} {BF} {BF} {BF} {FP} {INT} {FP} i32", {"BLOCK": 1024}, 4, 3),
 ]
 
 
 def report(kernel, types, constants, num_warps, num_stages):
-    """Compiles one configuration the way the launcher would: pointers, strides and widths are multiples of 16."""
-    runtime = dict(
-        zip(
-            (name for name in kernel.arg_names if name not in constants), types.split(), strict=True
-        )
-    )
+    """Compile one configuration as the launcher would, and return what the hardware would need.
+
+    Pointers, strides and widths are multiples of 16.
+    """
+    runtime_names = [name for name in kernel.arg_names if name not in constants]
+    runtime = dict(zip(runtime_names, types.split(), strict=True))
     signature = {name: runtime.get(name, "constexpr") for name in kernel.arg_names}
     wide = ("stride", "chunk_cols", "numel")
     aligned = [
@@ -206,7 +215,7 @@ def report(kernel, types, constants, num_warps, num_stages):
     ptx = compiled.asm["ptx"]
     return {
         "kernel": f"{kernel.__name__} {constants}",
-        # has to fit; nobody trains in it on a GPU
+        # an fp32 kernel has to fit, but nobody trains in fp32 on a GPU
         "fp32": all(kind in (FP, "*i32") for kind in types.split() if kind.startswith("*")),
         "registers": regs,
         "spilled_bytes": stack + local,

@@ -1,7 +1,9 @@
-"""What several test files share: the repository root on sys.path, the markers `slow` and `exhaustive`, and a toy world small enough for tests.
+"""What several test files share: the repository root on sys.path, the markers `slow` and
+`exhaustive`, and a toy world small enough for tests.
 
-`world` is toy.py's own output with two dozen problems a skill; `taught` is that world's base model after a minute's worth of SFT,
-so that its completions earn some rewards and not others. Both are made once a run.
+`world` is toy.py's own output with two dozen problems a skill; `taught` is that world's base
+model after a minute's worth of SFT, so that its completions earn some rewards and not others.
+Both are made once a run.
 """
 
 import os
@@ -38,7 +40,8 @@ def pytest_configure(config):
 
 
 def run_python(*args, ranks=1, check=True, timeout=300, **environment):
-    """A Python script of the repository in a process of its own, under torchrun if ranks > 1; (exit code, stdout, stderr)."""
+    """A Python script of the repository in a process of its own, under torchrun if ranks > 1;
+    (exit code, stdout, stderr)."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -59,7 +62,8 @@ def run_python(*args, ranks=1, check=True, timeout=300, **environment):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Folder with the data of every stage and the base model: 2 layers, width 48, 0.1M parameters."""
+    """Folder with the data of every stage and the base model: 2 layers, width 48, 0.1M
+    parameters."""
     folder = tmp_path_factory.mktemp("toy") / "data"
     run_python(
         "-c",
@@ -102,7 +106,8 @@ def tokenizer(world):
 
 @pytest.fixture()
 def tiny():
-    """A random Qwen3 for formulas: 2 layers, 4 query heads on 2 kv heads, vocabulary 61, peaked enough to be worth testing."""
+    """A random Qwen3 for formulas: 2 layers, 4 query heads on 2 kv heads, vocabulary 61, peaked
+    enough to be worth testing."""
     return make_tiny()
 
 

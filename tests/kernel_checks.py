@@ -1,14 +1,16 @@
-"""Runs every Triton kernel and prints its errors against float64 as one JSON object: in the interpreter on the CPU, or on a GPU.
+"""Run every Triton kernel and print its errors against float64 as one JSON object.
 
-    python tests/kernel_checks.py            # run by tests/test_kernels.py
-    python tests/kernel_checks.py cuda       # run by tests/test_gpu.py
+    python tests/kernel_checks.py            # in the interpreter; run by tests/test_kernels.py
+    python tests/kernel_checks.py cuda       # on a GPU; run by tests/test_gpu.py
+    python tests/kernel_checks.py NAME       # int64_offsets with int32 row offsets in NAME.py
 
-A process of its own, because TRITON_INTERPRET has to be set before Triton is imported and the compiler does not work beside
-the interpreter.
+This is a process of its own, because TRITON_INTERPRET has to be set before Triton is imported, and
+the compiler does not work beside the interpreter.
 """
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import sys
@@ -37,20 +39,20 @@ CHECKS = {}
 
 
 def check(fn):
-    """Registers a check: a function of the module under test that returns its largest relative error."""
+    """Register a check: a function of the module under test that returns the largest error."""
     CHECKS[fn.__name__] = fn
     return fn
 
 
 def poison_empty():
-    """Fills fresh memory with NaN (integers: a large number), so that an element nobody wrote is seen."""
+    """Fill fresh memory with NaN (integers: a large number), to make unwritten elements seen."""
 
     def poisoned(make):
         def fill(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(
-                torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max // 2
-            )
+            if out.is_floating_point():
+                return out.fill_(torch.nan)
+            return out.fill_(torch.iinfo(out.dtype).max // 2)
 
         return fill
 
@@ -59,9 +61,9 @@ def poison_empty():
 
 
 def compare(fn, ref, inputs, *rest, only=None):
-    """Largest error, relative to the largest entry, over the outputs of fn and its gradients to every input.
+    """Largest error, relative to the largest entry, over the outputs and gradients of fn.
 
-    With only=i the gradient flows into output i alone.
+    The gradients are those to every input. With only=i the gradient flows into output i alone.
     """
     wide = [x.detach().double().requires_grad_() for x in inputs]
     rest64 = [
@@ -84,7 +86,7 @@ def compare(fn, ref, inputs, *rest, only=None):
 
 def worst(errors):
     """The largest; NaN counts as larger than anything."""
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
 def randn(*shape, dtype=torch.float32):
@@ -94,7 +96,7 @@ def randn(*shape, dtype=torch.float32):
 
 @check
 def rms_norm_fp32(module=rms_norm, dtype=torch.float32):
-    """Widths that are not powers of two, one row, more rows than programs, rows that are slices of wider ones."""
+    """Widths that are not powers of two, one row, more rows than programs, slices of wider rows."""
     errors = [
         compare(
             module.rms_norm,
@@ -123,7 +125,10 @@ def add_rms_norm_fp32(module=rms_norm, dtype=torch.float32):
 
 @check
 def rms_norm_bf16():
-    """bf16 in and out: within two units of the last place (the interpreter truncates where the GPU rounds)."""
+    """bf16 in and out: within two units of the last place.
+
+    The interpreter truncates where the GPU rounds.
+    """
     return worst([rms_norm_fp32(dtype=torch.bfloat16), add_rms_norm_fp32(dtype=torch.bfloat16)])
 
 
@@ -165,7 +170,10 @@ def swiglu_bf16():
 
 @check
 def linear_logprob_fp32(module=linear_logprob):
-    """Several ragged vocabulary chunks, one temperature for all or one each, a sharp row, either output alone."""
+    """Several ragged vocabulary chunks, one temperature for all or one each, a sharp row.
+
+    Also the gradient of either output alone.
+    """
     errors = []
     for tokens, width, vocab, chunk in ((5, 8, 37, 16), (1, 3, 5, 8192), (6, 4, 300, 100)):
         module.GPU_COLUMNS = chunk
@@ -212,14 +220,16 @@ def linear_cross_entropy_fp32(module=linear_cross_entropy):
 
 @check
 def linear_heads_bf16():
-    """bf16 operands with fp32 logits and sums; PyTorch's CPU has no product for that pair, so there it is stood in for."""
-    for module in (linear_logprob, linear_cross_entropy) if not ON_GPU else ():
-        module.mm_fp32 = lambda a, b, out: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-        module.addmm_fp32 = lambda out, a, b: out.addmm_(a.to(out.dtype), b.to(out.dtype))
-    inputs, target = (
-        [randn(5, 8, dtype=torch.bfloat16), randn(300, 8, dtype=torch.bfloat16)],
-        torch.randint(300, (5,)),
-    )
+    """bf16 operands with fp32 logits and sums.
+
+    PyTorch's CPU has no matrix product for that pair, so there fp32 operands stand in.
+    """
+    if not ON_GPU:
+        for module in (linear_logprob, linear_cross_entropy):
+            module.mm_fp32 = lambda a, b, out: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+            module.addmm_fp32 = lambda out, a, b: out.addmm_(a.to(out.dtype), b.to(out.dtype))
+    inputs = [randn(5, 8, dtype=torch.bfloat16), randn(300, 8, dtype=torch.bfloat16)]
+    target = torch.randint(300, (5,))
     logprob = compare(
         linear_logprob.linear_logprob, linear_logprob.linear_logprob_ref, inputs, target, 0.6
     )
@@ -234,7 +244,10 @@ def linear_heads_bf16():
 
 @check
 def attention_fp32(module=attention, dtype=torch.float32):
-    """Sequences of length 1, around one block and over two; 24-wide heads; views into a fused projection; GQA."""
+    """Sequences of length 1, around one block and over two; 24-wide heads; GQA.
+
+    q, k and v are views into a fused projection.
+    """
     errors = []
     for lengths, n, k, width in (((1, 130, 5), 2, 1, 24), ((64, 1, 128), 2, 2, 16)):
         total = sum(lengths)
@@ -250,12 +263,15 @@ def attention_fp32(module=attention, dtype=torch.float32):
 
 @check
 def attention_fp16():
-    """Half precision into the products, fp32 sums (bf16 products are wrong in the interpreter, fp16 ones are right)."""
+    """Half precision into the products, fp32 sums.
+
+    The interpreter computes fp16 products right, bf16 products wrong.
+    """
     return attention_fp32(dtype=torch.float16)
 
 
 def decode_case(starts, length, n, k, width, dtype):
-    """q and two caches laid out [B, S, K, H], whose unused slots hold NaN, and the same caches with zeros there."""
+    """q, two caches laid out [B, S, K, H] whose unused slots hold NaN, and the same with zeros."""
     # peaked, so that the maxima of the splits differ
     q = (3 * torch.randn(len(starts), n, width)).to(dtype)
     start, slots = torch.tensor(starts), torch.arange(length + 9)
@@ -267,7 +283,10 @@ def decode_case(starts, length, n, k, width, dtype):
 
 @check
 def decode_attention_fp32(module=decode_attention, dtype=torch.float32):
-    """One slot, one split, 3 to 37 splits (more than are joined at once), ragged starts, 5 query heads of width 24."""
+    """One slot, one split, 3 to 37 splits (more than are joined at once), ragged starts.
+
+    One case has 5 query heads of width 24 per key head.
+    """
     errors = []
     shapes = (
         (256, (0,), 1, 2, 2, 24),
@@ -294,7 +313,10 @@ def decode_attention_fp16():
 
 @check
 def decode_attention_batched():
-    """Share of bits of a row's result that change with its company: another row, longer prompts, more splits."""
+    """Share of numbers of a row's result that change with what the row is batched with.
+
+    Alone, the row has no other rows beside it, starts at slot 0 and has fewer splits.
+    """
     q, cache, _, start = decode_case((430, 210, 0), 600, 2, 1, 16, torch.float32)
     together = decode_attention.decode_attention(q, *cache, start, 600)
     errors = []
@@ -309,8 +331,9 @@ def decode_attention_batched():
 
 @check
 def sampling_fp32(module=sampling):
-    """The same token as the CPU path wherever the uniform number is not within 1e-5 of a step of the CDF."""
-    errors, logits = [], torch.randn(4, 5003)[:, 3:] * 3
+    """The same token as the CPU path unless the uniform number is within 1e-5 of a CDF step."""
+    errors = []
+    logits = torch.randn(4, 5003)[:, 3:] * 3
     logits[1, 7:] = -torch.inf
     logits[2] = logits[2].round()  # many ties
     for temperature, top_p, top_k in (
@@ -323,30 +346,28 @@ def sampling_fp32(module=sampling):
         uniform = torch.rand(4)
         uniform[0], uniform[3] = 0.0, 1 - 2**-24
         token, logprob = module.sample_tokens(logits, uniform, temperature, top_p, top_k)
-        at = lambda d, how=(temperature, top_p, top_k), uniform=uniform: (
-            (uniform + d).clamp(0, 1 - 2**-24).cpu(),
-            *how,
-        )
-        low, high = (
-            module.sample_tokens_ref(logits.cpu(), *at(d))[0].to(token.device)
-            for d in (-1e-5, 1e-5)
-        )
-        exact = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1).gather(
-            1, token[:, None]
-        )
-        errors += [
-            float(((token < low) | (token > high)).any()),
-            (logprob - exact[:, 0]).abs().max().item(),
-        ]
+        bounds = []
+        for shift in (-1e-5, 1e-5):
+            near = (uniform + shift).clamp(0, 1 - 2**-24).cpu()
+            bound, _ = module.sample_tokens_ref(logits.cpu(), near, temperature, top_p, top_k)
+            bounds.append(bound.to(token.device))
+        low, high = bounds
+        errors.append(float(((token < low) | (token > high)).any()))
+
+        logprobs = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
+        exact = logprobs.gather(1, token[:, None])[:, 0]
+        errors.append((logprob - exact).abs().max().item())
     return worst(errors)
 
 
 @check
 def adamw_bf16(module=adamw):
-    """Share of elements of p, g, m, v that differ from the CPU path after 3 steps: the random bits are the same."""
-    made = [torch.randn(1500).bfloat16() for _ in range(2)] + [
-        torch.zeros(1500).bfloat16() for _ in range(2)
-    ]
+    """Share of elements of p, g, m, v that differ from the CPU path after 3 steps.
+
+    Both paths round with the same random bits.
+    """
+    made = [torch.randn(1500).bfloat16() for _ in range(2)]
+    made += [torch.zeros(1500).bfloat16() for _ in range(2)]
     states = [[x.clone() for x in made] for _ in range(2)]
     for use_kernel, (p, g, m, v) in enumerate(states):
         module.use_triton = lambda *_, on=use_kernel: bool(on)
@@ -374,11 +395,11 @@ MUTANTS = [
     ("rms_norm", "dx += dsummed", "dx += 0 * dsummed", add_rms_norm_fp32),
     ("rms_norm", "mask = cols < D", "mask = cols < D - 1", rms_norm_fp32),
     ("qk_norm_rope", "dy1 * cos + dy2 * sin", "dy1 * cos - dy2 * sin", qk_norm_rope_fp32),
-    ("qk_norm_rope", "z2 * cos + z1 * sin, heads", "z2 * cos - z1 * sin, heads", qk_norm_rope_fp32),
+    ("qk_norm_rope", "y2 = z2 * cos + z1 * sin", "y2 = z2 * cos - z1 * sin", qk_norm_rope_fp32),
     ("swiglu", "gate * tl.sigmoid(gate) * up", "gate * tl.sigmoid(gate)", swiglu_fp32),
     ("swiglu", "(s + gate * s * (1.0 - s))", "s", swiglu_fp32),
     ("linear_logprob", "u = a * (u + shrink * s) + tl", "u = a * u + tl", linear_logprob_fp32),
-    ("linear_logprob", "(logp + tl.load(entropy_ptr + token))", "logp", linear_logprob_fp32),
+    ("linear_logprob", "p * (logp + entropy)", "p * logp", linear_logprob_fp32),
     (
         "linear_cross_entropy",
         "addmm_fp32(dweight, dz.T, hidden[block])",
@@ -404,18 +425,23 @@ MUTANTS = [
 
 
 def far_rows(*shape, rows=3, dtype=torch.float32):
-    """Rows 2^30 elements apart, so that row 2 lies beyond int32: in a sparse file, 9 GB of addresses and a few KB on disk, or in
-    9 GB of a GPU, in which every call gets columns of its own."""
-    size = 2**30 * (rows - 1) + (first := far_rows.used * ON_GPU) + torch.Size(shape).numel()
+    """Rows 2^30 elements apart, so that row 2 lies beyond int32.
+
+    Without a GPU they lie in a sparse file: 9 GB of addresses and a few KB on disk. On a GPU they
+    lie in 9 GB of its memory, in which every call gets columns of its own.
+    """
+    first = far_rows.used if ON_GPU else 0
+    size = 2**30 * (rows - 1) + first + torch.Size(shape).numel()
     if ON_GPU:
-        far_rows.memory = (
-            torch.zeros(2**31 + 2**20, dtype=dtype) if far_rows.memory is None else far_rows.memory
-        )
-        far, far_rows.used = far_rows.memory, -(-(size % 2**30) // 128) * 128
+        if far_rows.memory is None:
+            far_rows.memory = torch.zeros(2**31 + 2**20, dtype=dtype)
+        far = far_rows.memory
+        # the next call begins at the next multiple of 128 columns
+        far_rows.used = -(-(size % 2**30) // 128) * 128
     else:
-        file = tempfile.NamedTemporaryFile(delete=False)
-        far = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
-        os.unlink(file.name)
+        # the memory stays mapped after the file is deleted
+        with tempfile.NamedTemporaryFile() as file:
+            far = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     strides = torch.empty(shape).stride()
     return far.as_strided((rows, *shape), (2**30, *strides), first).copy_(torch.randn(rows, *shape))
 
@@ -424,7 +450,10 @@ far_rows.memory, far_rows.used = None, 0
 
 
 def int64_offsets(modules):
-    """Largest error of every kernel that reads rows by a stride, forward and backward, on rows far apart."""
+    """Largest error, forward and backward, of every kernel that reads rows by a stride.
+
+    The rows lie far apart, see far_rows.
+    """
     ones, angle, rows = torch.ones(8, requires_grad=True), torch.rand(9, 4), torch.arange(3)
     x, gate, up = far_rows(8), far_rows(8), far_rows(8)
     q, k, v = far_rows(2, 8), far_rows(1, 8), far_rows(1, 8)
@@ -530,7 +559,8 @@ if __name__ == "__main__":
     if ON_GPU or len(sys.argv) == 1:
         torch.set_default_device("cuda" if ON_GPU else "cpu")
         main()
-    else:  # the name of a file: its kernels with int32 row offsets, which crash or read the wrong rows
+    else:
+        # the name of a file: with int32 row offsets, its kernels crash or read the wrong rows
         torch.manual_seed(0)
         int32 = {sys.argv[1]: broken(sys.argv[1], "tl.int64", "tl.int32")}
         print(json.dumps(dict(int64_offsets(FAR_KERNELS | int32))))

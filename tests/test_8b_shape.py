@@ -1,5 +1,8 @@
-"""Guards: layers as wide as Qwen3-8B's train under FSDP2 with activation checkpointing, and their gradients are one
-process's; what the sampler is handed layer by layer is what was sharded."""
+"""Guards: layers as wide as Qwen3-8B's train under FSDP2 with activation checkpointing.
+
+Their gradients are those of one process, and the sampler is handed, layer by layer, what was
+sharded.
+"""
 
 import pytest
 from conftest import run_python
@@ -12,20 +15,33 @@ from model import Qwen3, Qwen3Config, packed_batch
 
 rank, world, device = init_distributed(0)
 # Width, heads and feed-forward of Qwen3-8B; 2 of its 36 layers, a small vocabulary.
-config = Qwen3Config(vocab_size=512, hidden_size=4096, intermediate_size=12288, num_hidden_layers=2, num_attention_heads=32,
-                     num_key_value_heads=8, head_dim=128, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=False)
+config = Qwen3Config(
+    vocab_size=512,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=2,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=1e6,
+    max_position_embeddings=40960,
+    tie_word_embeddings=False,
+)
 lengths = [[24, 9], [17, 1, 14]]  # sequences of rank 0 and of rank 1
 generator = torch.Generator().manual_seed(1)
 ids = [torch.randint(512, (sum(part),), generator=generator) for part in lengths]
 
 def make():
-    """Random numbers, a million of them over and over: 390 million draws would take most of the test."""
+    """A million random numbers, repeated: 390 million draws would take most of the test."""
     with torch.device("meta"):
         model = Qwen3(config)
     block = 0.02 * torch.randn(999983, generator=torch.Generator().manual_seed(0))
     model = model.to_empty(device="cpu")
     for p in model.parameters():
-        p.data = block.repeat(-(-p.numel() // len(block)))[: p.numel()].view_as(p).clone() + (p.dim() == 1)
+        repeats = -(-p.numel() // len(block))
+        values = block.repeat(repeats)[: p.numel()].view_as(p).clone()
+        # The weights of norms lie around 1.
+        p.data = values + 1 if p.dim() == 1 else values
     return model
 
 def backward(model, parts, scale):
@@ -54,9 +70,13 @@ for name, p in model.named_parameters():
         worst = max(worst, ((grad - whole[name]).norm() / whole[name].norm()).item())
 if rank == 0:
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.0f}M parameters, {world} ranks: relative difference of gradients {worst:.1e}, tolerance 1e-5")
+    print(
+        f"{size:.0f}M parameters, {world} ranks: relative difference of gradients {worst:.1e}, "
+        "tolerance 1e-5"
+    )
     assert worst < 1e-5
-assert {name: p.sum().item() for name, p in whole_parameters(model)} == sums, "the sampler would not get the trained weights"
+handed_over = {name: p.sum().item() for name, p in whole_parameters(model)}
+assert handed_over == sums, "the sampler would not get the trained weights"
 assert all(hasattr(p, "full_tensor") for p in model.parameters())
 finish()
 '''

@@ -1,7 +1,9 @@
-"""Guards: one rendering of a conversation everywhere, and a loss mask that covers the last assistant turns and nothing else.
+"""Guards: one rendering of a conversation everywhere, and a loss mask that covers the last
+assistant turns and nothing else.
 
-EXPECTED spells out the text of fixed conversations; [[ ]] marks what is trained on. The saved chat template must give the same
-text in transformers, so any client that loads a checkpoint talks to it as it was trained.
+EXPECTED spells out the text of fixed conversations; [[ ]] marks the part that is trained on. The
+saved chat template must give the same text in transformers, so any client that loads a checkpoint
+talks to it as it was trained.
 """
 
 import itertools
@@ -20,7 +22,12 @@ WEATHER = {
         "parameters": {"city": "string"},
     },
 }
-TOOLS = """<|im_start|>system
+# The template writes one tool a line.
+WEATHER_LINE = (
+    '{"type": "function", "function": {"name": "weather", '
+    '"description": "Wetter f\u00fcr eine Stadt", "parameters": {"city": "string"}}}'
+)
+TOOLS = f"""<|im_start|>system
 You are a helpful and harmless assistant.
 
 # Tools
@@ -29,12 +36,13 @@ You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
-{"type": "function", "function": {"name": "weather", "description": "Wetter f\u00fcr eine Stadt", "parameters": {"city": "string"}}}
+{WEATHER_LINE}
 </tools>
 
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
 <tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
+{{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call><|im_end|>
 """
 
@@ -66,21 +74,25 @@ EXPECTED = {
         [user("Add 2 and 3."), assistant("<think>\n2+3=5\n</think>\n5")],
         True,
         None,
-        SYSTEM
-        + "<|im_start|>user\nAdd 2 and 3. /think<|im_end|>\n<|im_start|>assistant\n[[<think>\n2+3=5\n</think>\n5<|im_end|>]]\n",
+        SYSTEM + "<|im_start|>user\nAdd 2 and 3. /think<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\n2+3=5\n</think>\n5<|im_end|>]]\n",
     ),
     "one turn, not thinking": (
         [user("Add 2 and 3."), assistant("5")],
         False,
         None,
-        SYSTEM
-        + "<|im_start|>user\nAdd 2 and 3. /no_think<|im_end|>\n<|im_start|>assistant\n[[5<|im_end|>]]\n",
+        SYSTEM + "<|im_start|>user\nAdd 2 and 3. /no_think<|im_end|>\n"
+        "<|im_start|>assistant\n[[5<|im_end|>]]\n",
     ),
     "own system text": (
         [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hi.")],
         False,
         None,
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi /no_think<|im_end|>\n<|im_start|>assistant\n[[Hi.<|im_end|>]]\n",
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n"
+            "<|im_start|>user\nHi /no_think<|im_end|>\n"
+            "<|im_start|>assistant\n[[Hi.<|im_end|>]]\n"
+        ),
     ),
     "history loses its thinking and its mode": (
         [
@@ -91,9 +103,10 @@ EXPECTED = {
         ],
         True,
         None,
-        SYSTEM
-        + "<|im_start|>user\nAdd 2 and 3. /no_think<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n"
-        "<|im_start|>user\nNow add 4. /think<|im_end|>\n<|im_start|>assistant\n[[<think>\n5+4=9\n</think>\n9<|im_end|>]]\n",
+        SYSTEM + "<|im_start|>user\nAdd 2 and 3. /no_think<|im_end|>\n"
+        "<|im_start|>assistant\n5<|im_end|>\n"
+        "<|im_start|>user\nNow add 4. /think<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\n5+4=9\n</think>\n9<|im_end|>]]\n",
     ),
     "a flag in the last turn wins, one in the history goes": (
         [user("Hi /think"), assistant("Hi."), user("Bye /no_think"), assistant("Bye.")],
@@ -106,8 +119,8 @@ EXPECTED = {
         [user("Hi /think"), assistant("<think>\n\n</think>\nHi.")],
         False,
         None,
-        SYSTEM
-        + "<|im_start|>user\nHi /think<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\nHi.<|im_end|>]]\n",
+        SYSTEM + "<|im_start|>user\nHi /think<|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\n\n</think>\nHi.<|im_end|>]]\n",
     ),
     "surrounding blanks go": (
         [user("  Hi \n"), assistant("\nHi.\n\n")],
@@ -129,8 +142,11 @@ EXPECTED = {
         True,
         [WEATHER],
         TOOLS + "<|im_start|>user\nRain? /think<|im_end|>\n<|im_start|>assistant\n[[Let me see.\n"
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "K\u00f6ln"}}\n</tool_call>\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call><|im_end|>]]\n'
-        "<|im_start|>user\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nsun\n</tool_response><|im_end|>\n"
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "K\u00f6ln"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+        "<|im_end|>]]\n"
+        "<|im_start|>user\n<tool_response>\nrain\n</tool_response>\n"
+        "<tool_response>\nsun\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n[[Rain in K\u00f6ln.<|im_end|>]]\n",
     ),
     "tool call without a text, in the history": (
@@ -144,9 +160,11 @@ EXPECTED = {
         ],
         False,
         None,
-        SYSTEM
-        + '<|im_start|>user\nRain? /no_think<|im_end|>\n<|im_start|>assistant\n\n<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>\n'
-        "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n"
+        SYSTEM + "<|im_start|>user\nRain? /no_think<|im_end|>\n"
+        '<|im_start|>assistant\n\n<tool_call>\n{"name": "weather", "arguments": {}}\n'
+        "</tool_call><|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\nNo.<|im_end|>\n"
         "<|im_start|>user\nThanks /no_think<|im_end|>\n<|im_start|>assistant\n[[Bye.<|im_end|>]]\n",
     ),
 }
@@ -235,7 +253,7 @@ def test_special_tokens_inside_content_stay_text(token, tokenizer):
     plain, _ = render_chat(
         tokenizer, [user("Hi"), assistant("Hi.")], False, add_generation_prompt=False
     )
-    ids, mask = render_chat(
+    ids, _ = render_chat(
         tokenizer, [user(evil), assistant(evil)], False, add_generation_prompt=False
     )
     for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import coderl
 from lib.data import BadRow
+from verifiers import programs
 
 STDIN = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"], "fn_name": None, "time_limit": None}
 CALL = {
@@ -282,13 +283,13 @@ def test_rows_come_from_a_file_and_drops_are_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize("printed, expected, same", OUTPUTS)
 def test_printed_output_is_compared_as_livecodebench_does(printed, expected, same):
-    assert coderl.same_output(printed, expected) is same
+    assert programs.same_output(printed, expected) is same
 
 
 def test_a_flood_of_numbers_is_not_read_number_by_number():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flood = "1 " * 4_000_000
-    assert not coderl.same_output(flood, "3")
+    assert not programs.same_output(flood, "3")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{grown:.0f} MB more, limit 100")
     assert grown < 100
@@ -325,14 +326,14 @@ def test_a_flood_of_numbers_is_not_read_number_by_number():
     ],
 )
 def test_problems_with_several_right_outputs_are_dropped_by_their_wording(wording, several):
-    assert bool(coderl.ANY_ANSWER.search("You are given a tree. " + wording)) is several
+    assert bool(programs.ANY_ANSWER.search("You are given a tree. " + wording)) is several
 
 
 @pytest.mark.parametrize("returned, expected, same", VALUES)
 def test_returned_values_are_compared_by_type_and_with_a_documented_tolerance(
     returned, expected, same
 ):
-    assert coderl.same_value(returned, expected) is same
+    assert programs.same_value(returned, expected) is same
 
 
 @pytest.mark.parametrize(
@@ -451,11 +452,11 @@ def test_a_longer_limit_of_the_problem_is_respected():
 
 def test_the_self_test_passes_sound_rows_and_stops_on_unsound_ones(capsys):
     cfg = coderl.Config()
-    row = lambda tests, solution="": {
-        "messages": [{"role": "user", "content": "p"}],
-        "tests": tests,
-        "solution": solution,
-    }
+
+    def row(tests, solution=""):
+        messages = [{"role": "user", "content": "p"}]
+        return {"messages": messages, "tests": tests, "solution": solution}
+
     coderl.self_test([row(STDIN), row(CALL)], cfg)
     assert "was not checked" in capsys.readouterr().out
     coderl.self_test([row(STDIN, "print(int(input()) * 2)"), row(CALL)], cfg)
@@ -492,10 +493,10 @@ lines = st.text(alphabet="0123456789.-+eE nasNINf\n_\u0663", max_size=30)
 
 
 def comparisons_hold(a, b, x, y):
-    assert coderl.same_output(a, b) == coderl.same_output(b, a)
-    assert coderl.same_output(a, a) and coderl.same_output(a + " \n", a)
-    assert coderl.same_value(x, json.loads(json.dumps(x))) or "nan" in repr(x)
-    assert isinstance(coderl.same_value(x, y), bool)
+    assert programs.same_output(a, b) == programs.same_output(b, a)
+    assert programs.same_output(a, a) and programs.same_output(a + " \n", a)
+    assert programs.same_value(x, json.loads(json.dumps(x))) or "nan" in repr(x)
+    assert isinstance(programs.same_value(x, y), bool)
 
 
 @settings(max_examples=300, deadline=2000)
@@ -624,7 +625,7 @@ def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
     ],
 )
 def test_floats_are_alike_to_five_digits_and_infinity_is_only_itself(returned, expected, same):
-    assert coderl.same_value(returned, expected) is same
+    assert programs.same_value(returned, expected) is same
 
 
 def test_stringified_one_element_lists_stay_lists():

@@ -1,7 +1,11 @@
-"""Guards: a row of every public data set that a stage names loads to that stage's normal form, from JSONL and from parquet alike, and a
-corrupted row, file or hub name ends in one sentence (exit code 2) or in a counted drop with its reason: no traceback, no silence.
+"""Guards: every public data set that a stage names can be read, and broken data is never silent.
 
-The rows are written by hand in the sets' schemas; no hub is asked. Streams: the order of rows is a function of the files and the cursor.
+A row of each set loads to the stage's normal form, from JSONL and from parquet alike. A corrupted
+row, file or hub name ends in one sentence (exit code 2) or in a counted drop with its reason, and
+never in a traceback.
+
+The rows are written by hand in the schemas of the sets, and no hub is asked. Streams: the order of
+the rows depends on the files and the cursor alone.
 """
 
 import gzip
@@ -26,7 +30,7 @@ import rlhf
 import sft
 import swerl
 from extras import decontaminate
-from lib import data
+from lib import data, prompts
 from verifiers import patches, reward_model
 
 USER, BOT = (
@@ -115,7 +119,10 @@ IO = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4\n"]}
 PAIRS = [{"input": "1\n", "output": "2\n"}, {"input": "2\n", "output": "4\n"}]
 STDIN = IO | {"fn_name": None, "time_limit": None}
 FUNCTION = {"inputs": ["3"], "outputs": ["6"], "fn_name": "double", "time_limit": None}
-PARTS = "Double it.\n\nInput\nOne integer.\n\nOutput\nIts double.\n\nNote\nEasy.\n\nExample\nInput:\n1\n\nOutput:\n2"
+PARTS = (
+    "Double it.\n\nInput\nOne integer.\n\nOutput\nIts double.\n\nNote\nEasy.\n\n"
+    "Example\nInput:\n1\n\nOutput:\n2"
+)
 
 
 def code_form(problem, tests, solution=""):
@@ -561,7 +568,10 @@ SETS = {
 # ---- Loading -------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def clones(tmp_path_factory):
-    """(folder of git clones, commit of the faulty state): one repository with the fault, one (SWE-smith's) without."""
+    """(folder of git clones, commit of the faulty state).
+
+    One repository is in the faulty state, and one (SWE-smith's) is not.
+    """
     folder, git = (
         tmp_path_factory.mktemp("clones"),
         ["git", "-c", "user.name=x", "-c", "user.email=x@x.x"],
@@ -583,7 +593,10 @@ def clones(tmp_path_factory):
 
 @pytest.fixture()
 def load(clones, monkeypatch):
-    """load(stage, path) -> normal rows, as the stage's main() gets them (for code and SWE: what of them is compared here)."""
+    """load(stage, path) -> normal rows, as the stage's main() gets them.
+
+    Of rows for code and SWE it returns only the fields that are compared here.
+    """
     monkeypatch.setattr(
         reward_model,
         "score_ids",
@@ -613,15 +626,15 @@ def load(clones, monkeypatch):
             ]
         if stage == "coderl":
             rows = coderl.load_rows(coderl.Config(data=path))
-            problem = lambda row: (
-                row["messages"][0]["content"]
-                .split("\n\nWrite Python code")[0]
-                .split("\n\nSolve the problem starting")[0]
-            )
-            return [
-                {**{k: r[k] for k in ("tests", "solution", "think")}, "problem": problem(r)}
-                for r in rows
-            ]
+            loaded = []
+            for row in rows:
+                # The prompt without the stage's instruction.
+                problem = row["messages"][0]["content"]
+                problem = problem.split("\n\nWrite Python code")[0]
+                problem = problem.split("\n\nSolve the problem starting")[0]
+                compared = {name: row[name] for name in ("tests", "solution", "think")}
+                loaded.append({**compared, "problem": problem})
+            return loaded
         module, changes = {
             "rlhf": (rlhf, {"think_share": 1.0}),
             "ifrl": (ifrl, {}),
@@ -697,7 +710,10 @@ def test_every_first_and_second_choice_is_in_the_table():
 
 # ---- Corruption ----------------------------------------------------------------------------------
 def outcome(load, stage, path, capsys):
-    """("refused", sentence) or ("dropped", lines) or ("loaded", rows); anything but SystemExit goes through as the traceback it is."""
+    """("refused", sentence) or ("dropped", lines) or ("loaded", rows).
+
+    Any exception but SystemExit fails the test.
+    """
     capsys.readouterr()
     try:
         rows = load(stage, path)
@@ -721,8 +737,11 @@ MISSING = object()
 def test_a_field_that_is_missing_or_of_another_type_is_refused_or_dropped_and_counted(
     name, load, clones, tmp_path, capsys
 ):
-    """Each field that the stage needs: absent, None, a number, an empty text, an empty list, a list of a number, an object, broken JSON. The
-    good row beside it survives a drop."""
+    """Each field that the stage needs is made bad in nine ways.
+
+    It is absent, None, a number, an empty text, an empty list, a list of a number, a list of an
+    empty list, an object, or broken JSON. The good row beside it survives a drop.
+    """
     stage, row, _, fields = SETS[name]
     may_be_empty = {"tools"}
     for n, (field, value) in enumerate(
@@ -954,6 +973,17 @@ def test_reading_on_from_any_cursor_gives_the_rows_that_follow(ending, tmp_path)
         ]
 
 
+def test_lines_in_a_file_called_json_are_read_on_from_any_cursor(tmp_path):
+    """Also from the last but one, behind which the rest of the file is one JSON value."""
+    path, rows = tmp_path / "rows.json", [{"n": i} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = list(data.read_file(str(path)))
+    assert [row for _, row, _ in read] == rows
+    for _, row, cursor in read:
+        rest = [r for _, r, _ in data.read_file(str(path), cursor)]
+        assert rest == rows[row["n"] + 1 :]
+
+
 def test_a_stream_over_files_equals_itself_after_any_stop(tmp_path):
     for name, n in (
         ("a.jsonl", 23),
@@ -968,7 +998,10 @@ def test_a_stream_over_files_equals_itself_after_any_stop(tmp_path):
             (tmp_path / name).write_text("\n")
     files = data.data_files(str(tmp_path))
     assert len(files) == 5
-    start = lambda: {file: [0, 0, 0.0] for file in files}
+
+    def start():
+        return {file: [0, 0, 0.0] for file in files}
+
     whole = [row for _, row in data.stream_rows(start())]
     assert len(whole) == 47 and [r for r in whole if r["file"] == "a.jsonl"] == [
         {"file": "a.jsonl", "n": i} for i in range(23)
@@ -998,7 +1031,10 @@ def test_reading_holds_a_chunk_and_not_the_file(tmp_path):
 
 
 def test_a_hub_id_becomes_the_files_of_its_training_split(monkeypatch):
-    """All configurations unless there is a default; splits of other names (Llama-Nemotron's code, math, ...) where none is called train."""
+    """Configurations: the default one, or all. Splits: "train", or all but the held-out ones.
+
+    Llama-Nemotron has a split for each subject (code, math, ...) and none called train.
+    """
     import datasets
 
     hub = {
@@ -1108,7 +1144,11 @@ def test_held_out_rewards_lost_to_infrastructure_are_left_out_of_the_mean(stage,
         for status in ("ok", "infra", "wrong", "ok", "crash")
     ]
     engine = types.SimpleNamespace(generate=lambda *args, **how: None)
-    collect = lambda rollouts: [vars(r).update(status=r.row["status"]) for r in rollouts]
+
+    def collect(rollouts):
+        for r in rollouts:
+            r.status = r.row["status"]
+
     assert stage.evaluate(engine, rows, stage.Config(), (lambda r: None, collect), 0, 1) == 2 / 3
 
 
@@ -1119,7 +1159,7 @@ def test_a_mode_flag_that_ends_a_prompt_is_the_row_s_mode(tokenizer):
         for text in ("Hi", "Hi /think", "Hi /no_think ")
     ]
     cfg = types.SimpleNamespace(max_prompt_tokens=100)
-    kept = data.encode_prompts(rows, tokenizer, cfg)
+    kept = prompts.encode_prompts(rows, tokenizer, cfg)
     assert [row["think"] for row in kept] == [True, True, False, False, True, False]
     texts = [tokenizer.decode(row["prompt_ids"], skip_special_tokens=False) for row in kept]
     assert ["Hi /think<|im_end|>" in text for text in texts] == [row["think"] for row in kept]
@@ -1276,8 +1316,8 @@ def test_the_command_writes_what_is_left_and_prints_the_count(tmp_path):
         f"--out={out}",
     )
     assert (
-        f'removed 1 of 3 rows that share 9 words in a row with one of 2 held-out rows (first: {paths[0]} row 2, "{NINE}")'
-        in printed
+        "removed 1 of 3 rows that share 9 words in a row with one of 2 held-out rows "
+        f'(first: {paths[0]} row 2, "{NINE}")' in printed
     )
     assert [json.loads(line) for line in out.read_text().splitlines()] == [train[0], train[2]]
     code, _, err = run_python(
@@ -1297,5 +1337,5 @@ def test_a_row_s_index_is_its_place_after_long_prompts_have_gone(tokenizer):
         {"messages": [{"role": "user", "content": text}], "think": False}
         for text in ("Hi", "long " * 200, "Ho")
     ]
-    kept = data.encode_prompts(rows, tokenizer, mathrl.Config(max_prompt_tokens=100))
+    kept = prompts.encode_prompts(rows, tokenizer, mathrl.Config(max_prompt_tokens=100))
     assert [row["index"] for row in kept] == [0, 1] and kept[1]["messages"][0]["content"] == "Ho"

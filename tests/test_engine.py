@@ -1,7 +1,9 @@
-"""Guards: sampler = full forward = trainer, token by token, and a completion depends on its prompt and seed alone.
+"""Guards: sampler = full forward = trainer, token by token, and a completion depends on its prompt
+and seed alone.
 
-With test_model.py this closes the circle: what was sampled is scored alike by the model that is trained and by transformers. The
-model is a briefly taught toy, so that rows finish at different times, with and without the stop token.
+With test_model.py this closes the circle: what was sampled is scored alike by the model that is
+trained and by transformers. The model is a briefly taught toy, so that rows finish at different
+times, with and without the stop token.
 """
 
 import math
@@ -85,7 +87,8 @@ def test_greedy_generate_equals_repeated_forward_for_ragged_prompts(engine, mode
 
 
 def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monkeypatch):
-    """Logits, not only their argmax: every decoding step against one forward over the finished sequences."""
+    """Logits, not only their argmax: every decoding step against one forward over the finished
+    sequences."""
     seen, decode = [], engine._decode
 
     def record(token_B, position_B, *args):
@@ -129,7 +132,8 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
 def test_logprobs_of_the_sampler_are_those_of_the_trainer(
     engine, model, tokenizer, temperature, top_p, top_k
 ):
-    """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid (gap G4)."""
+    """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid
+    (gap G4)."""
     rollouts = ask(tokenizer, samples=4)
     engine.generate(rollouts, 40, temperature, top_p, top_k)
     gaps = [
@@ -180,7 +184,8 @@ def test_the_same_seeds_give_the_same_completions_and_other_seeds_others(engine,
 
 
 def test_finish_reasons_and_the_stop_token(engine, tokenizer):
-    """A stopped completion ends with its stop token, which is no part of the text; a truncated one has all its tokens."""
+    """A stopped completion ends with its stop token, which is no part of the text; a truncated
+    one has all its tokens."""
     rollouts = ask(tokenizer, samples=8)
     engine.generate(rollouts, 24, 1.0)
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
@@ -265,7 +270,8 @@ def test_top_k_and_top_p_restrict_what_can_be_drawn(engine, model, tokenizer, to
 
 
 def test_draws_follow_the_tempered_softmax(engine, model, tokenizer):
-    """2000 first tokens: total variation distance to softmax(logits / T) within what 2000 fair draws give."""
+    """2000 first tokens: total variation distance to softmax(logits / T) within what 2000 fair
+    draws give."""
     for temperature in (1.5, 3.0):
         rollouts = ask(tokenizer, samples=2000, prompts=PROMPTS[1:2])
         engine.generate(rollouts, 1, temperature)

@@ -1,9 +1,12 @@
-"""Guards: whatever breaks in the middle of a run ends it in seconds with a sentence that names rank, step and phase; no process is left,
-and the same command goes on from the last checkpoint.
+"""Guards: a fault in the middle of a run ends it in seconds, with a sentence.
 
-Real stages under torchrun with two ranks (gloo, FSDP2) in the world of conftest.py. DRILL imports a stage, breaks things at given steps
-of rank 1, and runs it. The runs of one test share a folder: each goes on from where the fault before it ended the last one. With -s
-they print what the ranks said and how long the end took; tests/test_faults.log is that of a whole run.
+The sentence names rank, step and phase. No process is left, and the same command goes on from the
+last checkpoint.
+
+Real stages run under torchrun with two ranks (gloo, FSDP2) in the world of conftest.py. DRILL
+imports a stage, breaks things at given steps of rank 1, and runs it. The runs of one test share a
+folder: each goes on from where the fault before it ended the last one. With -s they print what the
+ranks said and how long the end took; tests/test_faults.log is the log of a whole run.
 """
 
 import functools
@@ -28,13 +31,16 @@ import torch
 import engine
 from lib.common import finish
 from lib.flags import parse_config
-stage, rank, now, healed = __import__(sys.argv[0].removesuffix(".py")), int(os.environ.get("RANK", 1)), {"step": 0}, []
+stage = __import__(sys.argv[0].removesuffix(".py"))
+rank, now, healed = int(os.environ.get("RANK", 1)), {"step": 0}, []
 rollout, judge, grpo_loss, collate = stage.rollout, stage.judge, stage.grpo_loss, stage.collate
 generate, check_parity = engine.TorchEngine.generate, engine.check_parity
 
 def descendants(pid):
     tasks = os.listdir(f"/proc/{pid}/task")
-    children = [int(c) for t in tasks for c in open(f"/proc/{pid}/task/{t}/children").read().split()]
+    children = []
+    for task in tasks:
+        children += map(int, open(f"/proc/{pid}/task/{task}/children").read().split())
     return children + [d for c in children for d in descendants(c)]
 
 def strikes(name):
@@ -82,13 +88,24 @@ def break_judge(*args):
 
 def break_loss(**kwargs):
     loss = grpo_loss(**kwargs)
-    broken = faults.get(str(now["step"]))  # on both ranks: one alone may have nothing to learn from at this step
+    # On both ranks: one rank alone may have nothing to learn from at this step.
+    broken = faults.get(str(now["step"]))
     if broken in ("nan", "inf"):
         open(os.path.join(out, "struck"), "w").close()
-    return loss * torch.nan if broken == "nan" else loss + torch.inf if broken == "inf" else loss  # the gradient of the second is finite
+    if broken == "nan":
+        return loss * torch.nan
+    if broken == "inf":
+        return loss + torch.inf  # the gradient of this one is finite
+    return loss
 
-stage.rollout, stage.judge, stage.grpo_loss, stage.collate = noting_rollout, break_judge, break_loss, break_collate
+stage.rollout, stage.judge = noting_rollout, break_judge
+stage.grpo_loss, stage.collate = break_loss, break_collate
 engine.TorchEngine.generate, engine.check_parity = break_generate, break_parity
+"""
+# DRILL is a module of its own and not part of the script that runs: the guard would name the
+# functions of the script as phases.
+RUN_DRILL = """
+from drill import finish, parse_config, stage
 stage.main(parse_config(stage.Config))
 finish()
 """
@@ -139,7 +156,10 @@ main()
         ("time.sleep(1)", 0, ""),  # three steps of a second each: the limit is of one
         # a worker just ends
         (
-            "child = os.fork() or time.sleep(9); os.kill(child, 15); assert os.waitpid(child, 0)[1] == 15",
+            (
+                "child = os.fork() or time.sleep(9); os.kill(child, 15); "
+                "assert os.waitpid(child, 0)[1] == 15"
+            ),
             0,
             "",
         ),
@@ -154,6 +174,7 @@ def test_the_guard_says_where_a_process_was(what, code, sentence, tmp_path):
         text=True,
         timeout=60,
         env={**os.environ, "RANK": "3"},
+        check=False,
     )
     said = [line for line in done.stderr.splitlines() if line.startswith("stage.py: ")]
     assert (done.returncode, said) == (
@@ -198,12 +219,16 @@ def drill(world, taught, tmp_path):
 
 
 def run_drill(folder, world, taught, faults, stage="mathrl", ranks=2, **flags):
-    """One run with faults {step: name} on rank 1: exit code, what the stage said, the steps that were done, and the seconds from the last fault
-    until the last process had gone (they all hold the pipes that are read here)."""
-    out, script = folder / stage, folder / "drill.py"
+    """One run with faults {step: name} on rank 1.
+
+    Returns the exit code, what the stage said, the steps that were done, and the seconds from the
+    last fault until the last process had gone (they all hold the pipes that are read here).
+    """
+    out, script = folder / stage, folder / "run_drill.py"
     out.mkdir(exist_ok=True)
-    script.write_text(DRILL.replace("ROOT", repr(str(ROOT))))
-    flags = dict(num_steps=max(faults, default=0) + 2, save_every=1, eval_every=0) | flags
+    (folder / "drill.py").write_text(DRILL.replace("ROOT", repr(str(ROOT))))
+    script.write_text(RUN_DRILL)
+    flags = {"num_steps": max(faults, default=0) + 2, "save_every": 1, "eval_every": 0} | flags
     code, stdout, stderr = run_python(
         script,
         json.dumps(faults),
@@ -220,7 +245,8 @@ def run_drill(folder, world, taught, faults, stage="mathrl", ranks=2, **flags):
     said = [line for line in stderr.splitlines() if line.startswith(f"{stage}.py: ")]
     steps = [m["step"] for m in metrics(out)] if (out / "metrics.jsonl").exists() else []
     print(
-        f"{stage}, {faults}: code {code}, all gone {seconds:.1f} s after the fault, steps done {steps}",
+        f"{stage}, {faults}: code {code}, all gone {seconds:.1f} s after the fault, "
+        f"steps done {steps}",
         *said,
         sep="\n  ",
     )
@@ -275,16 +301,15 @@ def test_an_engine_that_missed_an_update_stops_the_run(drill):
 
 @pytest.mark.exhaustive
 def test_hung_ranks_and_rewards_end_and_say_where(drill):
-    for step, (fault, expected) in enumerate(
-        {
-            "hung reward": "rank 1, step 2, rollout: not done after 20 s (--phase_timeout), now in collect",
-            "hung rank": "rank 1, step 3, train_step: not done after 20 s (--phase_timeout), now in train_step",
-            "STOP": "rank 0, step 4, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
-            "stuck in C": "rank 0, step 5, summarize: not done after 20 s (--phase_timeout), now in all_reduce",
-            "cancel": "rank 1, step 6, rollout: ended by SIGTERM",
-        }.items(),
-        2,
-    ):
+    late = "not done after 20 s (--phase_timeout), now in"
+    sentences = {
+        "hung reward": f"rank 1, step 2, rollout: {late} collect",
+        "hung rank": f"rank 1, step 3, train_step: {late} train_step",
+        "STOP": f"rank 0, step 4, summarize: {late} all_reduce",
+        "stuck in C": f"rank 0, step 5, summarize: {late} all_reduce",
+        "cancel": "rank 1, step 6, rollout: ended by SIGTERM",
+    }
+    for step, (fault, expected) in enumerate(sentences.items(), 2):
         run = drill({step: fault}, phase_timeout=20)
         assert (
             any(expected in line for line in run.said)

@@ -1,9 +1,12 @@
-"""Guards, on a machine with a GPU: the Triton kernels there = float64, bf16 as good as transformers', the GPU's model = the CPU's,
-runs that repeat bit for bit. Skipped without one. tests/test_stages.py, too, trains on the GPU where there is one.
+"""Guards on a machine with a GPU. Without one they are skipped.
+
+The Triton kernels there = float64, bf16 is as good as transformers', the GPU's model = the CPU's,
+and runs repeat bit for bit. tests/test_stages.py, too, trains on the GPU where there is one.
 
     .venv/bin/python -m pytest -s tests/test_gpu.py
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -45,7 +48,11 @@ def grads(outs, inputs, douts):
 @pytest.fixture(scope="module")
 def measured():
     done = subprocess.run(
-        [sys.executable, "tests/kernel_checks.py", "cuda"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tests/kernel_checks.py", "cuda"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -71,7 +78,10 @@ def test_rows_beyond_two_billion_elements_are_found(measured):
 
 @pytest.mark.parametrize("n, k, width", [(32, 8, 128), (16, 8, 128), (40, 8, 128), (4, 2, 24)])
 def test_attention_in_bf16_is_as_near_to_float64_as_pytorchs(n, k, width):
-    """At the heads of 8B, 0.6B, 14B and the toy, on sequences of 1 to 1,500 tokens; the yardstick is SDPA on the same bf16 numbers."""
+    """At the heads of 8B, 0.6B, 14B and the toy, on sequences of 1 to 1,500 tokens.
+
+    The yardstick is SDPA on the same bf16 numbers.
+    """
     torch.manual_seed(0)
     lengths = [1, 1500, 127, 128, 129, 64, 700]
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32)
@@ -80,9 +90,12 @@ def test_attention_in_bf16_is_as_near_to_float64_as_pytorchs(n, k, width):
 
     def alone(q, k, v):  # a call per sequence, in the dtype of its inputs
         parts = (x.split(lengths) for x in (q, k, v))
-        attend = lambda *one: F.scaled_dot_product_attention(
-            *(t.transpose(0, 1)[None] for t in one), is_causal=True, enable_gqa=True
-        )
+
+        def attend(*one):
+            return F.scaled_dot_product_attention(
+                *(t.transpose(0, 1)[None] for t in one), is_causal=True, enable_gqa=True
+            )
+
         return torch.cat([attend(*one)[0].transpose(0, 1) for one in zip(*parts)])
 
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -118,7 +131,10 @@ def test_attention_repeats_bit_for_bit():
 
 
 def test_decode_attention_reads_the_cache_as_the_trainer_s_attention_does():
-    """One row of 3,000 slots beside a short one, bf16, 8B's heads: the last row of the packed causal attention."""
+    """One row of 3,000 slots stands beside a short one, in bf16, with 8B's heads.
+
+    Each has to equal the last row of the packed causal attention.
+    """
     torch.manual_seed(0)
     lengths, slots = [3000, 17], 3072
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32)
@@ -141,7 +157,10 @@ def test_decode_attention_reads_the_cache_as_the_trainer_s_attention_does():
 
 
 def test_head_at_the_real_vocabulary_is_fp32_inside():
-    """151,936 columns, bf16 operands: log-probs, entropy, loss and gradients against float64 on the same numbers."""
+    """151,936 columns, bf16 operands; the yardstick is float64 on the same numbers.
+
+    Compared are log-probs, entropy, loss and gradients.
+    """
     torch.manual_seed(0)
     hidden, weight, target = (
         randn(300, 1024),
@@ -160,9 +179,8 @@ def test_head_at_the_real_vocabulary_is_fp32_inside():
         relative(a, b) for a, b in zip(got[2:], exact[2:])
     ]
     print(
-        "log-prob and entropy off by {:.1e} and {:.1e} nats (limit 1e-4), gradients by {:.1e} and {:.1e} (limit 4e-3)".format(
-            *worst
-        )
+        "log-prob and entropy off by {:.1e} and {:.1e} nats (limit 1e-4), "
+        "gradients by {:.1e} and {:.1e} (limit 4e-3)".format(*worst)
     )
     assert max(worst[:2]) < 1e-4 and max(worst[2:]) < 4e-3
     loss = linear_cross_entropy(hidden, weight, target)
@@ -174,9 +192,8 @@ def test_head_at_the_real_vocabulary_is_fp32_inside():
     )
     worst = [abs(loss.item() / exact_loss.item() - 1), *(relative(a, b) for a, b in pairs)]
     print(
-        "cross-entropy off by {:.1e} (limit 1e-6), its gradients by {:.1e} and {:.1e} (limit 4e-3)".format(
-            *worst
-        )
+        "cross-entropy off by {:.1e} (limit 1e-6), "
+        "its gradients by {:.1e} and {:.1e} (limit 4e-3)".format(*worst)
     )
     assert worst[0] < 1e-6 and max(worst[1:]) < 4e-3
 
@@ -202,7 +219,8 @@ def test_sampling_draws_what_the_cpu_draws_at_the_real_vocabulary():
         )[:, 0]
         error = (logprob - exact).abs().max().item()
         print(
-            f"temperature {temperature}, top_p {top_p}, top_k {top_k}: log-probs off by {error:.1e}, tolerance 1e-5"
+            f"temperature {temperature}, top_p {top_p}, top_k {top_k}: "
+            f"log-probs off by {error:.1e}, tolerance 1e-5"
         )
         assert ((token.cpu() >= low) & (token.cpu() <= high)).all() and error < 1e-5
 
@@ -217,10 +235,10 @@ def packed(device):
     """Arguments of Qwen3.forward for SEQUENCES; every token but the first of each is scored."""
     ends = torch.tensor([0, *map(len, SEQUENCES)]).cumsum(0).tolist()
     index = torch.tensor(
-        [i for a, b in zip(ends, ends[1:]) for i in range(a + 1, b)], device=device
+        [i for a, b in itertools.pairwise(ends) for i in range(a + 1, b)], device=device
     )
     return [
-        torch.tensor(sum(SEQUENCES, []), device=device),
+        torch.tensor(list(itertools.chain(*SEQUENCES)), device=device),
         torch.tensor(ends, dtype=torch.int32, device=device),
         39,
         index,
@@ -228,7 +246,10 @@ def packed(device):
 
 
 def scored(device, share=False, checkpointing=False):
-    """[log-probs, entropies, nll, gradients]: of a random model with random weights for each token, fp32."""
+    """Return [log-probs, entropies, nll, gradients] of a random model, fp32.
+
+    In the loss, every token has a random weight.
+    """
     model = make_tiny().to(device)
     model.gradient_checkpointing = checkpointing
     args = packed(device)
@@ -292,16 +313,18 @@ def test_in_bf16_logits_are_as_near_to_fp32_as_those_of_transformers():
             "transformers": relative(theirs.bfloat16()(ids).logits, exact),
         }
     print(
-        "logits: transformers in fp32 differ by {fp32:.1e} (limit 1e-5); rounding to bf16 moves ours by {ours:.1e}, theirs by {transformers:.1e}".format(
-            **errors
-        )
+        "logits: transformers in fp32 differ by {fp32:.1e} (limit 1e-5); rounding to bf16 "
+        "moves ours by {ours:.1e}, theirs by {transformers:.1e}".format(**errors)
     )
     assert errors["fp32"] < 1e-5 and errors["ours"] < 1.1 * errors["transformers"]
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_the_sampler_s_log_probs_are_the_trainer_s(dtype, limit, tokenizer):
-    """Mean over tokens, as the gate of every run (guard.check_step); 32 rows, prompts of unequal lengths, 300 tokens: two splits."""
+    """The gap is a mean over tokens, as in the gate of every run (guard.check_step).
+
+    32 rows with prompts of unequal lengths get 300 tokens each, so the cache is split twice.
+    """
     model = make_tiny(
         vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512, std=0.1
     ).to("cuda", dtype)
@@ -329,13 +352,17 @@ def test_the_sampler_s_log_probs_are_the_trainer_s(dtype, limit, tokenizer):
     sampled = torch.tensor([x for r in rollouts for x in r.sampler_logprobs], device="cuda")
     gap = (logprobs_T[index] - sampled).abs().mean().item()
     print(
-        f"sampler against trainer, {str(dtype)[6:]}: mean gap {gap:.1e} nats a token, limit {limit:.0e}"
+        f"sampler against trainer, {str(dtype)[6:]}: mean gap {gap:.1e} nats a token, "
+        f"limit {limit:.0e}"
     )
     assert gap < limit and len(index) == 32 * 300
 
 
 def test_a_recorded_decoding_step_is_the_step(tokenizer, monkeypatch):
-    """Rows that end, and leave, at all times, a cache that grows, splits of it: the same tokens and log-probs with and without CUDA graphs."""
+    """Tokens and log-probs are the same with and without CUDA graphs.
+
+    Rows end and leave at all times, the cache grows, and it is split.
+    """
     model = make_tiny(
         vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=512, std=0.1
     ).to("cuda", torch.bfloat16)

@@ -1,7 +1,9 @@
-"""GRPO on examples small enough to check by hand: start here. What is tested stands below the waterline of mathrl.py.
+"""GRPO on examples small enough to check by hand: start here. What is tested stands below the
+waterline of mathrl.py.
 
-One step: sample G completions a prompt -> reward -> advantage inside the group -> one packed batch -> one loss with one denominator
--> one update. The order of the tests is the order of the step; the last part is rlhf.py's stabilisers.
+One step: sample G completions a prompt -> reward -> advantage inside the group -> one packed
+batch -> one loss with one denominator -> one update. The order of the tests is the order of the
+step; the last part is rlhf.py's stabilisers.
 """
 
 import inspect
@@ -78,7 +80,9 @@ def test_advantages_of_an_all_equal_group_are_zero(reward):
 
 
 def test_truncated_rollouts_leave_the_group_statistics_under_the_overlong_filter():
-    group = lambda: [rollout(1.0), rollout(0.0), rollout(0.0, finish_reason="length"), rollout(0.0)]
+    def group():
+        return [rollout(1.0), rollout(0.0), rollout(0.0, finish_reason="length"), rollout(0.0)]
+
     # of (1, 0, 0): mean 1/3, std 0.57735
     assert advantages(group()) == [1.1547, -0.5773, 0.0, -0.5773]
     assert advantages(group(), overlong_filter=False) == [1.5, -0.5, -0.5, -0.5]
@@ -204,7 +208,8 @@ def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
     ] == [52, 4]
 
 
-# ---- 3. The loss: -sum over completion tokens of ratio A, over the tokens of the whole step -------
+# ---- 3. The loss: -sum over completion tokens of ratio A, over the tokens of the whole step
+# -------
 def token_batch(advantage_of_tokens):
     """One sequence: a prompt token, then one completion token per advantage."""
     T = 1 + len(advantage_of_tokens)
@@ -276,8 +281,13 @@ def test_only_completion_tokens_get_gradient_and_the_stop_token_is_one_of_them()
 def random_step(seed=0, groups=5, G=4):
     """Rollouts with random tokens and rewards; some truncated, one infra, one flat group."""
     draw = torch.Generator().manual_seed(seed)
-    number = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))
-    ids = lambda n: torch.randint(0, 61, (n,), generator=draw).tolist()
+
+    def number(low, high):
+        return int(torch.randint(low, high, (1,), generator=draw))
+
+    def ids(n):
+        return torch.randint(0, 61, (n,), generator=draw).tolist()
+
     rollouts = []
     for g in range(groups):
         prompt = ids(number(2, 9))
@@ -297,7 +307,8 @@ def random_step(seed=0, groups=5, G=4):
 
 
 def gradient(rollouts, stage=mathrl, model=None, **changes):
-    """({parameter: gradient}, metrics) of one train_step; the gradient is read off as the optimizer is about to use it."""
+    """({parameter: gradient}, metrics) of one train_step; the gradient is read off as the
+    optimizer is about to use it."""
     model = model or make_tiny()
     cfg = stage.Config(**{**CFG, "grad_clip": 1e9, **changes})
     stage.compute_advantages(rollouts, cfg)
@@ -316,10 +327,12 @@ def distance(a, b):
 
 
 def literal_twin(model, rollouts, cfg):
-    """Paper eq. 1 and 6.3 word for word: padded float64 forward of transformers, Python loops over groups and tokens."""
-    kept = lambda r: (
-        r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
-    )
+    """Paper eq. 1 and 6.3 word for word: padded float64 forward of transformers, Python loops
+    over groups and tokens."""
+
+    def kept(r):
+        return r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
+
     longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
     loss, num_tokens = 0.0, 0
     for group in sorted({r.group for r in rollouts}):
@@ -434,9 +447,12 @@ def test_one_update_makes_good_completions_likelier_and_bad_ones_less_likely():
     )
     mathrl.compute_advantages(rollouts, cfg)
     batch = mathrl.collate(rollouts, cfg, "cpu")[0]
-    score = lambda: (
-        (model.token_logprobs(batch, cfg.temperature)[0] * batch["advantages_T"]).sum().item()
-    )
+
+    def score():
+        return (
+            (model.token_logprobs(batch, cfg.temperature)[0] * batch["advantages_T"]).sum().item()
+        )
+
     before = score()
     mathrl.train_step(
         model,
@@ -476,7 +492,8 @@ def test_next_prompts_goes_on_from_a_state_that_was_saved_as_json():
 
 
 def test_the_epoch_filter_drops_solved_and_hopeless_problems_and_lets_some_return():
-    """Paper 4.5.2, through next_prompts: rows 0-9 always solved, 10-19 never, the others sometimes."""
+    """Paper 4.5.2, through next_prompts: rows 0-9 always solved, 10-19 never, the others
+    sometimes."""
     rows, cfg = (
         [{} for _ in range(30)],
         config(prompts_per_step=10, readmit_easy=0.0, readmit_hard=0.0),
@@ -494,7 +511,8 @@ def test_the_epoch_filter_drops_solved_and_hopeless_problems_and_lets_some_retur
 
 
 def test_what_the_epoch_filter_counts():
-    """Per row, correct and sampled; truncated rollouts under the overlong filter are no evidence of difficulty."""
+    """Per row, correct and sampled; truncated rollouts under the overlong filter are no evidence
+    of difficulty."""
     rollouts = [
         rollout(1.0),
         rollout(0.0, status="wrong"),
@@ -508,7 +526,8 @@ def test_what_the_epoch_filter_counts():
 
 
 class TableEngine:
-    """No model: the completion of a rollout is its prompt's number, and the table says what it earns."""
+    """No model: the completion of a rollout is its prompt's number, and the table says what it
+    earns."""
 
     def __init__(self, rewards):
         self.rewards, self.asked = rewards, []  # {row: rewards of its G samples}
@@ -577,7 +596,9 @@ def test_refill_keeps_uneven_groups_only_and_asks_for_as_many_as_are_missing():
 
 
 def test_refill_is_bounded_by_its_rounds_and_by_the_rows_there_are():
-    uneven_once = lambda i: UNEVEN if i == 0 else FLAT
+    def uneven_once(i):
+        return UNEVEN if i == 0 else FLAT
+
     trained, _, engine = roll(uneven_once, max_refill_rounds=3, num_rows=1000)
     assert len(engine.asked) == 4 and {r.row["index"] for r in trained} == {0}, (
         "one group is left: the step is smaller, not infinite"
@@ -679,7 +700,8 @@ def test_every_step_logs_what_shows_a_broken_or_a_farmed_verifier(stage):
 
 
 def test_rlhf_logs_the_reward_model_s_mean_and_spreads(monkeypatch):
-    """Groups with scores (1, 3) and (5, 5, nothing): an endpoint that failed has no score. Mean 3.5, variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
+    """Groups with scores (1, 3) and (5, 5, nothing): an endpoint that failed has no score. Mean
+    3.5, variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
     collect = table_reward(monkeypatch, {"a": 1.0, "b": 3.0, "c": 5.0, "lost": None})
     rollouts = replies(["a", "b"]) + replies(["c", "c", "lost"], group=1)
     collect(rollouts)
@@ -692,7 +714,8 @@ def test_rlhf_logs_the_reward_model_s_mean_and_spreads(monkeypatch):
 
 
 def test_importance_weights_by_hand():
-    """Sampler log-probs -1, -1.2, -2 against -1 in the trainer: weights 1, e^0.2 and 0, because e^1 is over the limit of 2."""
+    """Sampler log-probs -1, -1.2, -2 against -1 in the trainer: weights 1, e^0.2 and 0, because
+    e^1 is over the limit of 2."""
     for stage in (mathrl, rlhf):
         old_T = torch.tensor([0.0, -1.0, -1.0, -1.0])
         batch = token_batch([2.0, -1.0, 1.0]) | {
@@ -725,7 +748,8 @@ def test_without_stabilisers_rlhf_has_the_loss_of_the_other_stages():
 
 
 def test_sequence_level_weights_by_hand():
-    """Completions of 1 and 3 tokens in one pack: weights 1/1 and 1/3, over 5 sequences of all ranks and micro-batches."""
+    """Completions of 1 and 3 tokens in one pack: weights 1/1 and 1/3, over 5 sequences of all
+    ranks and micro-batches."""
     a, b = (
         rollout(1, prompt=(5, 6), completion=(STOP,)),
         rollout(0, prompt=(8,), completion=(9, 10, STOP)),
@@ -747,7 +771,8 @@ def test_sequence_level_weights_by_hand():
 
 
 def kl_gradient(logits, ref_logits, monkeypatch):
-    """Expected gradient of the k3 term at one position: the sum over the vocabulary of policy(v) * d k3(v) / d logits."""
+    """Expected gradient of the k3 term at one position: the sum over the vocabulary of policy(v)
+    * d k3(v) / d logits."""
     expected, policy = torch.zeros_like(logits), torch.softmax(logits, -1)
     for v in range(len(logits)):
         z = logits.clone().requires_grad_()
@@ -784,8 +809,9 @@ def exact_kl_gradients(logits, ref_logits):
 
 
 def test_kl_gradient_matches_an_exact_kl(monkeypatch):
-    """As a loss, k3 has the gradient of KL(ref || policy), exactly; that of KL(policy || ref) to first order where they are close.
-    The k1 estimator would have none at all (its expected gradient is 0)."""
+    """As a loss, k3 has the gradient of KL(ref || policy), exactly; that of KL(policy || ref) to
+    first order where they are close. The k1 estimator would have none at all (its expected
+    gradient is 0)."""
     draw = torch.Generator().manual_seed(0)
     ref = torch.randn(7, generator=draw, dtype=torch.float64)
     push = torch.randn(7, generator=draw, dtype=torch.float64)
@@ -809,7 +835,8 @@ def test_kl_gradient_matches_an_exact_kl(monkeypatch):
 
 
 def table_reward(monkeypatch, scores, **changes):
-    """rlhf's collect with a table in place of the reward model; scores[text] None: the endpoint failed."""
+    """rlhf's collect with a table in place of the reward model; scores[text] None: the endpoint
+    failed."""
     monkeypatch.setattr(
         rlhf,
         "load_reward_model",
@@ -826,7 +853,8 @@ def replies(texts, group=0, think=False):
 
 
 def test_the_reward_is_the_score_of_the_answer_without_its_thinking(monkeypatch):
-    """Thinking that is never closed has not answered: it earns the lowest score of the batch, whatever it says."""
+    """Thinking that is never closed has not answered: it earns the lowest score of the batch,
+    whatever it says."""
     collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": 9.0})
     rollouts = replies(
         ["<think>\nlong\n</think>good", "<think>\n</think>bad", "<think> never closed"], think=True
@@ -866,7 +894,8 @@ def test_a_group_whose_scores_all_failed_is_shaped_to_nothing(monkeypatch):
 
 
 def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
-    """At the start it changes nothing; later the update has the k3 gradient against the frozen start on top."""
+    """At the start it changes nothing; later the update has the k3 gradient against the frozen
+    start on top."""
     start = make_tiny()
     start.save_pretrained(tmp_path)
     with_kl, without = (
@@ -877,7 +906,10 @@ def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
         distance(gradient(random_step(), **with_kl)[0], gradient(random_step(), **without)[0])
         < 1e-5
     )
-    moved = lambda: make_tiny(seed=3)
+
+    def moved():
+        return make_tiny(seed=3)
+
     extra = {
         n: a - b
         for (n, a), b in zip(
@@ -938,7 +970,8 @@ def test_importance_weights_leave_out_both_ends():
 
 
 def test_the_gradient_is_clipped_before_it_is_applied():
-    """SGD at lr 1 moves the weights by the gradient: by grad_clip in all, and the log has the norm before."""
+    """SGD at lr 1 moves the weights by the gradient: by grad_clip in all, and the log has the
+    norm before."""
     model, rollouts, cfg = make_tiny(), random_step(), config(grad_clip=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     mathrl.compute_advantages(rollouts, cfg)
@@ -955,7 +988,8 @@ def test_the_gradient_is_clipped_before_it_is_applied():
 
 
 def test_gap_and_entropy_are_per_completion_token():
-    """A sampler that is half a nat off on every token has a gap of 0.5, however long the prompts are."""
+    """A sampler that is half a nat off on every token has a gap of 0.5, however long the prompts
+    are."""
     model, rollouts, cfg = (
         make_tiny(),
         random_step(),
@@ -984,7 +1018,8 @@ def test_gap_and_entropy_are_per_completion_token():
 
 
 def test_the_floor_of_a_batch_is_the_lowest_score_of_a_sound_reply(monkeypatch):
-    """What the reward model says of a thought that is not closed, or of another language, lowers nobody's floor."""
+    """What the reward model says of a thought that is not closed, or of another language, lowers
+    nobody's floor."""
     collect = table_reward(
         monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": -7.0, "\u597d": -20.0}
     )

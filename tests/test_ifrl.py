@@ -19,7 +19,7 @@ import pytest
 from hypothesis import strategies as st
 
 import ifrl
-from verifiers import constraints
+from verifiers import constraint_workers, constraints
 
 LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
 FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
@@ -684,7 +684,7 @@ def test_collect_sets_reward_status_and_verdicts(workers):
 
 
 def test_a_pattern_that_never_ends_is_masked_and_the_next_step_works(monkeypatch):
-    monkeypatch.setattr(ifrl, "VERDICT_SECONDS", 1)
+    monkeypatch.setattr(constraint_workers, "VERDICT_SECONDS", 1)
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=1))
     stuck, fine = make_rollouts(["a" * 60 + "b"])[0], make_rollouts(["fine"])[0]
     stuck.row = {

@@ -340,7 +340,8 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
 
 
 def test_verifier_children_end_with_a_killed_parent():
-    """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself within two seconds."""
+    """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself
+    within two seconds."""
     code = (
         "import os, time; from verifiers import answers; answers.equal_in_child.start(); "
         "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)"
@@ -354,10 +355,13 @@ def test_verifier_children_end_with_a_killed_parent():
     child = int(parent.stdout.readline().split()[0])
     parent.kill()
     parent.wait()
-    alive = lambda: (
-        os.path.exists(f"/proc/{child}/stat")
-        and open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] != "Z"
-    )
+
+    def alive():
+        return (
+            os.path.exists(f"/proc/{child}/stat")
+            and open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] != "Z"
+        )
+
     deadline = time.time() + 20  # of a busy machine; an idle one takes one
     while alive() and time.time() < deadline:
         time.sleep(0.05)
@@ -368,7 +372,8 @@ def test_verifier_children_end_with_a_killed_parent():
 
 
 def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_answer():
-    """math-verify returns False when its own clock has run out: an overloaded machine would look like a policy that is wrong."""
+    """math-verify returns False when its own clock has run out: an overloaded machine would look
+    like a policy that is wrong."""
     start = time.time()
     assert (
         mathrl.verdict(mathrl.boxed("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout")
@@ -402,12 +407,14 @@ def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_ans
 def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_errors(
     stage, metrics, sentence, capsys
 ):
-    step = lambda: guard.check_step(
-        7,
-        {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics},
-        {"skipped": 0},
-        stage.Config(),
-    )
+    def step():
+        return guard.check_step(
+            7,
+            {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics},
+            {"skipped": 0},
+            stage.Config(),
+        )
+
     if not sentence:
         return step()
     with pytest.raises(SystemExit) as stop:
@@ -523,7 +530,8 @@ RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)
 
 
 def never_fails(response, gold="34"):
-    """The verifier's own limit is 9.5 s (test_every_answer...); 30 s leave room for a machine that stalls under other work."""
+    """The verifier's own limit is 9.5 s (test_every_answer...); 30 s leave room for a machine
+    that stalls under other work."""
     start = time.time()
     value, status = mathrl.verdict(response, gold)
     assert value in (0, 1) and (value == 1) == (status == "ok") and time.time() - start < 30
@@ -565,7 +573,8 @@ LETTERS = st.text(
 
 
 def language_rule_holds(prompt, response, more):
-    """A response in the prompt's own letters is fine; longer responses only get worse, longer prompts only forgive more; Latin is always fine."""
+    """A response in the prompt's own letters is fine; longer responses only get worse, longer
+    prompts only forgive more; Latin is always fine."""
     fine = mathrl.language_ok(prompt, response)
     assert (
         fine in (True, False)

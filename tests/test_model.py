@@ -1,7 +1,9 @@
-"""Guards: our Qwen3 = transformers' Qwen3 (all five shapes, YaRN, both directions of the folder), packed = padded = alone.
+"""Guards: our Qwen3 = transformers' Qwen3 (all five shapes, YaRN, both directions of the folder),
+packed = padded = alone.
 
-Everything runs in float32 on the CPU with random weights, norm weights included, because norms of 1 hide mistakes. With this file
-and test_engine.py: sampler = trainer = transformers, so a log-prob means the same thing wherever it is computed.
+Everything runs in float32 on the CPU with random weights, norm weights included, because norms of
+1 hide mistakes. With this file and test_engine.py: sampler = trainer = transformers, so a
+log-prob means the same thing wherever it is computed.
 """
 
 import json
@@ -36,7 +38,8 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
 
 
 def scaled_down(size, **changes):
-    """The shape of one of the five sizes with its ratios (query to kv heads, mlp to width, tied or not), 64 times smaller."""
+    """The shape of one of the five sizes with its ratios (query to kv heads, mlp to width, tied
+    or not), 64 times smaller."""
     full = Qwen3Config(**QWEN3_SIZES[size])
     shape = dict(
         vocab_size=211,
@@ -54,7 +57,8 @@ def scaled_down(size, **changes):
 
 
 def theirs(model, folder):
-    """The same weights in transformers, through our saved folder; eager attention is the plain formula."""
+    """The same weights in transformers, through our saved folder; eager attention is the plain
+    formula."""
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -275,9 +279,9 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
 
 
 def test_the_copy_of_a_tied_head_is_left_alone(tmp_path):
-    copy = lambda state: state.update(
-        {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
-    )
+    def copy(state):
+        return state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+
     assert Qwen3.from_pretrained(broken(tmp_path, copy, size="0.6b")).lm_head is None
 
 
@@ -323,9 +327,13 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(checkpointing):
-    """Two groups of samples of a prompt (one twice the same, one cut off inside another) and a lone sequence: log-probs, entropies,
-    the SFT loss and all gradients beside those of every token by itself. Tolerance 1e-5, relative."""
-    draw = lambda n, seed: random_ids(n, vocab=61, seed=seed).tolist()
+    """Two groups of samples of a prompt (one twice the same, one cut off inside another) and a lone
+    sequence: log-probs, entropies, the SFT loss and all gradients beside those of every token by
+    itself. Tolerance 1e-5, relative."""
+
+    def draw(n, seed):
+        return random_ids(n, vocab=61, seed=seed).tolist()
+
     prompts, tail = [draw(20, 1), draw(9, 2)], draw(7, 3)
     sequences = [
         prompts[0] + tail,
@@ -369,7 +377,8 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
 
 
 def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):
-    """Scored tokens alone go through the last layer's o_proj and MLP. The slow way takes every row and picks them afterwards."""
+    """Scored tokens alone go through the last layer's o_proj and MLP. The slow way takes every
+    row and picks them afterwards."""
     ids, cu_seqlens = random_ids(40, vocab=61), torch.tensor([0, 11, 17, 40], dtype=torch.int32)
     keep = torch.tensor([3, 4, 9, 15, 16, 30, 38])
     found = []
@@ -389,7 +398,8 @@ def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):
 
 
 def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monkeypatch):
-    """On CPUs linear_cross_entropy takes 512 tokens at a time beside a big weight, 128 beside this one."""
+    """On CPUs linear_cross_entropy takes 512 tokens at a time beside a big weight, 128 beside
+    this one."""
     from kernels import linear_cross_entropy as op
 
     hidden, weight = (

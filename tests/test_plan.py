@@ -1,11 +1,16 @@
-"""Guards: the memory plan that is printed at start-up. Weights, gradients and optimizer are compared byte for byte with a small run on the
-CPU, activations with what autograd really keeps; a run that cannot fit ends before step 1; and the plan of the paper's presets is printed
-for 8 x 80 GB and 8 x 141 GB (pytest -s), beside the numbers that follow from the shapes by hand."""
+"""Guards: the memory plan that is printed at start-up.
+
+Weights, gradients and optimizer are compared byte for byte with a small run on the CPU, activations
+with what autograd really keeps. A run that cannot fit ends before step 1. The plan of the paper's
+presets is printed for 8 x 80 GB and 8 x 141 GB (pytest -s), beside the numbers that follow from the
+shapes by hand.
+"""
 
 import json
 import random
 import re
 import types
+from functools import partial
 
 import pytest
 import test_presets
@@ -26,7 +31,10 @@ GB = 1e9
 
 
 def kept_for_backward(model, run):
-    """Bytes of the distinct storages that autograd holds after a forward pass, parameters and inputs left out."""
+    """Bytes of the distinct storages that autograd holds after a forward pass.
+
+    Parameters and inputs are left out.
+    """
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(t):
@@ -43,9 +51,9 @@ def kept_for_backward(model, run):
 @pytest.mark.parametrize(
     "shape",
     [
-        dict(),
-        dict(tie_word_embeddings=False),
-        dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4),
+        {},
+        {"tie_word_embeddings": False},
+        {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4},
     ],
 )
 def test_weights_gradients_and_optimizer_are_exact(shape):
@@ -65,7 +73,10 @@ def test_weights_gradients_and_optimizer_are_exact(shape):
 
 
 class GPUAttention(torch.autograd.Function):
-    """Keeps what the GPU's attention kernel keeps (q, k, v, out and a number a head); the CPU path keeps padded copies besides."""
+    """Keeps what the GPU's attention kernel keeps: q, k, v, out, and a number a head.
+
+    The CPU path keeps padded copies besides.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen):
@@ -80,13 +91,17 @@ class GPUAttention(torch.autograd.Function):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_that_autograd_keeps(checkpointing, monkeypatch):
-    """Within 6%: the plan leaves out a few fp32 statistics a token and layer. With checkpointing the layer that is recomputed is measured by
-    itself. The CPU path with its own attention keeps up to a quarter more."""
+    """Within 6%: the plan leaves out a few fp32 statistics a token and layer.
+
+    With checkpointing the layer that is recomputed is measured by itself. The CPU path with its own
+    attention keeps up to a quarter more.
+    """
     on_cpu = measure(checkpointing)[1]
     monkeypatch.setattr("model.flash_attention_varlen", GPUAttention.apply)
     planned, measured = measure(checkpointing)
     print(
-        f"checkpointing {checkpointing}: planned {planned}, measured {measured} bytes, off by {planned / measured - 1:+.1%}, tolerance 6%; "
+        f"checkpointing {checkpointing}: planned {planned}, measured {measured} bytes, "
+        f"off by {planned / measured - 1:+.1%}, tolerance 6%; "
         f"with the CPU's attention {on_cpu}, {on_cpu / planned - 1:+.1%}"
     )
     assert abs(planned / measured - 1) < 0.06 and planned < on_cpu < 1.25 * planned
@@ -112,8 +127,11 @@ def measure(checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_shared_prefixes_keep_less_than_the_plan_says(checkpointing):
-    """The plan is for sequences that have nothing in common. Attention holds a copy of q, k and v for every token, so sharing must save
-    more than these cost even where it is only just worth it (a tenth of the tokens)."""
+    """The plan is for sequences that have nothing in common.
+
+    Attention holds a copy of q, k and v for every token, so sharing must save more than these cost
+    even where it is only just worth it (a tenth of the tokens).
+    """
     model = make_tiny(hidden_size=64, intermediate_size=192, num_hidden_layers=6, head_dim=16)
     model.gradient_checkpointing = checkpointing
     draw = random.Random(0)
@@ -124,17 +142,16 @@ def test_shared_prefixes_keep_less_than_the_plan_says(checkpointing):
         ]
         shared = shared_prefixes(sequences, "cpu")
         packed = (
-            torch.tensor(sum(sequences, [])),
+            torch.tensor(sequences[0] + sequences[1]),
             torch.tensor([0, 100, 200], dtype=torch.int32),
             100,
             torch.arange(200),
         )
-        alone, less = (
-            kept_for_backward(model, lambda given=given: model.packed_hidden(*packed, given))
-            for given in (None, shared)
-        )
+        alone = kept_for_backward(model, partial(model.packed_hidden, *packed, None))
+        less = kept_for_backward(model, partial(model.packed_hidden, *packed, shared))
         print(
-            f"checkpointing {checkpointing}, {len(shared[0])} of 200 tokens computed: {less} of {alone} bytes, {less / alone:.1%}"
+            f"checkpointing {checkpointing}, {len(shared[0])} of 200 tokens computed: "
+            f"{less} of {alone} bytes, {less / alone:.1%}"
         )
         assert less < alone
 
@@ -160,8 +177,11 @@ def test_kv_cache_is_what_the_sampler_allocates(world):
 
 
 def test_shapes_of_the_8b_model_by_hand():
-    """16.4 GB of bf16 weights; 0.147 MB of KV cache a token; a layer keeps 3.7 GB at 32K tokens besides the 0.8 GB product that
-    its SwiGLU kernel could make again."""
+    """16.4 GB of bf16 weights, and 0.147 MB of KV cache a token.
+
+    A layer keeps 3.7 GB at 32K tokens besides the 0.8 GB product that its SwiGLU kernel could make
+    again.
+    """
     plan = memory_plan(Qwen3Config(), 8, 32768, 32768)
     assert plan["load"]["weights"] == 4 * 8190735360
     assert (
@@ -176,7 +196,10 @@ def test_shapes_of_the_8b_model_by_hand():
 
 
 def test_time_by_hand():
-    """(8 * params - 2 * down projections) * tokens / (ranks * rate) without attention; all weights once for every new token."""
+    """Update without attention: (8 * params - 2 * down projections) * tokens / (ranks * rate).
+
+    Generation reads all weights once for every new token.
+    """
     config = Qwen3Config(
         hidden_size=8,
         intermediate_size=16,
@@ -196,7 +219,10 @@ def test_time_by_hand():
 
 
 class CountProducts(TorchDispatchMode):
-    """Adds up the arithmetic of every matrix product and attention that is really called, 2 for a multiply and add."""
+    """Adds up the arithmetic of every matrix product and attention that is really called.
+
+    A multiply and add counts 2.
+    """
 
     total = 0
 
@@ -222,8 +248,11 @@ class CountProducts(TorchDispatchMode):
 @pytest.mark.parametrize("longest", [16, 128])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, monkeypatch):
-    """Products counted as they are called, with checkpointing and without kept probabilities, as on a GPU. The plan has the norm weights and each
-    sequence's first token (which is scored by nobody) besides, and knows nothing of the last layer's rows that nobody reads."""
+    """Products counted as they are called, with checkpointing, without kept probabilities.
+
+    That is as on a GPU. The plan has the norm weights and each sequence's first token (which is not
+    scored) besides, and does not know that some rows of the last layer are never read.
+    """
     monkeypatch.setattr("kernels.linear_logprob.CPU_KEEP", 0)
     model = make_tiny(
         hidden_size=64,
@@ -241,8 +270,8 @@ def test_the_arithmetic_of_an_update_is_what_a_run_really_does(longest, tied, mo
         model.token_logprobs(batch)[0].sum().backward()
     planned = time_plan(model.config, 1, T, longest, 0, T // longest, flops=1.0)[1]
     print(
-        f"tied {tied}, sequences of {longest}: planned {planned:.4g}, counted {counted.total:.4g}, off by "
-        f"{planned / counted.total - 1:+.1%}, tolerance 4%"
+        f"tied {tied}, sequences of {longest}: planned {planned:.4g}, counted {counted.total:.4g}, "
+        f"off by {planned / counted.total - 1:+.1%}, tolerance 4%"
     )
     assert abs(planned / counted.total - 1) < 0.04
 
@@ -330,11 +359,15 @@ def test_the_plan_is_printed_at_start_up_of_a_stage(world, tmp_path):
 
 @pytest.mark.parametrize("preset, size", [("8b", "8b"), ("14b-thinking", "14b")])
 def test_plan_of_the_paper_s_presets(preset, size):
-    """Prints what each sub-stage needs on one of 8 GPUs, and where 80 and 141 GB do. A stage that needs more is not an error of the plan: it wants
-    more nodes (the paper gives no count), and says so at start-up."""
+    """Prints what each sub-stage needs on one of 8 GPUs, and where 80 and 141 GB do.
+
+    A stage that needs more is not an error of the plan: it wants more nodes (the paper gives no
+    count), and says so at start-up.
+    """
     print(
-        f"\n{'stage':8s} {'length':>7s} {'tokens':>7s} {'update':>7s} {'of it activations':>18s} {'logits':>7s} {'rollouts':>9s} {'80 GB':>6s} {'141 GB':>7s}"
-        f" {'16 x 80':>8s} {'gen s':>7s} {'update s':>9s}"
+        f"\n{'stage':8s} {'length':>7s} {'tokens':>7s} {'update':>7s} {'of it activations':>18s} "
+        f"{'logits':>7s} {'rollouts':>9s} {'80 GB':>6s} {'141 GB':>7s} {'16 x 80':>8s} "
+        f"{'gen s':>7s} {'update s':>9s}"
     )
     config, needs = Qwen3Config(**QWEN3_SIZES[size]), {}
     for script, cfg in test_presets.commands(preset):
@@ -349,10 +382,11 @@ def test_plan_of_the_paper_s_presets(preset, size):
         gen, train = time_plan(
             config, 8, rows * longest, longest, 0 if script == "sft" else cfg.max_new_tokens, rows
         )
+        fits = ["fits" if fit else "no" for fit in (peaks[0] < 79, peaks[0] < 140, peaks[1] < 79)]
         print(
-            f"{script:8s} {longest:7d} {tokens:7d} {sum(update.values()) / GB:7.1f} {update['activations'] / GB:18.1f} {update['logits'] / GB:7.1f} "
-            f"{rollouts:9.1f} {'fits' if peaks[0] < 79 else 'no':>6s} {'fits' if peaks[0] < 140 else 'no':>7s} {'fits' if peaks[1] < 79 else 'no':>8s} "
-            f"{gen:7.0f} {train:9.0f}"
+            f"{script:8s} {longest:7d} {tokens:7d} {sum(update.values()) / GB:7.1f} "
+            f"{update['activations'] / GB:18.1f} {update['logits'] / GB:7.1f} {rollouts:9.1f} "
+            f"{fits[0]:>6s} {fits[1]:>7s} {fits[2]:>8s} {gen:7.0f} {train:9.0f}"
         )
         needs[script, longest] = peaks[0]
         # or the watchdog ends the run at its longest step, and at the same step when it is resumed
@@ -361,7 +395,7 @@ def test_plan_of_the_paper_s_presets(preset, size):
 
 
 def test_whole_copies_are_planned_as_whole(tmp_path, capsys):
-    """--shard=replicate: every rank holds all weights and moments, so that ranks do not make it smaller."""
+    """--shard=replicate: every rank holds all weights and moments, so ranks do not save any."""
     config = Qwen3Config(
         hidden_size=64,
         intermediate_size=128,
@@ -386,9 +420,10 @@ def test_whole_copies_are_planned_as_whole(tmp_path, capsys):
         cfg.shard = how
         for world in (1, 4):
             plan.check_memory(str(tmp_path), cfg, world, torch.device("cpu"))
-            lines[how, world] = [
+            line = next(
                 line for line in capsys.readouterr().out.splitlines() if line.startswith("update")
-            ][0].partition("GB a rank ")[2]
+            )
+            lines[how, world] = line.partition("GB a rank ")[2]
     assert lines["replicate", 4] == lines["replicate", 1] == lines["full", 1] != lines["full", 4]
 
 
@@ -429,7 +464,10 @@ def test_hybrid_shards_are_a_node_s_and_offloaded_ones_are_not_the_gpu_s(
     "held, share", [(4.1e9 * 12 / 4, 0.6), (4.1e9 * 12, 0.274), (8.2e9 * 12, 0.1)]
 )
 def test_vllm_gets_what_weights_and_moments_leave_of_a_gpu(held, share, monkeypatch):
-    """8B over 8, 2 and 1 GPUs of 85 GB; a parameter here is a stand-in that knows its size and where it lies."""
+    """8B over 8, 2 and 1 GPUs of 85 GB.
+
+    A parameter here is a stand-in that knows its size and where it lies.
+    """
     part = types.SimpleNamespace(dtype=torch.float32, is_cuda=True, numel=lambda: held / 12)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=85e9)

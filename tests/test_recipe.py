@@ -1,5 +1,6 @@
-"""The rules of the paper, one test a rule, named after rule and section, each by numbers that can be checked with a pencil. Start here to see
-what a stage does that GRPO alone does not; the tests of the single files go further into each.
+"""The rules of the paper, one test a rule, named after rule and section, each by numbers that can be
+checked with a pencil. Start here to see what a stage does that GRPO alone does not; the tests of
+the single files go further into each.
 """
 
 import json
@@ -41,7 +42,8 @@ def rollout(text, row=None, finish="stop", group=0, think=True, reward=float("na
 
 # ---- SFT (3.1, 4.1) ------------------------------------------------------------------------------
 def test_4_1_cosine_schedule_as_printed():
-    """T14: the cosine runs over 100K steps, so that after the 20K of stage 1 the rate is still 90% of its start: (1 + cos(pi / 5)) / 2."""
+    """T14: the cosine runs over 100K steps, so that after the 20K of stage 1 the rate is still
+    90% of its start: (1 + cos(pi / 5)) / 2."""
     cfg = sft.Config(lr=5e-5, warmup_steps=200, schedule_steps=100_000)
     assert sft.learning_rate(20_000, cfg) == pytest.approx(5e-5 * 0.9045085, rel=1e-6)
     assert (
@@ -127,7 +129,8 @@ def test_4_3_2_half_of_the_prompts_of_a_unified_run_are_answered_in_each_mode(
 
 
 def test_4_3_2_answer_only_scoring_and_the_language_rule(monkeypatch):
-    """Scores 3 and -2; the reply in another script would score 50 and gets 10 less than the lowest: -12."""
+    """Scores 3 and -2; the reply in another script would score 50 and gets 10 less than the
+    lowest: -12."""
     scores = {"good": 3.0, "bad": -2.0, "\u597d": 50.0}
     monkeypatch.setattr(
         rlhf,
@@ -154,7 +157,8 @@ def test_4_4_2_unified_reward_is_all_constraints_or_nothing():
 
 
 def test_4_4_2_thinking_reward_is_one_plus_the_sigmoid_of_the_z_score(monkeypatch):
-    """Scores 0 0 3 (mean 1, unbiased std sqrt(3)): z = -0.57735, -0.57735, 1.1547, sigmoid 0.359543 and 0.760361; a broken rule earns 0."""
+    """Scores 0 0 3 (mean 1, unbiased std sqrt(3)): z = -0.57735, -0.57735, 1.1547, sigmoid
+    0.359543 and 0.760361; a broken rule earns 0."""
     scores = {"a": 0.0, "b,": 0.0, "c": 3.0}
     monkeypatch.setattr(
         ifrl, "load_reward_model", lambda *args: lambda m, answers: [scores[a] for a in answers]
@@ -176,7 +180,8 @@ def test_4_4_2_thinking_reward_is_one_plus_the_sigmoid_of_the_z_score(monkeypatc
 
 
 def test_4_4_2_dynamic_sampling_refills_flat_groups_in_a_bounded_number_of_rounds():
-    """4 prompts, two of them flat: one refill of 2. Nothing but flat groups: 1 + max_refill_rounds rounds and no more."""
+    """4 prompts, two of them flat: one refill of 2. Nothing but flat groups: 1 +
+    max_refill_rounds rounds and no more."""
     _, _, engine = roll(lambda i: FLAT if i < 2 else UNEVEN, max_refill_rounds=4, num_rows=1000)
     assert [len(asked) for asked in engine.asked] == [4, 2]
     _, _, engine = roll(lambda i: FLAT, max_refill_rounds=4, num_rows=1000)
@@ -185,7 +190,8 @@ def test_4_4_2_dynamic_sampling_refills_flat_groups_in_a_bounded_number_of_round
 
 # ---- Math RL (4.5) -------------------------------------------------------------------------------
 def test_4_5_2_overlong_skip_leaves_loss_denominator_and_group_statistics():
-    """24K stage: of rewards 1 0 (0 cut off) 0 the cut one is skipped: mean 1/3, std 1/sqrt(3), advantages 1.1547 and -0.5774."""
+    """24K stage: of rewards 1 0 (0 cut off) 0 the cut one is skipped: mean 1/3, std 1/sqrt(3),
+    advantages 1.1547 and -0.5774."""
     group = [
         rollout("", reward=r, status="ok", finish=f)
         for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))
@@ -198,7 +204,8 @@ def test_4_5_2_overlong_skip_leaves_loss_denominator_and_group_statistics():
 
 
 def test_4_5_2_overlong_zero_stays_in_loss_and_group_statistics():
-    """32K and 40K stages: a cut-off rollout earns 0 even if its last box was right, and counts: mean 1/4, std 1/2."""
+    """32K and 40K stages: a cut-off rollout earns 0 even if its last box was right, and counts:
+    mean 1/4, std 1/2."""
     cut = rollout("x</think>\\boxed{42}", {"answer": "42"}, finish="length")
     assert mathrl.judge(cut) == (0, "no_answer") and mathrl.judge(
         rollout("x</think>\\boxed{42}", {"answer": "42"})
@@ -214,7 +221,8 @@ def test_4_5_2_overlong_zero_stays_in_loss_and_group_statistics():
 
 
 def test_4_5_2_skipped_rollouts_are_no_evidence_of_difficulty():
-    """Two right, one wrong, one cut off and skipped: [2 right of 3], and a prompt all of whose rollouts were skipped is not in the history."""
+    """Two right, one wrong, one cut off and skipped: [2 right of 3], and a prompt all of whose
+    rollouts were skipped is not in the history."""
     group = [
         rollout("", {"index": 7}, reward=r, status=s, finish=f)
         for r, s, f in (
@@ -233,7 +241,8 @@ def test_4_5_2_skipped_rollouts_are_no_evidence_of_difficulty():
 
 
 def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_the_solved():
-    """Each row has one draw of random.Random("seed epoch"): unsolved rows return where it is below 0.10, solved ones below 0.01."""
+    """Each row has one draw of random.Random("seed epoch"): unsolved rows return where it is
+    below 0.10, solved ones below 0.01."""
     history = {i: (0, 8) if i % 2 else (8, 8) for i in range(2000)} | {
         i: (5, 8) for i in range(2000, 2100)
     }
@@ -255,7 +264,8 @@ def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_
 
 # ---- Code RL (4.6) -------------------------------------------------------------------------------
 def test_4_6_2_mixed_language_earns_zero_in_code_and_minus_one_in_math():
-    """4.5.2 against 4.6.2: -1 would teach a policy that cannot solve the problem that clean and wrong is a win."""
+    """4.5.2 against 4.6.2: -1 would teach a policy that cannot solve the problem that clean and
+    wrong is a win."""
     tests = {"inputs": ["1\n"], "outputs": ["2\n"], "fn_name": None, "time_limit": None}
     right = "</think>\n```python\nprint(int(input()) * 2)\n```"
     assert coderl.verdict("So" + right, tests, "Double it.")[:2] == (1, "ok")
@@ -282,7 +292,8 @@ def test_4_6_2_all_tests_or_nothing():
 # ---- SWE RL (4.7) --------------------------------------------------------------------------------
 @pytest.mark.parametrize("limit, most", [(20, 1), (25, 2), (40, 4), (99, 5)])
 def test_4_7_1_prompts_show_golden_and_noisy_files_up_to_a_length_by_the_seed(limit, most):
-    """Files of 30 characters at 3 a token: one takes 10 tokens. A 20-token limit would hold two, but its one golden file has 60."""
+    """Files of 30 characters at 3 a token: one takes 10 tokens. A 20-token limit would hold two,
+    but its one golden file has 60."""
     files = {f"f{i}.py": "x" * (60 if i == 0 and limit == 20 else 30) for i in range(8)}
     cfg = swerl.Config(max_prompt_tokens=limit, chars_per_token=3.0, noisy_share=1.0, max_files=5)
     shown = [swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed)) for seed in range(40)]
@@ -304,11 +315,18 @@ def test_4_7_1_prompts_show_golden_and_noisy_files_up_to_a_length_by_the_seed(li
 
 def test_4_7_1_a_share_of_the_prompts_shows_golden_files_alone():
     files = {f"f{i}.py": "x" for i in range(4)}
-    alone = lambda share: sum(
-        len(swerl.choose_files(files, ["f0.py"], swerl.Config(noisy_share=share), random.Random(s)))
-        == 1
-        for s in range(400)
-    )
+
+    def alone(share):
+        return sum(
+            len(
+                swerl.choose_files(
+                    files, ["f0.py"], swerl.Config(noisy_share=share), random.Random(s)
+                )
+            )
+            == 1
+            for s in range(400)
+        )
+
     print(f"golden file alone at noisy_share 0.5: {alone(0.5)} of 400 (200 +- 30 at 3 sigma)")
     assert alone(0.0) == 400 and alone(1.0) == 0 and 170 <= alone(0.5) <= 230
 
@@ -328,7 +346,8 @@ def test_4_7_1_a_share_of_the_prompts_shows_golden_files_alone():
     ],
 )
 def test_4_7_2_equation_2_minus_one_zero_one(text, finish, earned):
-    """Does not apply: -1; changes nothing: 0; the golden change: 1. Truncated: -1 in the 24K stage, skipped in the 16K stage."""
+    """Does not apply: -1; changes nothing: 0; the golden change: 1. Truncated: -1 in the 24K
+    stage, skipped in the 16K stage."""
     r = rollout(text, {"files": FILES, "golden_patch": GOLDEN, "issue": "i"}, finish=finish)
     assert swerl.judge_rollout(r, swerl.Config())[0] == earned
 

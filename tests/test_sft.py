@@ -242,13 +242,13 @@ def test_a_commit_to_a_hub_s_set_does_not_strand_a_run(monkeypatch, tokenizer):
             read.append(dict(cursors)) or [([1], [1], "all")] * 4
         ),
     )
-    next(sft.batches(tokenizer, state, sft.Config(samples_per_step=2)))
+    next(sft.stream_steps(tokenizer, state, sft.Config(samples_per_step=2)))
     assert list(read[0]) == [f"hf://datasets/a/b@{'1' * 40}/x.jsonl"]
     monkeypatch.setattr(
         sft, "fresh_cursors", lambda path: {f"hf://datasets/a/b@{'2' * 40}/y.jsonl": [0, 0, 0.0]}
     )
     with pytest.raises(SystemExit):
-        next(sft.batches(tokenizer, state, sft.Config(samples_per_step=2)))
+        next(sft.stream_steps(tokenizer, state, sft.Config(samples_per_step=2)))
 
 
 def test_the_learning_rate_by_hand():
@@ -298,9 +298,9 @@ def fresh():
 def walk(cfg, steps, state=None):
     """([file, row] of each conversation, step after step, and the state as a checkpoint would keep it after each step)"""
     state = fresh() if state is None else state
-    batches, taken, states = sft.batches(None, state, cfg), [], []
+    stream, taken, states = sft.stream_steps(None, state, cfg), [], []
     for _ in range(steps):
-        taken.append([ids.tolist() for ids, _, _ in next(batches)])
+        taken.append([ids.tolist() for ids, _, _ in next(stream)])
         states.append(json.loads(json.dumps(state)))
     return taken, states
 
@@ -409,12 +409,12 @@ def test_memory_is_bounded_by_the_block_not_by_the_set(rows, tmp_path):
     peaks = {}
     for n, block_rows in ((400, 200), (4000, 200), (4000, 4000)):
         path = rows({"a.jsonl": n})
-        batches = sft.batches(
+        stream = sft.stream_steps(
             None, fresh(), config(data=path, samples_per_step=100, block_rows=block_rows)
         )
         tracemalloc.start()
         for _ in range(n // 100):
-            next(batches)
+            next(stream)
         peaks[n, block_rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     print("peak bytes {rows, block_rows}:", peaks)

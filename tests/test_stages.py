@@ -1,7 +1,9 @@
-"""Guards: whole stages as processes: two ranks = one, a killed and resumed run = a straight one bit for bit, and each feeds the next.
+"""Guards: whole stages as processes: two ranks = one, a killed and resumed run = a straight one bit
+for bit, and each feeds the next.
 
-The world is toy.py's with two dozen problems a skill, the model has 0.1M parameters; verifiers, sandbox, checkpoints and ranks (gloo,
-FSDP2) are the real ones. RL is given the problems that SFT has seen, so that some rewards differ and there is a gradient at all.
+The world is toy.py's with two dozen problems a skill, the model has 0.1M parameters; verifiers,
+sandbox, checkpoints and ranks (gloo, FSDP2) are the real ones. RL is given the problems that SFT
+has seen, so that some rewards differ and there is a gradient at all.
 """
 
 import contextlib
@@ -87,7 +89,8 @@ def reward_model(world, taught, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(world, taught, tmp_path_factory, request):
-    """{stage: folder} of one-process runs without interruption, each made when it is first asked for."""
+    """{stage: folder} of one-process runs without interruption, each made when it is first asked
+    for."""
     made = {}
 
     def run(stage):
@@ -122,8 +125,8 @@ def distance(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", DATA)
 def test_two_ranks_equal_one_process(stage, world, taught, straight, tmp_path, request):
-    """Up to rounding, which decides now and then which of two tokens is drawn: then the runs part for good, so another seed is tried.
-    Three seeds in a row that part are no accident."""
+    """Up to rounding, which decides now and then which of two tokens is drawn: then the runs part
+    for good, so another seed is tried. Three seeds in a row that part are no accident."""
     for seed in (0, 1, 2):
         one, two = (
             straight(stage) if seed == 0 else tmp_path / f"one{seed}",
@@ -163,13 +166,15 @@ def test_two_ranks_train_the_same_reward_model(world, taught, reward_model, tmp_
 
 @pytest.mark.slow
 def test_ranks_refill_uneven_groups_in_step(world, taught, tmp_path):
-    """A rank that has its groups goes on taking part in the others' rounds: nobody waits for ever."""
+    """A rank that has its groups goes on taking part in the others' rounds: nobody waits for
+    ever."""
     run_python(*command("ifrl", world, tmp_path, taught, num_steps=2, max_refill_rounds=3), ranks=2)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
 
 
 def run_and_kill(args, out, at_step, ranks=1):
-    """Start a run and kill it, and all its ranks, the moment metrics.jsonl has a line of that step."""
+    """Start a run and kill it, and all its ranks, the moment metrics.jsonl has a line of that
+    step."""
     launch = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         if ranks > 1
@@ -242,8 +247,8 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
 
 @pytest.mark.slow
 def test_math_length_stages_share_the_epoch_filter_s_state(world, taught, tmp_path):
-    """Paper 4.5.2 over 24K -> 32K -> 40K: the second stage starts in the epoch, and with the counts, at which the first stopped; other
-    data starts afresh."""
+    """Paper 4.5.2 over 24K -> 32K -> 40K: the second stage starts in the epoch, and with the counts,
+    at which the first stopped; other data starts afresh."""
     args = dict(num_steps=2, save_every=2, eval_every=0)
     run_python(*command("mathrl", world, tmp_path / "s1", taught, **args))
     before = json.loads((tmp_path / "s1" / "final" / "run.json").read_text())["state"]
@@ -296,7 +301,8 @@ def test_history_is_carried_over_for_the_same_rows_only(state, data, carried, tm
 
 @pytest.mark.slow
 def test_every_stage_takes_two_steps_from_the_checkpoint_of_the_one_before(world, tmp_path):
-    """The cascade in miniature, from random weights; also a finished stage that is started again leaves everything as it is."""
+    """The cascade in miniature, from random weights; also a finished stage that is started again
+    leaves everything as it is."""
     previous = world / "base"
     for stage in DATA:
         out = tmp_path / stage
@@ -468,7 +474,8 @@ def test_a_full_disk_ends_a_save_with_one_sentence_and_the_last_checkpoint_intac
 
 
 def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
-    """A disk of its own (tmpfs) with ever more room, until a save fits: all the ones before end in a sentence and leave nothing."""
+    """A disk of its own (tmpfs) with ever more room, until a save fits: all the ones before end
+    in a sentence and leave nothing."""
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True
     ).returncode:
@@ -479,7 +486,10 @@ def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
         model(torch.tensor([[1, 2, 3]])).sum().backward()
         optimizer.step()
         checkpoint.save_checkpoint(str(tmp_path), 1, model, optimizer, cfg, {"cursor": 1})
-        free = lambda: shutil.disk_usage(tmp_path).free
+
+        def free():
+            return shutil.disk_usage(tmp_path).free
+
         for room in range(0, 2 << 20, 32 << 10):
             (tmp_path / "filler").write_bytes(bytes(free() - room))
             with contextlib.suppress(SystemExit):
@@ -505,7 +515,8 @@ def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
 
 
 def test_a_verifier_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
-    """A child forked by the run, as verifiers are, still lives when the same command starts again."""
+    """A child forked by the run, as verifiers are, still lives when the same command starts
+    again."""
     start = "import checkpoint, os, sys, time; checkpoint.lock(sys.argv[1]); os.fork() or time.sleep(20); os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", start, str(tmp_path)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL and lock_is_free(tmp_path)
@@ -550,7 +561,8 @@ def test_final_always_names_the_last_checkpoint(checkpoints):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "mathrl"])
 def test_the_optimizer_is_what_the_flags_say(stage, world, taught, tmp_path):
-    """Rate by rate in the log, betas and weight decay in what a checkpoint keeps; a resumed run takes what its flags say then."""
+    """Rate by rate in the log, betas and weight decay in what a checkpoint keeps; a resumed run
+    takes what its flags say then."""
     flags = dict(
         num_steps=4,
         save_every=4,
@@ -584,7 +596,8 @@ def test_the_optimizer_is_what_the_flags_say(stage, world, taught, tmp_path):
 
 
 def test_a_stage_that_goes_on_is_not_done(checkpoints, world):
-    """--num_steps was raised: until its end no `final` says that the next stage may start, and none dangles."""
+    """--num_steps was raised: until its end no `final` says that the next stage may start, and
+    none dangles."""
     checkpoint.mark_final(str(checkpoints), str(checkpoints / "step_000003"))
     model = make_tiny()
     checkpoint.save_checkpoint(

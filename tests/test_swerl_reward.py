@@ -1,6 +1,8 @@
 """The SWE reward: every answer, honest or hostile, earns the value written beside it.
-Equalities guarded: our similarity = its definition, apply_patch undoes difflib, edits then diff = the golden change.
-The judge is a local stand-in for an endpoint; no model is needed."""
+
+Equalities guarded: our similarity = its definition, apply_patch undoes difflib, edits then diff =
+the golden change. The judge is a local stand-in for an endpoint; no model is needed.
+"""
 
 import difflib
 import http.server
@@ -186,7 +188,7 @@ def test_every_answer_earns_what_is_written(name):
 def test_the_lexical_judge_pays_for_closeness_but_not_for_deleting():
     earn = {name: swerl.reward(ATTACKS[name][0], FILES, GOLDEN) for name in ATTACKS}
     print({name: value for name, value in earn.items() if ATTACKS[name][1] == JUDGED})
-    # the price of an execution-free judge [dev 1]
+    # A wrong repair earns that much because nothing is run [dev 1].
     assert 0.9 < earn["a wrong repair of the right line"] < 1
     assert earn["deletes the faulty line"] == 0.0
     assert earn["golden change and another file"] == 0.5
@@ -212,14 +214,20 @@ def test_a_line_that_does_nothing_is_a_deleted_line(empty):
 
 
 def test_similarity_agrees_with_the_published_observations_where_our_decisions_do():
-    """The 17 observations of rewards on hand-made answers. Exceptions, all refused before similarity (dev 2): text found
-    several times, empty search text, a new file the golden patch does not make; a dot path is normalised instead."""
-    change = lambda old, new: {**FILES, "shop/cart.py": BUGGY.replace(old, new)}  # noqa: E731
+    """There are 17 published observations of rewards on hand-made answers.
+
+    Three kinds are refused before similarity is asked (dev 2): text found several times, empty
+    search text, a new file that the golden patch does not make. A dot path is normalised instead.
+    """
+
+    def change(old, new):
+        return {**FILES, "shop/cart.py": BUGGY.replace(old, new)}
+
     near, deleted = change(BUG, "    result = sum(prices) * tax"), change(BUG + "\n", "")
     assert patches.similarity(FILES, FIXED, FIXED) == 1.0
     assert 0.9 < patches.similarity(FILES, near, FIXED) < 1.0
     assert 0.8 < patches.similarity(FILES, deleted, FIXED) < 0.95
-    # mean over the union of touched files
+    # Similarity is a mean over the union of the touched files.
     assert patches.similarity(FILES, {**FIXED, "new.py": "x = 1\n"}, FIXED) == 0.5
     assert patches.similarity(FILES, {**FILES, "new.py": "x = 1\n"}, FIXED) == 0.0
     assert patches.similarity(FILES, FILES, FIXED) == 0.0
@@ -251,9 +259,15 @@ def test_new_deleted_and_renamed_files_of_the_golden_patch():
     )
     gone = "--- a/shop/util.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-LIMIT = 10\n"
     assert patches.apply_patch(gone, FILES)["shop/util.py"] == ""
-    moved = "diff --git a/shop/util.py b/shop/limits.py\nsimilarity index 100%\nrename from shop/util.py\nrename to shop/limits.py\n"
+    moved = (
+        "diff --git a/shop/util.py b/shop/limits.py\nsimilarity index 100%\n"
+        "rename from shop/util.py\nrename to shop/limits.py\n"
+    )
     assert patches.apply_patch(moved, FILES)["shop/limits.py"] == "LIMIT = 10\n"
-    unended = "--- a/x\n+++ b/x\n@@ -1,2 +1,2 @@\n one\n-two\n\\ No newline at end of file\n+three\n\\ No newline at end of file\n"
+    unended = (
+        "--- a/x\n+++ b/x\n@@ -1,2 +1,2 @@\n one\n-two\n\\ No newline at end of file\n"
+        "+three\n\\ No newline at end of file\n"
+    )
     assert patches.apply_patch(unended, {"x": "one\ntwo"}) == {"x": "one\nthree"}
     for broken in (
         "@@ -1 +1 @@\n-a\n+b\n",
@@ -282,7 +296,10 @@ def test_a_flood_of_equal_characters_is_scored_in_bounded_time():
 
 @pytest.fixture
 def endpoint():
-    """A stand-in that answers with `endpoint.top`, a list of (token, probability), and keeps what it was asked."""
+    """A stand-in for an endpoint, which keeps the questions it was asked.
+
+    It answers with `endpoint.top`, a list of (token, probability).
+    """
     state = SimpleNamespace(top=[], asked=[], url="")
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -422,7 +439,10 @@ def test_the_golden_change_can_be_written_as_edits_whatever_it_does(changes):
 
 
 def test_a_rename_can_be_written_as_edits():
-    golden = "diff --git a/d.py b/e.py\nrename from d.py\nrename to e.py\n--- a/d.py\n+++ b/e.py\n@@ -1,2 +1,2 @@\n-x = 1\n+x = 3\n y = 2\n"
+    golden = (
+        "diff --git a/d.py b/e.py\nrename from d.py\nrename to e.py\n--- a/d.py\n+++ b/e.py\n"
+        "@@ -1,2 +1,2 @@\n-x = 1\n+x = 3\n y = 2\n"
+    )
     after = patches.apply_patch(golden, EMPTY)
     assert after["d.py"] == "" and swerl.verdict(
         patches.as_response(EMPTY, after), EMPTY, golden
@@ -491,7 +511,7 @@ def test_both_shapes_of_file_contents_give_the_same_rows_and_bad_rows_are_counte
     assert loaded[0]["golden_patch"] == GOLDEN and "shop/cart.py" in loaded[0]["files"]
     content = loaded[0]["messages"][0]["content"]
     assert all(f"### {name}\n" in content for name in loaded[0]["files"])
-    # which the reward has to be able to read
+    # The prompt shows the form of an edit, and the reward has to be able to read that form.
     edit = content[content.index("Each edit is one block of this form") :]
     assert [path for path, *_ in patches.parse_edits(edit)] == ["path/of/the/file.py"], edit
     shown = [
@@ -555,7 +575,7 @@ def test_truncated_and_unclosed_rollouts_earn_minus_one_and_the_log_counts_reaso
         rollout(EXACT.replace("</think>", "")),
     ]
     rollouts[-2].finish_reason = "length"
-    submit, collect = swerl.make_reward(swerl.Config())
+    _, collect = swerl.make_reward(swerl.Config())
     collect(rollouts)
     assert [r.status for r in rollouts[-2:]] == ["no_answer"] * 2 and [
         r.reward for r in rollouts[-2:]
@@ -572,7 +592,7 @@ def test_truncated_and_unclosed_rollouts_earn_minus_one_and_the_log_counts_reaso
 
 
 def test_the_metric_runs_the_patched_program_where_the_row_has_tests():
-    # no tests: the golden change
+    # A row without tests is measured by the golden change.
     assert swerl.metric(rollout(EXACT)) == 1.0 and swerl.metric(rollout(THINK)) == 0.0
     pytest.importorskip("coderl", reason="the runner of the programs")
     files = {"app.py": "def add(a, b):\n    return a - b\n"}
@@ -587,7 +607,7 @@ def test_the_metric_runs_the_patched_program_where_the_row_has_tests():
     right = THINK + block("app.py", "    return a - b", "    return b + a  # the sum")
     wrong = THINK + block("app.py", "    return a - b", "    return a * b")
     assert [swerl.metric(rollout(text, **more)) for text in (right, wrong)] == [1.0, 0.0]
-    # no program passes tests that are not there: the golden change again
+    # An empty list of tests is no test that a program could pass: the golden change decides again.
     more["tests"] = {"inputs": [], "outputs": []}
     assert [
         swerl.metric(rollout(text, **more))
@@ -667,7 +687,10 @@ def test_apply_patch_undoes_difflib_and_similarity_is_symmetric(files, after):
 
 
 def test_a_patch_made_of_two_versions_leads_from_one_to_the_other():
-    """Form feeds, which GNU's and Python's sources have between their parts, and line separators inside a string are no line ends."""
+    """Form feeds and line separators inside a string are no line ends.
+
+    GNU's and Python's sources have form feeds between their parts.
+    """
     before = {"a.py": "import os\n\f\nx = 1\n", "b.py": "s = '\u2028'\ny = 1\n"}
     after = {"a.py": "import os\n\f\nx = 2\n", "b.py": "s = '\u2028'\ny = 2\n", "c.py": "z = 1\n"}
     made = patches.apply_patch(patches.as_patch(before, after), before)

