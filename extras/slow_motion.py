@@ -35,9 +35,9 @@ from model import Qwen3, load_tokenizer
 @dataclass
 class Config:
     stage: str = "mathrl"  # whose functions run: rlhf, ifrl, mathrl, coderl or swerl
-    init_from: str = "out/toy/sft2/final"  # checkpoint that takes the step; it is only read
+    init_from: str = "out/toy/sft2/final"  # checkpoint that makes the step; it is only read
     data: str = ""  # prompts, as the stage reads them; "": the toy's, in the run of init_from
-    rm: str = ""  # reward model of rlhf; "": the toy's, in the run of init_from
+    rm: str = ""  # reward model of rlhf, folder or URL; "": the toy's, in the run of init_from
     group_size: PositiveInt = 6  # completions per prompt (G)
     prompts: PositiveInt = 2  # prompts of the step, so the number of groups
     max_new_tokens: PositiveInt = 80  # a completion is cut off there, as in the toy
@@ -63,13 +63,14 @@ SKILL = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swer
 
 
 def stage_config(stage, cfg):
-    """The stage's Config with the toy's flags. The files of the toy lie in the run of init_from."""
+    """The stage's Config with the flags of the toy (run_cascade.sh)."""
+    # init_from is RUN/STAGE/final, and the toy's files lie in RUN/data and RUN/rlhf/rm.
     run_folder = os.path.dirname(os.path.dirname(os.path.normpath(cfg.init_from)))
     own = dict(TOY[cfg.stage])
     own["lr"] = cfg.lr or own["lr"]
     if cfg.stage == "rlhf":
         own["rm"] = cfg.rm or os.path.join(run_folder, "rlhf", "rm")
-        if not os.path.exists(own["rm"]):
+        if "://" not in own["rm"] and not os.path.exists(own["rm"]):
             fail(f"--rm: {own['rm']} is not there, and rlhf needs a reward model.")
     data = cfg.data or os.path.join(run_folder, "data", f"{SKILL[cfg.stage]}_rl.jsonl")
     if not cfg.data and not os.path.exists(data):
@@ -88,7 +89,8 @@ def stage_config(stage, cfg):
         top_p=1.0,
         top_k=0,
         reward_workers=2,
-        micro_batch_tokens=512,  # The toy has 8192. Small ones show that a batch is cut.
+        # The toy has 8192. With fewer one sees that a batch is cut.
+        micro_batch_tokens=512,
         **own,
     )
 
@@ -106,7 +108,7 @@ def run_step(cfg):
         tokenizer = load_tokenizer(cfg.init_from)
     stage_cfg = stage_config(stage, cfg)
     reward_hook = stage.make_reward(stage_cfg)
-    rows = stage.load_rows(stage_cfg, limit=400)
+    rows = stage.load_rows(stage_cfg, limit=400)  # a few are enough, and take less time
     with one_sentence(f"--init_from={cfg.init_from}"):
         model = Qwen3.from_pretrained(cfg.init_from, device=device)
     rows = encode_prompts(rows, tokenizer, stage_cfg)

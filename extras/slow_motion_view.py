@@ -78,6 +78,14 @@ def one_line(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def quoted(text):
+    return f'"{one_line(text)}"'
+
+
+def cut(text, length):
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def explain(run, around, width):
     """The steps of a run: seven, or the first two if it has no gradient.
 
@@ -94,6 +102,7 @@ def explain(run, around, width):
 
 
 def explain_prompt(run):
+    """Step 1: text of every prompt token over its id."""
     text = (
         "A row of the data is a chat. It is written in the format of the model, with /think or "
         "/no_think at the end of the user's turn, and encoded. The model reads only the ids below. "
@@ -108,6 +117,7 @@ def explain_prompt(run):
 
 
 def explain_group(run):
+    """Step 2: rewards and advantages of the group, with the arithmetic."""
     text = (
         f"The sampler draws {len(run['group'])} completions of the prompt, and each gets a reward. "
         f"{REWARDS[run['stage']]} The advantage tells how much better a completion is than its "
@@ -159,11 +169,12 @@ def group_arithmetic(group):
 
 
 def sum_of(values, form):
-    """ "1 - 0.5 + 2" of numbers."""
+    """The sum of numbers as text, "1 - 0.5 + 2"."""
     return " + ".join(format(value, form) for value in values).replace("+ -", "- ")
 
 
 def explain_mask(run):
+    """Step 3: which tokens are in the loss, and with which sign."""
     text = (
         "The model did not choose the tokens of the prompt, so they are not in the loss. Every "
         "token of a completion is, with the advantage of the whole completion: above 0 it is to "
@@ -184,7 +195,7 @@ def explain_mask(run):
 
 def numbers_of(token, r):
     """All numbers of a completion's token, in a sentence."""
-    start = f"{json.dumps(token['text'])}, id {token['id']}"
+    start = f"{quoted(token['text'])}, id {token['id']}"
     if "logprob" not in token:
         return f"{start}: the sampler's log-prob is {token['sampler']:.4f}; no gradient"
     return (
@@ -196,6 +207,7 @@ def numbers_of(token, r):
 
 
 def explain_packing(run, around, width):
+    """Step 4: a micro-batch as a map of its tokens, and its tensors in columns."""
     batch = run["micro_batch"]
     num_tokens = len(batch["tokens"])
     text = (
@@ -211,7 +223,7 @@ def explain_packing(run, around, width):
     loss_map = []
     for t, token in enumerate(batch["tokens"]):
         style = style_of(batch["advantages"][t]) if t in in_loss else "grey"
-        loss_map.append(Piece(signs[style], style, f"position {t}: {json.dumps(token['text'])}"))
+        loss_map.append(Piece(signs[style], style, f"position {t}: {quoted(token['text'])}"))
     caption = "one mark a token: . prompt, + advantage above 0, - advantage below 0"
     blocks = [("text", text), ("map", caption, loss_map)]
     if batch["first"] is not None:
@@ -219,7 +231,7 @@ def explain_packing(run, around, width):
         work_map = []
         for t, token in enumerate(batch["tokens"]):
             style, mark = ("", "#") if t in computed else ("grey", ".")
-            work_map.append(Piece(mark, style, f"position {t}: {json.dumps(token['text'])}"))
+            work_map.append(Piece(mark, style, f"position {t}: {quoted(token['text'])}"))
         caption = (
             f"shared prefixes: the layers compute {len(computed)} of {num_tokens} tokens (#). Each "
             "other one repeats a token and its past; copy_T tells which entry of first_U it equals"
@@ -281,6 +293,7 @@ def batch_column(batch, t, in_loss):
 
 
 def explain_token(run):
+    """Step 5: every factor of one token's share of the loss."""
     r = run["group"][run["best"]]
     logprobs = [token["logprob"] for token in r["tokens"]]
     i = logprobs.index(min(logprobs))
@@ -297,12 +310,12 @@ def explain_token(run):
         f"-ratio * weight * advantage / all tokens = -{r['advantage']:.4f} / {run['num_tokens']}"
     )
     rows = [
-        ("token", json.dumps(token["text"]), f"id {token['id']}"),
+        ("token", cut(quoted(token["text"]), 20), f"id {token['id']}"),
         ("log-prob", f"{token['logprob']:.6f}", f"probability {probability:.4f} when it was drawn"),
         ("old log-prob", f"{token['old']:.6f}", "of the same weights, without gradient"),
         ("ratio", f"{token['ratio']:g}", "exp(log-prob - old log-prob)"),
         ("sampler's log-prob", f"{token['sampler']:.6f}", f"off by rounding, {rounding:+.1e}"),
-        ("importance weight", f"{token['weight']:g}", "1 for all where --importance_limit is 0"),
+        ("importance weight", f"{token['weight']:g}", "1 for all, since importance_limit is 0"),
         ("advantage", f"{r['advantage']:+.6f}", "the one of the whole completion"),
         ("share of the loss", f"{token['share']:+.8f}", formula),
         ("gradient", f"{token['gradient']:+.8f}", "of grpo_loss by this log-prob, from autograd"),
@@ -313,6 +326,7 @@ def explain_token(run):
 
 
 def explain_loss(run):
+    """Step 6: the shares of all completions, their sum, and the gradient."""
     text = (
         "The loss is one sum over all completion tokens, divided by their number. This denominator "
         "is counted over all micro-batches and ranks before the first is computed, so the result "
@@ -336,9 +350,9 @@ def explain_loss(run):
 
     norm = run["metrics"]["grad_norm"]
     limit = run["grad_clip"]
-    clip = f"below --grad_clip={limit:g}, so the gradient stays as it is"
+    clip = f"at most grad_clip = {limit:g}, so the gradient stays as it is"
     if norm > limit:
-        clip = f"above --grad_clip={limit:g}, so the gradient is scaled by {limit / norm:.4f}"
+        clip = f"above grad_clip = {limit:g}, so the gradient is scaled by {limit / norm:.4f}"
     loss = sum(run["losses"])
     lines = [
         f"denominator: {run['num_tokens']} completion tokens that are trained on",
@@ -349,7 +363,7 @@ def explain_loss(run):
     blocks = [("text", text), ("table", header, rows), ("lines", lines)]
     if run["stage"] == "rlhf":
         kl = (
-            "RLHF adds a KL term towards the policy that it started from (paper 6.3; --kl_coef is "
+            "RLHF adds a KL term towards the policy that it started from (paper 6.3; kl_coef is "
             "0.1 in the toy). In the first step both are the same policy, so the term is 0."
         )
         blocks.append(("text", kl))
@@ -357,6 +371,7 @@ def explain_loss(run):
 
 
 def explain_update(run):
+    """Step 7: log-probs of the group's completions before and after the update."""
     rows = []
     changes = {}
     for k, r in enumerate(run["group"]):
@@ -453,9 +468,7 @@ def chip_lines(pieces):
     """Every token over its id, in columns."""
     above, below = "    ", "    "
     for piece in pieces:
-        text = piece.text
-        if len(piece.text) > COLUMNS - 6:
-            text = piece.text[: COLUMNS - 9] + "..."
+        text = cut(piece.text, COLUMNS - 6)
         width = max(len(text), len(piece.below)) + 2
         if len(above) + width > COLUMNS:
             yield from (above, below)

@@ -239,8 +239,9 @@ HOSTILE = (
 @pytest.mark.slow
 def test_no_text_of_a_model_becomes_markup_or_reaches_the_terminal_raw(runs, tmp_path, capsys):
     run = copy.deepcopy(runs["mathrl"])
-    for token in [*run["prompt"], *run["micro_batch"]["tokens"], *run["group"][0]["tokens"]]:
-        token["text"] = HOSTILE + "\033[2J\n"
+    for part in (run["prompt"], run["micro_batch"]["tokens"], *(r["tokens"] for r in run["group"])):
+        for token in part:
+            token["text"] = HOSTILE + "\033[2J\n"
     slow_motion_view.write_page(str(tmp_path / "page.html"), run)
     page = (tmp_path / "page.html").read_text()
     assert page.count("</script>") == page.count("<script") == 1 and "<img" not in page
