@@ -226,6 +226,7 @@ def describe(r):
         "group": r.group,
         "reward": r.reward,
         "status": r.status,
+        "cut_off": r.finish_reason == "length",
         "trained": r.trained,
         "advantage": r.advantage,
         "length": len(r.completion_ids),

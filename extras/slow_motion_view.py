@@ -132,7 +132,7 @@ def explain_group(run):
         rows.append(table_row(style_of(r["advantage"]), *cells))
     header = ["#", "reward", "status", "tokens", "advantage", "how it ends"]
     blocks = [("text", text), ("table", header, rows), ("lines", group_arithmetic(run["group"]))]
-    if not all(r["trained"] for r in run["group"]):
+    if any(r["cut_off"] and not r["trained"] for r in run["group"]):
         not_trained = (
             "This stage has an overlong filter: a completion that is cut off at --max_new_tokens "
             "is not trained on, and does not count in mean and standard deviation (gap G5)."
@@ -140,7 +140,7 @@ def explain_group(run):
         blocks.append(("text", not_trained))
     if not run["has_gradient"]:
         flat = (
-            "In every group of this step all rewards are equal. So all advantages are 0, there is "
+            "No group of this step has rewards that differ. So all advantages are 0, there is "
             "nothing to learn, and the slow motion ends here. Try another --seed or more --prompts."
         )
         blocks.append(("text", flat))
@@ -151,7 +151,7 @@ def group_arithmetic(group):
     """Lines: the advantages of a group from its rewards."""
     rewards = [r["reward"] for r in group if r["trained"]]
     if len(rewards) < 2:
-        return ["One completion alone has nothing to be compared with."]
+        return ["Fewer than two completions are trained on, so there is nothing to compare."]
     n = len(rewards)
     mean = statistics.fmean(rewards)
     std = statistics.stdev(rewards)
@@ -164,7 +164,8 @@ def group_arithmetic(group):
     lines.append("advantage = (reward - mean) / (std + 1e-6):")
     advantage_of = {r["reward"]: r["advantage"] for r in group if r["trained"]}
     for reward, advantage in advantage_of.items():
-        lines.append(f"({reward:.4g} - {mean:.4f}) / ({std:.4f} + 1e-6) = {advantage:+.4f}")
+        difference = sum_of([reward, -mean], ".4g")
+        lines.append(f"({difference}) / ({std:.4f} + 1e-6) = {advantage:+.4f}")
     return lines
 
 
