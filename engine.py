@@ -54,7 +54,7 @@ class Rollout:
     # ok, wrong, no_answer, language, timeout, crash, or infra (masked, never a reward)
     status: str = ""
     advantage: float = 0.0
-    trained: bool = True  # False: outside the loss, its denominator and the group statistics
+    in_loss: bool = True  # False: outside the loss, its denominator and the group statistics
 
 
 def request_seed(*key):
@@ -234,7 +234,7 @@ class TorchEngine:
         on_finished(rollout) is called the moment a completion ends; completion_ids grow token by
         token, sampler_logprobs follow when all have ended. temperature 0 is greedy. top_p and
         top_k restrict what can be drawn; the log-probs are of the whole distribution, as the
-        trainer computes them (gap G4).
+        trainer computes them (G4).
         """
         if not rollouts:
             return

@@ -1,17 +1,21 @@
-"""Measures a checkpoint: toy skills and public benchmarks with 95% intervals, the stage-by-skill matrix, the gates between stages.
+"""Measures a checkpoint: toy skills and public benchmarks with 95% intervals, matrix and gates.
 
-    python evaluate.py --model=out/toy/mathrl/final --tasks=all-toy          one table
-    python evaluate.py --model=... --tasks=aime24,math500 --results=...      the paper's protocol (appendix B), hub id or local file
-    python evaluate.py --matrix=out/toy                                      the table and plots of a whole run
-    python evaluate.py --gates=out/toy                                       exit code 2 where a stage lost more than it may
-    python evaluate.py --model=out/toy/swerl/final --chat                    talk to it; /think and /no_think switch the mode
+    python evaluate.py --model=out/toy/mathrl/final --tasks=all-toy       one table
+    python evaluate.py --model=... --tasks=aime24,math500 --results=...   the paper's protocol
+    python evaluate.py --matrix=out/toy       the stage-by-skill table and plots of a whole run
+    python evaluate.py --gates=out/toy        exit code 2 where a stage lost more than it may
+    python evaluate.py --model=out/toy/swerl/final --chat                 talk to the model
 
-A task runs through its stage's own data loader, prompt builder and verifier, and through the sampler the stage trains with.
-Sampled scores are means over k completions a problem, the protocol of the paper (avg@k); the interval resamples problems, not
-completions, because completions of one problem are not independent. Each finished completion is a JSON line beside the results
-(samples/<stage>/<task>_<mode>_<decoding>.rank0.jsonl): an interrupted evaluation repeats none of them.
+The rows of a benchmark come from a local file or from the hub; its protocol is that of appendix B.
+A toy task runs through its stage's own data loader, prompt builder and verifier, and through the
+sampler that the stage trains with. Sampled scores are means over k completions of each problem
+(avg@k, the paper's protocol). The interval resamples problems, not completions, because the
+completions of one problem are not independent. Each finished completion is a JSON line beside the
+results (samples/<stage>/<task>_<mode>_<decoding>.rank0.jsonl), so an interrupted evaluation repeats
+none.
 """
 
+import dataclasses
 import glob
 import hashlib
 import importlib
@@ -21,6 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,10 +33,17 @@ import torch
 from engine import Rollout, make_engine, request_seed
 from evals.benchmarks import BENCHMARKS
 from evals.plots import draw_matrix
-from evals.results import TOY, check_gates, keep_best, kept_lines, steps_of_same_compute
+from evals.results import (
+    TOY,
+    check_gates,
+    keep_best,
+    kept_lines,
+    print_gates,
+    steps_of_same_compute,
+)
 from lib.checkpoint import lock
 from lib.common import all_gather, finish, init_distributed
-from lib.flags import parse_config
+from lib.flags import Share, parse_config
 from lib.guard import fail, one_sentence
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -39,36 +51,39 @@ from model import Qwen3, load_tokenizer, render_chat
 @dataclass
 class Config:
     model: str = ""  # checkpoint folder
-    tasks: str = "all-toy"  # comma-separated names of TASKS
-    # folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json, .parquet; else the hub is asked
+    tasks: str = "all-toy"  # comma-separated names of TASKS; all-toy: the five skills of the toy
+    # Folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json or .parquet. A task without such
+    # a file is read from the hub.
     data: str = "out/toy/data"
     split: str = "test"  # toy only: test is for reporting, dev for tuning
-    stage: str = ""  # row label; "": the model's folder name
-    # JSONL file that one line a cell is appended to; finished samples are kept in samples/ beside
-    # it
+    # Label of the rows. "": the folder's name; for out/toy/my_idea/final that is my_idea.
+    stage: str = ""
+    # JSONL file to which one line for each task, mode and decoding is appended. The finished
+    # samples are kept in samples/ beside it.
     results: str = ""
-    # arenahard: URL of an OpenAI-compatible server, up to /v1 (key: JUDGE_API_KEY); lcb_pro: of its
-    # judge
+    # arenahard: URL of an OpenAI-compatible server, up to /v1 (its key: JUDGE_API_KEY).
+    # lcb_pro: URL of the benchmark's own judge.
     judge: str = ""
     judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
-    verifier_python: str = ""  # bfcl, swebench: python of the environment that has their package
+    # bfcl, swebench: the python of an environment that has the benchmark's package
+    verifier_python: str = ""
     repos: str = ""  # swebench: folder of git clones named owner__name
     engine: str = "auto"  # auto, torch or vllm
     modes: str = ""  # think, no_think or think,no_think; "": the task's own
-    # completions per problem of the sampled score; 0: the task's protocol, as in the next four
-    samples: int = 0
-    temperature: float = -1.0  # -1: the task's protocol
-    top_p: float = 0.0
-    max_new_tokens: int = 0
-    rope_factor: float = 0.0  # YaRN factor; 0: the task's own, or as the checkpoint has it
-    limit: int = 0  # problems per task; 0: all
+    # The next five replace the task's own protocol; their defaults leave it as it is.
+    samples: int = 0  # completions of each problem for the sampled score
+    temperature: float = -1.0  # of the sampled score
+    top_p: Share = 0.0  # of the sampled score
+    max_new_tokens: int = 0  # of a completion
+    rope_factor: float = 0.0  # YaRN factor
+    limit: int = 0  # problems of each task; 0: all
     seed: int = 0
     label_seed: int = 0  # seed of the training run, written into the results
     matrix: str = ""  # run folder: print its matrix, write matrix.png and one plot a stage
-    gates: str = ""  # run folder: check the gates of its results.jsonl, of one stage with --stage
-    # stage folder: make the best of its checkpoints in candidates.jsonl its final one
+    gates: str = ""  # run folder: check the gates of its results.jsonl; with --stage of that stage
+    # Stage folder: the best of its checkpoints in candidates.jsonl becomes its final one.
     keep_best: str = ""
-    # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run
+    # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run.
     same_compute: str = ""
     chat: bool = False  # talk to the model in the terminal
 
@@ -84,295 +99,423 @@ def task(
     top_p=1.0,
     rope_factor=0.0,
     greedy=True,
+    script="",
 ):
-    """One row of TASKS: load(path, outside) -> rows, (submit, collect), metric; where the rows come from; the protocol."""
-    return dict(locals())
+    """Return one row of TASKS.
+
+    load(path, outside) -> rows, (submit, collect), metric. Each row has "messages". submit(rollout)
+    starts the verdict of a finished completion, collect(rollouts) waits for the verdicts and sets
+    reward and status, metric(rollout) is the score. outside: {flag: value} of what a loader may
+    need besides its rows.
+    hub: where the rows are if --data does not have them. greedy: measure greedy decoding as well.
+    script: the stage that teaches this task, "" for a benchmark. The rest is the sampling protocol.
+    """
+    return {
+        "load": load,
+        "modes": modes,
+        "hub": hub,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "rope_factor": rope_factor,
+        "greedy": greedy,
+        "script": script,
+    }
 
 
-def stage_task(name, modes, **overrides):
-    """A toy skill, graded by the stage that teaches it."""
+def stage_task(script, modes, **settings):
+    """Return a task that is graded by the stage script that teaches it.
+
+    script: name of a module with Config, load_rows, make_reward and metric, as each RL stage has
+    them. settings: fields of its Config. So a copy of a stage, with rows and a verdict of its own,
+    becomes a task by one line of TASKS: "countdown": stage_task("my_countdown", ("think",)).
+    """
 
     def load(path, outside):
-        stage = importlib.import_module(name)
-        cfg = stage.Config(data=path, reward_workers=2, **overrides)
+        stage = import_stage(script)
+        values = {"data": path}
+        if "reward_workers" in {field.name for field in dataclasses.fields(stage.Config)}:
+            values["reward_workers"] = 2
+        values.update(settings)
+        cfg = stage.Config(**values)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
 
-    return task(load, modes)
+    return task(load, modes, script=script)
+
+
+def import_stage(script):
+    """Import a stage script by the name of its module."""
+    try:
+        return importlib.import_module(script)
+    except ModuleNotFoundError as error:
+        if error.name != script:
+            raise  # the script is there, but something that it imports is not
+        fail(f"TASKS of evaluate.py: there is no script {script}.py.", note="Nothing was measured.")
 
 
 def load_chat(path, outside):
-    """The chat column is graded by the rule stated in toy.py, which neither the policy nor its reward model has seen."""
+    """Grade the chat skill by the rule stated in toy.py.
+
+    Neither the policy nor its reward model has seen this rule.
+    """
     import rlhf
     import toy
 
+    def submit(rollout):
+        pass  # the rule is quick: collect() applies it
+
     def collect(rollouts):
         for r in rollouts:
-            closed = not r.row["think"] or "</think>" in r.text
-            r.reward = (
-                toy.chat_score(r.row["messages"][-1]["content"], rlhf.answer_of(r))
-                if closed and r.finish_reason == "stop"
-                else 0.0
-            )
+            thought_is_closed = not r.row["think"] or "</think>" in r.text
+            question = r.row["messages"][-1]["content"]
+            r.reward = 0.0
+            if thought_is_closed and r.finish_reason == "stop":
+                r.reward = toy.chat_score(question, rlhf.answer_of(r))
             r.status = "ok"
 
-    return (
-        rlhf.load_rows(rlhf.Config(data=path)),
-        (lambda rollout: None, collect),
-        lambda r: r.reward,
-    )
+    def metric(rollout):
+        return rollout.reward
+
+    return rlhf.load_rows(rlhf.Config(data=path)), (submit, collect), metric
 
 
 TASKS = {
-    "chat": task(load_chat, ("think", "no_think")),
+    "chat": task(load_chat, ("think", "no_think"), script="rlhf"),
     "if": stage_task("ifrl", ("think", "no_think")),
     "math": stage_task("mathrl", ("think",)),
     "code": stage_task("coderl", ("think",)),
     "swe": stage_task("swerl", ("think",), min_prompt_tokens=0),
+    **{name: task(**row) for name, row in BENCHMARKS.items()},
 }
-TASKS |= {name: task(**row) for name, row in BENCHMARKS.items()}
 
 
-# ---- 2. Scores -----------------------------------------------------------------------------------
-def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
-    """(mean, low, high): 95% bootstrap over problems of the (weighted) mean of their scores."""
-    scores_PG = np.asarray(scores_PG, dtype=np.float64)
-    weights_PG = (
-        np.ones_like(scores_PG) if weights_PG is None else np.asarray(weights_PG, dtype=np.float64)
-    )
-    sums_P, weights_P = (scores_PG * weights_PG).sum(axis=1), weights_PG.sum(axis=1)
-    draws = np.random.default_rng(seed).integers(0, len(sums_P), (resamples, len(sums_P)))
-    low, high = np.percentile(sums_P[draws].sum(axis=1) / weights_P[draws].sum(axis=1), [2.5, 97.5])
-    return float(sums_P.sum() / weights_P.sum()), float(low), float(high)
+def own_skills():
+    """Return {stage script: the task that it teaches}, the first one of TASKS."""
+    skills = {}
+    for name, row in TASKS.items():
+        script = row["script"].rpartition(".")[2]
+        if script:
+            skills.setdefault(script, name)
+    return skills
 
 
 def source(name, cfg):
-    """Where the rows of a task are: a file or folder of --data named after it, or its hub id."""
+    """Return where the rows of a task are: a file or folder of --data, else its hub id."""
     names = (f"{name}_{cfg.split}.jsonl", f"{name}.jsonl", f"{name}.json", f"{name}.parquet", name)
-    found = [path for path in (os.path.join(cfg.data, n) for n in names) if os.path.exists(path)]
-    return found[0] if found else TASKS[name]["hub"] or os.path.join(cfg.data, names[0])
+    paths = [os.path.join(cfg.data, file_name) for file_name in names]
+    for path in paths:
+        if os.path.exists(path):
+            return path
+    return TASKS[name]["hub"] or paths[0]
 
 
 def protocol(name, cfg):
-    """The sampling settings of a task: the flags that were given, else its own (paper, appendix B)."""
-    given = dict(
-        samples=cfg.samples,
-        top_p=cfg.top_p,
-        max_new_tokens=cfg.max_new_tokens,
-        rope_factor=cfg.rope_factor,
-    )
-    given = {k: v or TASKS[name][k] for k, v in given.items()}
-    return given | {
-        "temperature": TASKS[name]["temperature"] if cfg.temperature < 0 else cfg.temperature
+    """Return the sampling settings of a task: the flags that were given, else its own."""
+    own = TASKS[name]
+    # The keys of finished samples depend on this order (see make_rollouts).
+    return {
+        "samples": cfg.samples or own["samples"],
+        "top_p": cfg.top_p or own["top_p"],
+        "max_new_tokens": cfg.max_new_tokens or own["max_new_tokens"],
+        "rope_factor": cfg.rope_factor or own["rope_factor"],
+        "temperature": own["temperature"] if cfg.temperature < 0 else cfg.temperature,
     }
 
 
+# ---- 2. Finished samples on the disk -------------------------------------------------------------
+def digest(*what):
+    """Return a short checksum of JSON values."""
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+
+
 def weights_of(folder):
-    """What tells the weights of two checkpoints apart: the checksums of run.json, else sizes and times of the files."""
-    names = sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", "config.json")))
-    files = (
-        json.load(open(run))["files"]
-        if os.path.exists(run := os.path.join(folder, "run.json"))
-        else {}
-    )
-    return [
-        [n, files[n]]
-        if n in files
-        else [n, os.path.getsize(path := os.path.join(folder, n)), os.stat(path).st_mtime_ns]
-        for n in names
-    ]
+    """Return what tells the weights of two checkpoints apart.
+
+    That is the checksums of run.json, or the sizes and times of files which it does not list.
+    """
+    checksums = {}
+    run_json = os.path.join(folder, "run.json")
+    if os.path.exists(run_json):
+        with open(run_json) as f:
+            checksums = json.load(f)["files"]
+    found = []
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith((".safetensors", "config.json")):
+            continue
+        if name in checksums:
+            found.append([name, checksums[name]])
+        else:
+            path = os.path.join(folder, name)
+            found.append([name, os.path.getsize(path), os.stat(path).st_mtime_ns])
+    return found
 
 
 def appending(path):
-    """The file, open for more lines; one that was cut off is ended first."""
-    out = open(path, "a")
-    out.write("\n" if out.tell() and not open(path).read().endswith("\n") else "")
-    return out
-
-
-def recall(rollouts, path, rank):
-    """Fill the rollouts whose completion an earlier run has finished; this rank's file, open for more."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    found, out = {}, appending(f"{path}.rank{rank}.jsonl")
-    for kept in kept_lines(glob.escape(path) + ".rank*.jsonl"):
-        if "score" in kept or kept["key"] not in found:
-            found[kept["key"]] = kept
-    for r in rollouts:
-        if kept := found.get(r.key):
-            r.text, r.finish_reason, r.num_tokens = (
-                kept["text"],
-                kept["finish_reason"],
-                kept["tokens"],
-            )
-            r.metric, r.weight, r.reward, r.status = (
-                kept.get(k) for k in ("score", "weight", "reward", "status")
-            )
+    """Open a file for more lines; a last line that was cut off is ended first."""
+    out = open(path, "a")  # the caller closes it
+    if out.tell() and not Path(path).read_text().endswith("\n"):
+        out.write("\n")
     return out
 
 
 def as_line(r):
-    """One JSON line of a completion; the verdict is there once it has been given."""
-    verdict = (
-        {"score": r.metric, "weight": r.weight, "reward": r.reward, "status": r.status}
-        if r.metric is not None
-        else {}
-    )
-    return (
-        json.dumps(
-            {
-                "key": r.key,
-                "problem": r.group,
-                "sample": r.sample,
-                "prompt": r.row["messages"][-1]["content"],
-                "text": r.text,
-                "finish_reason": r.finish_reason,
-                "tokens": r.num_tokens,
-                **verdict,
-            }
-        )
-        + "\n"
-    )
+    """Return a completion as one JSON line; the verdict is in it once it has been given."""
+    line = {
+        "key": r.key,
+        "problem": r.group,
+        "sample": r.sample,
+        "prompt": r.row["messages"][-1]["content"],
+        "text": r.text,
+        "finish_reason": r.finish_reason,
+        "tokens": r.num_tokens,
+    }
+    if r.metric is not None:
+        line["score"] = r.metric
+        line["weight"] = r.weight
+        line["reward"] = r.reward
+        line["status"] = r.status
+    return json.dumps(line) + "\n"
+
+
+def recall(rollouts, path, rank):
+    """Fill the rollouts that an earlier run has finished; return this rank's file, open for more.
+
+    The files of all ranks are read, since an earlier run may have had other ranks.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    out = appending(f"{path}.rank{rank}.jsonl")
+    finished = {}
+    for kept in kept_lines(glob.escape(path) + ".rank*.jsonl"):
+        # A line with a verdict wins over a line of the same completion without one.
+        if "score" in kept or kept["key"] not in finished:
+            finished[kept["key"]] = kept
+    for r in rollouts:
+        kept = finished.get(r.key)
+        if kept is None:
+            continue
+        r.text = kept["text"]
+        r.finish_reason = kept["finish_reason"]
+        r.num_tokens = kept["tokens"]
+        r.metric = kept.get("score")
+        r.weight = kept.get("weight")
+        r.reward = kept.get("reward")
+        r.status = kept.get("status")
+    return out
+
+
+def finish_file(rollouts, out):
+    """Write the file again, in the order of the rollouts and with their verdicts.
+
+    Completions of the same weights and settings that this run did not ask for stay: an earlier one
+    may have had a larger --limit.
+    """
+    out.close()
+    asked = {r.key for r in rollouts}
+    same_settings = rollouts[0].key.partition("-")[0] if rollouts else ""
+    others = [
+        kept
+        for kept in kept_lines(glob.escape(out.name))
+        if kept["key"] not in asked and kept["key"].startswith(same_settings)
+    ]
+    with open(out.name + ".tmp", "w") as f:
+        f.writelines(as_line(r) for r in rollouts)
+        f.writelines(json.dumps(kept) + "\n" for kept in others)
+    os.replace(out.name + ".tmp", out.name)
+
+
+# ---- 3. Scores -----------------------------------------------------------------------------------
+def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
+    """Return (mean, low, high) of the weighted mean score, with its 95% bootstrap interval.
+
+    P problems with G completions each; whole problems are drawn with replacement.
+    """
+    scores_PG = np.asarray(scores_PG, dtype=np.float64)
+    if weights_PG is None:
+        weights_PG = np.ones_like(scores_PG)
+    weights_PG = np.asarray(weights_PG, dtype=np.float64)
+    sums_P = (scores_PG * weights_PG).sum(axis=1)
+    weights_P = weights_PG.sum(axis=1)
+    # [resamples, P]: the problems of each resampled set
+    draws = np.random.default_rng(seed).integers(0, len(sums_P), (resamples, len(sums_P)))
+    means = sums_P[draws].sum(axis=1) / weights_P[draws].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(sums_P.sum() / weights_P.sum()), float(low), float(high)
 
 
 def complete(engine, decodings, how, hook, metric, rank):
-    """Sample and grade what no earlier run has: all decodings of a mode in one batch. Each completion is on the disk the moment
-    it ends, its verdict when all have. Equal completions of a problem have one verdict, which is worked out once."""
-    (submit, collect), twins, files, same = (
-        hook,
-        {},
-        [],
-        lambda r: (r.group, r.text, r.finish_reason),
-    )
-    for rollouts, path in decodings:
-        files.append(recall(rollouts, path, rank) if path else None)
-        for r in rollouts:
-            r.out, r.twin = files[-1], twins.setdefault(same(r), r) if r.finish_reason else None
+    """Sample and grade what no earlier run has, all decodings of a mode in one batch.
 
-    def finished(r):
-        r.num_tokens, r.twin = len(r.completion_ids), twins.setdefault(same(r), r)
+    decodings: [(rollouts, path of their samples or "")]. A completion is on the disk the moment it
+    ends, its verdict when all have ended. Equal completions of a problem share one verdict, which
+    is worked out once.
+    """
+    submit, collect = hook
+    # {problem and completion: the first rollout that has it}; equal ones take its verdict
+    first_with = {}
+
+    def find_twin(r):
+        return first_with.setdefault((r.group, r.text, r.finish_reason), r)
+
+    files = []
+    for rollouts, path in decodings:
+        out = recall(rollouts, path, rank) if path else None
+        files.append(out)
+        for r in rollouts:
+            r.out = out
+            r.twin = find_twin(r) if r.finish_reason else None
+
+    def on_finished(r):
+        r.num_tokens = len(r.completion_ids)
+        r.twin = find_twin(r)
         if r.out:
             r.out.write(as_line(r))
             r.out.flush()
         if r.twin is r:
             submit(r)
 
+    # Sample: the verdicts of finished completions are worked out while others still decode.
     everyone = [r for rollouts, _ in decodings for r in rollouts]
     engine.generate(
         [r for r in everyone if not r.finish_reason],
         how["max_new_tokens"],
         how["temperature"],
         how["top_p"],
-        on_finished=finished,
+        on_finished=on_finished,
     )
+
+    # Grade: a verdict that failed stays None, for a later run.
     ungraded = [r for r in everyone if r.twin is r and r.metric is None]
     collect(ungraded)
-    with ThreadPoolExecutor(2) as pool:  # swe's metric runs programs
-        for r, value in zip(
-            ungraded, pool.map(lambda r: None if r.status == "infra" else metric(r), ungraded)
-        ):
-            r.metric, r.weight = value, float(getattr(r, "votes", 1.0))
+
+    def grade(r):
+        r.metric = None if r.status == "infra" else metric(r)
+        r.weight = float(getattr(r, "votes", 1.0))
+
+    with ThreadPoolExecutor(2) as pool:  # threads, because the metric of swe runs programs
+        list(pool.map(grade, ungraded))
     for r in everyone:
-        r.metric, r.weight, r.reward, r.status = (
-            r.twin.metric,
-            r.twin.weight,
-            r.twin.reward,
-            r.twin.status,
-        )
-    [finish_file(rollouts, out) for (rollouts, _), out in zip(decodings, files) if out]
-    if missing := sum(r.metric is None for r in everyone):
+        r.metric, r.weight = r.twin.metric, r.twin.weight
+        r.reward, r.status = r.twin.reward, r.twin.status
+
+    for (rollouts, _), out in zip(decodings, files):
+        if out:
+            finish_file(rollouts, out)
+    missing = sum(r.metric is None for r in everyone)
+    if missing:
         fail(
             f"{missing} of {len(everyone)} verdicts failed (verifier or judge).",
             note="Completions are kept: run it again to judge them.",
         )
 
 
-def finish_file(rollouts, out):
-    """The file in its order, with verdicts; what a larger --limit has left there stays."""
-    out.close()
-    now, same = {r.key for r in rollouts}, rollouts[0].key.partition("-")[0] if rollouts else ""
-    others = [
-        k
-        for k in kept_lines(glob.escape(out.name))
-        if k["key"] not in now and k["key"].startswith(same)
-    ]
-    with open(out.name + ".tmp", "w") as f:
-        f.writelines([*map(as_line, rollouts), *(json.dumps(k) + "\n" for k in others)])
-    os.replace(out.name + ".tmp", out.name)
+def make_rollouts(rows, how, settings, cfg, rank, world):
+    """Return this rank's rollouts of one decoding: how["samples"] for each row.
+
+    settings: what completions have to share to be taken for each other's; in the key of each
+    """
+    k = how["samples"]
+    same_settings = digest(*settings)
+    rollouts = []
+    for i, row in enumerate(rows):
+        for j in range(k):
+            # Problems are dealt to ranks whole. Where problems are few, samples are dealt.
+            turn = i * k + j if len(rows) < 8 * world else i
+            if turn % world != rank:
+                continue
+            r = Rollout(
+                row=row,
+                group=i,
+                prompt_ids=row["prompt_ids"],
+                seed=request_seed(cfg.seed, 1, i, j),
+                greedy=how["temperature"] == 0,
+            )
+            r.sample = j
+            r.metric = None
+            r.key = f"{same_settings}-{digest(r.prompt_ids, r.seed)}"
+            rollouts.append(r)
+    return rollouts
+
+
+def score_of(rollouts, num_rows):
+    """Return the numbers of a result line, over the rollouts of all ranks."""
+    mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
+    # Sorted by problem and sample, so that a reshape puts the completions of a problem in a row.
+    everyones = sorted(entry for part in all_gather(mine) for entry in part)
+    _, samples, scores, weights, tokens = zip(*everyones)
+    scores_PG = np.reshape(scores, (num_rows, -1))
+    weights_PG = np.reshape(weights, (num_rows, -1))
+    score, low, high = interval(scores_PG, weights_PG)
+    return {
+        "score": score,
+        "low": low,
+        "high": high,
+        "n": num_rows,
+        "samples": max(samples) + 1,
+        "tokens": sum(tokens) / len(tokens),
+    }
 
 
 def score_task(name, engine, tokenizer, cfg, rank, world, positions):
-    """One result line for each mode and decoding of a task; every rank decodes its share. Prompt and completion share `positions`."""
-    how, modes = protocol(name, cfg), cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
-    samples = cfg.results and os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
-    outside = dict(
-        data=cfg.data,
-        samples=samples,
-        judge=cfg.judge,
-        judge_model=cfg.judge_model,
-        verifier_python=cfg.verifier_python,
-        repos=cfg.repos,
-    )
+    """Return one result line for each mode and decoding of a task; every rank decodes its share.
+
+    positions: what prompt and completion may take together
+    """
+    how = protocol(name, cfg)
+    modes = cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
+    samples = ""
+    if cfg.results:
+        samples = os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
+    outside = {
+        "data": cfg.data,
+        "samples": samples,
+        "judge": cfg.judge,
+        "judge_model": cfg.judge_model,
+        "verifier_python": cfg.verifier_python,
+        "repos": cfg.repos,
+    }
     rows, hook, metric = TASKS[name]["load"](source(name, cfg), outside)
-    rows, results, weights = rows[: cfg.limit] if cfg.limit else rows, [], weights_of(cfg.model)
-    digest = lambda *what: hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+    if cfg.limit:
+        rows = rows[: cfg.limit]
+    weights = weights_of(cfg.model)
+    engine_name = type(engine).__name__
+
+    # {decoding: its sampling settings}
+    variants = {"sampled": how}
+    if TASKS[name]["greedy"]:
+        variants["greedy"] = how | {"samples": 1, "temperature": 0.0}
+    results = []
     for mode in modes:
         for row in rows:
             row["think"] = mode == "think"
-            row["prompt_ids"] = render_chat(
-                tokenizer, row["messages"], row["think"], row.get("tools")
-            )[0]
+            prompt_ids, *_ = render_chat(tokenizer, row["messages"], row["think"], row.get("tools"))
+            row["prompt_ids"] = prompt_ids
         decodings = []
-        for decoding, k, temperature in (
-            ("sampled", how["samples"], how["temperature"]),
-            ("greedy", 1, 0.0),
-        )[: 1 + TASKS[name]["greedy"]]:
-            mine = [
-                (i, j)
-                for i in range(len(rows))
-                for j in range(k)
-                if (i * k + j if len(rows) < 8 * world else i) % world == rank
-            ]
-            rollouts = [
-                Rollout(
-                    row=rows[i],
-                    group=i,
-                    prompt_ids=rows[i]["prompt_ids"],
-                    seed=request_seed(cfg.seed, 1, i, j),
-                    greedy=temperature == 0,
-                )
-                for i, j in mine
-            ]
-            same = digest(
-                weights, how | {"samples": 0, "temperature": temperature}, type(engine).__name__
-            )
-            for (_, j), r in zip(mine, rollouts, strict=True):
-                r.sample, r.metric, r.key = j, None, f"{same}-{digest(r.prompt_ids, r.seed)}"
-            decodings.append(
-                (rollouts, samples and os.path.join(samples, f"{name}_{mode}_{decoding}"))
-            )
-        room = min(how["max_new_tokens"], positions - max(len(row["prompt_ids"]) for row in rows))
+        for decoding, variant in variants.items():
+            # The number of samples is left out of the key: it changes no sample.
+            settings = (weights, variant | {"samples": 0}, engine_name)
+            rollouts = make_rollouts(rows, variant, settings, cfg, rank, world)
+            path = os.path.join(samples, f"{name}_{mode}_{decoding}") if samples else ""
+            decodings.append((rollouts, path))
+        longest_prompt = max(len(row["prompt_ids"]) for row in rows)
+        room = min(how["max_new_tokens"], positions - longest_prompt)
         complete(engine, decodings, how | {"max_new_tokens": room}, hook, metric, rank)
-        for (rollouts, path), decoding in zip(decodings, ("sampled", "greedy")):
-            mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
-            _, k, scores, weights_PG, tokens = zip(
-                *sorted(x for part in all_gather(mine) for x in part)
-            )
-            score, low, high = interval(
-                np.reshape(scores, (len(rows), -1)), np.reshape(weights_PG, (len(rows), -1))
-            )
+        for decoding, (rollouts, _) in zip(variants, decodings):
+            numbers = score_of(rollouts, len(rows))
             results.append(
                 {
                     "stage": cfg.stage,
                     "task": name,
                     "mode": mode,
                     "decoding": decoding,
-                    "score": score,
-                    "low": low,
-                    "high": high,
-                    "n": len(rows),
-                    "samples": max(k) + 1,
+                    "score": numbers["score"],
+                    "low": numbers["low"],
+                    "high": numbers["high"],
+                    "n": numbers["n"],
+                    "samples": numbers["samples"],
                     "seed": cfg.label_seed,
                     "split": cfg.split,
-                    "tokens": sum(tokens) / len(tokens),
+                    "tokens": numbers["tokens"],
                 }
             )
     return results
@@ -381,86 +524,84 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
 def print_table(results):
     for r in results:
         print(
-            f"{r['stage']:8s} {r['task']:5s} {r['mode']:9s} {r['decoding']:8s} {100 * r['score']:5.1f}  "
-            f"[{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']} x {r['samples']}",
+            f"{r['stage']:8s} {r['task']:5s} {r['mode']:9s} {r['decoding']:8s} "
+            f"{100 * r['score']:5.1f}  [{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  "
+            f"n={r['n']} x {r['samples']}",
             flush=True,
         )
 
 
-# ---- 3. Chat -------------------------------------------------------------------------------------
-def chat(model, engine, tokenizer, cfg):
-    """Talk in the terminal. The reply appears while it is sampled; the mode is a flag of each user turn, as in training."""
-    print(
-        "/think and /no_think switch the mode (at the end of a message: for that turn), /new forgets, ctrl-d leaves."
+# ---- 4. Chat -------------------------------------------------------------------------------------
+def stream(engine, tokenizer, r, room, temperature, top_p):
+    """Sample one reply, and print it while it grows."""
+    sampling = threading.Thread(
+        target=engine.generate, args=([r], room, temperature, top_p), daemon=True
     )
+    sampling.start()
+    shown = 0
+    while shown < len(r.text) or sampling.is_alive():
+        sampling.join(0.03)
+        # r.text is set when the reply has ended. Until then half a character, which decodes to
+        # U+FFFD, waits for its other half.
+        text = r.text or tokenizer.decode(list(r.completion_ids)).rstrip("\ufffd")
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+    print("" if r.finish_reason == "stop" else " [cut off]")
+
+
+def chat(model, engine, tokenizer, cfg):
+    """Talk in the terminal. The mode is a flag of each user turn, as in training."""
+    print(
+        "/think and /no_think switch the mode (at the end of a message: for that turn), "
+        "/new forgets, ctrl-d leaves."
+    )
+    # The defaults are what the paper evaluates with.
+    temperature = 0.6 if cfg.temperature < 0 else cfg.temperature
+    top_p = cfg.top_p or 0.95
     messages, think = [], True
     while True:
         try:
             text = input(f"\n{'think' if think else 'no_think'}> ").strip()
         except (EOFError, KeyboardInterrupt):
-            return print()
+            print()
+            return
         if text in ("/think", "/no_think"):
             think = text == "/think"
-        elif text == "/new":
+            continue
+        if text == "/new":
             messages = []
-        elif text:
-            messages.append({"role": "user", "content": text})
-            prompt_ids = render_chat(tokenizer, messages, think)[0]
-            room = min(cfg.max_new_tokens or 8192, model.max_positions() - len(prompt_ids))
-            if room < 1:
-                messages = (
-                    print(
-                        f"The conversation fills all {model.max_positions()} positions of this model: this is a new one."
-                    )
-                    or []
-                )
-                continue
-            r = Rollout(
-                row={},
-                group=0,
-                prompt_ids=prompt_ids,
-                seed=request_seed(cfg.seed, 2, time.time_ns()),
+            continue
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt_ids = render_chat(tokenizer, messages, think)[0]
+        room = min(cfg.max_new_tokens or 8192, model.max_positions() - len(prompt_ids))
+        if room < 1:
+            print(
+                f"The conversation fills all {model.max_positions()} positions of this model: "
+                "this is a new one."
             )
-            # what the paper evaluates with
-            how = (0.6 if cfg.temperature < 0 else cfg.temperature, cfg.top_p or 0.95)
-            sampling = threading.Thread(target=engine.generate, args=([r], room, *how), daemon=True)
-            sampling.start()
-            shown = 0
-            while shown < len(r.text) or sampling.is_alive():
-                sampling.join(0.03)
-                # half a character waits for its other half
-                now = r.text or tokenizer.decode(list(r.completion_ids)).rstrip("\ufffd")
-                print(now[shown:], end="", flush=True)
-                shown = len(now)
-            print("" if r.finish_reason == "stop" else " [cut off]")
-            messages.append({"role": "assistant", "content": r.text})
+            messages = []
+            continue
+        seed = request_seed(cfg.seed, 2, time.time_ns())
+        r = Rollout(row={}, group=0, prompt_ids=prompt_ids, seed=seed)
+        stream(engine, tokenizer, r, room, temperature, top_p)
+        messages.append({"role": "assistant", "content": r.text})
 
 
-# ---- 4. main -------------------------------------------------------------------------------------
-def load(cfg, device, rope_factor):
-    """(model, engine) of --model; YaRN where the task's protocol wants it."""
-    with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
-        model = Qwen3.from_pretrained(
-            cfg.model,
-            device=device,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            rope_factor=rope_factor,
-        )
-    return model, make_engine("torch" if cfg.chat else cfg.engine, model, load_tokenizer(cfg.model))
+# ---- 5. main -------------------------------------------------------------------------------------
+def label_of(folder):
+    """Return the name that a checkpoint goes by: out/toy/my_idea/final is my_idea."""
+    name = os.path.basename(os.path.normpath(folder))
+    if name == "final":
+        name = os.path.basename(os.path.dirname(os.path.abspath(folder)))
+    return name
 
 
-def main(cfg):
-    if cfg.matrix:
-        return draw_matrix(cfg.matrix)
-    if cfg.gates:
-        broken = check_gates(cfg.gates, cfg.stage)
-        return fail(broken, note="") if broken else print(f"{cfg.gates}: every gate holds.")
-    if cfg.keep_best:
-        return keep_best(cfg.keep_best)
-    if cfg.same_compute:
-        return print(steps_of_same_compute(*cfg.same_compute.split(",")))
-    names = list(TOY) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
-    if unknown := [name for name in names if name not in TASKS]:
+def check_flags(names, cfg):
+    """End the process with one sentence if the flags cannot be meant."""
+    unknown = [name for name in names if name not in TASKS]
+    if unknown:
         fail(
             f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).",
             note="Nothing was measured.",
@@ -470,48 +611,93 @@ def main(cfg):
             f"--model={cfg.model}: no checkpoint there (config.json is missing).",
             note="Nothing was measured.",
         )
-    if unknown := [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]:
+    unknown = [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]
+    if unknown:
         fail(
             f"--modes: {', '.join(unknown)} unknown (has: think, no_think).",
             note="Nothing was measured.",
         )
-    if (
-        len({protocol(name, cfg)["rope_factor"] for name in names}) > 1
-        and cfg.engine != "torch"
-        and torch.cuda.is_available()
-    ):
+    # vLLM keeps the RoPE it was started with, and one process has one vLLM.
+    rope_factors = {protocol(name, cfg)["rope_factor"] for name in names}
+    if len(rope_factors) > 1 and cfg.engine != "torch" and torch.cuda.is_available():
         fail(
-            "--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): measure them apart.",
+            "--tasks: some take YaRN and some do not (or give --rope_factor, or --engine=torch): "
+            "measure them apart.",
             note="Nothing was measured.",
         )
-    # ranks finish hours apart where answers are long
-    rank, world, device = init_distributed(cfg.seed, 24 * 3600)
-    cfg.stage = cfg.stage or os.path.basename(os.path.normpath(cfg.model))
+
+
+def load(cfg, device, rope_factor):
+    """Return (model, engine) of --model, with YaRN where the task's protocol wants it."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
-        tokenizer, loaded = load_tokenizer(cfg.model), None
-    if cfg.results:
-        lock(os.path.dirname(cfg.results) or ".")
-        open(cfg.results, "a").close()  # what cannot be written is said now, not after hours
-    if cfg.chat:
-        return chat(*load(cfg, device, cfg.rope_factor), tokenizer, cfg)
+        model = Qwen3.from_pretrained(
+            cfg.model, device=device, dtype=dtype, rope_factor=rope_factor
+        )
+    engine = make_engine("torch" if cfg.chat else cfg.engine, model, load_tokenizer(cfg.model))
+    return model, engine
+
+
+def measure(names, tokenizer, cfg, rank, world, device):
+    """Measure one task after the other; append their lines to --results and print them."""
+    loaded_rope_factor = None
     for name in names:
         how = protocol(name, cfg)
-        if loaded != how["rope_factor"]:
-            (model, engine), loaded = load(cfg, device, how["rope_factor"]), how["rope_factor"]
-        if how["max_new_tokens"] > model.max_positions():
+        if loaded_rope_factor != how["rope_factor"]:
+            model, engine = load(cfg, device, how["rope_factor"])
+            loaded_rope_factor = how["rope_factor"]
+        positions = model.max_positions()
+        if how["max_new_tokens"] > positions:
             fail(
-                f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {model.max_positions()} positions: pass --max_new_tokens.",
+                f"{name}: {how['max_new_tokens']} new tokens, but {cfg.model} has {positions} "
+                "positions: pass --max_new_tokens.",
                 note="",
             )
-        results = score_task(name, engine, tokenizer, cfg, rank, world, model.max_positions())
-        print_table(results if rank == 0 else [])
-        if cfg.results and rank == 0:
+        results = score_task(name, engine, tokenizer, cfg, rank, world, positions)
+        if rank > 0:
+            continue
+        print_table(results)
+        if cfg.results:
             with appending(cfg.results) as f:
-                f.writelines(json.dumps(r) + "\n" for r in results)
-    # of a run folder: run_cascade.sh stops if broken_gate has text
-    if os.path.basename(cfg.results) == "results.jsonl" and rank == 0:
-        with open(os.path.join(os.path.dirname(cfg.results), "broken_gate"), "w") as f:
-            f.write(check_gates(os.path.dirname(cfg.results), cfg.stage))
+                f.writelines(json.dumps(result) + "\n" for result in results)
+
+
+def main(cfg):
+    if cfg.matrix:
+        draw_matrix(cfg.matrix, own_skills())
+        return
+    if cfg.gates:
+        print_gates(cfg.gates, cfg.stage)
+        return
+    if cfg.keep_best:
+        keep_best(cfg.keep_best)
+        return
+    if cfg.same_compute:
+        print(steps_of_same_compute(*cfg.same_compute.split(",")))
+        return
+
+    names = list(TOY) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
+    check_flags(names, cfg)
+    # A day, because ranks finish hours apart where answers are long.
+    rank, world, device = init_distributed(cfg.seed, 24 * 3600)
+    cfg.stage = cfg.stage or label_of(cfg.model)
+    with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
+        tokenizer = load_tokenizer(cfg.model)
+    results_folder = os.path.dirname(cfg.results)
+    if cfg.results:
+        lock(results_folder or ".")
+        # A file that cannot be written is reported now, not after hours.
+        open(cfg.results, "a").close()
+    if cfg.chat:
+        model, engine = load(cfg, device, cfg.rope_factor)
+        chat(model, engine, tokenizer, cfg)
+        return
+
+    measure(names, tokenizer, cfg, rank, world, device)
+    # run_cascade.sh stops when the file broken_gate of its run folder has text.
+    if rank == 0 and os.path.basename(cfg.results) == "results.jsonl":
+        with open(os.path.join(results_folder, "broken_gate"), "w") as f:
+            f.write(check_gates(results_folder, cfg.stage))
 
 
 if __name__ == "__main__":

@@ -51,11 +51,11 @@ from verifiers.reward_model import check_reward_model, load_reward_model, rm_dev
 @dataclass
 class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
     init_from: str = "out/rlhf/final"  # checkpoint of the stage before, or any Qwen3 folder
-    out_dir: str = "out/ifrl"
+    out_dir: str = "out/ifrl"  # checkpoints and the log; an interrupted run resumes from it
     # hub id, folder, parquet, .json or .jsonl
     data: str = "nvidia/Nemotron-Cascade-RL-Instruction-Following"
     eval_data: str = ""  # held-out rows in the same schemas; "": no held-out metric
-    seed: int = 0
+    seed: int = 0  # of sampling and of the order of prompts
 
     # False: the unified model, where constraints alone decide; True: the thinking model, which a
     # reward model judges as well
@@ -66,30 +66,32 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     taxonomy: str = "all"
     need_letters: bool = True  # in training, a reply without letters is in no language [D11]
 
-    prompts_per_step: PositiveInt = 256  # over all ranks; paper T16 (128 in the text) [D9]
+    prompts_per_step: PositiveInt = (
+        256  # prompts (groups) per step, over all ranks; paper T16 (128 in the text) [D9]
+    )
     group_size: PositiveInt = 8  # completions per prompt (G); paper T16
     # paper T16: 2300, then 800 more for iftrain (thinking model: 550, then 300)
     num_steps: PositiveInt = 2300
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load
     max_new_tokens: PositiveInt = 8192  # paper T16 (thinking model: 16K for iftrain)
     rope_factor: float = 0.0  # YaRN factor, 2.0 above 32K tokens; 0: as in the checkpoint
-    temperature: PositiveFloat = 0.6  # sampler and trained log-probs; paper T16
-    top_p: TopP = 0.95  # sampler only (gap G4); paper T16
-    top_k: int = 20  # sampler only; 0: off; paper 4.4.2
-    # completions that are cut off are not trained on (gap G5); paper T16: only in the thinking
+    temperature: PositiveFloat = 0.6  # of sampling and of the loss; paper T16
+    top_p: TopP = 0.95  # of sampling only (G4); paper T16
+    top_k: int = 20  # of sampling only; 0: off; paper 4.4.2
+    # completions that are cut off are not trained on (G5); paper T16: only in the thinking
     # model's iftrain run
     overlong_filter: bool = False
     # dynamic sampling: rounds of fresh prompts for groups of equal rewards; 0: off; paper 4.4.2
     max_refill_rounds: int = 4
 
-    lr: PositiveFloat = 2e-6  # AdamW; paper T16
-    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (gap G2)
-    warmup_steps: int = 0  # linear warm-up of the learning rate
-    beta1: Beta = 0.9
-    beta2: Beta = 0.95
-    weight_decay: float = 0.01  # not stated in the paper (gap G3)
-    grad_clip: PositiveFloat = 1.0  # not stated in the paper (gap G3)
-    importance_limit: float = 0.0  # 0: off; Cascade 2 takes 2 (engine.sampler_correction)
+    lr: PositiveFloat = 2e-6  # learning rate of AdamW; paper T16
+    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (G2)
+    warmup_steps: int = 0  # steps of linear warm-up of the learning rate
+    beta1: Beta = 0.9  # of AdamW
+    beta2: Beta = 0.95  # of AdamW
+    weight_decay: float = 0.01  # of AdamW; not stated in the paper (G3)
+    grad_clip: PositiveFloat = 1.0  # most norm of the gradient; not stated in the paper (G3)
+    importance_limit: float = 0.0  # off if 0; Cascade 2 takes 2 (engine.sampler_correction)
 
     reward_workers: PositiveInt = 8  # verifier processes per rank
     eval_every: int = 20  # steps between held-out metrics; 0: never
@@ -359,25 +361,27 @@ def metric(rollout):
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 # ---- 5. GRPO -------------------------------------------------------------------------------------
-# A micro-batch is packed: whole sequences stand one behind another, without padding. Two rollouts
-# of the prompt [5, 6], with completion [7, 8] and advantage 0.7, and with [9] and -0.7, become
+# A micro-batch is packed: whole sequences, one after another, without padding. Take the prompt
+# [5, 6] and two rollouts: completion [7, 8], advantage 0.7; completion [9], advantage -0.7.
 #
-#     position        0    1    2    3    4    5    6
+#     t               0    1    2    3    4    5    6
 #     input_ids_T     5    6    7    8    5    6    9       T = 7 tokens
 #     cu_seqlens      0                   4              7  starts of the sequences, and the end
-#     loss_index                2    3              6       M = 3 tokens of completions
-#     advantages_T    0    0  0.7  0.7    0    0 -0.7
-#     first_U         0    1    2    3              6       U = 5 tokens with distinct pasts
-#     copy_T          0    1    2    3    0    1    4       token 4 is a copy of token 0
+#     loss_index                2    3              6       M = 3 completion tokens
+#     advantages_T    0    0  0.7  0.7    0    0 -0.7       zero at prompt tokens
+#     first_U         0    1    2    3              6       U = 5 tokens are computed
+#     copy_T          0    1    2    3    0    1    4       token t is the copy_T[t]-th of these
 #
-# Suffixes name axes: entry t of every _T tensor is about token t; _M runs over loss_index.
+# Entry t of every _T tensor is about token t: logprobs_T[t] is its log-prob given the tokens before
+# it. _M tensors run over loss_index. Rollouts of one prompt share its tokens, so the model computes
+# them once: first_U and copy_T are for the model alone.
 
 
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """Sample groups of completions until enough have unequal rewards; verify them; set advantages.
 
-    Returns (trained, sampled): the groups that are kept, and those of the first round for the log,
-    which are an unbiased view of the policy.
+    Returns (for_update, sampled): the groups that are kept, and those of the first round for the
+    log, which are an unbiased view of the policy.
     """
     # CHANGED: dynamic sampling (paper 4.4.2, DAPO). A group of equal rewards has no gradient; it
     # makes room for the group of a fresh prompt.
@@ -387,7 +391,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     # Fresh prompts come from a permutation of all rows, so they may repeat one of this step.
     order = np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows))
     spare = list(order)[rank::world]
-    trained, sampled = [], []
+    for_update, sampled = [], []
     for refill in range(1 + cfg.max_refill_rounds):
         fresh = []
         for group, index in enumerate(prompts):
@@ -397,7 +401,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
                 fresh.append(Rollout(rows[index], refill * wanted + group, prompt_ids, seed))
 
         # Sample. The moment a completion ends, its verifier starts, while the others still decode.
-        no_bar = None if rank == 0 else True
+        no_bar = None if rank == 0 else True  # None: a bar where the output is a terminal
         with tqdm(
             total=len(fresh), desc=f"step {step} rollout", leave=False, disable=no_bar
         ) as bar:
@@ -408,7 +412,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
             sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
             engine.generate(fresh, *sampling, on_finished=finished)
-            # Verify: wait for the verdicts that are not there yet.
+            # Verify: most verdicts are there by now, collect waits for the rest.
             collect(fresh)
 
         # Keep the groups with a gradient; all of them where dynamic sampling is off.
@@ -417,7 +421,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
             group = fresh[first : first + cfg.group_size]
             has_gradient = any(r.advantage != 0 for r in group)
             if has_gradient or cfg.max_refill_rounds == 0:
-                trained += group
+                for_update += group
         if refill == 0:
             sampled = fresh
         if refill == cfg.max_refill_rounds:
@@ -425,21 +429,21 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
         # Refill what is missing. All ranks stop in the same round, since a reward hook may hold
         # collectives.
-        missing = max(wanted - len(trained) // cfg.group_size, 0) if spare else 0
+        missing = max(wanted - len(for_update) // cfg.group_size, 0) if spare else 0
         if all_reduce({"n": missing}, "max")["n"] == 0:
             break
         prompts, spare = spare[:missing], spare[missing:]
-    if not trained:
-        # Nothing to learn from: one rollout that is not trained on makes an idle batch.
-        trained = [replace(sampled[0], trained=False, advantage=0.0)]
-    return trained, sampled
+    if not for_update:
+        # Nothing to learn from: one rollout that is not in the loss makes an idle step.
+        for_update = [replace(sampled[0], in_loss=False, advantage=0.0)]
+    return for_update, sampled
 
 
 def compute_advantages(rollouts, cfg):
-    """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; gap G1).
+    """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; G1).
 
-    Infrastructure failures, and truncated rollouts under overlong_filter, are not trained on:
-    they leave the loss, its denominator and the group statistics (gap G5).
+    Rollouts without a verdict (status "infra": a worker failed), and truncated ones under
+    overlong_filter, are left out of the loss, its denominator and the group statistics (G5).
     """
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
@@ -448,53 +452,56 @@ def compute_advantages(rollouts, cfg):
             infra = r.status == "infra"
             filtered = cfg.overlong_filter and r.finish_reason == "length"
             assert infra or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
-            r.trained = not infra and not filtered
-        rewards = [r.reward for r in group if r.trained]
-        # Equal rewards say nothing about which completion is better. They are compared, since by
-        # rounding the std of equal rewards can be 1e-17, and dividing by it would invent a signal.
+            r.in_loss = not infra and not filtered
+        rewards = [r.reward for r in group if r.in_loss]
+        # A rollout that is left alone has nothing to be compared with, so it leaves the loss, too.
+        # A group of equal rewards stays in the denominator, with advantage 0. Compare the rewards:
+        # by rounding, the std of equal ones can be 1e-17, and dividing by it would invent a signal.
         all_equal = len(rewards) < 2 or max(rewards) == min(rewards)
         for r in group:
-            # One rollout alone has nothing to be compared with.
-            r.trained = r.trained and len(rewards) > 1
+            r.in_loss = r.in_loss and len(rewards) > 1
             r.advantage = 0.0
         if all_equal:
             continue
         mean = statistics.fmean(rewards)
         std = statistics.stdev(rewards)  # unbiased: divided by n - 1
         for r in group:
-            if r.trained:
+            if r.in_loss:
                 r.advantage = (r.reward - mean) / (std + 1e-6)
 
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
-    """-sum of ratio * advantage over a micro-batch's completion tokens, over those of the batch.
+    """-(sum of ratio * advantage over this micro-batch's completion tokens) / (tokens of all).
 
-    Token-level policy gradient, paper eq. 1. The denominator counts the tokens of all ranks and
-    micro-batches (6.3), so the sum of the losses does not depend on how the batch was cut.
+    Token-level policy gradient, paper eq. 1. The denominator counts the completion tokens of all
+    ranks and micro-batches (6.3), so the sum of the losses does not depend on how they were cut.
     """
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]
-    # One update per batch (4.1.2): the policy is the one that sampled, so the ratio is exactly 1
-    # and PPO's clip could never bind. Its gradient is the gradient of the log-prob.
+    # One update per batch (4.1.2): the caller passes these log-probs, detached, as the old ones.
+    # The ratio is 1, so PPO's clip would never act; its gradient is that of the log-prob.
     ratio_M = (logprobs_T - old_logprobs_T)[scored_M].exp()
+    # Sampler and trainer differ by rounding; importance_limit corrects for it. Off: all 1.
     weights_M = sampler_correction(old_logprobs_T, batch, cfg.importance_limit)
     return -(weights_M * (ratio_M * advantages_M)).sum() / counts["tokens"]
 
 
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics."""
-    # The denominator: completion tokens of all ranks, before the batch is cut (sequences: RLHF's).
-    in_loss = [r for r in rollouts if r.trained]
+    # The denominator: completion tokens of all ranks, before the batch is cut. (RLHF's loss can
+    # average over sequences instead.)
+    in_loss = [r for r in rollouts if r.in_loss]
     num_tokens = sum(len(r.completion_ids) for r in in_loss)
     counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
 
-    # Pack: ranks get about equal shares of all rollouts, cut into micro-batches without padding.
+    # Pack: ranks get about equal shares, cut into micro-batches without padding. Rollouts with
+    # advantage 0 have no gradient and are left out here.
     batches = collate(balance(rollouts, world), cfg, device)
     num_real = len(batches)
-    # Collectives have to match, so a rank with fewer micro-batches adds dummies, which weigh 0.
+    # Every rank has to run as many forward and backward passes: add dummies, which weigh 0.
     num_batches = int(all_reduce({"n": num_real}, "max")["n"])
     if num_real < num_batches:
-        dummy = pack_rollouts([replace(rollouts[0], advantage=0.0)], device)
+        dummy = pack_rollouts(rollouts[:1], device)
         batches += [dummy] * (num_batches - num_real)
 
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -502,29 +509,31 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         is_real = i < num_real
         # Score: log-probs of the completion tokens under the policy, at the sampler's temperature.
         logprobs_T, entropy_T = model.token_logprobs(batch, temperature=cfg.temperature)
-        # Loss: the old policy is this one, without gradient.
+        # Loss: the old log-probs are these, without gradient.
         loss = grpo_loss(logprobs_T, logprobs_T.detach(), batch, counts, cfg)
-        # Backward: FSDP averages gradients over ranks, but the denominator is global already, so
-        # multiply by the number of ranks to undo the average.
+        # Backward: gradients are averaged over ranks later, but the denominator is global already,
+        # so multiply by the number of ranks to undo the average.
         weight = world if is_real else 0.0
         (loss * weight).backward()
         if is_real:
+            # gap: |log-prob of the trainer - log-prob of the sampler|, in nats
             gap_T = (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs()
             sums["loss"] += loss.item()
             sums["gap"] += gap_T.sum().item()
             sums["entropy"] += entropy_T.detach().sum().item()
             sums["scored"] += len(batch["loss_index"])
 
-    # Clip: average what FSDP has not averaged, then bound the norm of the whole gradient.
+    # Clip: average the gradients that FSDP has not averaged, then bound the norm of all of them.
     average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     if hasattr(grad_norm, "full_tensor"):
         grad_norm = grad_norm.full_tensor()
     grad_norm = float(grad_norm)
 
-    # Update. A loss or gradient that is not finite is not applied (check_step ends a run of three).
+    # Update, unless no rollout had a gradient, or loss or gradient is inf or nan (their sum is then
+    # no finite number). check_step stops the training after three such steps in a row.
     sums = all_reduce(sums)
-    if math.isfinite(grad_norm + sums["loss"]) and num_batches:
+    if num_batches > 0 and math.isfinite(grad_norm + sums["loss"]):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_scored = max(sums["scored"], 1)
@@ -542,11 +551,12 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     submit, collect = reward_hook
     rollouts = []
     for i in range(rank, len(rows), world):
-        seed = request_seed(cfg.seed, 99, i)
+        seed = request_seed(cfg.seed, 99, i)  # the same at every evaluation
         rollouts.append(Rollout(rows[i], i, rows[i]["prompt_ids"], seed))
     sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     engine.generate(rollouts, *sampling, on_finished=submit)
     collect(rollouts)
+    # Rows without a score do not count: no verdict, or no tests to run (SWE RL).
     scores = [metric(r) for r in rollouts if r.status != "infra"]
     scores = [score for score in scores if score is not None]
     sums = all_reduce({"score": sum(scores), "n": len(scores)})
@@ -581,15 +591,16 @@ def main(cfg):
         fused=True,
     )
 
-    # The state of a run besides weights and optimizer: which prompts come next, what was solved.
+    # The state of a run besides weights and optimizer: which prompts come next, how often each was
+    # solved (a run on the same prompts as the one before goes on with its history), skipped steps.
     start = 0
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = prompts_checksum(rows)
-    state |= load_history(cfg.init_from, data)
+    checksum = prompts_checksum(rows)
+    state |= load_history(cfg.init_from, checksum)
     if resume:
         start, state = load_checkpoint(resume, optimizer, cfg)
-    state.setdefault("data", data)
-    if set(all_gather(data)) != {state["data"]}:
+    state.setdefault("data", checksum)
+    if set(all_gather(checksum)) != {state["data"]}:
         fail(
             f"data {cfg.data}: the rows are not the same on every rank, "
             f"or not those that {resume} was trained on."
@@ -608,8 +619,8 @@ def main(cfg):
         # Rollout: sample completions of the next prompts, verify them, compute advantages.
         clock = time.time()
         indices = next_prompts(rows, state, cfg, select_rows)
-        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
-        generated = time.time()
+        for_update, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        update_clock = time.time()
 
         # Update: linear warm-up, linear decay, one gradient step, new weights for the sampler.
         warmup = min(1.0, step / max(cfg.warmup_steps, 1))
@@ -617,11 +628,11 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * warmup * decay
         metrics = summarize(sampled, monitor(sampled))
-        metrics |= train_step(model, optimizer, trained, cfg, device, world)
+        metrics |= train_step(model, optimizer, for_update, cfg, device, world)
         engine.sync(model)
         metrics["lr"] = optimizer.param_groups[0]["lr"]
-        metrics["time/gen"] = generated - clock
-        metrics["time/train"] = time.time() - generated
+        metrics["time/gen"] = update_clock - clock
+        metrics["time/train"] = time.time() - update_clock
 
         # Remember how often each prompt was solved; stop if the step was broken.
         for counts in all_gather(count_correct(sampled)):

@@ -1,21 +1,22 @@
-"""Math RL: stage 4 of the cascade (paper 4.5), and the RL stage to read first.
+"""Math RL: stage 4 of Nemotron-Cascade (arXiv 2512.13607, section 4.5). The RL stage to read first.
 
-New to GRPO? Read from section 5 down, then come back. One step of main():
+New to GRPO? Read from section 5 down, then sections 1 to 4. One step of main():
 
-    rollouts  = engine.generate(prompts x group_size)    each keeps its tokens and their log-probs
-    reward    = verdict(completion, answer)              1 right, 0 wrong, -1 another language
-    advantage = (reward - mean of its group) / std       one number for all tokens of a completion
-    loss      = -sum_t ratio_t * advantage / all tokens  ratio is 1: one update per batch (4.1.2)
-    optimizer.step()                                     one AdamW update
-    engine.sync(model)                                   the sampler gets the new weights
+    rollouts  = engine.generate(prompts x group_size)  each keeps its tokens and their log-probs
+    reward    = judge(rollout)                         1 right, 0 wrong, -1 another language
+    advantage = (reward - mean of its group) / std     one number for all tokens of a completion
+    loss      = -(sum over completion tokens of ratio * advantage) / (number of these tokens)
+                                                       ratio is 1: one update per batch (4.1.2)
+    optimizer.step(); engine.sync(model)               one update; the sampler gets the new weights
 
-Reward: 1 if the last box after </think> equals the answer, 0 if not, -1 if the reasoning leaves the
-language of the prompt. Lengths grow over three runs: 24K, 32K, 40K tokens (run_cascade.sh).
+Reward: 1 if the last \\boxed{} after </think> holds the gold answer, 0 if not, -1 if the reasoning
+leaves the language of the prompt. Completions may grow to 24K, 32K, 40K tokens in three runs.
 
     torchrun --nproc_per_node=8 mathrl.py --init_from=out/ifrl/final --out_dir=out/mathrl
 
-Deviations from the paper, numbered as in docs/paper.md: D1 language by Unicode scripts; D14
-equality by math-verify, the answer read as LaTeX only; D15 a number wants a number.
+4.1.2 is a section of the paper, T17 its table 17, G1 a choice where it is silent (docs/paper.md).
+Deviations: D1 language is told by Unicode scripts; D14 equality by math-verify, the answer read as
+LaTeX only; D15 where the gold is a number, only a number can equal it.
 """
 
 import math
@@ -37,7 +38,7 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
-from verifiers.answers import boxed, count_boxes, last_box, same_answer, start_workers
+from verifiers.answers import answer_pool, boxed_response, count_boxes, last_box, same_answer
 from verifiers.language import language_ok
 from verifiers.pool import in_background
 
@@ -46,35 +47,35 @@ from verifiers.pool import in_background
 @dataclass
 class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
     init_from: str = "out/ifrl/final"  # checkpoint of the stage before, or any Qwen3 folder
-    out_dir: str = "out/mathrl"
+    out_dir: str = "out/mathrl"  # checkpoints and the log; an interrupted run resumes from it
     data: str = "nvidia/Nemotron-Cascade-RL-Math"  # hub id, folder, parquet, .json or .jsonl
     eval_data: str = ""  # held-out rows in the same schemas; "": no held-out metric
-    seed: int = 0
+    seed: int = 0  # of sampling and of the order of prompts
 
-    prompts_per_step: PositiveInt = 128  # over all ranks; paper T17
-    group_size: PositiveInt = 8  # completions per prompt (G); paper T17
-    num_steps: PositiveInt = 190  # first of 190 + 240 + 70 steps; paper T17
+    prompts_per_step: PositiveInt = 128  # prompts (groups) per step, over all ranks; T17
+    group_size: PositiveInt = 8  # completions per prompt (G); T17
+    num_steps: PositiveInt = 190  # 190 in the first run, then 240 and 70; T17
     max_prompt_tokens: PositiveInt = 2048  # longer prompts are dropped at load
-    max_new_tokens: PositiveInt = 24576  # 24K, then 32K, then 40K; paper T17
+    max_new_tokens: PositiveInt = 24576  # 24K in the first run, then 32K and 40K; T17
     rope_factor: float = 0.0  # YaRN factor, 2.0 above 32K tokens; 0: as in the checkpoint
-    temperature: PositiveFloat = 1.0  # sampler and trained log-probs; paper T17: 1.0, 1.0, 0.8
-    top_p: TopP = 0.95  # sampler only (gap G4); paper T17
-    top_k: int = 0  # sampler only; 0: off
-    overlong_filter: bool = True  # completions that are cut off are not trained on (gap G5)
-    readmit_hard: Share = 0.10  # chance that a 0% problem returns to an epoch's pool; paper 4.5.2
-    readmit_easy: Share = 0.01  # the same for a 100% problem
+    temperature: PositiveFloat = 1.0  # of sampling and of the loss; 1.0, 1.0, 0.8 in T17
+    top_p: TopP = 0.95  # of sampling only (G4); T17
+    top_k: int = 0  # of sampling only; 0: off
+    overlong_filter: bool = True  # completions that are cut off stay out of the loss (G5)
+    readmit_hard: Share = 0.10  # chance to stay of a problem that no rollout solved; 4.5.2
+    readmit_easy: Share = 0.01  # chance to stay of a problem that every rollout solved
 
-    lr: PositiveFloat = 2e-6  # AdamW; paper T17
-    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (gap G2)
-    warmup_steps: int = 0  # linear warm-up of the learning rate
-    beta1: Beta = 0.9  # paper T17
-    beta2: Beta = 0.95  # paper T17
-    weight_decay: float = 0.01  # not stated in the paper (gap G3)
-    grad_clip: PositiveFloat = 1.0  # not stated in the paper (gap G3)
-    importance_limit: float = 0.0  # 0: off; Cascade 2 takes 2 (engine.sampler_correction)
+    lr: PositiveFloat = 2e-6  # learning rate of AdamW; T17
+    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (G2)
+    warmup_steps: int = 0  # steps of linear warm-up of the learning rate
+    beta1: Beta = 0.9  # of AdamW; T17
+    beta2: Beta = 0.95  # of AdamW; T17
+    weight_decay: float = 0.01  # of AdamW; not stated in the paper (G3)
+    grad_clip: PositiveFloat = 1.0  # most norm of the gradient; not stated in the paper (G3)
+    importance_limit: float = 0.0  # off if 0; Cascade 2 takes 2 (engine.sampler_correction)
 
     reward_workers: PositiveInt = 8  # verifier processes per rank
-    max_timeout: float = 0.02  # the run stops at a larger share of timed-out verifications
+    max_timeout: float = 0.02  # the run stops if a larger share of verdicts times out
     eval_every: int = 20  # steps between held-out metrics; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
 
@@ -91,7 +92,7 @@ DAPO = re.compile(
 
 
 def normalize(row, where):
-    """One row of any known math set -> {"messages", "think", "answer"}. BadRow drops it."""
+    """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops a row."""
     name = first_nonempty(row, "problem", "question", "prompt")
     messages = as_messages(required_field(row, where, name, (str, list)), name)
     problem = messages[-1]["content"].strip() if messages else ""
@@ -111,7 +112,7 @@ def normalize(row, where):
 def find_answer(row, where):
     """(name, value) of the field with the answer. Stops the run if the row has none of them."""
     if not {"answer", "expected_answer", "reward_model", "solution"} & row.keys():
-        required_field(row, where, "answer")
+        required_field(row, where, "answer")  # stops the run with a sentence
     nested = row.get("reward_model")
     ground_truth = nested.get("ground_truth") if isinstance(nested, dict) else None
     fields = {**row, "ground_truth": ground_truth}
@@ -125,14 +126,14 @@ def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path): each problem once, only answers that the verifier can read."""
     path = path or cfg.data
     rows = load_table(path, normalize, limit)
-    # DAPO repeats its problems.
+    # DAPO repeats its problems; the last copy of each is kept.
     distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
 
     def earns_its_reward(row):
-        return reward(boxed(row["answer"]), row["answer"]) == 1
+        return reward(boxed_response(row["answer"]), row["answer"]) == 1
 
     # Rank 0's verdicts decide for all ranks, since a slow verification may time out on one of them.
-    sound = start_workers(cfg.reward_workers).map(earns_its_reward, distinct)
+    sound = answer_pool(cfg.reward_workers).map(earns_its_reward, distinct)
     sound = all_gather(list(sound))[0]
     kept = [row for row, ok in zip(distinct, sound, strict=True) if ok]
     if len(kept) < len(rows):
@@ -149,10 +150,10 @@ def load_rows(cfg, path=None, limit=0):
 def select_rows(rows, epoch, history, cfg):
     """Indices of the rows in this epoch's pool: the filter of paper 4.5.2, drawn from the full set.
 
-    history: {row index: (num_correct, num_rollouts)} when the row was last sampled. A row at 100%
-    or 0% leaves the pool, and returns with chance readmit_easy or readmit_hard.
+    history: {row index: (num_correct, num_rollouts)} when the row was last sampled. A row that
+    all or none of them solved stays with chance readmit_easy or readmit_hard only.
     """
-    # One draw per row, so that filtering one row never changes another's chance.
+    # Every row has its own draw, so that the history of one never shifts the luck of another.
     draw = random.Random(f"{cfg.seed} {epoch}")
     pool = []
     for index in range(len(rows)):
@@ -180,32 +181,32 @@ def verdict(response, answer, prompt=None):
         return 0, "no_answer"
     same = same_answer(str(answer), given)
     if same is None:
-        return 0, "timeout"  # not masked: LaTeX that stalls the verifier would pay then
+        return 0, "timeout"  # in the loss: else LaTeX that stalls the verifier would escape its 0
     return (1, "ok") if same else (0, "wrong")
 
 
 def reward(response, answer, prompt=None):
-    """1 / 0 / -1 (-1 only with a prompt). Takes at most 10 s."""
+    """1, 0 or -1 (-1 only with a prompt). Takes at most 10 s, by the limits of the verifier."""
     return verdict(response, answer, prompt)[0]
 
 
-def judge(rollout):
-    """(reward, status) of a rollout. One that is cut off at max_new_tokens never earns 1."""
-    text = rollout.text if rollout.row["think"] else "</think>" + rollout.text
-    prompt = " ".join(turn["content"] for turn in rollout.row["messages"])
-    value, status = verdict(text, rollout.row["answer"], prompt)
-    if rollout.finish_reason == "length" and value == 1:
+def judge(r):
+    """(reward, status) of a rollout. If it was cut off at max_new_tokens, a 1 becomes 0."""
+    text = r.text if r.row["think"] else "</think>" + r.text
+    prompt = " ".join(turn["content"] for turn in r.row["messages"])
+    value, status = verdict(text, r.row["answer"], prompt)
+    if r.finish_reason == "length" and value == 1:
         return 0, "no_answer"
     return value, status
 
 
 def make_reward(cfg):
     """(submit, collect): start a rollout's verdict in the background; wait for all verdicts."""
-    return in_background(start_workers(cfg.reward_workers), judge, ("reward", "status"))
+    return in_background(answer_pool(cfg.reward_workers), judge, ("reward", "status"))
 
 
 def monitor(rollouts):
-    """This stage's numbers for the log, as shares of all rollouts."""
+    """This stage's numbers for the log, as shares of this rank's rollouts."""
     with_box, with_two, wrong_box = 0, 0, 0
     for r in rollouts:
         _, closed, final = r.text.rpartition("</think>")
@@ -218,10 +219,10 @@ def monitor(rollouts):
 
 
 def self_test(rows, cfg):
-    """Before training, on a sample: a boxed gold earns 1, another number 0, an open thought 0."""
+    """Before training, on a sample: the gold earns 1, another number 0, an unclosed thought 0."""
     for row in random.Random(cfg.seed).sample(rows, min(32, len(rows))):
         gold = row["answer"]
-        right, wrong = boxed(gold), boxed("-7151623.5")
+        right, wrong = boxed_response(gold), boxed_response("-7151623.5")
         unclosed = right.removeprefix("</think>")
         earned = [reward(text, gold) for text in (right, wrong, unclosed)]
         if earned != [1, 0, 0]:
@@ -229,36 +230,40 @@ def self_test(rows, cfg):
 
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
-def metric(rollout):
-    """Accuracy of one held-out rollout; its mean over samples is the paper's avg@k."""
-    return float(rollout.reward == 1)
+def metric(r):
+    """Accuracy of one held-out rollout; the mean over k samples is the paper's avg@k."""
+    return float(r.reward == 1)
 
 
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 # ---- 5. GRPO -------------------------------------------------------------------------------------
-# A micro-batch is packed: whole sequences stand one behind another, without padding. Two rollouts
-# of the prompt [5, 6], with completion [7, 8] and advantage 0.7, and with [9] and -0.7, become
+# A micro-batch is packed: whole sequences, one after another, without padding. Take the prompt
+# [5, 6] and two rollouts: completion [7, 8], advantage 0.7; completion [9], advantage -0.7.
 #
-#     position        0    1    2    3    4    5    6
+#     t               0    1    2    3    4    5    6
 #     input_ids_T     5    6    7    8    5    6    9       T = 7 tokens
 #     cu_seqlens      0                   4              7  starts of the sequences, and the end
-#     loss_index                2    3              6       M = 3 tokens of completions
-#     advantages_T    0    0  0.7  0.7    0    0 -0.7
-#     first_U         0    1    2    3              6       U = 5 tokens with distinct pasts
-#     copy_T          0    1    2    3    0    1    4       token 4 is a copy of token 0
+#     loss_index                2    3              6       M = 3 completion tokens
+#     advantages_T    0    0  0.7  0.7    0    0 -0.7       zero at prompt tokens
+#     first_U         0    1    2    3              6       U = 5 tokens are computed
+#     copy_T          0    1    2    3    0    1    4       token t is the copy_T[t]-th of these
 #
-# Suffixes name axes: entry t of every _T tensor is about token t; _M runs over loss_index.
+# Entry t of every _T tensor is about token t: logprobs_T[t] is its log-prob given the tokens before
+# it. _M tensors run over loss_index. Rollouts of one prompt share its tokens, so the model computes
+# them once: first_U and copy_T are for the model alone.
 
 
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """Sample a group of completions for each of this rank's prompts; verify them; set advantages.
 
-    Returns (trained, sampled): the rollouts to train on and those to log. Here both are the same;
-    IF-RL's dynamic sampling (paper 4.4.2) trains on others than it logs.
+    indices: rows of this step's prompts, of all ranks. reward_hook: (submit, collect).
+    Returns (for_update, sampled): the rollouts for train_step and those for the log. They are the
+    same but in IF-RL, whose dynamic sampling (4.4.2) replaces some groups.
     """
     submit, collect = reward_hook
-    # A group: group_size rollouts of one prompt. Every rank takes every world-th prompt.
+    # A group is the group_size rollouts of one prompt. Every rank takes every world-th prompt. A
+    # seed is a function of step, prompt and sample.
     rollouts = []
     for group, index in enumerate(indices[rank::world]):
         prompt_ids = rows[index]["prompt_ids"]
@@ -267,7 +272,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
             rollouts.append(Rollout(rows[index], group, prompt_ids, seed))
 
     # Sample. The moment a completion ends, its verifier starts, while the others still decode.
-    no_bar = None if rank == 0 else True
+    no_bar = None if rank == 0 else True  # None: a bar where the output is a terminal
     with tqdm(total=len(rollouts), desc=f"step {step} rollout", leave=False, disable=no_bar) as bar:
 
         def finished(r):
@@ -276,7 +281,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
         sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
         engine.generate(rollouts, *sampling, on_finished=finished)
-        # Verify: wait for the verdicts that are not there yet.
+        # Verify: most verdicts are there by now, collect waits for the rest.
         collect(rollouts)
 
     compute_advantages(rollouts, cfg)
@@ -284,10 +289,10 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
 
 def compute_advantages(rollouts, cfg):
-    """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; gap G1).
+    """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; G1).
 
-    Infrastructure failures, and truncated rollouts under overlong_filter, are not trained on:
-    they leave the loss, its denominator and the group statistics (gap G5).
+    Rollouts without a verdict (status "infra": a worker failed), and truncated ones under
+    overlong_filter, are left out of the loss, its denominator and the group statistics (G5).
     """
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
@@ -296,53 +301,56 @@ def compute_advantages(rollouts, cfg):
             infra = r.status == "infra"
             filtered = cfg.overlong_filter and r.finish_reason == "length"
             assert infra or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
-            r.trained = not infra and not filtered
-        rewards = [r.reward for r in group if r.trained]
-        # Equal rewards say nothing about which completion is better. They are compared, since by
-        # rounding the std of equal rewards can be 1e-17, and dividing by it would invent a signal.
+            r.in_loss = not infra and not filtered
+        rewards = [r.reward for r in group if r.in_loss]
+        # A rollout that is left alone has nothing to be compared with, so it leaves the loss, too.
+        # A group of equal rewards stays in the denominator, with advantage 0. Compare the rewards:
+        # by rounding, the std of equal ones can be 1e-17, and dividing by it would invent a signal.
         all_equal = len(rewards) < 2 or max(rewards) == min(rewards)
         for r in group:
-            # One rollout alone has nothing to be compared with.
-            r.trained = r.trained and len(rewards) > 1
+            r.in_loss = r.in_loss and len(rewards) > 1
             r.advantage = 0.0
         if all_equal:
             continue
         mean = statistics.fmean(rewards)
         std = statistics.stdev(rewards)  # unbiased: divided by n - 1
         for r in group:
-            if r.trained:
+            if r.in_loss:
                 r.advantage = (r.reward - mean) / (std + 1e-6)
 
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
-    """-sum of ratio * advantage over a micro-batch's completion tokens, over those of the batch.
+    """-(sum of ratio * advantage over this micro-batch's completion tokens) / (tokens of all).
 
-    Token-level policy gradient, paper eq. 1. The denominator counts the tokens of all ranks and
-    micro-batches (6.3), so the sum of the losses does not depend on how the batch was cut.
+    Token-level policy gradient, paper eq. 1. The denominator counts the completion tokens of all
+    ranks and micro-batches (6.3), so the sum of the losses does not depend on how they were cut.
     """
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]
-    # One update per batch (4.1.2): the policy is the one that sampled, so the ratio is exactly 1
-    # and PPO's clip could never bind. Its gradient is the gradient of the log-prob.
+    # One update per batch (4.1.2): the caller passes these log-probs, detached, as the old ones.
+    # The ratio is 1, so PPO's clip would never act; its gradient is that of the log-prob.
     ratio_M = (logprobs_T - old_logprobs_T)[scored_M].exp()
+    # Sampler and trainer differ by rounding; importance_limit corrects for it. Off: all 1.
     weights_M = sampler_correction(old_logprobs_T, batch, cfg.importance_limit)
     return -(weights_M * (ratio_M * advantages_M)).sum() / counts["tokens"]
 
 
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics."""
-    # The denominator: completion tokens of all ranks, before the batch is cut (sequences: RLHF's).
-    in_loss = [r for r in rollouts if r.trained]
+    # The denominator: completion tokens of all ranks, before the batch is cut. (RLHF's loss can
+    # average over sequences instead.)
+    in_loss = [r for r in rollouts if r.in_loss]
     num_tokens = sum(len(r.completion_ids) for r in in_loss)
     counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
 
-    # Pack: ranks get about equal shares of all rollouts, cut into micro-batches without padding.
+    # Pack: ranks get about equal shares, cut into micro-batches without padding. Rollouts with
+    # advantage 0 have no gradient and are left out here.
     batches = collate(balance(rollouts, world), cfg, device)
     num_real = len(batches)
-    # Collectives have to match, so a rank with fewer micro-batches adds dummies, which weigh 0.
+    # Every rank has to run as many forward and backward passes: add dummies, which weigh 0.
     num_batches = int(all_reduce({"n": num_real}, "max")["n"])
     if num_real < num_batches:
-        dummy = pack_rollouts([replace(rollouts[0], advantage=0.0)], device)
+        dummy = pack_rollouts(rollouts[:1], device)
         batches += [dummy] * (num_batches - num_real)
 
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -350,29 +358,31 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         is_real = i < num_real
         # Score: log-probs of the completion tokens under the policy, at the sampler's temperature.
         logprobs_T, entropy_T = model.token_logprobs(batch, temperature=cfg.temperature)
-        # Loss: the old policy is this one, without gradient.
+        # Loss: the old log-probs are these, without gradient.
         loss = grpo_loss(logprobs_T, logprobs_T.detach(), batch, counts, cfg)
-        # Backward: FSDP averages gradients over ranks, but the denominator is global already, so
-        # multiply by the number of ranks to undo the average.
+        # Backward: gradients are averaged over ranks later, but the denominator is global already,
+        # so multiply by the number of ranks to undo the average.
         weight = world if is_real else 0.0
         (loss * weight).backward()
         if is_real:
+            # gap: |log-prob of the trainer - log-prob of the sampler|, in nats
             gap_T = (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs()
             sums["loss"] += loss.item()
             sums["gap"] += gap_T.sum().item()
             sums["entropy"] += entropy_T.detach().sum().item()
             sums["scored"] += len(batch["loss_index"])
 
-    # Clip: average what FSDP has not averaged, then bound the norm of the whole gradient.
+    # Clip: average the gradients that FSDP has not averaged, then bound the norm of all of them.
     average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     if hasattr(grad_norm, "full_tensor"):
         grad_norm = grad_norm.full_tensor()
     grad_norm = float(grad_norm)
 
-    # Update. A loss or gradient that is not finite is not applied (check_step ends a run of three).
+    # Update, unless no rollout had a gradient, or loss or gradient is inf or nan (their sum is then
+    # no finite number). check_step stops the training after three such steps in a row.
     sums = all_reduce(sums)
-    if math.isfinite(grad_norm + sums["loss"]) and num_batches:
+    if num_batches > 0 and math.isfinite(grad_norm + sums["loss"]):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_scored = max(sums["scored"], 1)
@@ -390,11 +400,12 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     submit, collect = reward_hook
     rollouts = []
     for i in range(rank, len(rows), world):
-        seed = request_seed(cfg.seed, 99, i)
+        seed = request_seed(cfg.seed, 99, i)  # the same at every evaluation
         rollouts.append(Rollout(rows[i], i, rows[i]["prompt_ids"], seed))
     sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     engine.generate(rollouts, *sampling, on_finished=submit)
     collect(rollouts)
+    # Rows without a score do not count: no verdict, or no tests to run (SWE RL).
     scores = [metric(r) for r in rollouts if r.status != "infra"]
     scores = [score for score in scores if score is not None]
     sums = all_reduce({"score": sum(scores), "n": len(scores)})
@@ -429,15 +440,16 @@ def main(cfg):
         fused=True,
     )
 
-    # The state of a run besides weights and optimizer: which prompts come next, what was solved.
+    # The state of a run besides weights and optimizer: which prompts come next, how often each was
+    # solved (a run on the same prompts as the one before goes on with its history), skipped steps.
     start = 0
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = prompts_checksum(rows)
-    state |= load_history(cfg.init_from, data)
+    checksum = prompts_checksum(rows)
+    state |= load_history(cfg.init_from, checksum)
     if resume:
         start, state = load_checkpoint(resume, optimizer, cfg)
-    state.setdefault("data", data)
-    if set(all_gather(data)) != {state["data"]}:
+    state.setdefault("data", checksum)
+    if set(all_gather(checksum)) != {state["data"]}:
         fail(
             f"data {cfg.data}: the rows are not the same on every rank, "
             f"or not those that {resume} was trained on."
@@ -456,8 +468,8 @@ def main(cfg):
         # Rollout: sample completions of the next prompts, verify them, compute advantages.
         clock = time.time()
         indices = next_prompts(rows, state, cfg, select_rows)
-        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
-        generated = time.time()
+        for_update, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        update_clock = time.time()
 
         # Update: linear warm-up, linear decay, one gradient step, new weights for the sampler.
         warmup = min(1.0, step / max(cfg.warmup_steps, 1))
@@ -465,11 +477,11 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * warmup * decay
         metrics = summarize(sampled, monitor(sampled))
-        metrics |= train_step(model, optimizer, trained, cfg, device, world)
+        metrics |= train_step(model, optimizer, for_update, cfg, device, world)
         engine.sync(model)
         metrics["lr"] = optimizer.param_groups[0]["lr"]
-        metrics["time/gen"] = generated - clock
-        metrics["time/train"] = time.time() - generated
+        metrics["time/gen"] = update_clock - clock
+        metrics["time/train"] = time.time() - update_clock
 
         # Remember how often each prompt was solved; stop if the step was broken.
         for counts in all_gather(count_correct(sampled)):

@@ -49,10 +49,10 @@ from verifiers.reward_model import (
 @dataclass
 class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/flags.py
     init_from: str = "out/sft2/final"  # checkpoint of the stage before, or any Qwen3 folder
-    out_dir: str = "out/rlhf"
+    out_dir: str = "out/rlhf"  # checkpoints and the log; an interrupted run resumes from it
     data: str = "nvidia/Nemotron-Cascade-RL-RLHF"  # hub id, folder, parquet, .json or .jsonl
     eval_data: str = ""  # held-out rows in the same schemas; "": no held-out metric
-    seed: int = 0
+    seed: int = 0  # of sampling and of the order of prompts
 
     rm: str = ""  # reward model: a folder or an http(s) URL; "": train one
     rm_init_from: str = ""  # weights its training starts from [D6]; "": those of init_from
@@ -60,31 +60,33 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     rm_eval_data: str = ""  # held-out rows in the same schemas, for the pair accuracy; "": none
     rm_samples_per_step: PositiveInt = 256  # pairs per update, over all ranks; paper 4.2.2
     rm_epochs: PositiveInt = 1  # more were worse; paper 4.2.2
-    rm_lr: PositiveFloat = 2e-6  # AdamW, 3% warm-up, then linear to 0 (gap G6); paper 4.2.2
+    rm_lr: PositiveFloat = 2e-6  # AdamW, 3% warm-up, then linear to 0 (G6); paper 4.2.2
     rm_max_len: PositiveInt = 8192  # tokens of question and answer; longer ones are dropped (G6)
 
-    prompts_per_step: PositiveInt = 256  # over all ranks; paper T15 (128 in the text)
+    prompts_per_step: PositiveInt = (
+        256  # prompts (groups) per step, over all ranks; paper T15 (128 in the text)
+    )
     group_size: PositiveInt = 8  # completions per prompt (G); paper T15
     num_steps: PositiveInt = 800  # paper T15
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load
     max_new_tokens: PositiveInt = 12288  # 12K; paper T15
     rope_factor: float = 0.0  # YaRN factor, 2.0 above 32K tokens; 0: as in the checkpoint
-    temperature: PositiveFloat = 0.6  # sampler and trained log-probs; paper T15
-    top_p: TopP = 0.95  # sampler only (gap G4); paper T15
-    top_k: int = 0  # sampler only; 0: off
+    temperature: PositiveFloat = 0.6  # of sampling and of the loss; paper T15
+    top_p: TopP = 0.95  # of sampling only (G4); paper T15
+    top_k: int = 0  # of sampling only; 0: off
     # False: completions that are cut off are trained on, which teaches brevity; paper 4.3.2
     overlong_filter: bool = False
     # share of the prompts that are answered in think mode; 1.0 for thinking models; paper 4.3.2
     think_share: Share = 0.5
 
-    lr: PositiveFloat = 2e-6  # AdamW; paper T15
-    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (gap G2)
-    warmup_steps: int = 0  # linear warm-up of the learning rate
-    beta1: Beta = 0.9  # paper T15
-    beta2: Beta = 0.95  # paper T15
-    weight_decay: float = 0.01  # not stated in the paper (gap G3)
-    grad_clip: PositiveFloat = 1.0  # not stated in the paper (gap G3)
-    importance_limit: float = 0.0  # 0: off; Cascade 2 takes 2 (engine.sampler_correction)
+    lr: PositiveFloat = 2e-6  # learning rate of AdamW; paper T15
+    final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay (G2)
+    warmup_steps: int = 0  # steps of linear warm-up of the learning rate
+    beta1: Beta = 0.9  # of AdamW; paper T15
+    beta2: Beta = 0.95  # of AdamW; paper T15
+    weight_decay: float = 0.01  # of AdamW; not stated in the paper (G3)
+    grad_clip: PositiveFloat = 1.0  # most norm of the gradient; not stated in the paper (G3)
+    importance_limit: float = 0.0  # off if 0; Cascade 2 takes 2 (engine.sampler_correction)
 
     kl_coef: float = 0.0  # weight of KL(policy || init_from) in the loss [D7]; paper 6.3: 1e-3
     sequence_level: bool = False  # loss: mean over sequences of their token means [D7]; paper 6.3
@@ -121,7 +123,7 @@ def normalize(row, where):
 def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path), with think_share of them, evenly spread, in think mode."""
     rows = load_table(path or cfg.data, normalize, limit)
-    # The mode is the prompt's, so all its completions share it (gap G8). A row gets think mode
+    # The mode is the prompt's, so all its completions share it (G8). A row gets think mode
     # where the rounded-down number of such rows grows: every second row for a share of 0.5.
     for i, row in enumerate(rows):
         num_before = math.floor(i * cfg.think_share)
@@ -289,28 +291,32 @@ def reference_logprobs(batch, cfg):
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
 
 # ---- 5. GRPO -------------------------------------------------------------------------------------
-# A micro-batch is packed: whole sequences stand one behind another, without padding. Two rollouts
-# of the prompt [5, 6], with completion [7, 8] and advantage 0.7, and with [9] and -0.7, become
+# A micro-batch is packed: whole sequences, one after another, without padding. Take the prompt
+# [5, 6] and two rollouts: completion [7, 8], advantage 0.7; completion [9], advantage -0.7.
 #
-#     position        0    1    2    3    4    5    6
+#     t               0    1    2    3    4    5    6
 #     input_ids_T     5    6    7    8    5    6    9       T = 7 tokens
 #     cu_seqlens      0                   4              7  starts of the sequences, and the end
-#     loss_index                2    3              6       M = 3 tokens of completions
-#     advantages_T    0    0  0.7  0.7    0    0 -0.7
-#     first_U         0    1    2    3              6       U = 5 tokens with distinct pasts
-#     copy_T          0    1    2    3    0    1    4       token 4 is a copy of token 0
+#     loss_index                2    3              6       M = 3 completion tokens
+#     advantages_T    0    0  0.7  0.7    0    0 -0.7       zero at prompt tokens
+#     first_U         0    1    2    3              6       U = 5 tokens are computed
+#     copy_T          0    1    2    3    0    1    4       token t is the copy_T[t]-th of these
 #
-# Suffixes name axes: entry t of every _T tensor is about token t; _M runs over loss_index.
+# Entry t of every _T tensor is about token t: logprobs_T[t] is its log-prob given the tokens before
+# it. _M tensors run over loss_index. Rollouts of one prompt share its tokens, so the model computes
+# them once: first_U and copy_T are for the model alone.
 
 
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """Sample a group of completions for each of this rank's prompts; verify them; set advantages.
 
-    Returns (trained, sampled): the rollouts to train on and those to log. Here both are the same;
-    IF-RL's dynamic sampling (paper 4.4.2) trains on others than it logs.
+    indices: rows of this step's prompts, of all ranks. reward_hook: (submit, collect).
+    Returns (for_update, sampled): the rollouts for train_step and those for the log. They are the
+    same but in IF-RL, whose dynamic sampling (4.4.2) replaces some groups.
     """
     submit, collect = reward_hook
-    # A group: group_size rollouts of one prompt. Every rank takes every world-th prompt.
+    # A group is the group_size rollouts of one prompt. Every rank takes every world-th prompt. A
+    # seed is a function of step, prompt and sample.
     rollouts = []
     for group, index in enumerate(indices[rank::world]):
         prompt_ids = rows[index]["prompt_ids"]
@@ -319,7 +325,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
             rollouts.append(Rollout(rows[index], group, prompt_ids, seed))
 
     # Sample. The moment a completion ends, its verifier starts, while the others still decode.
-    no_bar = None if rank == 0 else True
+    no_bar = None if rank == 0 else True  # None: a bar where the output is a terminal
     with tqdm(total=len(rollouts), desc=f"step {step} rollout", leave=False, disable=no_bar) as bar:
 
         def finished(r):
@@ -328,7 +334,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
         sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
         engine.generate(rollouts, *sampling, on_finished=finished)
-        # Verify: wait for the verdicts that are not there yet.
+        # Verify: most verdicts are there by now, collect waits for the rest.
         collect(rollouts)
 
     compute_advantages(rollouts, cfg)
@@ -336,10 +342,10 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 
 
 def compute_advantages(rollouts, cfg):
-    """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; gap G1).
+    """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; G1).
 
-    Infrastructure failures, and truncated rollouts under overlong_filter, are not trained on:
-    they leave the loss, its denominator and the group statistics (gap G5).
+    Rollouts without a verdict (status "infra": a worker failed), and truncated ones under
+    overlong_filter, are left out of the loss, its denominator and the group statistics (G5).
     """
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
@@ -348,26 +354,26 @@ def compute_advantages(rollouts, cfg):
             infra = r.status == "infra"
             filtered = cfg.overlong_filter and r.finish_reason == "length"
             assert infra or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
-            r.trained = not infra and not filtered
-        rewards = [r.reward for r in group if r.trained]
-        # Equal rewards say nothing about which completion is better. They are compared, since by
-        # rounding the std of equal rewards can be 1e-17, and dividing by it would invent a signal.
+            r.in_loss = not infra and not filtered
+        rewards = [r.reward for r in group if r.in_loss]
+        # A rollout that is left alone has nothing to be compared with, so it leaves the loss, too.
+        # A group of equal rewards stays in the denominator, with advantage 0. Compare the rewards:
+        # by rounding, the std of equal ones can be 1e-17, and dividing by it would invent a signal.
         all_equal = len(rewards) < 2 or max(rewards) == min(rewards)
         for r in group:
-            # One rollout alone has nothing to be compared with.
-            r.trained = r.trained and len(rewards) > 1
+            r.in_loss = r.in_loss and len(rewards) > 1
             r.advantage = 0.0
         if all_equal:
             continue
         mean = statistics.fmean(rewards)
         std = statistics.stdev(rewards)  # unbiased: divided by n - 1
         for r in group:
-            if r.trained:
+            if r.in_loss:
                 r.advantage = (r.reward - mean) / (std + 1e-6)
 
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
-    """-sum of ratio * advantage over a micro-batch's completion tokens, over those of the batch.
+    """-(sum of ratio * advantage over this micro-batch's completion tokens) / (tokens of all).
 
     Token-level policy gradient, paper eq. 1, with the stabilisers of 6.3 on top: a KL term towards
     the policy this stage started from, and sequence-level averaging.
@@ -375,9 +381,10 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     # CHANGED: the stabilisers for small reward models (paper 6.3) join the loss of other stages.
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]
-    # One update per batch (4.1.2): the policy is the one that sampled, so the ratio is exactly 1
-    # and PPO's clip could never bind. Its gradient is the gradient of the log-prob.
+    # One update per batch (4.1.2): the caller passes these log-probs, detached, as the old ones.
+    # The ratio is 1, so PPO's clip would never act; its gradient is that of the log-prob.
     ratio_M = (logprobs_T - old_logprobs_T)[scored_M].exp()
+    # Sampler and trainer differ by rounding; importance_limit corrects for it. Off: all 1.
     weights_M = sampler_correction(old_logprobs_T, batch, cfg.importance_limit)
     loss_M = -(weights_M * (ratio_M * advantages_M))
     if cfg.kl_coef > 0:
@@ -396,18 +403,20 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
 
 def train_step(model, optimizer, rollouts, cfg, device, world):
     """One gradient update from the rollouts of all ranks; returns the metrics."""
-    # The denominator: completion tokens of all ranks, before the batch is cut (sequences: RLHF's).
-    in_loss = [r for r in rollouts if r.trained]
+    # The denominator: completion tokens of all ranks, before the batch is cut. (RLHF's loss can
+    # average over sequences instead.)
+    in_loss = [r for r in rollouts if r.in_loss]
     num_tokens = sum(len(r.completion_ids) for r in in_loss)
     counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
 
-    # Pack: ranks get about equal shares of all rollouts, cut into micro-batches without padding.
+    # Pack: ranks get about equal shares, cut into micro-batches without padding. Rollouts with
+    # advantage 0 have no gradient and are left out here.
     batches = collate(balance(rollouts, world), cfg, device)
     num_real = len(batches)
-    # Collectives have to match, so a rank with fewer micro-batches adds dummies, which weigh 0.
+    # Every rank has to run as many forward and backward passes: add dummies, which weigh 0.
     num_batches = int(all_reduce({"n": num_real}, "max")["n"])
     if num_real < num_batches:
-        dummy = pack_rollouts([replace(rollouts[0], advantage=0.0)], device)
+        dummy = pack_rollouts(rollouts[:1], device)
         batches += [dummy] * (num_batches - num_real)
 
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
@@ -415,29 +424,31 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         is_real = i < num_real
         # Score: log-probs of the completion tokens under the policy, at the sampler's temperature.
         logprobs_T, entropy_T = model.token_logprobs(batch, temperature=cfg.temperature)
-        # Loss: the old policy is this one, without gradient.
+        # Loss: the old log-probs are these, without gradient.
         loss = grpo_loss(logprobs_T, logprobs_T.detach(), batch, counts, cfg)
-        # Backward: FSDP averages gradients over ranks, but the denominator is global already, so
-        # multiply by the number of ranks to undo the average.
+        # Backward: gradients are averaged over ranks later, but the denominator is global already,
+        # so multiply by the number of ranks to undo the average.
         weight = world if is_real else 0.0
         (loss * weight).backward()
         if is_real:
+            # gap: |log-prob of the trainer - log-prob of the sampler|, in nats
             gap_T = (logprobs_T.detach() - batch["sampler_logprobs_T"]).abs()
             sums["loss"] += loss.item()
             sums["gap"] += gap_T.sum().item()
             sums["entropy"] += entropy_T.detach().sum().item()
             sums["scored"] += len(batch["loss_index"])
 
-    # Clip: average what FSDP has not averaged, then bound the norm of the whole gradient.
+    # Clip: average the gradients that FSDP has not averaged, then bound the norm of all of them.
     average_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     if hasattr(grad_norm, "full_tensor"):
         grad_norm = grad_norm.full_tensor()
     grad_norm = float(grad_norm)
 
-    # Update. A loss or gradient that is not finite is not applied (check_step ends a run of three).
+    # Update, unless no rollout had a gradient, or loss or gradient is inf or nan (their sum is then
+    # no finite number). check_step stops the training after three such steps in a row.
     sums = all_reduce(sums)
-    if math.isfinite(grad_norm + sums["loss"]) and num_batches:
+    if num_batches > 0 and math.isfinite(grad_norm + sums["loss"]):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_scored = max(sums["scored"], 1)
@@ -455,11 +466,12 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     submit, collect = reward_hook
     rollouts = []
     for i in range(rank, len(rows), world):
-        seed = request_seed(cfg.seed, 99, i)
+        seed = request_seed(cfg.seed, 99, i)  # the same at every evaluation
         rollouts.append(Rollout(rows[i], i, rows[i]["prompt_ids"], seed))
     sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     engine.generate(rollouts, *sampling, on_finished=submit)
     collect(rollouts)
+    # Rows without a score do not count: no verdict, or no tests to run (SWE RL).
     scores = [metric(r) for r in rollouts if r.status != "infra"]
     scores = [score for score in scores if score is not None]
     sums = all_reduce({"score": sum(scores), "n": len(scores)})
@@ -494,15 +506,16 @@ def main(cfg):
         fused=True,
     )
 
-    # The state of a run besides weights and optimizer: which prompts come next, what was solved.
+    # The state of a run besides weights and optimizer: which prompts come next, how often each was
+    # solved (a run on the same prompts as the one before goes on with its history), skipped steps.
     start = 0
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}, "skipped": 0}
-    data = prompts_checksum(rows)
-    state |= load_history(cfg.init_from, data)
+    checksum = prompts_checksum(rows)
+    state |= load_history(cfg.init_from, checksum)
     if resume:
         start, state = load_checkpoint(resume, optimizer, cfg)
-    state.setdefault("data", data)
-    if set(all_gather(data)) != {state["data"]}:
+    state.setdefault("data", checksum)
+    if set(all_gather(checksum)) != {state["data"]}:
         fail(
             f"data {cfg.data}: the rows are not the same on every rank, "
             f"or not those that {resume} was trained on."
@@ -521,8 +534,8 @@ def main(cfg):
         # Rollout: sample completions of the next prompts, verify them, compute advantages.
         clock = time.time()
         indices = next_prompts(rows, state, cfg, select_rows)
-        trained, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
-        generated = time.time()
+        for_update, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        update_clock = time.time()
 
         # Update: linear warm-up, linear decay, one gradient step, new weights for the sampler.
         warmup = min(1.0, step / max(cfg.warmup_steps, 1))
@@ -530,11 +543,11 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * warmup * decay
         metrics = summarize(sampled, monitor(sampled))
-        metrics |= train_step(model, optimizer, trained, cfg, device, world)
+        metrics |= train_step(model, optimizer, for_update, cfg, device, world)
         engine.sync(model)
         metrics["lr"] = optimizer.param_groups[0]["lr"]
-        metrics["time/gen"] = generated - clock
-        metrics["time/train"] = time.time() - generated
+        metrics["time/gen"] = update_clock - clock
+        metrics["time/train"] = time.time() - update_clock
 
         # Remember how often each prompt was solved; stop if the step was broken.
         for counts in all_gather(count_correct(sampled)):

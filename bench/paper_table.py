@@ -1,10 +1,12 @@
-"""The paper's own results by stage, as a heat-map and a table to stand beside ours. Nothing here was measured by this repository.
+"""Prints the paper's own scores by stage, and draws them, to stand beside ours.
 
     python bench/paper_table.py          prints the markdown table, writes bench/paper_8b.png
 
-Nemotron-Cascade (arXiv 2512.13607), tables T2 and T4-T8. IFEval is prompt-level strict, in no_think for the unified model; all
-else is in think mode. The paper prints no intervals, so an arrow says by how much two scores differ, not that they do.
-tests/test_evaluate.py holds the gates of evals/results.py against these columns, with the noise that so many draws would have.
+Nothing here was measured by this repository. The source is Nemotron-Cascade (arXiv 2512.13607),
+tables T2 and T4-T8. IFEval is prompt-level strict, in no_think for the unified model; all other
+scores are in think mode. The paper prints no intervals, so an arrow says by how much two scores
+differ, not that the difference is beyond noise. tests/test_evaluate.py holds the gates of
+evals/results.py against these columns, with the noise that as many draws would have.
 """
 
 import os
@@ -17,7 +19,7 @@ from evals.plots import plot_matrix  # noqa: E402
 from evals.report import table  # noqa: E402
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-# Nemotron-Cascade-8B: problems x completions (appendix B), the score after each stage
+# Nemotron-Cascade-8B: {benchmark: (problems x completions (appendix B), score after each stage)}
 PAPER = {
     "mmlu": (14042, (83.0, 83.1, 83.4, 83.4, 83.7, 83.7)),
     "mmlu_pro": (12032, (74.4, 77.8, 74.5, 75.0, 75.3, 75.7)),
@@ -31,6 +33,7 @@ PAPER = {
     "lcb_v6": (454 * 8, (56.7, 67.2, 66.7, 67.4, 71.5, 71.1)),
     "swebench": (500 * 4, (26.1, 28.2, 28.3, 30.6, 31.6, 37.2)),
 }
+# The thinking models: {model: {benchmark: score after each stage}}
 THINKING = {
     "8b-thinking": {
         "mmlu": (83.6, 83.9, 83.8, 83.8, 84.3, 84.0),
@@ -59,6 +62,7 @@ THINKING = {
         "swebench": (34.5, 38.8, 38.4, 39.7, 39.6, 43.1),
     },
 }
+# The benchmarks that a stage is meant to raise: bold in the table, outlined in the heat map.
 TEACHES = {
     "rlhf": ("arenahard",),
     "ifrl": ("ifeval", "ifbench"),
@@ -70,23 +74,20 @@ TEACHES = {
 
 def main():
     columns = [(name, "") for name in PAPER]
-    cells = {
-        (s, name, "", "sampled"): {"score": scores[i] / 100}
-        for name, (_, scores) in PAPER.items()
-        for i, s in enumerate(STAGES)
-    }
+    cells = {}
+    for name, (_, scores) in PAPER.items():
+        for stage, score in zip(STAGES, scores, strict=True):
+            cells[stage, name, "", "sampled"] = {"score": score / 100}
     title = "NOT OURS: Nemotron-Cascade-8B as its paper reports it (arXiv 2512.13607, T2, T4-T8), %"
-    plot_matrix(os.path.join(HERE, "paper_8b.png"), cells, STAGES, columns, title, TEACHES)
-    rows = [
-        [
-            s,
-            *(
-                f"**{scores[i]}**" if name in TEACHES.get(s, ()) else scores[i]
-                for name, (_, scores) in PAPER.items()
-            ),
-        ]
-        for i, s in enumerate(STAGES)
-    ]
+    plot_matrix(os.path.join(HERE, "paper_8b.png"), cells, STAGES, columns, TEACHES, title)
+
+    rows = []
+    for i, stage in enumerate(STAGES):
+        row = [stage]
+        for name, (_, scores) in PAPER.items():
+            taught = name in TEACHES.get(stage, ())
+            row.append(f"**{scores[i]}**" if taught else scores[i])
+        rows.append(row)
     print(table(["after", *PAPER], rows))
 
 

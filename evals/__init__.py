@@ -1,1 +1,1 @@
-"""After the cascade, never inside it: public benchmarks, the matrix and its gates, test-time scaling, the report."""
+"""Measurements after the cascade: benchmarks, the matrix and its gates, scaling, the report."""

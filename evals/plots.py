@@ -1,172 +1,216 @@
 """The matrix of a run, printed and drawn, and the curves of its stages."""
 
-import json
+import glob
+import itertools
 import os
 
 import numpy as np
 
-from evals.results import OWN, base_of, columns_of, read_results
+from evals.results import base_of, columns_of, kept_lines, read_results
+
+MATRIX_TITLE = "held-out score after each stage, %, with its 95% interval (sampled)"
+OUTLINE = "#c2570c"  # around the cells of a stage's own skill
+
+# The panels of curves_<stage>.png: keys of metrics.jsonl, and their titles. SFT has no rewards.
+RL_PANELS = (
+    ("reward", "reward"),
+    ("len", "completion tokens"),
+    ("trunc", "share truncated"),
+    ("entropy", "entropy, nats/token"),
+)
+SFT_PANELS = (("loss", "loss, nats/token"), ("grad_norm", "gradient norm"), ("lr", "learning rate"))
 
 
-def draw_matrix(folder):
-    """Print the stage-by-skill tables of folder/results.jsonl and write matrix.png and curves_<stage>.png beside it."""
+def skill_of(stage, own):
+    """Return the task that a stage teaches, from own: {script: task}; None if it teaches none."""
+    return own.get(base_of(stage))
+
+
+# ---- 1. The matrix, printed ----------------------------------------------------------------------
+def draw_matrix(folder, own):
+    """Print the stage-by-skill tables of folder/results.jsonl, and draw matrix.png and the curves.
+
+    own: {script: the task that it teaches}
+    """
     cells, stages = read_results(folder, "matrix")
     columns = columns_of(cells, stages)
     for decoding in ("sampled", "greedy"):
-        print(f"\n{decoding}, held-out test split, percent [95% interval]; * a stage's own skill")
-        print(f"{'':8s}" + "".join(f"{task + ' ' + mode:>22s}" for task, mode in columns))
-        for s in stages:
-            line = f"{s:8s}"
-            for task, mode in columns:
-                r = cells.get((s, task, mode, decoding))
-                text = (
-                    f"{100 * r['score']:.1f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]"
-                    if r
-                    else "-"
-                )
-                line += f"{text + ('*' if OWN.get(s) == task else ' '):>22s}"
-            print(line)
-    taught = [s for s in stages if s in ("sft", *OWN)]
+        print_scores(cells, stages, columns, decoding, own)
+    print_own_skills(cells, stages, own)
+    plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns, own)
+    plot_all_curves(folder, stages)
+
+
+def percents(cell):
+    return 100 * cell["score"], 100 * cell["low"], 100 * cell["high"]
+
+
+def percent_with_interval(cell, digits):
+    """Format a result line as percent: 58.3 [54.3, 62.4]. digits: those of the interval's ends."""
+    score, low, high = percents(cell)
+    return f"{score:.1f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def print_scores(cells, stages, columns, decoding, own):
+    """Print one row a stage and one column a task and mode; a star marks a stage's own skill."""
+    # Names of the recipe fit into eight characters, a name of one's own may be longer.
+    width = max([8, *(len(stage) + 1 for stage in stages)])
+    print(f"\n{decoding}, held-out test split, percent [95% interval]; * a stage's own skill")
+    print(" " * width + "".join(f"{task + ' ' + mode:>22s}" for task, mode in columns))
+    for stage in stages:
+        line = f"{stage:{width}s}"
+        for task, mode in columns:
+            cell = cells.get((stage, task, mode, decoding))
+            text = percent_with_interval(cell, 0) if cell else "-"
+            star = "*" if skill_of(stage, own) == task else " "
+            line += f"{text + star:>22s}"
+        print(line)
+
+
+def print_own_skills(cells, stages, own):
+    """Print each stage's own skill before and after it, and after more SFT of the same seconds."""
     print(
-        "\nown skill, sampled, before -> after the stage that teaches it | the same seconds spent on more SFT instead, if that was run"
+        "\nown skill, sampled, before -> after the stage that teaches it"
+        " | the same seconds spent on more SFT instead, if that was run"
     )
-    for before, after in zip(taught, taught[1:]):
+    taught = [stage for stage in stages if stage == "sft" or stage in own]
+    for before, after in itertools.pairwise(taught):
+        task = own[after]
+        # IF-RL samples without thinking.
         mode = "no_think" if after == "ifrl" else "think"
-        a, b, control = (
-            cells.get((s, OWN.get(after), mode, "sampled"))
-            for s in (before, after, f"{after}_control")
-        )
-        if a and b:
-            texts = [
-                f"{100 * r['score']:5.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]"
-                for r in (a, b, control)
-                if r
-            ]
-            texts[1] += (
-                "  beyond the intervals' overlap"
-                if b["low"] > a["high"]
-                else "  within the intervals"
-            )
-            print(
-                f"{after:8s}{OWN[after]:>5s} {mode:9s}"
-                + " -> ".join(texts[:2])
-                + f" | {texts[-1]}" * bool(control)
-            )
-    plot_run(folder, cells, stages, columns)
+        cell_before = cells.get((before, task, mode, "sampled"))
+        cell_after = cells.get((after, task, mode, "sampled"))
+        control = cells.get((f"{after}_control", task, mode, "sampled"))
+        if not cell_before or not cell_after:
+            continue
+        line = f"{after:8s}{task:>5s} {mode:9s}"
+        line += f"{padded_interval(cell_before)} -> {padded_interval(cell_after)}"
+        if cell_before["high"] < cell_after["low"]:
+            line += "  beyond the intervals' overlap"
+        else:
+            line += "  within the intervals"
+        if control:
+            line += f" | {padded_interval(control)}"
+        print(line)
 
 
-def plot_run(folder, cells, stages, columns):
-    """matrix.png and one curves_<stage>.png a stage, for the README and other places without a browser."""
-    plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns)
-    for s in stages[1:]:
-        if os.path.exists(metrics := os.path.join(folder, s, "metrics.jsonl")):
-            plot_curves(metrics, os.path.join(folder, f"curves_{s}.png"), s)
+def padded_interval(cell):
+    score, low, high = percents(cell)
+    return f"{score:5.1f} [{low:.1f}, {high:.1f}]"
 
 
-def plot_matrix(
-    path,
-    cells,
-    stages,
-    columns,
-    title="held-out score after each stage, %, with its 95% interval (sampled)",
-    own={s: (task,) for s, task in OWN.items()},
-):
-    """An outline marks what a stage teaches, an arrow the change against the stage above, bold where the intervals do not overlap."""
+# ---- 2. The matrix, drawn ------------------------------------------------------------------------
+def plot_matrix(path, cells, stages, columns, own, title=MATRIX_TITLE):
+    """Draw the sampled scores as a heat map, one row a stage.
+
+    An outline marks what a stage teaches. An arrow is the change against the stage above; it is
+    bold where the intervals do not overlap. own: {script: task, or a tuple of tasks}
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
-    figure, axis = plt.subplots(figsize=(1.35 * len(columns) + 1.3, 0.72 * len(stages) + 1.2))
+    width, height = 1.35 * len(columns) + 1.3, 0.72 * len(stages) + 1.2  # inches
+    figure, axis = plt.subplots(figsize=(width, height))
     teal = LinearSegmentedColormap.from_list("teal", ["#f1f7f5", "#8fc7bd", "#2f8f84", "#0b5d56"])
-    for y, s in enumerate(stages):
+    for y, stage in enumerate(stages):
+        skill = skill_of(stage, own)
+        skills = skill if isinstance(skill, tuple) else (skill,)
         for x, (task, mode) in enumerate(columns):
-            if not (r := cells.get((s, task, mode, "sampled"))):
+            cell = cells.get((stage, task, mode, "sampled"))
+            if not cell:
                 continue
-            before, taught = (
-                cells.get((stages[y - 1], task, mode, "sampled")) if y else None,
-                task in own.get(base_of(s), ()),
-            )
-            axis.add_patch(
-                plt.Rectangle(
-                    (x - 0.47, y - 0.46),
-                    0.94,
-                    0.92,
-                    facecolor=teal(r["score"]),
-                    edgecolor="#c2570c" if taught else "none",
-                    linewidth=2.2,
-                )
-            )
-            change = r["score"] - before["score"] if before else 0.0
-            how = dict(ha="center", va="center", color="white" if r["score"] > 0.55 else "#16302c")
-            axis.text(
-                x, y - 0.13, f"{100 * r['score']:.1f}", fontsize=12.5, fontweight="bold", **how
-            )
-            band = f"\u00b1{50 * (r['high'] - r['low']):.1f}  " if "low" in r else ""
-            sure = bool(band and before) and (
-                r["low"] > before["high"] or r["high"] < before["low"]
-            )
-            arrow = (
-                ("\u25bc", "\u25b2")[change > 0] + f"{abs(100 * change):.1f}"
-                if abs(change) >= 0.0005
-                else ""
-            )
-            axis.text(
-                x,
-                y + 0.24,
-                band + arrow,
-                fontsize=8,
-                fontweight="bold" if sure else "normal",
-                **how,
-            )
+            before = cells.get((stages[y - 1], task, mode, "sampled")) if y > 0 else None
+            edge = OUTLINE if task in skills else "none"
+            box = {"facecolor": teal(cell["score"]), "edgecolor": edge, "linewidth": 2.2}
+            axis.add_patch(plt.Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, **box))
+            write_cell(axis, x, y, cell, before)
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(stages) - 0.5, -0.5))
-    axis.set_xticks(range(len(columns)), [f"{t}\n{m}" if m else t for t, m in columns])
+    labels = [f"{task}\n{mode}" if mode else task for task, mode in columns]
+    axis.set_xticks(range(len(columns)), labels)
     axis.set_yticks(range(len(stages)), stages)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.text(
-        0.5,
-        0.015,
-        f"{title}; outlined: the skill a stage teaches",
-        ha="center",
-        fontsize=9,
-        color="#555555",
-    )
+    legend = f"{title}; outlined: the skill a stage teaches"
+    figure.text(0.5, 0.015, legend, ha="center", fontsize=9, color="#555555")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
+def write_cell(axis, x, y, cell, before):
+    """Write the score of a cell, and under it the half-width of its interval and the change.
+
+    before: the result line of the stage above, or None
+    """
+    # Dark cells have white text.
+    color = "white" if cell["score"] > 0.55 else "#16302c"
+    style = {"ha": "center", "va": "center", "color": color}
+    score = f"{100 * cell['score']:.1f}"
+    axis.text(x, y - 0.13, score, fontsize=12.5, fontweight="bold", **style)
+
+    # The paper's table has no intervals, so it has neither a half-width nor a bold change.
+    half_width, beyond_noise = "", False
+    if "low" in cell:
+        half_width = f"\u00b1{50 * (cell['high'] - cell['low']):.1f}  "
+        if before:
+            beyond_noise = cell["low"] > before["high"] or cell["high"] < before["low"]
+
+    change = cell["score"] - before["score"] if before else 0.0
+    arrow = ""
+    if abs(change) >= 0.0005:  # what would be written as 0.0 is left out
+        arrow = "\u25b2" if change > 0 else "\u25bc"
+        arrow += f"{abs(100 * change):.1f}"
+    weight = "bold" if beyond_noise else "normal"
+    axis.text(x, y + 0.24, half_width + arrow, fontsize=8, fontweight=weight, **style)
+
+
+# ---- 3. Curves -----------------------------------------------------------------------------------
+def plot_all_curves(folder, stages):
+    """Draw curves_<stage>.png of every stage but SFT that was trained in this folder.
+
+    folder: of a cascade, or of one stage, which then holds metrics.jsonl itself
+    """
+    metrics_of = {stage: os.path.join(folder, stage, "metrics.jsonl") for stage in stages}
+    own_metrics = os.path.join(folder, "metrics.jsonl")
+    if os.path.exists(own_metrics):
+        metrics_of = {os.path.basename(os.path.abspath(folder)): own_metrics}
+    for stage, metrics in metrics_of.items():
+        if base_of(stage) != "sft" and os.path.exists(metrics):
+            plot_curves(metrics, os.path.join(folder, f"curves_{stage}.png"), stage)
+
+
 def plot_curves(metrics_path, path, stage):
+    """Draw the training curves of one stage, each with its running mean, and the held-out dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in open(metrics_path)]
-    # rlhf: the raw score, whatever the shaping
-    rows = [r | {"reward": r.get("reward/rm_score", r["reward"])} for r in rows]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
-    for axis, (key, title) in zip(
-        axes,
-        (
-            ("reward", "reward"),
-            ("len", "completion tokens"),
-            ("trunc", "share truncated"),
-            ("entropy", "entropy, nats/token"),
-        ),
-    ):
-        steps, values = [r["step"] for r in rows], [r[key] for r in rows]
+    rows = list(kept_lines(glob.escape(metrics_path)))
+    for row in rows:
+        if "reward/rm_score" in row:
+            # RLHF shapes its rewards: the raw score of the reward model is what compares.
+            row["reward"] = row["reward/rm_score"]
+    panels = RL_PANELS if any("reward" in row for row in rows) else SFT_PANELS
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 3.2))
+    for axis, (key, title) in zip(axes, panels):
+        logged = [row for row in rows if row.get(key) is not None]
+        steps = [row["step"] for row in logged]
+        values = [row[key] for row in logged]
+        # The running mean covers a twentieth of the run.
         window = max(len(values) // 20, 1)
+        means = [np.mean(values[max(0, i - window) : i + 1]) for i in range(len(values))]
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
-        axis.plot(
-            steps,
-            [np.mean(values[max(0, i - window) : i + 1]) for i in range(len(values))],
-            color="tab:blue",
-            label="training",
-        )
-        if key == "reward" and any("eval" in r for r in rows):
-            held_out = [(r["step"], r["eval"]) for r in rows if "eval" in r]
-            axis.plot(*zip(*held_out), "o-", color="tab:red", markersize=3, label="held-out (dev)")
+        axis.plot(steps, means, color="tab:blue", label="training")
+        held_out = [row for row in rows if "eval" in row]
+        if key == "reward" and held_out:
+            dot_steps = [row["step"] for row in held_out]
+            dots = [row["eval"] for row in held_out]
+            axis.plot(dot_steps, dots, "o-", color="tab:red", markersize=3, label="held-out (dev)")
             axis.legend(fontsize=8)
         axis.set_title(f"{stage}: {title}", fontsize=10)
         axis.set_xlabel("step", fontsize=8)

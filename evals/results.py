@@ -15,134 +15,246 @@ from lib.guard import fail
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "mopd")
 TOY = ("chat", "if", "math", "code", "swe")
 TASK_ORDER = (*TOY, *BENCHMARKS)
-OWN = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swerl": "swe"}
 
-# Points a stage may cost a task, beyond the noise band of the two scores. A pair is a sacrifice:
-# the points, and the stage
-# that has to bring them back. What stages may cost adds up; the noise does not.
+# GATES[stage][task]: the points that a stage may cost a task, beyond the noise of the two scores.
+# "*" stands for any stage, and for any task. A pair is a sacrifice: the points, and the stage that
+# has to bring them back. The points of successive stages add up; their noise does not.
 GATES = {
-    # any stage, any task; the toy skills share a third of a million parameters
+    # A toy skill may lose more than a benchmark, because all five share a third of a million
+    # parameters.
     "*": {"*": 1.0, **dict.fromkeys(TOY, 3.0)},
-    # paper T4: IFEval 70.8 -> 50.1, T5: 90.4
+    # Paper T4: RLHF takes IFEval from 70.8 to 50.1. T5: IF-RL brings it back, to 90.4.
     "rlhf": {"ifeval": (25.0, "ifrl"), "ifbench": (5.0, "ifrl"), "if": (10.0, "ifrl")},
-    # paper T5: MMLU-Pro 77.8 -> 74.5; toy: chat's rule and the constraints disagree
+    # Paper T5: IF-RL takes MMLU-Pro from 77.8 to 74.5. In the toy world the rule of the chat skill
+    # and the constraints of IF-RL contradict each other.
     "ifrl": {"mmlu_pro": 3.0, "chat": 10.0},
 }
 
 
+# ---- 1. What a run has measured ------------------------------------------------------------------
 def kept_lines(pattern):
-    """What these JSONL files keep; a line that was cut off counts for nothing."""
-    for line in (line for file in sorted(glob.glob(pattern)) for line in open(file)):
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    """Yield the rows of the JSONL files that match; a line that was cut off is skipped."""
+    for path in sorted(glob.glob(pattern)):
+        with open(path) as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
 
 
 def base_of(stage):
-    """mathrl2 -> mathrl: sub-stages share the gates of their stage."""
-    return stage.rstrip("0123456789")
+    """Return the stage that a part belongs to: mathrl2 -> mathrl. The parts share its gates.
+
+    A name that no cascade knows keeps its digits: my_idea2 is a stage of its own.
+    """
+    base = stage.rstrip("0123456789")
+    return base if base in STAGES else stage
+
+
+def is_control(stage):
+    """True for mathrl_control and the like (bench/control.sh): a comparison, not a stage."""
+    return stage.endswith("_control")
+
+
+def in_stage_order(names):
+    """Sort stage names as the cascade runs them; names that no cascade knows come last, as given.
+
+    Controls are left out.
+    """
+    names = [name for name in names if not is_control(name)]
+    known = [name for name in names if base_of(name) in STAGES]
+    known.sort(key=lambda name: (STAGES.index(base_of(name)), name))
+    unknown = [name for name in names if name not in known]
+    return known + unknown
+
+
+def has_results(folder):
+    """True if something was evaluated into this run folder."""
+    return os.path.isfile(os.path.join(folder, "results.jsonl"))
 
 
 def read_results(folder, flag):
-    """({(stage, task, mode, decoding): result line}, stages in their order) of a run folder."""
-    path, cells = os.path.join(folder, "results.jsonl"), {}
-    if not os.path.isfile(path):
+    """Read results.jsonl of a run folder; without one the process ends with a sentence.
+
+    Returns {(stage, task, mode, decoding): result line} and the stages in their order.
+    """
+    if not has_results(folder):
         fail(f"--{flag}={folder}: no results.jsonl there.", note="Nothing was read.")
-    for r in kept_lines(glob.escape(path)):
-        cells[r["stage"], r["task"], r["mode"], r["decoding"]] = r  # a re-run replaces
-    known = {s for s, *_ in cells if base_of(s) in STAGES}
-    return cells, sorted(known, key=lambda s: (STAGES.index(base_of(s)), s))
+    cells = {}
+    for line in kept_lines(glob.escape(os.path.join(folder, "results.jsonl"))):
+        # A later line replaces an earlier one: the evaluation was run again.
+        cells[line["stage"], line["task"], line["mode"], line["decoding"]] = line
+    by_appearance = dict.fromkeys(stage for stage, *_ in cells)
+    return cells, in_stage_order(by_appearance)
+
+
+def columns_of(cells, stages):
+    """Return [(task, mode)] that some stage was measured on, in the order of TASK_ORDER.
+
+    Tasks that are not in TASK_ORDER come last, by name.
+    """
+    present = {(task, mode) for stage, task, mode, _ in cells if stage in stages}
+
+    def place(column):
+        task, mode = column
+        rank = TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER)
+        return rank, task, mode != "think"
+
+    return sorted(present, key=place)
+
+
+# ---- 2. Gates ------------------------------------------------------------------------------------
+def cost_of(stage, task):
+    """Return the points that a stage may cost a task, and the stage that repays them or ""."""
+    costs = GATES["*"] | GATES.get(base_of(stage), {})
+    cost = costs.get(task, costs["*"])
+    return cost if isinstance(cost, tuple) else (cost, "")
+
+
+def must_have_repaid(payer, stage):
+    """True if `payer` should have brought back by now, after `stage`, what it owes.
+
+    A stage of several parts repays by its second part. A stage that no cascade knows demands
+    nothing, since it may stand anywhere in the cascade.
+    """
+    base = base_of(stage)
+    if base not in STAGES:
+        return False
+    if base == payer:
+        return stage != payer + "1"
+    return STAGES.index(payer) < STAGES.index(base)
+
+
+def sampled_cells(cells, stage):
+    """Yield ((task, mode), result line) of the sampled scores of one stage."""
+    for (name, task, mode, decoding), cell in cells.items():
+        if name == stage and decoding == "sampled":
+            yield (task, mode), cell
+
+
+def checked_stages(cells, stages):
+    """Return the stages that have a sampled score which an earlier stage has too."""
+    checked, seen = [], set()
+    for stage in stages:
+        measured = {column for column, _ in sampled_cells(cells, stage)}
+        if measured & seen:
+            checked.append(stage)
+        seen |= measured
+    return checked
 
 
 def broken_gates(cells, stages):
-    """[(stage, sentence)] for every stage that lost more than it may. Each score is held against the best one before it; a
-    loss that was reported is not reported again at later stages. IFEval at 70, rlhf may cost 25 that ifrl has to bring back: 50 after rlhf
-    is fine, 60 after ifrl breaks, since what rlhf was lent is due by then."""
-    broken, books = [], {}
+    """Return [(stage, sentence)] for every score of a stage that fell by more than it may.
+
+    A score is held against the best one before it. A loss that was reported is not reported again
+    at later stages. Example: IFEval is at 70 and RLHF may cost 25 that IF-RL has to bring back. 50
+    after RLHF is fine; 60 after IF-RL breaks the gate, since by then the 25 are no longer allowed.
+    """
+    broken = []
+    # One account for each column: the best result so far, the points that may be lost against it,
+    # and which part of those points which stage still has to bring back.
+    accounts = {}
     for stage in stages:
-        for (s, name, mode, decoding), now in cells.items():
-            if s != stage or decoding != "sampled":
+        for column, now in sampled_cells(cells, stage):
+            if column not in accounts:
+                accounts[column] = {"best": now, "allowed": 0.0, "owed": {}}
                 continue
-            book = books.setdefault((name, mode), {"best": now, "spent": 0.0, "owed": {}})
-            if book["best"] is now:
-                continue
-            costs = GATES["*"] | GATES.get(base_of(stage), {})
-            cost = costs.get(name, costs["*"])
-            points, payer = cost if isinstance(cost, tuple) else (cost, "")
-            book["spent"] += points
+            account = accounts[column]
+            task, mode = column
+
+            # This stage's own allowance is added to what earlier stages were allowed.
+            points, payer = cost_of(stage, task)
+            account["allowed"] += points
             if payer:
-                book["owed"][payer] = book["owed"].get(payer, 0.0) + points
-            due = [
-                p
-                for p in book["owed"]
-                if STAGES.index(p) < STAGES.index(base_of(stage))
-                or p == base_of(stage)
-                and stage != p + "1"
-            ]
-            # a stage of several parts pays by its second
-            book["spent"] -= sum(book["owed"].pop(p) for p in due)
-            best = book["best"]
-            loss, band = (
-                100 * (best["score"] - now["score"]),
-                100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"]),
-            )
-            if too_much := loss - band > book["spent"] + 1e-9:
-                text = f"{name} ({mode}) is at {100 * now['score']:.1f} after {stage}, {loss:.1f} below {best['stage']} ({100 * best['score']:.1f}); "
-                text += f"noise explains {band:.1f} and {book['spent']:.1f} may be lost"
-                broken.append((stage, text + (f": {due[0]} had to bring it back." if due else ".")))
+                account["owed"][payer] = account["owed"].get(payer, 0.0) + points
+
+            # A debt that had to be repaid by now is no longer allowed.
+            due = [payer for payer in account["owed"] if must_have_repaid(payer, stage)]
+            account["allowed"] -= sum(account["owed"].pop(payer) for payer in due)
+
+            # The noise is that of a difference: the two half-intervals that face each other.
+            best = account["best"]
+            loss = 100 * (best["score"] - now["score"])
+            noise = 100 * math.hypot(best["score"] - best["low"], now["high"] - now["score"])
+            too_much = loss - noise > account["allowed"] + 1e-9
+            if too_much:
+                repaid = f": {due[0]} had to bring it back." if due else "."
+                sentence = (
+                    f"{task} ({mode}) is at {100 * now['score']:.1f} after {stage}, "
+                    f"{loss:.1f} below {best['stage']} ({100 * best['score']:.1f}); "
+                    f"noise explains {noise:.1f} and {account['allowed']:.1f} may be lost{repaid}"
+                )
+                broken.append((stage, sentence))
             if loss <= 0 or too_much:
-                books[name, mode] = {"best": now, "spent": 0.0, "owed": {}}
+                accounts[column] = {"best": now, "allowed": 0.0, "owed": {}}
     return broken
 
 
+def why_unchecked(cells, stages, stage=""):
+    """Say why no gate was checked (after `stage`, if one is named); "" if one was."""
+    checked = checked_stages(cells, stages)
+    if stage and stage not in checked:
+        return f"no gate was checked: {stage} has no sampled score that a stage before it has too."
+    if not checked:
+        return "no gate was checked: no two stages have a sampled score of the same task."
+    return ""
+
+
 def check_gates(folder, stage=""):
-    """One sentence and a next step for broken gates (of one stage, if named), else ""."""
-    broken = [
-        (s, text) for s, text in broken_gates(*read_results(folder, "gates")) if stage in ("", s)
-    ]
+    """Return a sentence and a next step if a gate (after `stage`, if named) is broken, else ""."""
+    cells, stages = read_results(folder, "gates")
+    broken = [(s, text) for s, text in broken_gates(cells, stages) if stage in ("", s)]
     if not broken:
         return ""
-    s, more = broken[0][0], f" ({len(broken) - 1} more gates broke.)" if len(broken) > 1 else ""
+    first_stage, sentence = broken[0]
+    more = f" ({len(broken) - 1} more gates broke.)" if len(broken) > 1 else ""
     return (
-        f"gate: {broken[0][1]}{more} Train {s} again with a lower lr or fewer steps (remove {folder}/{s} first), declare the loss in "
-        f"GATES of evals/results.py, or go on from the best checkpoint of {s} with KEEP_BEST=1."
+        f"gate: {sentence}{more} Train {first_stage} again with a lower lr or fewer steps "
+        f"(remove {folder}/{first_stage} first), declare the loss in GATES of evals/results.py, "
+        f"or go on from the best checkpoint of {first_stage} with KEEP_BEST=1."
     )
 
 
+def print_gates(folder, stage=""):
+    """Print that every gate of a run holds, or that none was checked; a broken one ends with 2."""
+    broken = check_gates(folder, stage)
+    if broken:
+        fail(broken, note="")
+    unchecked = why_unchecked(*read_results(folder, "gates"), stage)
+    print(f"{folder}: {unchecked or 'every gate holds.'}")
+
+
+# ---- 3. The best checkpoint, and SFT of the same cost --------------------------------------------
 def keep_best(folder):
-    """folder/final becomes the checkpoint with the highest mean held-out dev score over all tasks (candidates.jsonl)."""
-    means = {}
-    for r in kept_lines(glob.escape(os.path.join(folder, "candidates.jsonl"))):
-        if r["decoding"] == "sampled" and os.path.exists(os.path.join(folder, r["stage"])):
-            means.setdefault(r["stage"], {})[r["task"], r["mode"]] = r["score"]
-    means = {step: sum(scores.values()) / len(scores) for step, scores in means.items()}
-    if not means:
+    """Make the checkpoint with the highest mean dev score (candidates.jsonl) folder/final."""
+    # {checkpoint: {(task, mode): score}} of the checkpoints that still exist
+    scores = {}
+    for line in kept_lines(glob.escape(os.path.join(folder, "candidates.jsonl"))):
+        step = line["stage"]
+        if line["decoding"] == "sampled" and os.path.exists(os.path.join(folder, step)):
+            scores.setdefault(step, {})[line["task"], line["mode"]] = line["score"]
+    if not scores:
         fail(
             f"--keep_best={folder}: no candidates.jsonl with scores of checkpoints that are there.",
             note="",
         )
-    mark_final(folder, os.path.join(folder, best := max(sorted(means), key=means.get)))
-    print(
-        f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} ("
-        + ", ".join(f"{s} {100 * m:.1f}" for s, m in sorted(means.items()))
-        + ")"
-    )
-
-
-def columns_of(cells, stages):
-    """[(task, mode)] that some stage was measured on, in the order of TASK_ORDER."""
-    present, order = {key[1:3] for key in cells if key[0] in stages}, list(TASK_ORDER)
-    return sorted(
-        present,
-        key=lambda c: (
-            order.index(c[0]) if c[0] in TASK_ORDER else len(order),
-            c[0],
-            c[1] != "think",
-        ),
-    )
+    means = {step: sum(of_step.values()) / len(of_step) for step, of_step in scores.items()}
+    # Of equal means the earliest checkpoint is kept.
+    best = max(sorted(means), key=means.get)
+    mark_final(folder, os.path.join(folder, best))
+    listed = ", ".join(f"{step} {100 * mean:.1f}" for step, mean in sorted(means.items()))
+    print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} ({listed})")
 
 
 def steps_of_same_compute(rl_folder, sft_folder):
-    """SFT steps that take as long as the RL run's sampling, verifying and training (evaluations left out of both)."""
-    read = lambda folder: [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
-    seconds = sum(r["time/gen"] + r["time/train"] for r in read(rl_folder))
-    return round(seconds / float(np.median([r["time/train"] for r in read(sft_folder)])))
+    """Return the SFT steps that take as long as the RL run's sampling, verifying and training.
+
+    Evaluations are left out of both.
+    """
+
+    def read_metrics(folder):
+        with open(os.path.join(folder, "metrics.jsonl")) as lines:
+            return [json.loads(line) for line in lines]
+
+    rl_seconds = sum(row["time/gen"] + row["time/train"] for row in read_metrics(rl_folder))
+    step_seconds = float(np.median([row["time/train"] for row in read_metrics(sft_folder)]))
+    return round(rl_seconds / step_seconds)

@@ -1,1 +1,1 @@
-"""Beside the paper: distillation from several teachers (Cascade 2), decontamination of a data set."""
+"""Beside the paper: MOPD (Cascade 2), a step in slow motion, decontamination of a data set."""

@@ -75,13 +75,13 @@ def next_prompts(rows, state, cfg, select_rows):
 
 
 def count_correct(rollouts):
-    """{row index: [num_correct, num_rollouts]} of one rank, over the rollouts that are trained on.
+    """{row index: [num_correct, num_rollouts]} of one rank, over the rollouts in the loss.
 
     The indices are strings, as they come back from a checkpoint's JSON.
     """
     counts = {}
     for r in rollouts:
-        if r.trained:
+        if r.in_loss:
             correct, total = counts.get(str(r.row["index"]), (0, 0))
             counts[str(r.row["index"])] = [correct + (r.status == "ok"), total + 1]
     return counts

@@ -72,7 +72,7 @@ def monitor(rollouts):
 def self_test(rows, cfg):
     """Before training: a right expression earns 1, a wrong one 0."""
     answer = {"numbers": [6, 4], "target": 2}
-    if [reward(boxed(text), answer) for text in ("6-4", "6+4", "1+1")] != [1, 0, 0]:
+    if [reward(boxed_response(text), answer) for text in ("6-4", "6+4", "1+1")] != [1, 0, 0]:
         fail("verifier self test: 6-4 makes 2.")
 ''',
 }

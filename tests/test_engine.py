@@ -133,7 +133,7 @@ def test_logprobs_of_the_sampler_are_those_of_the_trainer(
     engine, model, tokenizer, temperature, top_p, top_k
 ):
     """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid
-    (gap G4)."""
+    (G4)."""
     rollouts = ask(tokenizer, samples=4)
     engine.generate(rollouts, 40, temperature, top_p, top_k)
     gaps = [

@@ -76,7 +76,7 @@ def test_advantages_of_an_all_equal_group_are_zero(reward):
     """Exactly zero: a standard deviation of 1e-17 from rounding would blow up to an advantage."""
     rollouts = [rollout(reward) for _ in range(4)]
     assert advantages(rollouts) == [0.0] * 4
-    assert all(r.trained for r in rollouts), "their tokens stay in the denominator (gap G5)"
+    assert all(r.in_loss for r in rollouts), "their tokens stay in the denominator (G5)"
 
 
 def test_truncated_rollouts_leave_the_group_statistics_under_the_overlong_filter():
@@ -88,19 +88,19 @@ def test_truncated_rollouts_leave_the_group_statistics_under_the_overlong_filter
     assert advantages(group(), overlong_filter=False) == [1.5, -0.5, -0.5, -0.5]
     filtered = group()
     advantages(filtered)
-    assert [r.trained for r in filtered] == [True, True, False, True]
+    assert [r.in_loss for r in filtered] == [True, True, False, True]
 
 
 def test_infrastructure_failures_leave_the_group_statistics_whatever_the_filter():
     for overlong_filter in (True, False):
         group = [rollout(1.0), rollout(0.0), rollout(float("nan"), status="infra"), rollout(0.0)]
         assert advantages(group, overlong_filter=overlong_filter) == [1.1547, -0.5773, 0.0, -0.5773]
-        assert [r.trained for r in group] == [True, True, False, True]
+        assert [r.in_loss for r in group] == [True, True, False, True]
 
 
 def test_a_group_of_which_one_rollout_is_left_teaches_nothing():
     group = [rollout(1.0)] + [rollout(0.0, finish_reason="length") for _ in range(3)]
-    assert advantages(group) == [0.0] * 4 and not any(r.trained for r in group)
+    assert advantages(group) == [0.0] * 4 and not any(r.in_loss for r in group)
 
 
 def test_a_missing_reward_is_an_error_not_a_zero():
@@ -142,7 +142,7 @@ def test_the_batch_drawn_in_mathrl_is_what_the_packer_makes():
         if match := re.match(r"#     (\w+) ((?: +-?[\d.]+)+)", line):
             drawn[match[1]] = [float(number) for number in match[2].split()]
     first_U, copy_T = batch.pop("shared")
-    made = batch | {"first_U": first_U, "copy_T": copy_T, "position": torch.arange(7)}
+    made = batch | {"first_U": first_U, "copy_T": copy_T, "t": torch.arange(7)}
     assert len(drawn) == 7
     for name, numbers in drawn.items():
         assert made[name].tolist() == pytest.approx(numbers), name
@@ -612,7 +612,7 @@ def test_when_no_group_is_uneven_one_untrained_rollout_stands_for_the_step():
     assert (
         len(sampled) == 16
         and len(trained) == 1
-        and not trained[0].trained
+        and not trained[0].in_loss
         and not trained[0].advantage
     )
 
@@ -920,7 +920,7 @@ def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
     }
     rollouts, cfg, model = random_step(), rlhf_config(micro_batch_tokens=10**6), moved()
     rlhf.compute_advantages(rollouts, cfg)
-    num_tokens = sum(len(r.completion_ids) for r in rollouts if r.trained)
+    num_tokens = sum(len(r.completion_ids) for r in rollouts if r.in_loss)
     batch = rlhf.collate(rollouts, cfg, "cpu")[0]
     with torch.no_grad():
         reference_T = start.token_logprobs(batch, cfg.temperature)[0]

@@ -166,7 +166,7 @@ def test_every_answer_earns_the_verdict_written_beside_it():
     slowest, wrong = 0, []
     for gold, answer, expected in TABLE:
         start = time.time()
-        if mathrl.reward(mathrl.boxed(answer), gold) != expected:
+        if mathrl.reward(mathrl.boxed_response(answer), gold) != expected:
             wrong.append((gold, answer, expected))
         slowest = max(slowest, time.time() - start)
     print(f"{len(TABLE)} answers, slowest {slowest:.1f} s (limit 10 s)")
@@ -185,8 +185,8 @@ def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_to
     for gold, answer, expected in TABLE:
         if expected:
             forms = (
-                parse(mathrl.boxed(gold)),
-                parse(mathrl.boxed(answer), [LatexExtractionConfig()]),
+                parse(mathrl.boxed_response(gold)),
+                parse(mathrl.boxed_response(answer), [LatexExtractionConfig()]),
             )
             ours, theirs = ours + 1, theirs + verify(*forms)
     # not: "34.", a few dresses, words and signs without LaTeX
@@ -286,7 +286,9 @@ def test_a_verifier_killed_from_outside_is_asked_once_more(tmp_path):
 
 
 def half_pi(i):
-    return mathrl.reward(mathrl.boxed(r"\frac{%d\pi}{7}" % i), r"\frac{%d\pi}{7}" % (i - i % 2))
+    return mathrl.reward(
+        mathrl.boxed_response(r"\frac{%d\pi}{7}" % i), r"\frac{%d\pi}{7}" % (i - i % 2)
+    )
 
 
 def test_forks_of_a_process_that_has_verified_get_verifiers_of_their_own():
@@ -376,10 +378,10 @@ def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_ans
     like a policy that is wrong."""
     start = time.time()
     assert (
-        mathrl.verdict(mathrl.boxed("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout")
+        mathrl.verdict(mathrl.boxed_response("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout")
         and time.time() - start < 10.5
     )
-    assert mathrl.verdict(mathrl.boxed(r"\frac{\pi}{3}"), r"\frac{\pi}{4}") == (0, "wrong")
+    assert mathrl.verdict(mathrl.boxed_response(r"\frac{\pi}{3}"), r"\frac{\pi}{4}") == (0, "wrong")
 
 
 @pytest.mark.parametrize(
@@ -547,7 +549,7 @@ def test_no_response_raises_or_stalls(response):
 @settings(max_examples=60, deadline=None)
 @given(RESPONSE_TEXTS.map(lambda text: text.replace("</think>", "")))
 def test_no_boxed_text_raises_or_stalls(answer):
-    never_fails(mathrl.boxed(answer), r"\frac{\pi}{4}")
+    never_fails(mathrl.boxed_response(answer), r"\frac{\pi}{4}")
 
 
 @pytest.mark.exhaustive
@@ -555,15 +557,19 @@ def test_no_boxed_text_raises_or_stalls(answer):
 @given(RESPONSE_TEXTS, st.sampled_from(["34", r"\frac{\pi}{4}", "x^2+1", "(1,2)", r"\text{Yes}"]))
 def test_twenty_thousand_responses_neither_raise_nor_stall(response, gold):
     never_fails(response, gold)
-    never_fails(mathrl.boxed(response.replace("</think>", "")), gold)
+    never_fails(mathrl.boxed_response(response.replace("</think>", "")), gold)
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.integers(-(10**30), 10**30), st.integers(-3, 3))
 def test_integers_are_compared_exactly_and_symmetrically(gold, off):
     a, b = str(gold), str(gold + off)
-    assert mathrl.reward(mathrl.boxed(a), b) == mathrl.reward(mathrl.boxed(b), a) == (off == 0)
-    assert mathrl.reward(mathrl.boxed(f"{gold:,}"), a) == 1
+    assert (
+        mathrl.reward(mathrl.boxed_response(a), b)
+        == mathrl.reward(mathrl.boxed_response(b), a)
+        == (off == 0)
+    )
+    assert mathrl.reward(mathrl.boxed_response(f"{gold:,}"), a) == 1
 
 
 LETTERS = st.text(

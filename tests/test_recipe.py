@@ -198,7 +198,7 @@ def test_4_5_2_overlong_skip_leaves_loss_denominator_and_group_statistics():
     ]
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=True))
     assert [round(r.advantage, 4) for r in group] == [1.1547, -0.5773, 0.0, -0.5773]
-    assert sum(len(r.completion_ids) for r in group if r.trained) == 6, (
+    assert sum(len(r.completion_ids) for r in group if r.in_loss) == 6, (
         "two tokens each of three rollouts are the denominator"
     )
 
@@ -216,7 +216,7 @@ def test_4_5_2_overlong_zero_stays_in_loss_and_group_statistics():
     ]
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=False))
     assert [r.advantage for r in group] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4) and all(
-        r.trained for r in group
+        r.in_loss for r in group
     )
 
 

@@ -57,12 +57,12 @@ def test_the_root_holds_what_a_user_types_or_a_student_reads():
 
 
 def test_every_function_fits_on_a_screen_or_two():
-    """80 lines, main 120."""
+    """80 lines without the signature, main 120."""
     long = []
     for path in tracked(".py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                length = node.end_lineno - node.lineno + 1
+                length = node.end_lineno - node.body[0].lineno + 1
                 if length > (120 if node.name == "main" else 80):
                     long.append(f"{name_of(path)}: {node.name} has {length} lines")
     assert long == []

@@ -2,7 +2,7 @@
 
     last_box(text)                the content of the last \\boxed{} of a response
     same_answer(gold, answer)     True, False, or None if the verifier gave up or had to be killed
-    start_workers(n)              threads with a child process each, in which same_answer may run
+    answer_pool(n)              threads with a child process each, in which same_answer may run
 
 Integers and plain numbers are compared here. Everything else goes to math-verify (sympy), which
 can hang on hostile LaTeX, so it runs in a child process that is killed after VERIFY_SECONDS.
@@ -35,7 +35,7 @@ MAX_ANSWER = 512  # characters inside the box
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 
 
-def boxed(answer):
+def boxed_response(answer):
     """The shortest response that gives this answer."""
     return "</think>\\boxed{" + answer + "}"
 
@@ -210,9 +210,11 @@ def equal(gold, answer):
     start = time.monotonic()
     same = without_spacing(gold) == without_spacing(answer)
     try:
-        gold_forms = parse(boxed(protect_units(gold)), parsing_timeout=PARSE_SECONDS)
+        gold_forms = parse(boxed_response(protect_units(gold)), parsing_timeout=PARSE_SECONDS)
         answer_forms = parse(
-            boxed(protect_units(answer)), [LatexExtractionConfig()], parsing_timeout=PARSE_SECONDS
+            boxed_response(protect_units(answer)),
+            [LatexExtractionConfig()],
+            parsing_timeout=PARSE_SECONDS,
         )
         if not same and verify(gold_forms, answer_forms, timeout_seconds=PARSE_SECONDS):
             has_decimals = "." in gold + answer
@@ -248,7 +250,7 @@ equal_in_child = sandbox.killable(equal, VERIFY_SECONDS)
 
 
 @functools.cache
-def start_workers(num_workers):
+def answer_pool(num_workers):
     """Thread pool in which every thread owns a child process, all forked when this returns.
 
     Call it early, while the process is small: a fork copies its page tables.

@@ -125,7 +125,7 @@ def rm_device():
 
 # ---- Training on pairs ---------------------------------------------------------------------------
 def read_helpsteer(row, where):
-    """Return (context, chosen answer, rejected answer) of a HelpSteer row (gap G7).
+    """Return (context, chosen answer, rejected answer) of a HelpSteer row (G7).
 
     A negative preference prefers response1. A row with preference 0 is dropped.
     """
@@ -259,7 +259,7 @@ def train_reward_model(cfg, folder):
     # tqdm decides by itself (None) whether rank 0 has a terminal to draw on.
     hide_bar = None if rank == 0 else True
     for step in tqdm(range(1, steps + 1), desc="reward model", leave=False, disable=hide_bar):
-        # The learning rate rises over the first 3% of the steps and falls linearly to 0 (gap G6).
+        # The learning rate rises over the first 3% of the steps and falls linearly to 0 (G6).
         warmup = step / (0.03 * steps + 1)
         decay = 1 - (step - 1) / steps
         for group in optimizer.param_groups:
