@@ -124,7 +124,7 @@ def run_step(cfg):
     rollouts, sampled = stage.rollout(engine, rows, indices, 1, stage_cfg, reward_hook, 0, 1)
 
     # Look at the loss before the update, on the micro-batches that train_step will make again.
-    in_loss = [r for r in rollouts if r.trained]
+    in_loss = [r for r in rollouts if r.in_loss]
     num_tokens = sum(len(r.completion_ids) for r in in_loss)
     counts = {"tokens": num_tokens, "sequences": len(in_loss)}
     batches = collate(rollouts, stage_cfg, device)
@@ -207,7 +207,7 @@ def choose_group(rollouts, group_size):
     """Index of the first rollout of the group whose rewards differ most."""
 
     def spread(first):
-        rewards = [r.reward for r in rollouts[first : first + group_size] if r.trained]
+        rewards = [r.reward for r in rollouts[first : first + group_size] if r.in_loss]
         return statistics.pstdev(rewards) if rewards else 0.0
 
     return max(range(0, len(rollouts), group_size), key=spread)
@@ -227,7 +227,7 @@ def describe(r):
         "reward": r.reward,
         "status": r.status,
         "cut_off": r.finish_reason == "length",
-        "trained": r.trained,
+        "in_loss": r.in_loss,
         "advantage": r.advantage,
         "length": len(r.completion_ids),
     }

@@ -125,33 +125,33 @@ def explain_group(run):
     )
     rows = []
     for k, r in enumerate(run["group"]):
-        advantage = f"{r['advantage']:+.4f}" if r["trained"] else "not trained"
+        advantage = f"{r['advantage']:+.4f}" if r["in_loss"] else "not in loss"
         answer = visible("".join(token["text"] for token in r["tokens"]))
         end = answer if len(answer) <= 44 else "..." + answer[-41:]
         cells = (k, f"{r['reward']:.4g}", r["status"], r["length"], advantage, end)
         rows.append(table_row(style_of(r["advantage"]), *cells))
     header = ["#", "reward", "status", "tokens", "advantage", "how it ends"]
     blocks = [("text", text), ("table", header, rows), ("lines", group_arithmetic(run["group"]))]
-    if any(r["cut_off"] and not r["trained"] for r in run["group"]):
-        not_trained = (
+    if any(r["cut_off"] and not r["in_loss"] for r in run["group"]):
+        left_out = (
             "This stage has an overlong filter: a completion that is cut off at --max_new_tokens "
-            "is not trained on, and does not count in mean and standard deviation (gap G5)."
+            "stays out of the loss, its denominator, the mean and the standard deviation (G5)."
         )
-        blocks.append(("text", not_trained))
+        blocks.append(("text", left_out))
     if not run["has_gradient"]:
         flat = (
             "No group of this step has rewards that differ. So all advantages are 0, there is "
             "nothing to learn, and the slow motion ends here. Try another --seed or more --prompts."
         )
         blocks.append(("text", flat))
-    return Step("A group is sampled, judged and compared", "eq. 1, gap G1", blocks)
+    return Step("A group is sampled, judged and compared", "eq. 1; G1", blocks)
 
 
 def group_arithmetic(group):
     """Lines: the advantages of a group from its rewards."""
-    rewards = [r["reward"] for r in group if r["trained"]]
+    rewards = [r["reward"] for r in group if r["in_loss"]]
     if len(rewards) < 2:
-        return ["Fewer than two completions are trained on, so there is nothing to compare."]
+        return ["Fewer than two completions are in the loss, so there is nothing to compare."]
     n = len(rewards)
     mean = statistics.fmean(rewards)
     std = statistics.stdev(rewards)
@@ -162,7 +162,7 @@ def group_arithmetic(group):
     if max(rewards) == min(rewards):
         return [*lines, "advantage = 0 for all, since the rewards are equal"]
     lines.append("advantage = (reward - mean) / (std + 1e-6):")
-    advantage_of = {r["reward"]: r["advantage"] for r in group if r["trained"]}
+    advantage_of = {r["reward"]: r["advantage"] for r in group if r["in_loss"]}
     for reward, advantage in advantage_of.items():
         difference = sum_of([reward, -mean], ".4g")
         lines.append(f"({difference}) / ({std:.4f} + 1e-6) = {advantage:+.4f}")
@@ -323,7 +323,7 @@ def explain_token(run):
     ]
     rows = [table_row("", *row) for row in rows]
     blocks = [("text", text), ("table", ["number", "value", "where it is from"], rows)]
-    return Step("One token of the loss", "eq. 1, 4.1.2", blocks)
+    return Step("One token of the loss", "eq. 1; 4.1.2", blocks)
 
 
 def explain_loss(run):
@@ -339,8 +339,8 @@ def explain_loss(run):
     for i, r in enumerate(run["rollouts"]):
         k = i - run["first"]
         name = k if 0 <= k < len(run["group"]) else ""
-        if not r["trained"]:
-            rows.append(table_row("grey", r["group"], name, 0, "not trained", ""))
+        if not r["in_loss"]:
+            rows.append(table_row("grey", r["group"], name, 0, "not in loss", ""))
             continue
         share = -r["advantage"] * r["length"] / run["num_tokens"]
         total += share
@@ -356,7 +356,7 @@ def explain_loss(run):
         clip = f"above grad_clip = {limit:g}, so the gradient is scaled by {limit / norm:.4f}"
     loss = sum(run["losses"])
     lines = [
-        f"denominator: {run['num_tokens']} completion tokens that are trained on",
+        f"denominator: {run['num_tokens']} completion tokens in the loss",
         f"grpo_loss, by micro-batch: {sum_of(run['losses'], '.5f')} = {loss:.4g}",
         f"loss of train_step: {run['metrics']['loss']:.4g}",
         f"norm of the gradient: {norm:.4f}, {clip}",
@@ -368,7 +368,7 @@ def explain_loss(run):
             "0.1 in the toy). In the first step both are the same policy, so the term is 0."
         )
         blocks.append(("text", kl))
-    return Step("The loss, its denominator, its gradient", "eq. 1; clip: gap G3", blocks)
+    return Step("The loss, its denominator, its gradient", "eq. 1; G3", blocks)
 
 
 def explain_update(run):
@@ -395,7 +395,7 @@ def explain_update(run):
         "run, engine.sync now gives the sampler the new weights, and the next step begins."
     )
     blocks = [("text", text), ("table", header, rows)]
-    return Step("One optimizer step moves the log-probs", "4.1.2, T15 to T20", blocks)
+    return Step("One optimizer step moves the log-probs", "4.1.2; T15 to T20", blocks)
 
 
 # ---- 2. Terminal ---------------------------------------------------------------------------------

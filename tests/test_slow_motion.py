@@ -157,19 +157,19 @@ def test_advantages_denominator_and_loss_are_those_of_a_hand_computation(stage, 
         groups.setdefault(r["group"], []).append(r)
     error = 0.0
     for group in groups.values():
-        rewards = [r["reward"] for r in group if r["trained"]]
+        rewards = [r["reward"] for r in group if r["in_loss"]]
         if len(set(rewards)) < 2:
             assert all(r["advantage"] == 0 for r in group)
             continue
         mean = sum(rewards) / len(rewards)
         std = math.sqrt(sum((x - mean) ** 2 for x in rewards) / (len(rewards) - 1))
         for r in group:
-            expected = (r["reward"] - mean) / (std + 1e-6) if r["trained"] else 0.0
+            expected = (r["reward"] - mean) / (std + 1e-6) if r["in_loss"] else 0.0
             error = max(error, abs(r["advantage"] - expected))
     close(f"{stage}, advantages", error, 0.0, 1e-9)
 
     # loss = -sum of advantage over all tokens / their number. (RLHF's KL is 0 in the first step.)
-    num_tokens = sum(r["length"] for r in rollouts if r["trained"])
+    num_tokens = sum(r["length"] for r in rollouts if r["in_loss"])
     assert run["num_tokens"] == run["metrics"]["num_tokens"] == num_tokens
     loss = -sum(r["advantage"] * r["length"] for r in rollouts) / num_tokens
     close(f"{stage}, grpo_loss", sum(run["losses"]), loss, 1e-6)
@@ -178,8 +178,8 @@ def test_advantages_denominator_and_loss_are_those_of_a_hand_computation(stage, 
     # What is printed are these numbers.
     part = shown[1].split("One GRPO step of ")[1 + STAGES.index(stage)]
     for r in run["group"]:
-        assert f"{r['advantage']:+.4f}" in part or not r["trained"]
-    assert f"denominator: {num_tokens} completion tokens" in part
+        assert f"{r['advantage']:+.4f}" in part or not r["in_loss"]
+    assert f"denominator: {num_tokens} completion tokens in the loss" in part
     assert f"loss of train_step: {run['metrics']['loss']:.4g}" in part
 
 
