@@ -215,9 +215,9 @@ def explain_packing(run, around, width):
         "This is not in the paper: it saves time and changes no number. Sequences (a prompt with "
         "its completion) stand one behind another, without padding, in micro-batches of at most "
         f"512 tokens. This step has {len(run['losses'])} of these; number {batch['number']} has "
-        f"{num_tokens} tokens of {len(batch['cu_seqlens']) - 1} sequences. cu_seqlens holds the "
-        "offsets at which they start; attention never crosses one. loss_index holds the positions "
-        "of completion tokens. A completion with advantage 0 has no gradient and is left out."
+        f"{num_tokens} tokens of {len(batch['cu_seqlens']) - 1} sequences. cu_seqlens holds "
+        "where they start, and the end; attention never crosses a start. loss_index holds the "
+        "positions of completion tokens. A completion with advantage 0 has no gradient and is left out."
     )
     in_loss = set(batch["loss_index"])
     signs = {"up": "+", "down": "-", "grey": "."}
@@ -260,7 +260,7 @@ def batch_table(batch, around, width):
             if begins or t < start + around or t >= end - around:
                 positions.append(t)
 
-    names = ["position", "token", "input_ids_T", "cu_seqlens", "loss_index", "advantages_T"]
+    names = ["t", "token", "input_ids_T", "cu_seqlens", "loss_index", "advantages_T"]
     if batch["first"] is not None:
         names += ["first_U", "copy_T"]
     columns = [table_row("", *names)]
@@ -401,7 +401,7 @@ def explain_update(run):
 # ---- 2. Terminal ---------------------------------------------------------------------------------
 COLUMNS = 100
 COLOURS = {"up": "\033[32m", "down": "\033[31m", "grey": "\033[90m", "": ""}
-LEFT_ALIGNED = {"position", "number", "where it is from", "status", "how it ends"}
+LEFT_ALIGNED = {"t", "number", "where it is from", "status", "how it ends"}
 
 
 def print_steps(run):
