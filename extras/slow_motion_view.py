@@ -217,7 +217,8 @@ def explain_packing(run, around, width):
         f"512 tokens. This step has {len(run['losses'])} of these; number {batch['number']} has "
         f"{num_tokens} tokens of {len(batch['cu_seqlens']) - 1} sequences. cu_seqlens holds "
         "where they start, and the end; attention never crosses a start. loss_index holds the "
-        "positions of completion tokens. A completion with advantage 0 has no gradient and is left out."
+        "positions of completion tokens. A completion with advantage 0 has no gradient and is left "
+        "out."
     )
     in_loss = set(batch["loss_index"])
     signs = {"up": "+", "down": "-", "grey": "."}
