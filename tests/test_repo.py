@@ -23,7 +23,8 @@ from lib import flags
 ROOT = Path(__file__).resolve().parent.parent
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-SCRIPTS = (*STAGES, "extras/mopd", "evaluate", "evals/report", "evals/scaling", "toy")
+EXTRAS = ("extras/mopd", "extras/slow_motion")
+SCRIPTS = (*STAGES, *EXTRAS, "evaluate", "evals/report", "evals/scaling", "toy")
 PLUMBING = tuple(
     f"lib/{name}.py"
     for name in ("guard", "common", "flags", "logs", "plan", "checkpoint", "data", "packing")
