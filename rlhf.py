@@ -289,7 +289,6 @@ def reference_logprobs(batch, cfg):
 
 
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
-
 # ---- 5. GRPO -------------------------------------------------------------------------------------
 # A micro-batch is packed: whole sequences, one after another, without padding. Take the prompt
 # [5, 6] and two rollouts: completion [7, 8], advantage 0.7; completion [9], advantage -0.7.
