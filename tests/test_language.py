@@ -360,7 +360,10 @@ MIXED_UNSEEN = [
         "Dear landlord, the 暖气 is 坏了. Please 尽快 send someone. 谢谢.",
     ),
     ("Why is the sky blue?", "Because of Rayleigh scattering, 即短波长的光散射得更强。"),
-    ("Why is the sky blue?", "Rayleigh scattering: ตามกฎของเรย์ลี แสงสีน้ำเงินกระเจิงมากกว่าแสงสีแดง."),
+    (
+        "Why is the sky blue?",
+        "Rayleigh scattering: ตามกฎของเรย์ลี แสงสีน้ำเงินกระเจิงมากกว่าแสงสีแดง.",
+    ),
     (
         "Why is the sky blue?",
         "Wegen der Streuung des Lichts, which is stronger for short waves.",
