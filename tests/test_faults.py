@@ -76,7 +76,7 @@ def break_parity(replica, model):  # a sync that has left garbage behind
         replica.model.model.norm.weight.mul_(1.05)
     return check_parity(replica, model)
 
-def break_judge(*args):
+def break_judge(*args, **kwargs):
     if strikes("hung reward"):
         while True:
             time.sleep(60)
@@ -84,10 +84,10 @@ def break_judge(*args):
         healed.append([os.kill(pid, signal.SIGKILL) for pid in descendants(os.getpid())])
         if hasattr(stage, "equal_in_child"):
             assert stage.equal_in_child(r"\\\\frac{1}{2}", "0.5") is True
-    return judge(*args)
+    return judge(*args, **kwargs)
 
-def break_loss(**kwargs):
-    loss = grpo_loss(**kwargs)
+def break_loss(*args):
+    loss = grpo_loss(*args)
     # On both ranks: one rank alone may have nothing to learn from at this step.
     broken = faults.get(str(now["step"]))
     if broken in ("nan", "inf"):
