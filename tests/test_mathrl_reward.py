@@ -7,6 +7,7 @@ integers, and a gold answer equals itself or its problem is not trained on. The 
 
 import json
 import logging
+import mmap
 import multiprocessing
 import os
 import random
@@ -275,7 +276,8 @@ KEPT = []
 
 
 def hoard(size):
-    KEPT.append(bytearray(size))
+    # Memory of its own: a bytearray may lie in what this process had freed before the fork.
+    KEPT.append(mmap.mmap(-1, size))
     return len(KEPT)
 
 
