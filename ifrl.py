@@ -69,7 +69,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     # the 29 others, second) or all
     taxonomy: str = "all"
     # in training, a reply that follows its constraints by the letter alone earns nothing
-    # [D11, D34-D37]; False: the references' rules decide, as in evaluation
+    # [D11, D13, D34-D37]; False: the references' rules decide, as in evaluation
     guards: bool = True
 
     prompts_per_step: PositiveInt = (
@@ -196,7 +196,7 @@ def select_rows(rows, epoch, history, cfg):
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
-# A longer answer follows no constraint, so that the time of a verdict has a bound [D13].
+# In training a longer answer follows no constraint, so that a verdict's time has a bound [D13].
 MAX_CHARS = 50_000
 
 
@@ -210,7 +210,8 @@ def verify(text, think, instruction_id_list, kwargs, guards=True, prompt=""):
 
     followed is evaluation's: a bool for each constraint, by the references' rules. status is
     training's: "ok" if all are followed, and with guards only if there is no objection to the
-    answer (verifiers/constraint_guards.py), which reads the prompt too.
+    answer (verifiers/constraint_guards.py), which reads the prompt too. Guards also bound the
+    length of an answer; a longer one follows nothing.
     """
     answer = text
     if think:
@@ -220,7 +221,7 @@ def verify(text, think, instruction_id_list, kwargs, guards=True, prompt=""):
         return [False] * len(instruction_id_list), "no_answer"
 
     # Prompt-level strict: the reward asks for all constraints, the log for each.
-    too_long = len(answer) > MAX_CHARS  # [D13]
+    too_long = guards and len(answer) > MAX_CHARS  # [D13]
     followed = []
     for instruction_id, arguments in zip(instruction_id_list, kwargs, strict=True):
         followed.append(not too_long and check(instruction_id, arguments, answer))

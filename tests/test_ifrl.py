@@ -1034,6 +1034,53 @@ def test_joiners_and_accents_of_honest_text_are_no_trick():
     assert constraint_guards.as_seen("r\u0435d\u00a0\uff21\u200b") == "red A"
 
 
+# Honest sentences in scripts with blanks and without: Japanese, Thai, Kannada, Persian, Korean.
+@pytest.mark.parametrize(
+    "language, text",
+    [
+        (
+            "ja",
+            "\u4eca\u65e5\u306f\u3068\u3066\u3082\u5929\u6c17\u304c\u826f\u3044\u306e\u3067"
+            "\u3001\u53cb\u9054\u3068\u516c\u5712\u3078\u884c\u304d\u307e\u3057\u305f\u3002"
+            "\u516c\u5712\u3067\u306f",
+        ),
+        (
+            "th",
+            "\u0e1b\u0e23\u0e30\u0e40\u0e17\u0e28\u0e44\u0e17\u0e22\u0e40\u0e1b\u0e47\u0e19"
+            "\u0e1b\u0e23\u0e30\u0e40\u0e17\u0e28\u0e17\u0e35\u0e48\u0e2a\u0e27\u0e22\u0e07"
+            "\u0e32\u0e21\u0e41\u0e25\u0e30\u0e21\u0e35\u0e2d\u0e32\u0e2b\u0e32\u0e23\u0e2d"
+            "\u0e23\u0e48\u0e2d\u0e22\u0e21\u0e32\u0e01\u0e21\u0e32\u0e22 \u0e1c\u0e39\u0e49"
+            "\u0e04\u0e19\u0e40\u0e1b\u0e47\u0e19\u0e21",
+        ),
+        (
+            "kn",
+            "\u0c87\u0c82\u0ca6\u0cc1 \u0cb9\u0cb5\u0cbe\u0cae\u0cbe\u0ca8 \u0ca4\u0cc1\u0c82"
+            "\u0cac\u0cbe \u0c9a\u0cc6\u0ca8\u0ccd\u0ca8\u0cbe\u0c97\u0cbf\u0ca6\u0cc6 \u0c86"
+            "\u0ca6\u0ccd\u0ca6\u0cb0\u0cbf\u0c82\u0ca6 \u0ca8\u0cbe\u0cb5\u0cc1 \u0cb8\u0ccd"
+            "\u0ca8\u0cc7\u0cb9\u0cbf\u0ca4\u0cb0\u0cca\u0c82\u0ca6\u0cbf\u0c97\u0cc6 \u0c89"
+            "\u0ca6",
+        ),
+        (
+            "fa",
+            "\u0627\u0645\u0631\u0648\u0632 \u0647\u0648\u0627 \u062e\u06cc\u0644\u06cc "
+            "\u062e\u0648\u0628 \u0627\u0633\u062a \u0648 \u0645\u0627 \u0628\u0627 \u062f"
+            "\u0648\u0633\u062a\u0627\u0646 \u0628\u0647 \u067e\u0627\u0631\u06a9 \u0645"
+            "\u06cc\u200c\u0631\u0648\u06cc\u0645 \u062a\u0627 \u06a9\u0645\u06cc \u0642"
+            "\u062f\u0645 \u0628\u0632\u0646\u06cc\u0645 \u0648 \u0646\u0627",
+        ),
+        (
+            "ko",
+            "\uc624\ub298\uc740 \ub0a0\uc528\uac00 \uc544\uc8fc \uc88b\uc544\uc11c \uce5c"
+            "\uad6c\ub4e4\uacfc \uacf5\uc6d0\uc5d0 \uac14\uc2b5\ub2c8\ub2e4. \uacf5\uc6d0"
+            "\uc5d0\ub294 \ub9ce\uc740 \uc544\uc774",
+        ),
+    ],
+)
+def test_honest_text_in_any_script_is_paid(language, text):
+    assert ifrl.reward(text, ["language:response_language"], [{"language": language}]) == 1
+    assert ifrl.reward(f"{text} {text}", ["punctuation:punctuation_exclamation"], [{}]) == 1
+
+
 def test_a_long_text_is_in_its_language_to_the_end():
     assert constraint_guards.is_told_in(FRENCH * 150, "fr")
     mixed = FRENCH * 150 + ENGLISH * 150
@@ -1468,7 +1515,9 @@ def test_only_the_answer_may_not_be_too_long():
         [True],
         "ok",
     )
-    assert ifrl.verify("<think></think>" + "so " * 20_000, True, ids, kwargs) == ([False], "wrong")
+    long = "<think></think>" + "so " * 20_000
+    assert ifrl.verify(long, True, ids, kwargs) == ([False], "wrong")
+    assert ifrl.verify(long, True, ids, kwargs, guards=False) == ([True], "ok")
 
 
 @pytest.mark.parametrize(
