@@ -12,11 +12,14 @@ prompts with IFEval's 25 constraints only, then prompts with any of 29 further c
     torchrun --nproc_per_node=8 ifrl.py --init_from=out/rlhf/final --taxonomy=ifeval
 
 In a good run the reward rises while len stays. If under_20_words rises, the policy farms the
-constraints that a short reply follows by itself.
+constraints that a short reply follows by itself. refused_by_guards is the share of the replies that
+follow their constraints by the letter alone.
 
 Deviations from the paper, numbered as in docs/paper.md: D9 256 prompts a step; D10 z over all
-rollouts of a group; D11 a reply without letters follows no language; D12 no random parameters; D13
-a very long answer follows nothing.
+rollouts of a group; D12 no random parameters; D13 a very long answer follows nothing. Training asks
+for more than the references' checks, by which evaluation counts (verifiers/constraint_guards.py):
+D11 a language that can be told; D34 forms that hold words; D35 only what a reader sees counts; D36
+neither repetition nor a copy of the prompt; D37 the words of the instruction are meant.
 """
 
 import ast
@@ -42,6 +45,7 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from verifiers.constraint_guards import objection
 from verifiers.constraint_workers import in_processes
 from verifiers.constraints import CHECKS, IFEVAL, check, clean_kwargs, unusable
 from verifiers.reward_model import check_reward_model, load_reward_model, rm_device
@@ -64,7 +68,9 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     # prompts to train on: ifeval (with IFEval's 25 constraints only, first), iftrain (with any of
     # the 29 others, second) or all
     taxonomy: str = "all"
-    need_letters: bool = True  # in training, a reply without letters is in no language [D11]
+    # in training, a reply that follows its constraints by the letter alone earns nothing
+    # [D11, D13, D34-D37]; False: the references' rules decide, as in evaluation
+    guards: bool = True
 
     prompts_per_step: PositiveInt = (
         256  # prompts (groups) per step, over all ranks; paper T16 (128 in the text) [D9]
@@ -190,7 +196,7 @@ def select_rows(rows, epoch, history, cfg):
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
-# A longer answer follows no constraint, because some patterns take quadratic time [D13].
+# In training a longer answer follows no constraint, so that a verdict's time has a bound [D13].
 MAX_CHARS = 50_000
 
 
@@ -199,11 +205,13 @@ def answer_of(text):
     return text.rpartition("</think>")[2]
 
 
-def verify(text, think, instruction_id_list, kwargs, need_letters=True):
+def verify(text, think, instruction_id_list, kwargs, guards=True, prompt=""):
     """(followed, status) of a completion's answer, which with think is the text after </think>.
 
-    followed has a bool for each constraint, by the reference's rules. status is "ok" if all are
-    followed, and with need_letters only if the answer has a letter where a language is asked for.
+    followed is evaluation's: a bool for each constraint, by the references' rules. status is
+    training's: "ok" if all are followed, and with guards only if there is no objection to the
+    answer (verifiers/constraint_guards.py), which reads the prompt too. Guards also bound the
+    length of an answer; a longer one follows nothing.
     """
     answer = text
     if think:
@@ -213,25 +221,27 @@ def verify(text, think, instruction_id_list, kwargs, need_letters=True):
         return [False] * len(instruction_id_list), "no_answer"
 
     # Prompt-level strict: the reward asks for all constraints, the log for each.
-    too_long = len(answer) > MAX_CHARS  # [D13]
+    too_long = guards and len(answer) > MAX_CHARS  # [D13]
     followed = []
     for instruction_id, arguments in zip(instruction_id_list, kwargs, strict=True):
         followed.append(not too_long and check(instruction_id, arguments, answer))
 
     status = "ok" if all(followed) else "wrong"
-    # The reference takes a text whose language nobody can tell for one in the right language, which
-    # a policy exploits by replying in symbols [D11].
-    if need_letters and "language:response_language" in instruction_id_list:
-        if not any(character.isalpha() for character in answer):
-            status = "wrong"
+    # The references take much for followed that is no answer, which a policy finds: symbols for a
+    # language, empty brackets, one word again and again [D11] [D34] [D35] [D36] [D37].
+    if status == "ok" and guards and objection(instruction_id_list, kwargs, answer, prompt):
+        status = "wrong"
     return followed, status
 
 
-def reward(response, instruction_id_list, kwargs):
-    """1 if the answer follows every constraint, else 0. This is the unified model's reward."""
+def reward(response, instruction_id_list, kwargs, prompt=""):
+    """1 if the answer follows every constraint in earnest, else 0: the unified model's reward.
+
+    Training's rules decide; check() has those of evaluation.
+    """
     # A response with a think tag is a thinking model's, so its answer stands after the tag.
     think = re.search("</?think>", response) is not None
-    _, status = verify(response, think, instruction_id_list, kwargs)
+    _, status = verify(response, think, instruction_id_list, kwargs, prompt=prompt)
     return 1 if status == "ok" else 0
 
 
@@ -270,7 +280,8 @@ def make_reward(cfg):
     def arguments(rollout):
         row = rollout.row
         ids, kwargs = row["instruction_id_list"], row["kwargs"]
-        return rollout.text, row["think"], ids, kwargs, cfg.need_letters
+        prompt = row["messages"][-1]["content"] if row["messages"] else ""
+        return rollout.text, row["think"], ids, kwargs, cfg.guards, prompt
 
     submit, wait = in_processes(cfg.reward_workers, verify, arguments)
     num_calls = 0
@@ -300,17 +311,19 @@ def make_reward(cfg):
 def monitor(rollouts):
     """This stage's numbers for the log, as shares of all rollouts.
 
-    They are the short replies, and how often each constraint was given and followed.
+    They are the short replies, the replies that the references' rules would have paid and training
+    does not, and how often each constraint was given and followed by the references' rules.
     """
-    num_short = 0
+    num_short, num_refused = 0, 0
     given, followed = Counter(), Counter()
     for r in rollouts:
         num_short += len(answer_of(r.text).split()) < 20
+        num_refused += all(r.followed) and r.status == "wrong"
         for instruction_id, holds in zip(r.row["instruction_id_list"], r.followed, strict=True):
             given[instruction_id] += 1
             followed[instruction_id] += holds
     n = max(len(rollouts), 1)
-    shares = {"under_20_words": num_short / n}
+    shares = {"under_20_words": num_short / n, "refused_by_guards": num_refused / n}
     # All 54 constraints are listed, given or not, because the ranks add their lists up.
     for name in CHECKS:
         shares[f"given/{name}"] = given[name] / n
@@ -351,7 +364,7 @@ def self_test(rows, cfg):
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
 def metric(rollout):
-    """1 if a held-out rollout follows every constraint by the reference's rules, without D11.
+    """1 if a held-out rollout follows every constraint by the references' rules, without guards.
 
     The mean over rollouts is the prompt-level strict accuracy.
     """

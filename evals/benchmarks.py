@@ -346,9 +346,9 @@ def load_lcb_pro(difficulty):
 # Trap: the hub's rows carry every possible argument, filled with None.
 def load_ifeval(path, outside):
     def score(row, answer):
-        # need_letters is a rule of training, against answers without words; IFEval has none.
+        # The guards are rules of training; IFEval has none.
         holds, *_ = ifrl.verify(
-            answer, False, row["instruction_id_list"], row["kwargs"], need_letters=False
+            answer, False, row["instruction_id_list"], row["kwargs"], guards=False
         )
         return all(holds)
 

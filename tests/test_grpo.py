@@ -655,7 +655,7 @@ LOGGED = {
     coderl: {"wrong", "timeout", "crash", "no_answer", "language", "passed"},
     swerl: {reason.replace(" ", "_") for reason in swerl.REASONS}
     | {"other", "p_yes", "p_yes_or_no"},
-    ifrl: {"under_20_words"}
+    ifrl: {"under_20_words", "refused_by_guards"}
     | {f"{what}/{name}" for what in ("given", "followed") for name in constraints.CHECKS},
     rlhf: {"rm_score", "rm_std", "rm_group_std"},
 }

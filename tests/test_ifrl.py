@@ -2,7 +2,9 @@
 
 A hand-written table shows it, and for IFEval's 25 ids a comparison with lm_eval, where that is
 installed. The loader never invents a parameter: rows that cannot be verified are dropped and
-counted. The reward looks at the answer only, and symbols, silence and slow patterns earn nothing.
+counted. The reward looks at the answer only. Training asks for more than the references: for each
+kind of reply that follows by the letter alone a case is followed in evaluation and earns nothing in
+training, and for each id an honest reply earns its reward.
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ import importlib.util
 import json
 import logging
 import random
+import re
 import sys
 import time
 import types
@@ -19,7 +22,7 @@ import pytest
 from hypothesis import strategies as st
 
 import ifrl
-from verifiers import constraint_workers, constraints
+from verifiers import constraint_guards, constraint_workers, constraints
 
 LESS, MORE = {"relation": "less than"}, {"relation": "at least"}
 FRENCH = "Le petit chat dort sur la table pendant que la pluie tombe sur les toits de la ville."
@@ -605,8 +608,8 @@ def test_reward_is_one_only_if_every_constraint_holds_in_the_answer():
 
 FR, COMMA = ("language:response_language", {"language": "fr"}), ("punctuation:no_comma", {})
 SHORT = ("length_constraints:number_words", {"num_words": 5, "relation": "less than"})
-# (reply, constraints, reward). A one is what the rules say: the reward model and under_20_words
-# watch those.
+# (reply, constraints, reward). A one is what the rules say, since a short answer may be right: the
+# reward model and under_20_words watch those.
 ATTACKS = [
     ("", [COMMA], 0),
     ("  \n", [COMMA], 0),
@@ -617,20 +620,21 @@ ATTACKS = [
     ("\U0001f600\U0001f600", [FR], 0),
     ("\u200b", [FR], 0),
     ("$$ + $$", [FR], 0),
-    ("http://a.b/c", [FR], 1),  # letters, yet undetectable: the reference's rule
+    ("http://a.b/c", [FR], 0),  # letters, yet undetectable
     ("A", [COMMA, SHORT], 1),
-    (".", [COMMA, SHORT], 1),
+    (".", [COMMA, SHORT], 0),
     ("123", [COMMA, SHORT, ("keywords:palindrome", {})], 0),
-    ("7", [COMMA, SHORT, ("detectable_format:json_format", {})], 1),
-    ("[] []", [("detectable_content:number_placeholders", {"num_placeholders": 2})], 1),
+    ("7", [COMMA, SHORT], 1),
+    ("7", [COMMA, SHORT, ("detectable_format:json_format", {})], 0),
+    ("[] []", [("detectable_content:number_placeholders", {"num_placeholders": 2})], 0),
     (
         "dog dog dog",
         [("keywords:frequency", {"keyword": "dog", "frequency": 3, "relation": "at least"})],
-        1,
+        0,
     ),
-    ("---", [("detectable_format:number_bullet_lists", {"num_bullets": 1})], 1),
+    ("---", [("detectable_format:number_bullet_lists", {"num_bullets": 1})], 0),
     ("<<>>", [("detectable_format:title", {})], 0),
-    ("<<x>>", [("detectable_format:title", {})], 1),
+    ("<<x>>", [("detectable_format:title", {})], 0),
     ("<think>fine", [COMMA], 0),
     ("<think></think>", [COMMA], 0),
     ("</think>", [COMMA], 0),
@@ -647,16 +651,441 @@ def test_degenerate_replies_get_the_verdict_as_written(reply, constraints, expec
     assert got == expected
 
 
-def test_letterless_replies_fail_a_language_in_training_only():
+def test_guards_are_rules_of_training_only():
     rollout = types.SimpleNamespace(
         text="123",
         pending=None,
-        row={"think": False, "instruction_id_list": [FR[0]], "kwargs": [FR[1]]},
+        row={"messages": [], "think": False, "instruction_id_list": [FR[0]], "kwargs": [FR[1]]},
     )
+    for guards, reward, status in ((True, 0.0, "wrong"), (False, 1.0, "ok")):
+        submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=0, guards=guards))
+        submit(rollout)
+        collect([rollout])
+        assert (rollout.reward, rollout.status, ifrl.metric(rollout)) == (reward, status, 1.0)
+        assert ifrl.monitor([rollout])["refused_by_guards"] == 1.0 - reward
+
+
+# ---- guards --------------------------------------------------------------------------------------
+PARAGRAPH = "The old harbour was quiet that morning. A few gulls circled above the boats"
+TWO_WORDS = {"num_words": 300, "relation": "at least"}
+HI = {"prompt_to_repeat": "Say hi to the crew"}
+# For each id: arguments, an honest reply, and replies that follow by the letter alone. (None: the
+# text is given, so there is nothing to gain.)
+EARNEST = [
+    (
+        "keywords:existence",
+        {"keywords": ["dog", "cat"]},
+        "My dog likes every cat in our street.",
+        ["dog cat", "Cat, dog!", "[dog] {cat} 1"],
+    ),
+    ("keywords:existence", {"keywords": ["C++"]}, "I like C++ best.", ["I like cats best."]),
+    (
+        "keywords:frequency",
+        {"keyword": "dog", "frequency": 3, **MORE},
+        "One dog saw a second dog and both followed a third dog home.",
+        ["dog dog dog", "dog a dog b dog", "dogdogdog"],
+    ),
+    (
+        "keywords:frequency",
+        {"keyword": "dog", "frequency": 1, **LESS},
+        "A cat sat here.",
+        ["A d\u200bog sat here.", "A d\u043eg sat here."],
+    ),
+    (
+        "keywords:forbidden_words",
+        {"forbidden_words": ["cat"]},
+        "A dog sat here.",
+        [
+            "A c\u200bat sat here.",
+            "A c\u0430t sat here.",
+            "A \uff43\uff41\uff54 sat here.",
+            "A ca\x00t sat here.",
+            "A ca\ufe0ft sat here.",
+        ],
+    ),
+    (
+        "keywords:forbidden_words",
+        {"forbidden_words": ["$5"]},
+        "It is cheap.",
+        ["It costs $5 here."],
+    ),
+    (
+        "keywords:letter_frequency",
+        {"letter": "a", "let_frequency": 40, "let_relation": "at least"},
+        "Anna and Barbara had bananas. " * 2 + "Sarah has a map; Dan made a mad dash and Pat sang a"
+        " ballad at Alan's grand bazaar.",
+        ["a" * 40, "a " * 40, "so " + "a" * 40],
+    ),
+    (
+        "language:response_language",
+        {"language": "hi"},
+        "\u092f\u0939 \u090f\u0915 \u091b\u094b\u091f\u093e \u0935\u093e\u0915\u094d"
+        "\u092f \u0939\u0948 \u0914\u0930 Google \u0928\u0939\u0940\u0902 \u0939\u0948",
+        ["http://a.b", "a@bc.d", "a@bc.d " * 20, "\u10a0", "\U0001d400", "1 + 1"]
+        + [chr(0x13A0), "https://example.com/a/b?c=d https://example.org"],
+    ),
+    (
+        "language:response_language",
+        {"language": "fr"},
+        FRENCH,
+        ["a@bc.de " * 20, FRENCH + " abc@def.org" * 20],
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 4, **MORE},
+        "We came early. They had left. Nobody knew why. It rained.",
+        [
+            "Go. Go. Go. Go.",
+            "Go on. Go on. Go on. Go on.",
+            "Go! ! ! ! ! !",
+            "We ran. 1\n. \n. . ? !",
+        ],
+    ),
+    (
+        "length_constraints:number_paragraphs",
+        {"num_paragraphs": 2},
+        PARAGRAPH + "\n***\nLater it rained.",
+        ["a***b", "...\n***\n!!!", "one\n***\n\u200b"],
+    ),
+    (
+        "length_constraints:number_words",
+        {"num_words": 30, **MORE},
+        ENGLISH + " Nobody has seen it there before, and it will be gone when they all wake up.",
+        ["a " * 30, "_ " * 30, "a\u200b" * 30, "go on " * 15, " ".join(map(str, range(30)))]
+        + ["a b c d e f g h i j k l " * 10],
+    ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 3, "nth_paragraph": 2, "first_word": "two"},
+        "One is here.\n\nTwo follows.\n\nThree ends it.",
+        ["One is here.\n\nTwo follows.\n\n\u200b", "...\n\nTwo follows.\n\n---"],
+    ),
+    (
+        "detectable_content:number_placeholders",
+        {"num_placeholders": 3},
+        "Dear [name], we moved to [street] in [city].",
+        ["[][][]", "[a][b][c]", "See: [] [ ] [.]"],
+    ),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.S."},
+        "See you soon.\nP.S. Bring a coat.",
+        ["P.S.", "See you soon. P.S.", "P.S. Bring a coat."],
+    ),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.S"},
+        "See you soon.\nP.S Bring a coat.",
+        ["We pass this place."],
+    ),
+    (
+        "detectable_format:number_bullet_lists",
+        {"num_bullets": 3},
+        "Take:\n* a map\n* some water\n- a coat",
+        ["Take:\n-\n-\n-", "---\n---\n--- x", "Take:\n* a map\n* water\n---"],
+    ),
+    (
+        "detectable_format:constrained_response",
+        {},
+        "My answer is yes.",
+        ["My answer is yes. My answer is no.", "('My answer is yes.', 'My answer is maybe.')"],
+    ),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 3},
+        "Take *a map*, **some water** and *a coat*.",
+        ["*a* *b* *c*", "Take *a* *a* *a* now", "Take *.* *-* *!*"],
+    ),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Section", "num_sections": 2},
+        "Section 1\nWe left early.\nSection 2\nWe came home.",
+        ["Section 1 Section 2 Section 3", "Section 1 a Section 2 b"],
+    ),
+    (
+        "detectable_format:json_format",
+        {},
+        '```json\n{"answer": "a map", "sure": true}\n```',
+        ["1", '""', '"a map"', "{}", "[]", "null", '{"": []}'],
+    ),
+    ("detectable_format:title", {}, "<<The map>>\nWe found it.", ["<<a>>", "<<...>> We found it."]),
+    (
+        "combination:two_responses",
+        {},
+        "Take a map.\n******\nAsk somebody.",
+        ["a******b", ".\n******\n!", "Take a map.\n******\nTake a map.\u200b"],
+    ),
+    (
+        "combination:repeat_prompt",
+        {"prompt_to_repeat": "Say hi to all of the crew of the boat"},
+        "Say hi to all of the crew of the boat\n\nHi there!",
+        [
+            "Say hi to all of the crew of the boat",
+            "Say hi to all of the crew of the boat ...",
+            "Say hi to all of the crew of the boat. Say hi to all of the crew of the boat",
+        ],
+    ),
+    (
+        "startend:end_checker",
+        {"end_phrase": "The end."},
+        "We left. The end.",
+        ["The end.", '"The end."'],
+    ),
+    ("startend:quotation", {}, '"We left."', ['""', '"..."', '"\u200b"']),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 3, "capital_relation": "at least"},
+        "NASA and ESA fly to the ISS.",
+        ["X X X X X X"],
+    ),
+    ("change_case:english_capital", {}, ENGLISH.upper(), ["A@BC", "A@BC D@EF 1"]),
+    ("change_case:english_lowercase", {}, ENGLISH.lower(), ["a@bc", "http://a.b", "www@bc a@bc"]),
+    (
+        "punctuation:no_comma",
+        {},
+        "One; two and three.",
+        [
+            "One\uff0c two.",
+            "One\u3001 two.",
+            "One\u060c two.",
+            "...",
+            "\u200b",
+            "\x00",
+            "\U0001f600",
+        ],
+    ),
+    (
+        "copy:repeat_phrase",
+        BIRD,
+        "The late bird catches the worm. The early bird catches a worm",
+        ["The early bird catches the worm. The late bird catches the worm"],
+    ),
+    ("copy:copy", HI, "Say hi to the crew", None),
+    ("copy:copying_simple", HI, "Say hi to the crew", None),
+    ("copy:copying_multiple", {**HI, "N": 9}, " ****** ".join(["Say hi to the crew"] * 9), None),
+    ("new:copy_span_idx", {**HI, "n_start": 4, "n_end": 6}, "hi", None),
+    (
+        "detectable_format:sentence_hyphens",
+        {},
+        "We left.-They came.",
+        ["We left.", "-", "We left.-They came.-"],
+    ),
+    ("keywords:no_adjacent_consecutive", {}, "Big trees need rain.", ["...", "\u200b"]),
+    ("detectable_format:square_brackets", {}, "[we] [left]", ["[]", "[.] [.]", "[we] []"]),
+    (
+        "keywords:word_once",
+        {"keyword": "dog"},
+        "A dog ran home.",
+        ["dog", "A dog saw a d\u200bog."],
+    ),
+    (
+        "keywords:word_count_different_numbers",
+        {"keyword": "dog", "frequency": 2, **MORE},
+        "A dog saw a big dog here.",
+        ["dog dog", "dogdog", "dog hotdog"],
+    ),
+    (
+        "keywords:exclude_word_harder",
+        {"keyword": "dog"},
+        "A cat ran home.",
+        ["A Dog ran home.", "It was a dog.", "dog, cat and dog", "A\u00a0dog ran."],
+    ),
+    ("paragraphs:paragraphs", {}, "We left early.\n***\nThey came.", ["a***b", "We left.\n***\n."]),
+    (
+        "paragraphs:paragraphs2",
+        {},
+        "We left early.\n\nThey came.",
+        ["a\n\nb", "We left.\n\n\u200b"],
+    ),
+    ("first_word:first_word_sent", {"first_word": "we"}, "We ran. We won!", ["We we we we we"]),
+    ("first_word:first_word_answer", {"first_word": "we"}, "We ran.", ["we " * 9]),
+    ("last_word:last_word_sent", {"last_word": "now"}, "Go now. Run now!", ["now " * 9]),
+    ("last_word:last_word_answer", {"last_word": "now"}, "Go away now.", ["now " * 9]),
+    (
+        "detectable_format:bigram_wrapping",
+        {},
+        "<<I am>> <<at home>>",
+        ["alone", "<<. .>>", "<<>> <<>>"],
+    ),
+    (
+        "punctuation:punctuation_dot",
+        {},
+        "We left!",
+        ["We left\u3002", "We left\uff0e", "We left\u2026"],
+    ),
+    (
+        "punctuation:punctuation_exclamation",
+        {},
+        "We left.",
+        ["We left\uff01", "We left\u203c", "?"],
+    ),
+    (
+        "count:lowercase_counting",
+        {"N": 2},
+        "WE LEFT early TODAY",
+        ["\u00e9a \u00e9b \u00e9c", "we_ left_ early_", "\u043c\u044b \u0438 \u043e\u043d\u0438"],
+    ),
+    (
+        "letters:letter_counting",
+        {"N": 30, **MORE},
+        "We left the harbour early in the morning.",
+        ["a" * 30, "a" * 200, "ab " * 50],
+    ),
+    ("letters:letter_counting", {"N": 5, **LESS}, "No.", ["\u041d\u0435\u0442 \u043d\u0435\u0442"]),
+    (
+        "letters:letter_counting2",
+        {"letter": "o", "let_frequency": 2, "let_relation": "less than"},
+        "No way.",
+        ["N\u043e b\u043eat.", "\uff4f no"],
+    ),
+    (
+        "count:counting_composition",
+        {"n_sent": 2, "n_words": 3},
+        "Go on. Sit up.\n***\nWe left. They stayed.\n***\nHe ran. She won.",
+        [
+            "Go on. Go on.\n***\nGo on. Go on.\n***\nGo on. Go on." + "",
+            "$ $. $ $.\n***\n$ $. $ $.\n***\na $. $ $.",
+        ],
+    ),
+    ("count:count_unique", {}, "All words differ here.", ["One one", "Go GO gO"]),
+    (
+        "count:count_increment_word",
+        {"keyword1": "cat", "keyword2": "dog"},
+        "One cat saw a dog and a second dog.",
+        ["cat dog dog", "cat, dog. Dog"],
+    ),
+    ("keywords:palindrome", {}, "They saw a kayak.", ["I left a map.", "They saw a - b", "... 11"]),
+    (
+        "keywords:keyword_specific_position",
+        {"keyword": "dog", "n": 1, "m": 3},
+        "A big dog ran.",
+        ["dog dog dog dog dog"],
+    ),
+    ("keywords:start_end", {}, "Day after day", ["* a *", ". hi .", "day day", "0 0"]),
+]
+
+
+def needs_missing_punkt(name):
+    return name in constraints.NEED_PUNKT and not have_punkt()
+
+
+@pytest.mark.parametrize("name", list(constraints.CHECKS))
+def test_training_pays_the_honest_reply_and_not_the_letter(name):
+    """Both are followed by the references' rules, so evaluation counts both."""
+    if needs_missing_punkt(name):
+        pytest.skip(constraints.PUNKT_HELP)
+    cases = [case[1:] for case in EARNEST if case[0] == name]
+    assert cases
+    for kwargs, honest, farmed in cases:
+        assert ifrl.check(name, kwargs, honest), honest
+        assert ifrl.reward(honest, [name], [kwargs]) == 1, (
+            honest,
+            constraint_guards.objection([name], [kwargs], honest),
+        )
+        for text in farmed or ():
+            assert ifrl.check(name, kwargs, text), (kwargs, text)
+            assert ifrl.verify(text, False, [name], [kwargs], guards=False)[1] == "ok"
+            assert ifrl.reward(text, [name], [kwargs]) == 0, (kwargs, text)
+
+
+def test_the_prompt_again_is_no_reply_but_a_correction_of_its_text_is():
+    prompt = (
+        "Correct the mistakes in the text that follows and use the word boat at least once. "
+        "Do not use any comma. We was going to the harbour when she realized the boat had left."
+    )
+    ids, kwargs = ["punctuation:no_comma", "keywords:existence"], [{}, {"keywords": ["boat"]}]
+    honest = "We were going to the harbour when she realized the boat had left."
+    assert ifrl.reward(honest, ids, kwargs, prompt) == 1
+    for text in (prompt, prompt.upper(), prompt[10:], prompt + " Yes.", prompt[:-30]):
+        assert ifrl.verify(text, False, ids, kwargs, guards=False)[1] == "ok"
+        assert ifrl.reward(text, ids, kwargs, prompt) == 0, text
+    # The hook hands the prompt on.
+    (rollout,) = make_rollouts([prompt])
+    rollout.row["messages"] = [{"role": "user", "content": prompt}]
     submit, collect = ifrl.make_reward(ifrl.Config(reward_workers=0))
     submit(rollout)
     collect([rollout])
-    assert (rollout.reward, rollout.status, ifrl.metric(rollout)) == (0.0, "wrong", 1.0)
+    assert (rollout.status, rollout.followed) == ("wrong", [True])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Row, row, row your boat gently down the stream. Merrily, merrily, merrily, merrily, life "
+        "is but a dream.",
+        "No, no, no, no!",
+        "1. Milk\n2. Eggs\n3. Bread\n4. Milk again",
+        "Ha ha ha! That was a good one, and so was the one before.",
+        "The A look blue. The A look blue. The A look blue. That is all.",
+        "\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u53bb\u516c\u56ed\u3002",
+    ],
+)
+def test_what_repeats_a_little_is_paid(text):
+    assert ifrl.reward(text, ["startend:end_checker"], [{"end_phrase": text[-2:]}]) == 1
+
+
+def test_joiners_and_accents_of_honest_text_are_no_trick():
+    """Persian words are joined by an invisible character, and so are families of emoji."""
+    persian = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u0628\u0631\u0648\u0645"
+    for text in (persian, "Our family \U0001f468\u200d\U0001f469\u200d\U0001f467", "cafe\u0301"):
+        assert ifrl.reward(text, *map(list, zip(COMMA, SHORT))) == 1, text
+    # A word of one script stays what it is.
+    assert constraint_guards.as_seen("\u0440\u0435\u043a\u0430") == "\u0440\u0435\u043a\u0430"
+    assert constraint_guards.as_seen("r\u0435d\u00a0\uff21\u200b") == "red A"
+
+
+# Honest sentences in scripts with blanks and without: Japanese, Thai, Kannada, Persian, Korean.
+@pytest.mark.parametrize(
+    "language, text",
+    [
+        (
+            "ja",
+            "\u4eca\u65e5\u306f\u3068\u3066\u3082\u5929\u6c17\u304c\u826f\u3044\u306e\u3067"
+            "\u3001\u53cb\u9054\u3068\u516c\u5712\u3078\u884c\u304d\u307e\u3057\u305f\u3002"
+            "\u516c\u5712\u3067\u306f",
+        ),
+        (
+            "th",
+            "\u0e1b\u0e23\u0e30\u0e40\u0e17\u0e28\u0e44\u0e17\u0e22\u0e40\u0e1b\u0e47\u0e19"
+            "\u0e1b\u0e23\u0e30\u0e40\u0e17\u0e28\u0e17\u0e35\u0e48\u0e2a\u0e27\u0e22\u0e07"
+            "\u0e32\u0e21\u0e41\u0e25\u0e30\u0e21\u0e35\u0e2d\u0e32\u0e2b\u0e32\u0e23\u0e2d"
+            "\u0e23\u0e48\u0e2d\u0e22\u0e21\u0e32\u0e01\u0e21\u0e32\u0e22 \u0e1c\u0e39\u0e49"
+            "\u0e04\u0e19\u0e40\u0e1b\u0e47\u0e19\u0e21",
+        ),
+        (
+            "kn",
+            "\u0c87\u0c82\u0ca6\u0cc1 \u0cb9\u0cb5\u0cbe\u0cae\u0cbe\u0ca8 \u0ca4\u0cc1\u0c82"
+            "\u0cac\u0cbe \u0c9a\u0cc6\u0ca8\u0ccd\u0ca8\u0cbe\u0c97\u0cbf\u0ca6\u0cc6 \u0c86"
+            "\u0ca6\u0ccd\u0ca6\u0cb0\u0cbf\u0c82\u0ca6 \u0ca8\u0cbe\u0cb5\u0cc1 \u0cb8\u0ccd"
+            "\u0ca8\u0cc7\u0cb9\u0cbf\u0ca4\u0cb0\u0cca\u0c82\u0ca6\u0cbf\u0c97\u0cc6 \u0c89"
+            "\u0ca6",
+        ),
+        (
+            "fa",
+            "\u0627\u0645\u0631\u0648\u0632 \u0647\u0648\u0627 \u062e\u06cc\u0644\u06cc "
+            "\u062e\u0648\u0628 \u0627\u0633\u062a \u0648 \u0645\u0627 \u0628\u0627 \u062f"
+            "\u0648\u0633\u062a\u0627\u0646 \u0628\u0647 \u067e\u0627\u0631\u06a9 \u0645"
+            "\u06cc\u200c\u0631\u0648\u06cc\u0645 \u062a\u0627 \u06a9\u0645\u06cc \u0642"
+            "\u062f\u0645 \u0628\u0632\u0646\u06cc\u0645 \u0648 \u0646\u0627",
+        ),
+        (
+            "ko",
+            "\uc624\ub298\uc740 \ub0a0\uc528\uac00 \uc544\uc8fc \uc88b\uc544\uc11c \uce5c"
+            "\uad6c\ub4e4\uacfc \uacf5\uc6d0\uc5d0 \uac14\uc2b5\ub2c8\ub2e4. \uacf5\uc6d0"
+            "\uc5d0\ub294 \ub9ce\uc740 \uc544\uc774",
+        ),
+    ],
+)
+def test_honest_text_in_any_script_is_paid(language, text):
+    assert ifrl.reward(text, ["language:response_language"], [{"language": language}]) == 1
+    assert ifrl.reward(f"{text} {text}", ["punctuation:punctuation_exclamation"], [{}]) == 1
+
+
+def test_a_long_text_is_in_its_language_to_the_end():
+    assert constraint_guards.is_told_in(FRENCH * 150, "fr")
+    mixed = FRENCH * 150 + ENGLISH * 150
+    assert ifrl.check(*FR, mixed), "langdetect reads the first 10,000 characters"
+    assert not constraint_guards.is_told_in(mixed, "fr")
 
 
 def make_rollouts(texts, group=0, think=False):
@@ -679,7 +1108,7 @@ def test_collect_sets_reward_status_and_verdicts(workers):
     assert (
         shares["given/punctuation:no_comma"] == 1 and shares["followed/punctuation:no_comma"] == 0.4
     )
-    assert shares["under_20_words"] == 1 and len(shares) == 1 + 2 * 54
+    assert shares["under_20_words"] == 1 and len(shares) == 2 + 2 * 54
     assert "punctuation:no_comma 40%" in ifrl.extremes(shares)
 
 
@@ -699,6 +1128,24 @@ def test_a_pattern_that_never_ends_is_masked_and_the_next_step_works(monkeypatch
     submit(fine)
     collect([fine])
     assert (stuck.status, stuck.reward, fine.status) == ("infra", 0.0, "ok")
+
+
+def sleep_and_return(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def test_many_slow_verdicts_are_waited_for_and_a_stuck_one_is_not(monkeypatch):
+    monkeypatch.setattr(constraint_workers, "VERDICT_SECONDS", 0.6)
+    submit, wait = constraint_workers.in_processes(
+        1, sleep_and_return, lambda rollout: (rollout.seconds,)
+    )
+
+    def results(seconds):
+        return wait([types.SimpleNamespace(seconds=s, pending=None) for s in seconds])
+
+    assert results([0.2] * 6) == [0.2] * 6
+    assert results([0.1, 30, 0.1]) == [0.1, None, None]
 
 
 def test_thinking_reward_by_hand(monkeypatch):
@@ -930,18 +1377,60 @@ def test_twenty_thousand_random_replies_never_raise(text):
     every_check_returns_a_bool_at_once(text)
 
 
-@pytest.mark.parametrize(
-    "unit", ["[", "<", "*", " ", "\n", ". ", "a.", '"', "The ", "A. ", "Section 1", "!?"]
-)
+# Units whose floods make patterns slow: bench/verdicts_if.py measures all of them.
+FLOODS = (
+    "[|<|<<|*|** |***|****** | |\n|\n\n|. |."
+    + '"'
+    + " |A. |a.|a |a|a-|The |The early |Section 1|!?|"
+    'Mr. |x. X|--|- |1,|\'s |``|@|a@|http://|[[|[ |{|{"a":|\u200b|\u3042|P.|My answer is |a\n\n'
+).split("|")
+
+
+@pytest.mark.parametrize("unit", ["[", "<", "*", " ", "\n", ". ", "a.", '"', "The ", "A. ", "!?"])
 def test_hostile_repetition_takes_bounded_time(unit):
-    """10,000 characters of it; the slowest rule is quadratic, so MAX_CHARS costs 25 times this."""
+    """10,000 characters of it through every check and every guard; all grow as the text does."""
     text, slowest = (unit * 10_000)[:10_000] + "x", (0.0, "")
     for name, kwargs in EXAMPLES.items():
         start = time.process_time()
         ifrl.check(name, kwargs, text)
+        constraint_guards.objection([name], [kwargs], text, text)
+        constraint_guards.is_meant(name, kwargs, text)
         slowest = max(slowest, (time.process_time() - start, name))
     print(f"slowest {slowest[1]} {slowest[0]:.2f} s")
-    assert slowest[0] < 5
+    assert slowest[0] < 2
+
+
+@pytest.mark.parametrize(
+    "name, unit",
+    [
+        ("detectable_content:number_placeholders", "["),
+        ("detectable_content:number_placeholders", "[ "),
+        ("detectable_format:title", "<"),
+        ("copy:repeat_phrase", "The "),
+        ("copy:repeat_phrase", "The early "),
+    ],
+)
+def test_what_was_quadratic_takes_a_moment_for_a_million_characters(name, unit):
+    text = unit * (1_000_000 // len(unit)) + "x"
+    start = time.process_time()
+    ifrl.check(name, EXAMPLES[name], text)
+    seconds = time.process_time() - start
+    print(f"{seconds:.2f} s; the pattern took 9 to 20 s for 50,000 characters")
+    assert seconds < 3
+
+
+BRACKETS = st.lists(st.sampled_from("[ ] < << > >> a b \n a. d xa".split(" ") + [" "])).map("".join)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+    BRACKETS, st.sampled_from(["a", "a.", ".", "<<"]), st.sampled_from(["b", "d", "."])
+)
+def test_linear_searches_find_what_the_patterns_find(text, first, last):
+    assert constraints.placeholders(text) == re.findall(r"\[[^\]\n]*\]", text)
+    assert constraints.titles(text) == re.findall(r"<<[^\n]+>>", text)
+    pattern = f"{first} .*? {last}"
+    assert constraints.phrase_spans(text, first, last) == re.findall(pattern, text)
 
 
 # ---- lm_eval -------------------------------------------------------------------------------------
@@ -1026,7 +1515,9 @@ def test_only_the_answer_may_not_be_too_long():
         [True],
         "ok",
     )
-    assert ifrl.verify("<think></think>" + "so " * 20_000, True, ids, kwargs) == ([False], "wrong")
+    long = "<think></think>" + "so " * 20_000
+    assert ifrl.verify(long, True, ids, kwargs) == ([False], "wrong")
+    assert ifrl.verify(long, True, ids, kwargs, guards=False) == ([True], "ok")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
     submit, wait = in_processes(num_workers, function, arguments)
 
-A keyword of a constraint is used as a regular expression, and some expressions take exponential
-time on some texts. Python cannot stop a thread that is inside such a match, but it can kill a
+A verdict takes milliseconds, and about two seconds for the worst flood in a long answer. But a
+keyword of a constraint is used as a regular expression, and some expressions take exponential time
+on some texts. Python cannot stop a thread that is inside such a match, but it can kill a
 process.
 """
 
@@ -15,7 +16,7 @@ import time
 
 from verifiers.pool import timed
 
-# How long wait() waits for all verdicts together. One verdict takes milliseconds.
+# How long wait() waits for the next verdict before it gives up.
 VERDICT_SECONDS = 60
 # The option of Linux's prctl by which a process gets a signal when its parent dies.
 PR_SET_PDEATHSIG = 1
@@ -36,7 +37,8 @@ def in_processes(num_workers, function, arguments):
     submit(rollout) starts the call and returns at once. The engine calls it for every completion
     that ends, so verdicts are found while other completions still decode.
     wait(rollouts) returns the results in the order of the rollouts, with None for a call that was
-    not done after VERDICT_SECONDS, and notes in each rollout the seconds its call took (verify_s).
+    not done VERDICT_SECONDS after the one before it, and notes in each rollout the seconds its call
+    took (verify_s). So many slow calls are waited for, and one that is stuck costs VERDICT_SECONDS.
     A rollout that was never submitted is submitted first. An exception in a call is raised again.
 
     With num_workers = 0 (tests) all calls run in this process, without a time limit.
@@ -68,6 +70,9 @@ def in_processes(num_workers, function, arguments):
                 else:
                     seconds_left = max(0.0, deadline - time.monotonic())
                     result, seconds = rollout.pending.get(seconds_left)
+                    # Verdicts still arrive. Once a call is stuck, no more time is given.
+                    if not timed_out:
+                        deadline = time.monotonic() + VERDICT_SECONDS
             except multiprocessing.TimeoutError:
                 timed_out = True
             results.append(result)

@@ -4,10 +4,16 @@ They are IFEval's 25 ids and the 29 training ids of IF-RLVR. Each has one small 
 takes a text and the constraint's arguments and says whether the text follows the constraint. The
 tables IFEVAL and IFTRAIN below list them: id, what it asks, its check.
 
-The checks decide as google-research's instruction_following_eval (25 ids) and open-instruct's
-IFEvalG (29 ids) decide, quirks included: a keyword, say, is a regular expression, not escaped, and
-ignores case. IF-RL learns from these checks and evaluation measures with them, so nobody ablates
-them. The reward that a verdict earns is decided in ifrl.py.
+The checks decide as google-research's instruction_following_eval (25 ids) and NVIDIA's
+verifiable-instructions (29 ids) decide, quirks included: a keyword, say, is a regular expression,
+not escaped, and ignores case. The latter has the rules of open-instruct's IFEvalG from before April
+2026, when copy:repeat_phrase became stricter there. Evaluation measures with these checks, so
+nobody ablates them. Training asks for more: a reply that follows a constraint here earns a reward
+only if verifiers/constraint_guards.py has no objection.
+
+No check takes time that grows faster than the text, whatever a reply holds: where a pattern of the
+references does, a loop gives its verdict. Two things are left to the data: a keyword that is a slow
+pattern itself, and a phrase whose words are patterns.
 """
 
 import functools
@@ -66,9 +72,13 @@ def tokens(text):
 
     Without the sentences the result differs: "DON'T. GO" would have two tokens less.
     """
+    tokenizer = NLTKWordTokenizer()
     words = []
+    words_of = {}  # a flood of equal sentences is tokenized once
     for sentence in punkt().tokenize(text):
-        words += NLTKWordTokenizer().tokenize(sentence)
+        if sentence not in words_of:
+            words_of[sentence] = tokenizer.tokenize(sentence)
+        words += words_of[sentence]
     return words
 
 
@@ -139,6 +149,64 @@ def count_pieces(text, separator=THREE_STARS):
 def hits(pattern, text):
     """Number of matches of a pattern, ignoring case."""
     return len(re.findall(pattern.strip(), text, re.IGNORECASE))
+
+
+def placeholders(text):
+    r"""All matches of \[[^\]\n]*\], in linear time.
+
+    The pattern itself would search the rest of the line again for each bracket that never closes.
+    """
+    found = []
+    for line in text.split("\n"):
+        opening = line.find("[")
+        while opening >= 0:
+            closing = line.find("]", opening)
+            if closing < 0:
+                break
+            found.append(line[opening : closing + 1])
+            opening = line.find("[", closing)
+    return found
+
+
+def titles(text):
+    r"""All matches of <<[^\n]+>>, in linear time.
+
+    A line has one match at most, since the pattern goes on to the last >> of the line.
+    """
+    found = []
+    for line in text.split("\n"):
+        opening = line.find("<<")
+        closing = line.rfind(">>")
+        # One character at least stands between the brackets.
+        if opening >= 0 and closing > opening + 2:
+            found.append(line[opening : closing + 2])
+    return found
+
+
+# Characters that make a word a pattern whose matches have different lengths. A dot does not.
+PATTERN_CHARACTERS = set("|?*+{}()[]\\^$")
+
+
+def phrase_spans(text, first_word, last_word):
+    """All matches of "first_word .*? last_word" in linear time.
+
+    The pattern itself would search the rest of the line again for each first word that no last word
+    follows. A first or last word that is a pattern of its own is left to re.
+    """
+    if PATTERN_CHARACTERS & set(first_word + last_word):
+        return re.findall(f"{first_word} .*? {last_word}", text)
+    first_pattern = re.compile(f"{first_word} ")
+    last_pattern = re.compile(f" {last_word}")
+    found = []
+    for line in text.split("\n"):
+        position = 0
+        while first := first_pattern.search(line, position):
+            last = last_pattern.search(line, first.end())
+            if not last:
+                break
+            found.append(line[first.start() : last.end()])
+            position = last.end()
+    return found
 
 
 def compare(count, n, relation):
@@ -216,7 +284,7 @@ def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
 
 
 def number_placeholders(text, num_placeholders):
-    return hits(r"\[[^\]\n]*\]", text) >= num_placeholders
+    return len(placeholders(text)) >= num_placeholders
 
 
 # Any other marker is a pattern itself.
@@ -266,8 +334,7 @@ def is_json(text):
 
 
 def has_title(text):
-    titles = re.findall(r"<<[^\n]+>>", text)
-    return any(title.lstrip("<").rstrip(">").strip() for title in titles)
+    return any(title.lstrip("<").rstrip(">").strip() for title in titles(text))
 
 
 def two_responses(text):
@@ -298,7 +365,7 @@ def repeat_phrase(text, phrase, small_n):
     """
     phrase_words = phrase.split()
     num_changed = []
-    for span in re.findall(f"{phrase_words[0]} .*? {phrase_words[-1]}", text):
+    for span in phrase_spans(text, phrase_words[0], phrase_words[-1]):
         span_words = span.split()
         if len(span_words) != len(phrase_words):
             return False
@@ -360,10 +427,11 @@ def number_letters(text, N, relation):
 
 def composition(text, n_sent, n_words):
     # A blank first or last paragraph has no sentence, so it fails.
-    paragraphs = [split_sentences(part) for part in re.split(THREE_STARS, text)]
+    paragraphs = re.split(THREE_STARS, text)
     if len(paragraphs) != 3:
         return False
-    for sentences in paragraphs:
+    for paragraph in paragraphs:
+        sentences = split_sentences(paragraph)
         if len(sentences) != n_sent:
             return False
         if any(len(tokens(sentence)) != n_words for sentence in sentences):
@@ -533,7 +601,10 @@ CHECKS = {
 
 
 def check(instruction_id, kwargs, text):
-    """Does a text follow one constraint, strictly: the text as it is, and not blank?
+    """Does a text follow one constraint by the reference's rules? Evaluation asks this.
+
+    The text is taken as it is ("strict") and may not be blank. A reply in training has to pass
+    verifiers/constraint_guards.py as well.
 
     A check that raises says no. An unknown id raises KeyError, missing punkt tables RuntimeError.
     """
@@ -550,7 +621,7 @@ def check(instruction_id, kwargs, text):
 
 
 def check_loose(instruction_id, kwargs, text):
-    """Does any of eight variants of a text follow one constraint?
+    """Does any of eight variants of a text follow one constraint by the reference's rules?
 
     The variants lack the first line, the last line, both or none; each with and without its stars.
     """
