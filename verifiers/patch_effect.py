@@ -9,15 +9,21 @@ import functools
 import io
 import re
 import tokenize
+import warnings
 from collections import Counter
 
 from verifiers.patches import changes
 
 
+# Python warns of odd literals, but neither the log nor a verdict depends on a candidate's style.
+FILE_NAME = "<candidate>"
+warnings.filterwarnings("ignore", module=FILE_NAME)
+
+
 def parse(source):
     """Return the syntax tree of Python source, or None if this Python does not read it."""
     try:
-        return ast.parse(source.removeprefix("\ufeff"))
+        return ast.parse(source.removeprefix("\ufeff"), FILE_NAME)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
