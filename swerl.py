@@ -405,7 +405,7 @@ def judge_rollout(rollout, cfg):
     return value, status, reason, mass
 
 
-LEXICAL_THREADS = 4
+LEXICAL_THREADS = 4  # threads per rank that compute similarity
 
 
 def make_reward(cfg):

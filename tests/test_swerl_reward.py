@@ -265,6 +265,10 @@ def after_edit(line):
         "    result = result",
         "    _ = 0",
         "    a = b = tax",
+        "    import os.path",
+        "    def unused():\n        return 1",
+        "    for price in prices:\n        price",
+        "    while False:\n        result = tax",
         "    if tax:\n        pass\n    else:\n        ...",
         f"    if False:\n    {FIX}",
         f"    if 0:\n    {FIX}\n    else:\n        pass",
@@ -286,6 +290,8 @@ def test_a_statement_that_does_nothing_is_a_deleted_line(idle):
         "    print(tax)",
         "    result = self.total = tax",
         "    raise ValueError",
+        "    prices[0] = tax",
+        "    for result in prices:\n        print(result)",
         "    if tax:\n        result = 0",
     ],
 )
@@ -293,6 +299,16 @@ def test_a_statement_that_does_something_is_judged(line):
     value = swerl.lexical_judge(FILES, after_edit(line), FIXED, floor=0.0)
     print(f"{value:.3f}")
     assert value > 0.5
+
+
+def test_outside_of_functions_a_name_can_be_read_elsewhere():
+    files = {"a.py": "class A:\n    x: int\n    y: float = 0 - 1\n\n\nLIMIT = -1\n"}
+    golden = {"a.py": files["a.py"].replace("    y: float = 0 - 1", "    y: float = 0")}
+    for old, new in (("    y: float = 0 - 1", "    y: int"), ("LIMIT = -1", "LIMIT = 1")):
+        after = {"a.py": files["a.py"].replace(old, new)}
+        assert not patch_effect.only_removes(files, after, golden)
+    after = {"a.py": files["a.py"].replace("    y: float = 0 - 1", "    ...\n    'y'")}
+    assert patch_effect.only_removes(files, after, golden)
 
 
 def test_a_plain_return_counts_where_the_golden_patch_adds_it():

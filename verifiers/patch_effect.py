@@ -14,7 +14,6 @@ from collections import Counter
 
 from verifiers.patches import changes
 
-
 # Python warns of odd literals, but neither the log nor a verdict depends on a candidate's style.
 FILE_NAME = "<candidate>"
 warnings.filterwarnings("ignore", module=FILE_NAME)
@@ -103,6 +102,7 @@ def without_new_comments(source, known):
 
 # The fields of a compound statement that hold statements, exception handlers or cases.
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Expressions that can do more than give a value.
 EFFECTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
 # Nodes that literals consist of.
@@ -131,25 +131,48 @@ def names_read(tree):
     return names
 
 
-def does_nothing(statement, unread):
-    """Tell whether a simple statement does nothing.
+def bound_names(statement):
+    """Return the names that a statement binds and does nothing else, or None if it does more."""
+    if isinstance(statement, ast.Assign) and not has_effect(statement.value):
+        targets = statement.targets
+        return [target.id if isinstance(target, ast.Name) else None for target in targets]
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name.partition(".")[0] for alias in statement.names]
+    if isinstance(statement, FUNCTIONS) and not statement.decorator_list:
+        return [statement.name]
+    return None
 
-    It is pass, a value that nobody takes (None, ..., a string), an annotation alone, or the
-    assignment of a value to a name that has it already, or for which unread(name) is true.
+
+def does_nothing(statement, in_function, read):
+    """Tell whether a statement, the blocks inside it aside, does nothing.
+
+    It is pass, a value that nobody takes (None, ..., a string), an assignment of a name to itself,
+    or in a function an annotation alone or what binds names that are not in `read`. Outside of
+    functions another file may read a name.
     """
+    if isinstance(statement, (ast.Pass, ast.Global, ast.Nonlocal)):
+        return True
     if isinstance(statement, ast.Expr):
         return not has_effect(statement.value)
     if isinstance(statement, ast.AnnAssign) and statement.value is None:
-        return True
-    if isinstance(statement, ast.Assign) and not has_effect(statement.value):
-        for target in statement.targets:
-            if not isinstance(target, ast.Name):
-                return False
-            keeps_value = isinstance(statement.value, ast.Name) and statement.value.id == target.id
-            if not keeps_value and not unread(target.id):
-                return False
-        return True
-    return isinstance(statement, (ast.Pass, ast.Global, ast.Nonlocal))
+        return in_function
+    names = bound_names(statement)
+    if names is None or None in names:
+        return False
+    if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name):
+        if set(names) == {statement.value.id}:
+            return True
+    return in_function and read.isdisjoint(names)
+
+
+def live_block(statement):
+    """Return the one block of a statement that is ever run, or None if there is not just one."""
+    if isinstance(statement, (ast.If, ast.While)) and isinstance(statement.test, ast.Constant):
+        if not statement.test.value:
+            return statement.orelse
+        if isinstance(statement, ast.If):
+            return statement.body
+    return None
 
 
 def list_statements(body, depth, in_function, read):
@@ -158,25 +181,23 @@ def list_statements(body, depth, in_function, read):
     Statements that are never reached are left out. The text of a compound statement is its head. A
     plain statement returns nothing, or a literal. read: the names that are read in the file.
     """
-
-    def unread(name):
-        # Outside of functions another file may read the name.
-        return in_function and name not in read
-
     found = []
     for statement in body:
-        if isinstance(statement, ast.If) and isinstance(statement.test, ast.Constant):
-            # Only one of its sides is ever run.
-            branch = statement.body if statement.test.value else statement.orelse
-            found += list_statements(branch, depth, in_function, read)
+        live = live_block(statement)
+        if live is not None:
+            found += list_statements(live, depth, in_function, read)
             continue
-        is_function = isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef))
         inside = []
+        is_inside_function = isinstance(statement, FUNCTIONS)
+        if not isinstance(statement, ast.ClassDef):
+            is_inside_function = is_inside_function or in_function
         for field in BLOCKS:
             block = getattr(statement, field, [])
-            inside += list_statements(block, depth + 1, in_function or is_function, read)
-        is_idle_test = isinstance(statement, ast.If) and not has_effect(statement.test)
-        if (is_idle_test and not inside) or does_nothing(statement, unread):
+            inside += list_statements(block, depth + 1, is_inside_function, read)
+        # A test, or a loop, that nothing comes of.
+        head = getattr(statement, "test", None) or getattr(statement, "iter", None)
+        is_idle = isinstance(statement, (ast.If, ast.For)) and not inside and not has_effect(head)
+        if is_idle or does_nothing(statement, in_function, read):
             continue
         is_plain = isinstance(statement, ast.Return)
         if is_plain and statement.value is not None:

@@ -147,7 +147,7 @@ def defused(text):
     its two sides would join, possibly to something special again. Invisible characters are
     written as escapes.
     """
-    escaped = re.sub(r"[^\t\n -~]", escape, text)
+    escaped = re.sub(r"[^\t\n -~]", escape, text.replace("\r\n", "\n"))
     return SPECIAL.sub(lambda match: match[0] + DOT, escaped)
 
 

@@ -66,8 +66,6 @@ def replace_lines(text, old, new, at=None):
 # ---- SEARCH/REPLACE edits ------------------------------------------------------------------------
 # The form of one edit. parse_edits reads it, and the prompt of swerl.py shows it.
 BLOCK = "### {path}\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE"
-
-
 SEARCH = "<<<<<<< SEARCH"
 DIVIDER = "======="
 REPLACE = ">>>>>>> REPLACE"
@@ -263,23 +261,22 @@ def read_hunk(lines, start, num_old, num_new):
     """
     old, new = [], []
     at = start
-    while len(old) < num_old or len(new) < num_new:
+    while at < len(lines) and (len(old) < num_old or len(new) < num_new):
         # An empty line is a context line that lost its leading blank.
-        line = lines[at] or " " if at < len(lines) else "end"
-        mark = line[0]
+        mark = lines[at][:1] or " "
         if mark not in " -+\\":
-            missing = num_old - len(old)
-            if missing != num_new - len(new):
-                raise NoPatch("golden patch is cut off")
-            blank = [""] * missing
-            return old + blank, new + blank, at
+            break
         # "\ No newline at end of file" belongs to neither side.
         if mark in " -":
-            old.append(line[1:])
+            old.append(lines[at][1:])
         if mark in " +":
-            new.append(line[1:])
+            new.append(lines[at][1:])
         at += 1
-    return old, new, at
+    missing = num_old - len(old)
+    if missing != num_new - len(new):
+        raise NoPatch("golden patch is cut off")
+    blank = [""] * missing
+    return old + blank, new + blank, at
 
 
 def apply_patch(patch, files):
@@ -298,8 +295,9 @@ def apply_patch(patch, files):
     while at < len(lines):
         line = lines[at]
         at += 1
-        if match := re.match(r"diff --git (?:a/)?(.+) (?:b/)?\1$", line):
-            created = match[1]
+        if line.startswith("diff --git "):
+            match = re.match(r"diff --git (?:a/)?(.+) (?:b/)?\1$", line)
+            created = match[1] if match else None
         elif line.startswith("new file mode") and created is not None:
             # An empty new file has no hunk, so this line alone says that it is made.
             files.setdefault(created, "")
@@ -314,7 +312,7 @@ def apply_patch(patch, files):
                 raise NoPatch("golden patch needs a file that is not given")
             if is_other_file and keyword != "+++":
                 # Git names the state before the whole patch, so that two files can change places.
-                files[target] = before.get(source, "")
+                files[target] = before.get(source, files[source])
                 moved_to.add(target)
                 if keyword == "rename to" and source not in moved_to:
                     files[source] = ""
