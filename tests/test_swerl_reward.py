@@ -598,7 +598,11 @@ def test_a_golden_patch_without_its_last_blanks_is_whole():
     parts = [patches.as_patch(before, {**before, path: after[path]}).strip() for path in after]
     assert patches.apply_patch("\n".join(f"diff --git x y\n{p}" for p in parts), before) == after
     # Lines of one side alone, or lines that the file does not have, are no blanks.
-    for cut in (whole[: whole.index("+d")].strip(), whole.strip().replace(",3 +1,3", ",9 +1,9")):
+    for cut in (
+        whole[: whole.index("+d")].strip(),
+        whole.strip().replace(",3 +1,3", ",9 +1,9"),
+        "+++ b/b.py\n@@ -2,2 +2,2 @@\n",
+    ):
         with pytest.raises(patches.NoPatch):
             patches.apply_patch(cut, before)
 

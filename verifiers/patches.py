@@ -254,10 +254,11 @@ def as_response(files, after):
 
 # ---- Unified diffs -------------------------------------------------------------------------------
 def read_hunk(lines, start, num_old, num_new):
-    """Return (old lines, new lines, index of the line behind) of the hunk that begins at `start`.
+    """Return (old lines, new lines, number of lines) of the hunk that begins at `start`.
 
     Many sets cut blanks off the end of a patch, and its last lines with them. If both sides lack
-    as many lines, these were blank context. Whether the file has them is seen when it is applied.
+    as many lines, these were blank context, which the hunk gets back. Whether the file has such
+    lines is seen when the hunk is applied.
     """
     old, new = [], []
     at = start
@@ -273,10 +274,11 @@ def read_hunk(lines, start, num_old, num_new):
             new.append(lines[at][1:])
         at += 1
     missing = num_old - len(old)
-    if missing != num_new - len(new):
+    # A hunk that changes nothing yet has lost more than blanks.
+    if missing != num_new - len(new) or (missing > 0 and old == new):
         raise NoPatch("golden patch is cut off")
     blank = [""] * missing
-    return old + blank, new + blank, at
+    return old + blank, new + blank, at - start
 
 
 def apply_patch(patch, files):
@@ -322,13 +324,18 @@ def apply_patch(patch, files):
             # A count that is left out is 1.
             num_old = int(match[1] or 1)
             num_new = int(match[3] or 1)
-            old, new, at = read_hunk(lines, at, num_old, num_new)
+            old, new, num_lines = read_hunk(lines, at, num_old, num_new)
+            at += num_lines
             if target not in files:
                 raise NoPatch("golden patch needs a file that is not given")
             # Hunks count lines from 1. A hunk without new lines names the line before it.
             first_line = int(match[2])
             place = first_line - 1 if num_new > 0 else first_line
-            files[target] = replace_lines(files[target], old, new, place)
+            try:
+                files[target] = replace_lines(files[target], old, new, place)
+            except NoPatch as error:
+                is_cut = num_lines < max(num_old, num_new)
+                raise NoPatch("golden patch is cut off" if is_cut else str(error))
         elif line.startswith(("Binary files", "GIT binary")):
             raise NoPatch("binary patch")
     return files
