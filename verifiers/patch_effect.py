@@ -187,13 +187,14 @@ def list_statements(body, depth, in_function, read):
         if live is not None:
             found += list_statements(live, depth, in_function, read)
             continue
+        # A function opens a scope of its own, and so does a class, whose names are read from outside.
+        is_local = in_function
+        if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
+            is_local = isinstance(statement, FUNCTIONS)
         inside = []
-        is_inside_function = isinstance(statement, FUNCTIONS)
-        if not isinstance(statement, ast.ClassDef):
-            is_inside_function = is_inside_function or in_function
         for field in BLOCKS:
             block = getattr(statement, field, [])
-            inside += list_statements(block, depth + 1, is_inside_function, read)
+            inside += list_statements(block, depth + 1, is_local, read)
         # A test, or a loop, that nothing comes of.
         head = getattr(statement, "test", None) or getattr(statement, "iter", None)
         is_idle = isinstance(statement, (ast.If, ast.For)) and not inside and not has_effect(head)
