@@ -187,7 +187,7 @@ def list_statements(body, depth, in_function, read):
         if live is not None:
             found += list_statements(live, depth, in_function, read)
             continue
-        # A function opens a scope of its own, and so does a class, whose names are read from outside.
+        # A function has a scope of its own. So has a class, but its names are read from outside.
         is_local = in_function
         if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
             is_local = isinstance(statement, FUNCTIONS)
