@@ -9,8 +9,9 @@ Prompts grow over two runs: 16K, 24K tokens (run_cascade.sh).
     torchrun --nproc_per_node=8 swerl.py --init_from=out/coderl/final --out_dir=out/swerl
 
 Deviations from the paper, numbered as in docs/paper.md: D20 without --judge=http://judge:8000/v1
-the judge is lexical similarity; D21 what else earns -1; D22 comments and blank lines are no change;
-D23 files are fitted into the prompt by their characters.
+the judge is lexical similarity; D21 what else earns -1; D22 comments and layout are no change; D23
+files are fitted into the prompt by their characters; D31 a file that no longer parses earns -1; D32
+a candidate on which the judge falls silent is a NO.
 """
 
 import json
@@ -38,6 +39,7 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from verifiers.patch_effect import only_removes, same_code, stops_parsing
 from verifiers.patch_judge import ask_judge
 from verifiers.patches import (
     BLOCK,
@@ -48,8 +50,8 @@ from verifiers.patches import (
     as_response,
     changes,
     edited,
-    same_code,
     similarity,
+    thought_end,
 )
 from verifiers.pool import in_background
 
@@ -346,7 +348,12 @@ def verdict(response, files, golden_patch, judge=None):
 
     if predicted_diffs == golden_diffs:
         return 1.0, "exact"
-    # 0: nothing changes, or only comments and blank lines of Python [D22].
+    # -1: a Python file that could be read before, and after the golden patch, no longer can [D31].
+    for path in predicted_diffs:
+        before, golden = files.get(path, ""), oracle.get(path, "")
+        if stops_parsing(path, before, predicted[path]) and not stops_parsing(path, before, golden):
+            return -1.0, "no longer parses"
+    # 0: nothing changes, or only comments and layout [D22].
     if all(same_code(path, files.get(path, ""), predicted[path]) for path in predicted_diffs):
         return 0.0, "unchanged"
     if not callable(judge):
@@ -359,17 +366,10 @@ def reward(response, files, golden_patch, judge=None):
     return verdict(response, files, golden_patch, judge)[0]
 
 
-ADDED_LINE = re.compile(r"^\+", re.M)
-# An added line of a diff that does something: not blank, no comment, not a bare pass, return or ...
-ADDED_CODE = re.compile(r"^\+[^\S\n]*(?!(?:pass|return|\.\.\.)[^\S\n]*$)[^\s#]", re.M)
-
-
 def lexical_judge(files, predicted, oracle, floor=0.5):
     """Similarity of a response's change to the golden one, 0 below the floor [D20]."""
-    predicted_diff = "\n".join(changes(files, predicted).values())
-    golden_diff = "\n".join(changes(files, oracle).values())
     # Removing the faulty line is no repair, but its similarity alone would be 0.9.
-    if ADDED_LINE.search(golden_diff) and not ADDED_CODE.search(predicted_diff):
+    if only_removes(files, predicted, oracle):
         return 0.0
     value = similarity(files, predicted, oracle)
     return value if value >= floor else 0.0
@@ -384,7 +384,7 @@ def judge_rollout(rollout, cfg):
     row = rollout.row
     if rollout.finish_reason == "length":
         return -1.0, "no_answer", "truncated", 0.0
-    if row["think"] and "</think>" not in rollout.text:
+    if row["think"] and thought_end(rollout.text) is None:
         return -1.0, "no_answer", "thinking not closed", 0.0
 
     mass = 0.0
@@ -399,16 +399,22 @@ def judge_rollout(rollout, cfg):
     try:
         value, reason = verdict(rollout.text, row["files"], row["golden_patch"], judge)
     except OSError:
-        # The endpoint is down or does not answer. That is no fault of the rollout: it is masked.
+        # The endpoint answers nothing at all. That is no fault of the rollout: it is masked.
         return 0.0, "infra", "no judgement", mass
     status = {-1.0: "no_answer", 1.0: "ok"}.get(value, "wrong")
     return value, status, reason, mass
 
 
+LEXICAL_THREADS = 4  # threads per rank that compute similarity
+
+
 def make_reward(cfg):
     """(submit, collect): start a rollout's verdict in the background; wait for all verdicts."""
-    # Many threads can wait for an endpoint. Similarity is plain Python, which runs one at a time.
-    num_threads = 1 if cfg.judge == "lexical" else cfg.reward_workers
+    # Many threads can wait for an endpoint. Similarity is computed here, and its threads take turns
+    # with the sampler, so they are few.
+    num_threads = cfg.reward_workers
+    if cfg.judge == "lexical":
+        num_threads = min(num_threads, LEXICAL_THREADS)
 
     def judge(rollout):
         return judge_rollout(rollout, cfg)
@@ -433,6 +439,7 @@ REASONS = (
     "unknown file",
     "new file",
     "test or CI file",
+    "no longer parses",
 )
 
 
@@ -457,7 +464,7 @@ def self_test(rows, cfg):
     If the judge is an endpoint, it has to answer a question.
     """
     # A file that has the marks of an edit in its own text cannot be searched by an edit.
-    marks = re.compile(r"^(=======|<<<<<<< |>>>>>>> )", re.M)
+    marks = re.compile(r"^(<<<<<<< SEARCH|>>>>>>> REPLACE)", re.M)
     plain = [row for row in rows if not any(map(marks.search, row["files"].values()))]
     for row in random.Random(cfg.seed).sample(plain, min(16, len(plain))):
         files = row["files"]
@@ -491,7 +498,7 @@ def metric(rollout):
     change exactly one Python file, the change has to be the golden one.
     """
     row = rollout.row
-    if row["think"] and "</think>" not in rollout.text:
+    if row["think"] and thought_end(rollout.text) is None:
         return 0.0
     files = apply_edits(rollout.text, row["files"])
     golden_diffs = changes(row["files"], apply_patch(row["golden_patch"], row["files"]))
@@ -503,7 +510,8 @@ def metric(rollout):
         return float(changes(row["files"], files) == golden_diffs)
     import coderl  # its sandboxed runner is needed here only
 
-    program = files[programs[0]]
+    # A program that only the golden patch makes is missing after other edits.
+    program = files.get(programs[0], "")
     verdicts = coderl.run_tests(program, tests, tests.get("time_limit") or 6.0, stop=True)
     if verdicts[-1] == "infra":
         return None

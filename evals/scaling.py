@@ -17,7 +17,6 @@ Deviation from the paper: tail confidence is the mean log-prob of the drawn toke
 20 tokens at each position.
 """
 
-import ast
 import contextlib
 import json
 import os
@@ -39,7 +38,7 @@ from lib.common import finish, init_distributed
 from lib.flags import PositiveFloat, PositiveInt, TopP, parse_config
 from lib.guard import fail
 from model import Qwen3, load_tokenizer, render_chat
-from verifiers import patches
+from verifiers import patch_effect, patches
 
 
 @dataclass
@@ -83,19 +82,19 @@ def as_messages(text):
 def normal_patch(files, after):
     """Return what a patch does, whatever its comments and layout: ((path, syntax tree), ...).
 
-    files, after: {path: text} before and after it. None if a file does not parse, or if nothing
-    changed.
+    files, after: {path: text} before and after it. None if a file no longer parses, or if nothing
+    but comments and layout changed: such patches would all be equal, and could win the vote.
     """
-    changes = []
-    try:
-        for path, text in sorted(after.items()):
-            if files.get(path) == text:
-                continue
-            tree = ast.dump(ast.parse(text)) if path.endswith(".py") else text
-            changes.append((path, tree))
-    except (SyntaxError, ValueError, RecursionError):
-        return None
-    return tuple(changes) or None
+    changed = []
+    for path in patches.changes(files, after):
+        before, text = files.get(path), after[path]
+        if before is not None and patch_effect.same_code(path, before, text):
+            continue
+        if patch_effect.stops_parsing(path, before or "", text):
+            return None
+        tree = patch_effect.syntax_tree(text) if path.endswith(".py") else None
+        changed.append((path, text if tree is None else tree))
+    return tuple(changed) or None
 
 
 def vote(texts, files, eligible=None):

@@ -37,12 +37,24 @@ def patch(line, comment=""):
         ([patch("x + 2000"), patch("x + 3")], 1),
         # A patch that does not parse has no vote.
         ([patch("x +"), patch("x +"), patch("x + 3")], 2),
+        # Patches that change nothing have no vote, though they are many.
+        ([patch("x - 1", "  # a"), patch("x - 1", "  # b"), patch("(x - 1)"), patch("x + 1")], 3),
+        ([patch("(x - 1)"), patch("x - 1;"), patch("x - 1", "  # a")], None),
         # Nothing was changed, nothing was said.
         ([patch("x - 1"), "no patch"], None),
     ],
 )
 def test_the_vote_by_hand(texts, chosen):
     assert scaling.vote(texts, FILES) == chosen
+
+
+def test_a_file_for_another_python_has_a_vote_and_a_new_empty_file_is_a_change():
+    old = {"old.py": "print 1\nx = 1\n"}
+    assert scaling.normal_patch(old, {"old.py": "print 1\nx = 1  # one\n"}) is None
+    assert scaling.normal_patch(old, {"old.py": "print 1\nx = 2\n"})
+    assert scaling.normal_patch(FILES, {**FILES, "note.txt": "hi  \n\n"}) is None
+    assert scaling.normal_patch(FILES, {**FILES, "p/__init__.py": ""})
+    assert scaling.normal_patch(FILES, {**FILES, "app.py": "def f(x:\n"}) is None
 
 
 # A user's --check. It writes down what it was given; x + 7 breaks the repository's tests.
