@@ -69,7 +69,7 @@ SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 # User and group id of the zygote and its leaves if the caller is root.
 NOBODY = 65534
 # Third-party packages that a program may import, if the caller has them.
-PACKAGES = ("numpy", "numpy.libs")
+PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")
 # Exit code of a leaf that ran into its memory limit.
 OUT_OF_MEMORY = 86
 
