@@ -954,7 +954,7 @@ def _leaf_main(sock, output, pid, isolated):
     source = _receive()
     test = _receive()
     if is_call:
-        call = json.loads(test)
+        call = json.loads(test, object_hook=decode_keys)
         stdin = b""
     else:
         call = None
@@ -1068,6 +1068,19 @@ def _answer(scope, name, args):
         written = os.write(SOCKET_FD, rest)
         rest = rest[written:]
     return 0
+
+
+def decode_keys(pairs):
+    """Give a dictionary of a call its keys back: {"": [[1, 2]]} is {1: 2}.
+
+    JSON has text as its only keys. Any other dictionary stays as it is.
+    """
+    if pairs.keys() != {""}:
+        return pairs
+    try:
+        return dict(pairs[""])
+    except (TypeError, ValueError):
+        return pairs
 
 
 def _receive():
