@@ -68,7 +68,7 @@ EXPECTED = {
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
-        "own": {"statement", "join_parts", "normal_tests"},
+        "own": {"statement", "shown_header", "join_parts", "normal_tests"},
     },
     # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not
     # apply (4.7).
