@@ -607,6 +607,9 @@ def test_returned_values_are_compared_by_type_and_with_a_documented_tolerance(
         ("```python\na", None),
         ("```python\na\n```python\nb\n```", "b\n"),
         ("```python\nprint(1)```", "print(1)"),
+        ("```python\nprint(1)```\nIt prints:\n```\n1\n```", "print(1)"),
+        ('```python\ns = """```\n"""\n```', 's = """```\n"""\n'),
+        ("```python\na\n```text\n1\n```", "a\n"),
         ("```python\na```\n```text\nb\n```", "a"),
     ],
 )
@@ -1134,6 +1137,8 @@ UNFIT = "do not fit the function header"
         ),
         ({"tests": {"inputs": [{"a": 1}], "outputs": [1], "fn_name": "f"}}, UNFIT),
         ({"tests": {"inputs": ["1"], "outputs": [True]}}, "unknown form"),
+        ({"tests": {"inputs": ["{[]: 1}"], "outputs": ["1"], "fn_name": "f"}}, "neither JSON"),
+        ({"tests": {"inputs": ["a = {[]: 1}"], "outputs": ["1"], "fn_name": "f"}}, "neither JSON"),
         ({"tests": {"inputs": ["1"], "outputs": [[[1, 2], [3]]]}}, "unknown form"),
         # P3: a program that does nothing passes.
         ({"tests": {"inputs": ["1", "2"], "outputs": ["\n", " "]}}, "nothing to compute"),
@@ -1271,6 +1276,7 @@ def test_rows_in_leetcodes_form_pay_the_right_answer_and_no_empty_one(
     )
     name = row["tests"]["fn_name"]
     assert statement in row["messages"][0]["content"] and header in row["messages"][0]["content"]
+    programs.sandbox.run("pass")  # now the mode is known: packages need namespaces
     if "sortedcontainers" not in body or programs.sandbox._mode == "full":
         assert coderl.verdict(answer(starter + body), row["tests"])[1] == "ok"
     for empty in ("pass", "class Solution: pass", f"{starter}pass", f"def {name}(*a): pass"):

@@ -64,19 +64,22 @@ Block = collections.namedtuple("Block", "fence label column start")
 def code_blocks(text):
     """(blocks labelled as Python, blocks without a label) of a text in Markdown, in their order."""
     codes = {"python": [], "": [], "other": []}
-    block = None
+    block = None  # the open one
     for line in FENCE.finditer(text):
         if block and closes(block, line):
-            codes[block.label].append(textwrap.dedent(text[block.start : line.start()]))
+            codes[block.label].append(closed(text[block.start : line.start()], block))
             block = None
             continue
         opened = opened_block(line)
+        # A new block ends one that was left open. Other fences in an open block are its code.
         if block and opened and nobody_closed(block, opened):
-            codes[block.label] += unclosed(text[block.start : line.start()], block.fence)
+            codes[block.label].append(unclosed(text[block.start : line.start()], block))
             block = opened
         block = block or opened
-    if block:
-        codes[block.label] += unclosed(text[block.start :], block.fence)
+    # A block that is open at the end is no answer, by the format that the prompt asks for and in
+    # LiveCodeBench: nobody can tell whether it is complete. A fence behind code does close it.
+    if block and block.fence[:3] in text[block.start :]:
+        codes[block.label].append(unclosed(text[block.start :], block))
     return codes["python"], codes[""]
 
 
@@ -117,14 +120,27 @@ def nobody_closed(block, opened):
     return opened.label == "python" or opened.fence[0] == block.fence[0]
 
 
-def unclosed(body, fence):
-    """[code] of a block without a proper closing line, or [].
+def closed(body, block):
+    """The code of a block with a closing line. A fence behind code ended it before: "print(1)```".
 
-    A fence behind code closes it: "print(1)```". A block that nothing closes is no answer, by the
-    format that the prompt asks for and in LiveCodeBench: nobody can tell whether it is complete.
+    That is, if the fence stands in no string and no comment, as far as quotes tell.
     """
-    code, closing, _ = body.partition(fence[:3])
-    return [textwrap.dedent(code)] if closing else []
+    for line in FENCE.finditer(body):
+        before, fence, rest = line.groups()
+        if before.strip() and not rest.strip() and fence.startswith(block.fence):
+            code = body[: line.start(2)]
+            open_quotes = [code.count(quote) % 2 for quote in ('"""', "'''")]
+            open_quotes += [before.count(quote) % 2 for quote in ('"', "'")]
+            if not any(open_quotes) and "#" not in before:
+                body = code
+            break
+    return textwrap.dedent(body)
+
+
+def unclosed(body, block):
+    """The code of a block without a closing line: up to a fence behind code ("print(1)```")."""
+    code, _, _ = body.partition(block.fence[:3])
+    return textwrap.dedent(code)
 
 
 # ---- 2. Comparison [D17] -------------------------------------------------------------------------
@@ -373,7 +389,7 @@ def parse_literal(text):
         pass
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise BadRow("tests that are neither JSON nor Python literals")
 
 
@@ -429,15 +445,14 @@ def read_header(header):
             tree = ast.parse(header.expandtabs(4).rstrip() + body)
             break
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            tree = ast.Module([], [])
+            tree = ast.Module([], [])  # so far it is no Python
     functions = {}
     classes = set()
     for node in tree.body:
+        members = [node]
         if isinstance(node, ast.ClassDef):
             classes.add(node.name)
-        members = (
-            node.body if isinstance(node, ast.ClassDef) and node.name == "Solution" else [node]
-        )
+            members = node.body if node.name == "Solution" else []
         for member in members:
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
                 functions[member.name] = signature_of(member, is_method=member is not node)
@@ -539,7 +554,7 @@ def arguments_by_name(text):
     call = JsonConstants().visit(call)
     try:
         return {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords}
-    except (ValueError, RecursionError, MemoryError):
+    except (ValueError, TypeError, RecursionError, MemoryError):
         return None
 
 
