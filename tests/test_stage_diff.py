@@ -69,7 +69,7 @@ EXPECTED = {
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
-        "own": {"statement", "join_parts", "normal_tests"},
+        "own": {"statement", "shown_header", "join_parts", "normal_tests"},
     },
     # The reward compares the edits (verifiers/patches.py) with the golden patch and runs nothing.
     # Edits that do not apply earn -1 (4.7).

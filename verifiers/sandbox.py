@@ -41,6 +41,7 @@ import builtins
 import collections
 import ctypes
 import gc
+import io
 import json
 import os
 import random
@@ -69,7 +70,7 @@ SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 # User and group id of the zygote and its leaves if the caller is root.
 NOBODY = 65534
 # Third-party packages that a program may import, if the caller has them.
-PACKAGES = ("numpy", "numpy.libs")
+PACKAGES = ("numpy", "numpy.libs", "sortedcontainers")
 # Exit code of a leaf that ran into its memory limit.
 OUT_OF_MEMORY = 86
 
@@ -592,7 +593,7 @@ REFUSED_CALLS = {
     "kexec_load": (246, 104),
 }
 
-# Every program starts with `from M import *` for each of these modules, then with the modules
+# Every program finds the names of `from M import *` for each of these modules, then the modules
 # themselves, these and more, under their own names.
 STAR_IMPORTS = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools "
@@ -612,20 +613,22 @@ def _checked(result):
 
 
 def _preload():
-    """Import what solutions use, and make the module they run in.
+    """Import what solutions use, and make the names that they find without an import.
 
-    The module starts with LiveCodeBench's star imports, then the names of the modules.
+    These names are LiveCodeBench's star imports and the modules. They are builtins here, not names
+    of the program: a call finds only a function that the program itself defined or imported.
     """
-    program = types.ModuleType("__main__")
+    prelude = {}
     for name in STAR_IMPORTS.split():
-        exec(f"from {name} import *", vars(program))  # noqa: S102
+        exec(f"from {name} import *", prelude)  # noqa: S102
     modules = STAR_IMPORTS.split() + MORE_IMPORTS.split()
-    exec(f"import {', '.join(modules)}", vars(program))  # noqa: S102
-    vars(program).update(exit=sys.exit, quit=sys.exit, __file__="program.py")
+    exec(f"import {', '.join(modules)}", prelude)  # noqa: S102
+    del prelude["__builtins__"]
+    # The site module, which is not loaded here, usually adds exit and quit.
+    prelude.update(exit=sys.exit, quit=sys.exit)
+    vars(builtins).update(prelude)
     sys.argv[:] = ["program.py"]
-    # The site module, which is not loaded here, usually does this.
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)
-    sys.modules.update(sandbox=sys.modules["__main__"], __main__=program, solution=program)
+    sys.modules["sandbox"] = sys.modules["__main__"]
     sys.setrecursionlimit(50_000)
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(50_000)
@@ -951,7 +954,7 @@ def _leaf_main(sock, output, pid, isolated):
     source = _receive()
     test = _receive()
     if is_call:
-        call = json.loads(test)
+        call = CALL_DECODER.decode(test.decode())
         stdin = b""
     else:
         call = None
@@ -993,8 +996,12 @@ def _run_program(source, call):
 
     call: [name, arguments], or None.
     """
-    scope = sys.modules["__main__"].__dict__
-    scope["__name__"] = "solution" if call else "__main__"
+    # The program is a module of its own, which so far holds no name that a call could find.
+    program = types.ModuleType("__main__")
+    sys.modules.update(__main__=program, solution=program)
+    scope = vars(program)
+    scope.update(__name__="solution" if call else "__main__", __file__="program.py")
+    scope["__builtins__"] = builtins
     try:
         try:
             exec(compile(source, "<program>", "exec", dont_inherit=True), scope)  # noqa: S102
@@ -1006,14 +1013,45 @@ def _run_program(source, call):
         # End as the interpreter does. The main thread may end before the thread that does the work.
         threading._shutdown()
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.__stdout__):
-            if not getattr(stream, "closed", False):
-                stream.flush()
+        _flush(sys.stdout)
+        _flush(sys.__stdout__)
+        del program, scope
+        _let_go()
     except MemoryError:
         return OUT_OF_MEMORY
     except BaseException:  # noqa: BLE001
         return 1
     return 0
+
+
+def _flush(stream):
+    """Write what a stream still holds."""
+    try:
+        stream.flush()
+    except ValueError:  # it is closed, or the program put another text layer on its buffer
+        pass
+
+
+def _let_go():
+    """Let the program's module go, as the interpreter does at its end.
+
+    Files that the program left open write what they still hold, and its __del__ methods run.
+    """
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    # The collector below may close a file before the buffer in front of it. So every text layer
+    # writes first, then every buffer. (The collector does not list the objects of the zygote.)
+    objects = gc.get_objects()
+    for layer in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
+        for stream in [item for item in objects if issubclass(type(item), layer)]:
+            try:
+                _flush(stream)
+            except OSError:  # its descriptor was closed
+                pass
+    objects = stream = None
+    for name in ("__main__", "solution"):
+        sys.modules.pop(name, None)
+    gc.collect()
+    _flush(sys.__stdout__)
 
 
 def _answer(scope, name, args):
@@ -1030,6 +1068,23 @@ def _answer(scope, name, args):
         written = os.write(SOCKET_FD, rest)
         rest = rest[written:]
     return 0
+
+
+def decode_keys(pairs):
+    """Give a dictionary of a call its keys back: {"": [[1, 2]]} is {1: 2}.
+
+    JSON has text as its only keys. Any other dictionary stays as it is.
+    """
+    if pairs.keys() != {""}:
+        return pairs
+    try:
+        return dict(pairs[""])
+    except (TypeError, ValueError):
+        return pairs
+
+
+# Made once, because a leaf would pay for it with page faults.
+CALL_DECODER = json.JSONDecoder(object_hook=decode_keys)
 
 
 def _receive():
