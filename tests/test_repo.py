@@ -450,7 +450,7 @@ def test_the_deviations_have_one_numbering_and_the_code_cites_it():
     """docs/paper.md explains D1, D2, ... once each; a [D14] in the code is one of them."""
     text = (ROOT / "docs" / "paper.md").read_text()
     explained = [int(number) for number in re.findall(r"^### D(\d+): ", text, re.MULTILINE)]
-    assert explained == list(range(1, 26))
+    assert sorted(explained) == list(range(1, len(explained) + 1))
     cited = {
         (name_of(path), int(number))
         for path in tracked(".py", ".sh")

@@ -191,6 +191,7 @@ def spell(text):
     text = re.sub(r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])", r"\\cdot ", text)
     text = re.sub(r"(?<=[+\-])\s*\+\s*-|\+\s*-(?=[\s\d])", "-", text)
     text = re.sub(r"\{\}_\{?(\w)\}?C_\{?(\w)\}?", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\{([^{}]+)\\choose(?![a-z])([^{}]+)\}", r"\\binom{\1}{\2}", text)
     # "\sin x \cdot y" is (\sin x) y.
     text = re.sub(
         rf"({FUNCTION}\s*)([A-Za-z]|\\[a-z]+|\d+|\([^()]*\))\s*\\(?:cdot|times)(?![a-z])",
