@@ -256,7 +256,8 @@ NO_UNIT = set(
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred "
     "thousand million billion trillion dozen half halves third thirds quarter quarters fourth "
     "fourths fifth fifths sixth sixths seventh eighth eighths ninth tenth tenths hundredth "
-    "hundredths thousandth thousandths percent pct xor between".split()
+    "hundredths thousandth thousandths percent pct xor between sqrt sin cos tan log exp infinity "
+    "infty".split()
 )
 UNITS = {
     "mm": "millimeter millimeters millimetre millimetres",
@@ -283,9 +284,15 @@ UNITS = {
     "mL": "ml milliliter milliliters",
     "deg": "degree degrees",
     "rad": "radian radians",
+    "%": "",
     "$": "dollar dollars usd bucks",
     "cent": "cents",
-    "mph": "",
+    "mol": "mole moles",
+    "Pa": "pascal pascals",
+    "kPa": "",
+    "kW": "kilowatt kilowatts",
+    "eV": "",
+    "ha": "hectare hectares",
     "N": "newton newtons",
     "J": "joule joules",
     "W": "watt watts",
@@ -297,6 +304,7 @@ UNIT_OF = {}
 for symbol, names in UNITS.items():
     for name in [symbol, *names.split()]:
         UNIT_OF[name] = symbol
+UNIT_OF |= {"mph": "mi/h", "kmh": "km/h", "kph": "km/h"}
 # "square inches", "sq cm", "units": no part of the unit's name
 POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
 
@@ -323,8 +331,11 @@ def unit_name(text):
     power = "".join(re.findall(r"\d", text))
     words = re.findall(r"[^\W\d_]+|/", TEXT.sub(r" \1 ", text))
     words = [word for word in words if word.lower() not in ("units", "unit")]
-    if any(word.lower() in NO_UNIT for word in words):
-        return None
+    for word in words:
+        # Words of one or two letters may be variables: \\text{ x}, \\mathrm{ab}.
+        unknown = len(word) < 3 and word not in ("/", "of") and word not in UNIT_OF
+        if unknown or word.lower() in NO_UNIT:
+            return None
     name = ""
     for word in words:
         if word.lower() in POWERS:
@@ -345,7 +356,7 @@ def split_unit(text):
         return match[1] + value, "$" if unit in ("", "$") else "$ " + unit
     if text.endswith(r"^\circ"):
         return text.removesuffix(r"^\circ").strip(), "deg"
-    if match := re.fullmatch(r"(.*\d)\s*\^\s*(?:\{\s*)?(?:\\text\{)?(?:st|nd|rd|th)\}*", text):
+    if match := re.fullmatch(r"(.*\d)\s*\^?\s*(?:\{\s*)?(?:\\text\{)?(?:st|nd|rd|th)\}*", text):
         return match[1], ""
     match = UPRIGHT_UNIT.fullmatch(text) or BARE_UNIT.fullmatch(text)
     if not match or not match["value"]:
@@ -415,8 +426,9 @@ SEPARATOR = re.compile(
 )
 UNION = re.compile(r"\\cup(?![A-Za-z])")
 COLON = re.compile(":")
+# "xy = 1" has a product, no name, in front.
 NAME = re.compile(
-    r"\\?[A-Za-z]+'*(?:_\w|_\{\w+\})?(?:\([A-Za-z]\))?|\([A-Za-z](?:_\w)?(?:,\s*[A-Za-z](?:_\w)?)+\)"
+    r"(?![a-z]{2}$)\\?[A-Za-z]+'*(?:_\w|_\{\w+\})?(?:\^\{-1\})?(?:\([A-Za-z]\))?|\([A-Za-z](?:_\w)?(?:,\s*[A-Za-z](?:_\w)?)+\)"
     r"|\\(?:angle|triangle|overline)\s*\{?[A-Z]+\}?"
 )
 
@@ -551,6 +563,14 @@ def simple_form(text):
         text = text.removesuffix(",").strip()
         if (held := brackets(text)) and held[0] == r"\{":
             text = held[1]
+    # "x < -2 or x > 3" is one union.
+    parts, separators = split_top(text, SEPARATOR)
+    if separators and all("or" in separator for separator in separators):
+        ranges = [split_name(range_as_interval(part)) for part in parts]
+        names = {name for name, value in ranges if value.startswith(("(", "["))}
+        if len(names) == 1 and "" not in names:
+            union = r" \cup ".join(value for _, value in ranges)
+            return rf"{names.pop()} \in {union}", quantifier
     return range_as_interval(text), quantifier
 
 

@@ -105,7 +105,7 @@ def read_braces(text):
 # "12", "-3.50", ".5", "7/2"
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
 THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3}|(?: \d{3})(?!\d))+(?:\.\d+)?", re.A)
-BASE = re.compile(r"\(?\s*([0-9A-F]+)\s*\)?\s*_\s*(?:\{\s*(\d+)\s*\}|(\d))", re.A)
+BASE = re.compile(r"\(?\s*([A-F]*\d[0-9A-F]*)\s*\)?\s*_\s*(?:\{\s*(\d+)\s*\}|(\d))", re.A)
 CLOCK = re.compile(r"\d{1,2}:[0-5]\d(:[0-5]\d)?( ?[ap]\.? ?m\.?)?", re.I | re.A)
 DATE = re.compile(r"\d{1,4}([-/])\d{1,2}\1\d{1,4}", re.A)
 # What the answer to a number may look like besides a plain number: powers, fractions, roots, E for
@@ -159,7 +159,9 @@ def is_not_a_plain_number(answer, gold):
     answer = re.sub(r"\\(times|cdot)\s*10\s*\^", "E", answer)
     answer = re.sub(r"\s*-\s*", "-", answer)
     answer_restates = RESTATED.search(answer) and not RESTATED.search(gold)
-    gold_value = value_of(gold)
+    gold_value, gold_unit = forms.split_unit(forms.split_name(gold)[1])
+    if gold_unit == "deg":
+        answer = answer.replace(r"\pi", "(1)")  # an angle may be given in radians
     if plain_number(gold_value) is not None or answer_restates:
         return not VALUE.fullmatch(answer)
 
@@ -192,7 +194,7 @@ def equal_written_numbers(gold, answer):
         return None
     if gold_name and answer_name and not same_name(gold_name, answer_name):
         return False
-    if {gold_unit, answer_unit} == {"$", "%"} or forms.known_units_differ(gold_unit, answer_unit):
+    if forms.known_units_differ(gold_unit, answer_unit):
         return False
     if gold_unit == "%" and answer_unit == "%":
         return a == b
@@ -469,7 +471,8 @@ def same_multiset(gold, answer):
             open_members.append(member)
     for member in open_members:
         for other in left:
-            if same_member(member, other):
+            units = {forms.split_unit(member)[1], forms.split_unit(other)[1]} - {""}
+            if len(units) < 2 and same_member(member, other):
                 left.remove(other)
                 break
         else:
@@ -520,6 +523,8 @@ def same_member(gold, answer):
 
     # Tuples and intervals: the same brackets, and the members in their order.
     gold_tuple, answer_tuple = as_tuple(gold), as_tuple(answer)
+    if shape(gold) and shape(answer) and shape(gold) != shape(answer):
+        return False
     if gold_tuple and answer_tuple:
         same_brackets = gold_tuple[0::2] == answer_tuple[0::2]
         return same_brackets and same_order(gold_tuple[1], answer_tuple[1])
@@ -553,6 +558,15 @@ def renamed_variable(gold_name, answer_name, answer):
 
 
 MATRIX = re.compile(r"\\begin\{([pb])matrix\}(.*)\\end\{\1matrix\}", re.S)
+
+
+def shape(text):
+    """(rows, columns) of a matrix, None of anything else."""
+    match = MATRIX.fullmatch(text.strip())
+    if not match:
+        return None
+    rows = [row for row in re.split(r"\\\\", match[2]) if row.strip()]
+    return len(rows), rows[0].count("&") + 1 if rows else 0
 
 
 def as_tuple(text):
@@ -615,13 +629,17 @@ def same_quantity(gold, answer):
         return written
     gold, gold_unit = forms.split_unit(gold)
     answer, answer_unit = forms.split_unit(answer)
-    if {gold_unit, answer_unit} == {"$", "%"} or forms.known_units_differ(gold_unit, answer_unit):
-        return False
     # 45 degrees are \\pi/4.
-    if gold_unit == "deg" and answer_unit != "deg" and r"\pi" in answer:
-        gold = rf"\frac{{({gold})\pi}}{{180}}"
-    if answer_unit == "deg" and gold_unit != "deg" and r"\pi" in gold:
-        answer = rf"\frac{{({answer})\pi}}{{180}}"
+    if gold_unit == "deg" and answer_unit in ("", "rad") and r"\pi" in answer:
+        gold, gold_unit = rf"\frac{{({gold})\pi}}{{180}}", "rad"
+    if answer_unit == "deg" and gold_unit in ("", "rad") and r"\pi" in gold:
+        answer, answer_unit = rf"\frac{{({answer})\pi}}{{180}}", "rad"
+    if forms.known_units_differ(gold_unit, answer_unit):
+        return False
+    # "n \\text{ odd}" is no "n \\text{ even}"; only a number may have its unit in other words.
+    if gold_unit and answer_unit and gold_unit != answer_unit and plain_number(gold) is None:
+        if not (gold_unit == "%" or answer_unit == "%"):
+            return False
     if gold_unit == "%" and answer_unit != "%":
         return equal_formulas(rf"\frac{{{gold}}}{{100}}", answer) or equal_formulas(gold, answer)
     if answer_unit == "%" and gold_unit != "%":
