@@ -40,15 +40,7 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
-from verifiers.answers import (
-    answer_pool,
-    boxed_response,
-    copies_formula,
-    count_boxes,
-    gold_trouble,
-    last_box,
-    same_answer,
-)
+from verifiers.answers import answer_pool, boxed_response, compare, count_boxes, last_box, unsound
 from verifiers.language import language_ok
 from verifiers.pool import in_background
 
@@ -143,7 +135,7 @@ def load_rows(cfg, path=None, limit=0):
         gold = row["answer"]
         if reward(boxed_response(gold), gold) != 1:
             return None
-        return gold_trouble(gold)  # [D27]
+        return unsound(gold)  # [D27]
 
     # Rank 0's verdicts decide for all ranks, so that no rank trains on other rows.
     troubles = answer_pool(cfg.reward_workers).map(trouble_of, distinct)
@@ -156,10 +148,10 @@ def load_rows(cfg, path=None, limit=0):
         if trouble is not None:
             kept.append(row)
     if len(kept) < len(rows):
-        repeated, unsound = len(rows) - len(distinct), len(distinct) - len(kept)
+        repeated, refused = len(rows) - len(distinct), len(distinct) - len(kept)
         print0(
             f"data {path}: dropped {repeated} repeated problems, "
-            f"{unsound} answers that do not verify"
+            f"{refused} answers that do not verify"
         )
     if as_text:
         gold, trouble = as_text[0]
@@ -207,16 +199,9 @@ def verdict(response, answer, prompt=None, as_text=False):
     given = last_box(final)
     if not given:
         return 0, "no_answer"
-    gold = str(answer)
-    try:
-        same = same_answer(gold, given, as_text)
-    except TimeoutError:
-        return 0, "infra"  # the machine stalls; a run with too many of these stops (--max_infra)
-    if same is None:
-        return 0, "timeout"  # in the loss: else LaTeX that stalls the verifier would escape its 0
-    if same and prompt is not None and copies_formula(prompt, given, gold):  # [D28]
-        same = False
-    return (1, "ok") if same else (0, "wrong")
+    # A time-out stays in the loss: else LaTeX that stalls the verifier would escape its 0.
+    status = compare(str(answer), given, prompt, as_text)
+    return (1 if status == "ok" else 0), status
 
 
 def reward(response, answer, prompt=None, as_text=False):

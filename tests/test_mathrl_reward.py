@@ -364,7 +364,7 @@ def test_near_misses_and_honest_rewrites_of_other_golds():
 
 def test_a_gold_that_the_verifier_does_not_read_is_compared_as_text(tmp_path, capsys):
     sound = [r"\frac{3}{7}", "$2ab$", "x^2+6x+25=0", "6 robins.", r"12 \text{ cm}", "y=3x+1", "AB"]
-    assert [answers.gold_trouble(gold) for gold in sound] == [""] * len(sound)
+    assert [answers.unsound(gold) for gold in sound] == [""] * len(sound)
     # another number in the exponent of 1 is right
     rows = [{"problem": "Simplify.", "answer": "1^5+x"}, {"problem": "Find it.", "answer": "34"}]
     path = tmp_path / "math.jsonl"

@@ -1,9 +1,8 @@
 """Math answers: is the answer in the last box equal to the gold answer?
 
     last_box(text)                the content of the last \\boxed{} of a response
-    same_answer(gold, answer)     True, False, or None if the verifier gave up
-    copies_formula(prompt, answer, gold)    True if the answer is a formula of the problem
-    gold_trouble(gold)            why a gold answer should be compared as text only, or ""
+    compare(gold, answer)         "ok", "wrong", "timeout" or "infra"
+    unsound(gold)                 why a gold answer should be compared as text only, or ""
     answer_pool(n)                threads with a child process each, in which same_answer may run
 
 An answer is read in three steps. Its text gets one spelling (verifiers/answer_forms.py). Words and
@@ -825,8 +824,26 @@ def copies_formula(prompt, answer, gold):
     return False
 
 
+def compare(gold, answer, prompt=None, as_text=False):
+    """The status of an answer: "ok", "wrong", "timeout" (the verifier gave up) or "infra".
+
+    prompt: the problem; without it a copy of one of its formulas is not found. as_text: the answer
+    has to be the gold's own text. "infra" means that the machine stalls: a run with too many of
+    these stops (--max_infra).
+    """
+    try:
+        same = same_answer(gold, answer, as_text)
+    except TimeoutError:
+        return "infra"
+    if same is None:
+        return "timeout"
+    if same and prompt is not None and copies_formula(prompt, answer, gold):
+        return "wrong"
+    return "ok" if same else "wrong"
+
+
 # ---- 6. Golds that cannot be compared ------------------------------------------------------------
-def gold_trouble(gold):
+def unsound(gold):
     """Why this gold answer should be compared as text only [D27]; "" if it need not be.
 
     The tests know no kinds of answers. They ask whether the verifier reads the whole gold: without
