@@ -16,6 +16,7 @@ list, an equation an equation, and what the parser does not read is never equal 
 """
 
 import functools
+import itertools
 import logging
 import re
 import signal
@@ -41,6 +42,7 @@ CPU_SECONDS = 3  # for the comparison of one answer
 # The child is killed after this much waiting. It means that the machine has stalled.
 WALL_SECONDS = 120
 MAX_ANSWER = 512  # characters inside the box
+MOST_NESTED = 40  # braces in a formula
 MOST_MEMBERS = 32  # of a list: its members are compared in pairs
 
 # ---- 1. The box ----------------------------------------------------------------------------------
@@ -227,6 +229,10 @@ class GaveUp(BaseException):
 @functools.lru_cache(maxsize=256)
 def read_formula(text, is_complex):
     """The sympy expression of a formula, or None if the parser does not read it [D14]."""
+    # The parser's time grows fast with the depth of braces, and no answer is that deep.
+    opened = itertools.accumulate((char == "{") - (char == "}") for char in text)
+    if max(opened, default=0) > MOST_NESTED:
+        return None
     try:
         formula = latex2sympy(
             normalize_latex(text, NORMALIZATION),
