@@ -1,7 +1,7 @@
 """The math reward on labelled pairs of gold and answer: what is paid or refused wrongly.
 
     python bench/verdicts_math.py [--gsm8k=gsm8k_test.jsonl] [--old=folder of another checkout]
-                                  [--busy=4] [--out=out/verdicts_math.json]
+                                  [--rounds=3] [--busy=4] [--out=out/verdicts_math.json]
 
 The pairs are those of tests/math_cases.jsonl: `want` is the right verdict, `before` the verdict of
 the reader that this one replaced. --gsm8k loads all golds of that file as Math RL would. --old
@@ -114,7 +114,7 @@ def cpu_seconds(checkout, cases_path):
     return float(done.stdout.split()[-1])
 
 
-def compare_speed(cases, old, rounds=3):
+def compare_speed(cases, old, rounds):
     """CPU seconds of the old and of this checkout, in turns."""
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         for case in cases:
@@ -152,6 +152,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--gsm8k", default="")
     parser.add_argument("--old", default="")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--out", default="out/verdicts_math.json")
     args = parser.parse_args()
@@ -165,9 +166,9 @@ def main():
         result["gsm8k"] = load_golds(args.gsm8k)
     quick = [case for case in cases if is_quick(case) and "whole" not in case["kind"]]
     if args.old:
-        result["speed"] = compare_speed(quick, args.old)
+        result["speed"] = compare_speed(quick, args.old, args.rounds)
     if args.busy:
-        quiet = [judge(case) for case in quick]
+        quiet = [v for case, v in zip(cases, verdicts, strict=True) if case in quick]
         busy = judge_beside_busy_processes(quick, args.busy)
         differ = []
         for case, a, b in zip(quick, quiet, busy, strict=True):

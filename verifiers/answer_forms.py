@@ -428,7 +428,8 @@ UNION = re.compile(r"\\cup(?![A-Za-z])")
 COLON = re.compile(":")
 # "xy = 1" has a product, no name, in front.
 NAME = re.compile(
-    r"(?![a-z]{2}$)\\?[A-Za-z]+'*(?:_\w|_\{\w+\})?(?:\^\{-1\})?(?:\([A-Za-z]\))?|\([A-Za-z](?:_\w)?(?:,\s*[A-Za-z](?:_\w)?)+\)"
+    r"(?![a-z]{2}$)\\?[A-Za-z]+'*(?:_\w|_\{\w+\})?(?:\^\{-1\})?(?:\([A-Za-z]\))?"
+    r"|\([A-Za-z](?:_\w)?(?:,\s*[A-Za-z](?:_\w)?)+\)"
     r"|\\(?:angle|triangle|overline)\s*\{?[A-Z]+\}?"
 )
 
