@@ -332,7 +332,7 @@ def unit_name(text):
     words = re.findall(r"[^\W\d_]+|/", TEXT.sub(r" \1 ", text))
     words = [word for word in words if word.lower() not in ("units", "unit")]
     for word in words:
-        # Words of one or two letters may be variables: \\text{ x}, \\mathrm{ab}.
+        # Words of one or two letters may be variables: \text{ x}, \mathrm{ab}.
         unknown = len(word) < 3 and word not in ("/", "of") and word not in UNIT_OF
         if unknown or word.lower() in NO_UNIT:
             return None
@@ -363,10 +363,11 @@ def split_unit(text):
         return text, ""
     # One letter, or letters right behind the number, may be variables: "5 x", "2ab".
     letters = re.match(r"\s*([A-Za-z]+)", match["unit"])
-    is_bare = letters and not match["unit"].startswith(" ") or letters and len(letters[1]) == 1
-    if is_bare and letters[1] not in UNIT_OF:
-        return text, ""
-    # "3 \\text{ hours } 20 \\text{ minutes}" are two quantities.
+    if letters and letters[1] not in UNIT_OF:
+        follows_at_once = not match["unit"].startswith(" ")
+        if follows_at_once or len(letters[1]) == 1:
+            return text, ""
+    # "3 \text{ hours } 20 \text{ minutes}" are two quantities.
     if has_words(match["value"]):
         return text, ""
     name = unit_name(match["unit"])
@@ -381,7 +382,8 @@ def has_words(text):
     if any(re.search(r"[^\W\d_]", content) for content in TEXT.findall(plain)):
         return True
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", plain)
-    return any(len(word) > 3 or len(word) > 1 and word in UNIT_OF for word in words)
+    units = [word for word in words if len(word) > 1 and word in UNIT_OF]
+    return bool(units) or any(len(word) > 3 for word in words)
 
 
 def tokens(text):
@@ -414,6 +416,7 @@ def known_units_differ(gold, answer):
 
 
 # ---- 3. Parts ------------------------------------------------------------------------------------
+MACRO_NAME = re.compile(r"\\[A-Za-z]+|\\.")
 OPENING = re.compile(r"\\\{|\\begin\{|[([{]|\\lfloor|\\lceil")
 CLOSING = re.compile(r"\\\}|\\end\{|[)\]}]|\\rfloor|\\rceil")
 RELATION = re.compile(
@@ -450,7 +453,7 @@ def split_top(text, separator):
             depth += 1
         elif match := CLOSING.match(text, position):
             depth -= 1
-        elif match := re.compile(r"\\[A-Za-z]+|\\.").match(text, position):
+        elif match := MACRO_NAME.match(text, position):
             pass  # a macro is one piece: the "in" of \sin is no sign
         position = match.end() if match else position + 1
     return [*parts, text[start:].strip()], found
@@ -485,6 +488,12 @@ def brackets(text):
     return opening, content.strip(), closing
 
 
+def in_braces(text):
+    """True if one pair of \\{ \\} holds the whole text."""
+    held = brackets(text)
+    return held is not None and held[0] == r"\{"
+
+
 def split_name(text):
     """(name, value): "x = 5" -> ("x", "5"). name is "" if none stands in front."""
     parts, signs = split_top(text, RELATION)
@@ -507,9 +516,8 @@ def relation(text):
 
 def members(text):
     """The members of a list or of a set in braces. One \\pm makes two of a member."""
-    held = brackets(text)
-    if held and held[0] == r"\{" and held[2] == r"\}":
-        text = held[1]
+    if in_braces(text):
+        text = brackets(text)[1]
     result = []
     for member in split_top(text, SEPARATOR)[0]:
         if not member:
@@ -562,8 +570,8 @@ def simple_form(text):
         letter = match["letter"]
         text = re.sub(rf"(?<![\\A-Za-z]){letter}(?![A-Za-z])", r"\\kappa ", match["what"])
         text = text.removesuffix(",").strip()
-        if (held := brackets(text)) and held[0] == r"\{":
-            text = held[1]
+        if in_braces(text):
+            text = brackets(text)[1]
     # "x < -2 or x > 3" is one union.
     parts, separators = split_top(text, SEPARATOR)
     if separators and all("or" in separator for separator in separators):

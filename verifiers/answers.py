@@ -105,6 +105,7 @@ def read_braces(text):
 # ---- 2. Numbers ----------------------------------------------------------------------------------
 # "12", "-3.50", ".5", "7/2"
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+|\d+/\d+)", re.A)
+INTEGER = re.compile(r"[-+]?\d{1,500}", re.A)
 THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3}|(?: \d{3})(?!\d))+(?:\.\d+)?", re.A)
 BASE = re.compile(r"\(?\s*([A-F]*\d[0-9A-F]*)\s*\)?\s*_\s*(?:\{\s*(\d+)\s*\}|(\d))", re.A)
 CLOCK = re.compile(r"\d{1,2}:[0-5]\d(:[0-5]\d)?( ?[ap]\.? ?m\.?)?", re.I | re.A)
@@ -214,7 +215,7 @@ def equal_written_numbers(gold, answer):
 PRODUCT = re.compile(r"[A-Za-z ]+")
 DIGITS_APART = re.compile(r"\d\s+\d")
 LAST_NUMBER = re.compile(r"\d(?!.*\d)", re.S)
-# A letter of the formula that is no macro and no Euler's e, imaginary i or differential
+# Letters of a formula that are no macro
 LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+|(?<=[A-Za-z])[A-Za-z]+")
 # What the parser drops: primes and transposes. They have to agree as text.
 MARKS = re.compile(r"'+|\^\{?(?:T|\\ast|\*|c)\}?(?![A-Za-z])|\\(?:overline|bar|hat|vec|dot)\b")
@@ -375,7 +376,7 @@ def same_parts(gold, answer):
     if r"\ldots" in gold or r"\ldots" in answer:
         return same_with_dots(gold, answer)
 
-    # A name in front of a whole list: "x = 1, 2", "(x,y) \\in \\{(1,2),(3,4)\\}".
+    # A name in front of a whole list: "x = 1, 2", "(x,y) \in \{(1,2),(3,4)\}".
     gold_members, answer_members = forms.members(gold), forms.members(answer)
     gold_names, gold_values = list_names(gold_members)
     answer_names, answer_values = list_names(answer_members)
@@ -388,11 +389,9 @@ def same_parts(gold, answer):
     if gold_names[0] and answer_names[0] and not same_name(gold_names[0], answer_names[0]):
         return False
     if len(gold_values) == 1 and len(answer_values) == 1:
-        held = forms.brackets(answer)
-        is_set = bool(held) and held[0] == r"\{"
-        gold_held = forms.brackets(gold)
-        gold_is_set = bool(gold_held) and gold_held[0] == r"\{"
-        if is_set and not gold_is_set and plain_number(value_of(gold)) is not None:
+        # A set of one number is no number.
+        is_number = plain_number(value_of(gold)) is not None
+        if is_number and forms.in_braces(answer) and not forms.in_braces(gold):
             return False
         return same_member(gold_members[0], answer_members[0])
     # "(1, 2)" may stand for the list 1, 2.
@@ -409,11 +408,10 @@ def list_names(members):
     names = [name for name, _ in pairs]
     values = []
     for name, value in pairs:
-        held = forms.brackets(value)
-        # x \\in \\{1, 2\\}: the set stands behind the name.
-        if held and held[0] == r"\{" and len(pairs) == 1 and name:
-            values.extend(forms.members(value))
-        elif value.count(r"\pm") == 1 and not held:
+        # x \in \{1, 2\}: the set stands behind the name.
+        named_set = len(pairs) == 1 and name and forms.in_braces(value)
+        has_two_signs = value.count(r"\pm") == 1 and not forms.brackets(value)
+        if named_set or has_two_signs:
             values.extend(forms.members(value))
         else:
             values.append(value)
@@ -426,9 +424,9 @@ def same_name(gold, answer):
     """True if two names are one: f(x) and f(t) are."""
     if gold == answer:
         return True
-    return (
-        "(" in gold[1:] and "(" in answer[1:] and gold.partition("(")[0] == answer.partition("(")[0]
-    )
+    gold_function, gold_open, _ = gold.partition("(")
+    answer_function, answer_open, _ = answer.partition("(")
+    return gold_function == answer_function != "" and gold_open == answer_open
 
 
 def same_named(gold_names, gold_values, answer_names, answer_values):
@@ -492,9 +490,10 @@ def same_with_dots(gold, answer):
     if len(a) != len(b) or len(a) < 2:
         return False
     for member, other in zip(a, b, strict=True):
-        dotted = r"\ldots" in member or r"\ldots" in other
-        equal = forms.bare(member) == forms.bare(other) if dotted else same_member(member, other)
-        if not equal:
+        has_dots = r"\ldots" in member + other
+        if has_dots and forms.bare(member) != forms.bare(other):
+            return False
+        if not has_dots and not same_member(member, other):
             return False
     return True
 
@@ -533,11 +532,9 @@ def same_member(gold, answer):
     if gold_tuple and answer_tuple:
         same_brackets = gold_tuple[0::2] == answer_tuple[0::2]
         return same_brackets and same_order(gold_tuple[1], answer_tuple[1])
-    if (
-        (gold_tuple or answer_tuple)
-        and "matrix" not in gold + answer
-        and not sets_of_numbers(gold, answer)
-    ):
+    one_is_tuple = bool(gold_tuple or answer_tuple)
+    may_be_equal = "matrix" in gold + answer or sets_of_numbers(gold, answer)
+    if one_is_tuple and not may_be_equal:
         return False
 
     # Ratios: quotient by quotient.
@@ -600,7 +597,7 @@ def as_tuple(text):
 def same_relation(gold_parts, gold_signs, answer_parts, answer_signs):
     """Compare two chains of relations."""
     has_letters = re.search(r"(?<![\\A-Za-z])[A-Za-df-z]", " ".join(gold_parts))
-    # A chain of numbers ends in its value: "\\log_8 4 = \\frac23", "\\frac{40}{3} \\approx 13.33".
+    # A chain of numbers ends in its value: "\log_8 4 = \frac23", "\frac{40}{3} \approx 13.33".
     if not answer_signs and not has_letters:
         ends = [gold_parts[-1]]
         if r"\approx" in gold_signs:
@@ -634,17 +631,17 @@ def same_quantity(gold, answer):
         return written
     gold, gold_unit = forms.split_unit(gold)
     answer, answer_unit = forms.split_unit(answer)
-    # 45 degrees are \\pi/4.
+    # 45 degrees are \pi/4.
     if gold_unit == "deg" and answer_unit in ("", "rad") and r"\pi" in answer:
         gold, gold_unit = rf"\frac{{({gold})\pi}}{{180}}", "rad"
     if answer_unit == "deg" and gold_unit in ("", "rad") and r"\pi" in gold:
         answer, answer_unit = rf"\frac{{({answer})\pi}}{{180}}", "rad"
     if forms.known_units_differ(gold_unit, answer_unit):
         return False
-    # "n \\text{ odd}" is no "n \\text{ even}"; only a number may have its unit in other words.
-    if gold_unit and answer_unit and gold_unit != answer_unit and plain_number(gold) is None:
-        if not (gold_unit == "%" or answer_unit == "%"):
-            return False
+    # "n \text{ odd}" is no "n \text{ even}"; only a number may have its unit in other words.
+    units = {gold_unit, answer_unit} - {""}
+    if len(units) == 2 and "%" not in units and plain_number(gold) is None:
+        return False
     if gold_unit == "%" and answer_unit != "%":
         return equal_formulas(rf"\frac{{{gold}}}{{100}}", answer) or equal_formulas(gold, answer)
     if answer_unit == "%" and gold_unit != "%":
@@ -767,6 +764,9 @@ def same_answer(gold, answer, as_text=False):
 
     as_text: compare the texts alone, for golds that the verifier does not read soundly.
     """
+    # Most pairs are two integers and need no spelling.
+    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):
+        return int(gold) == int(answer)
     gold = spelled(gold)
     answer = forms.spell(answer)
     if not gold or not answer:
