@@ -127,7 +127,7 @@ HONEST = {  # style: source; every one reads SUM and prints 6
     "float for int": "input()\nprint(float(sum(map(int, input().split()))))",
 }
 
-# name: (source, verdicts of which one must come); the expected output is SECRET
+# {name: (source, verdicts of which it must get one)}; the expected output is SECRET.
 BAD = {
     "wrong": ("print(SECRET := 1)", {"wrong"}),
     "nothing": ("pass", {"wrong"}),
@@ -328,7 +328,7 @@ BAD = {
     "ptrace": ("import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0", {"crash"}),
 }
 
-# programs that look for SECRET and print the first they find; all must end without it
+# Programs that look for SECRET and print the first one they find. None may find it.
 THIEVES = {
     "stack walk": (
         "import sys\n"
@@ -404,7 +404,7 @@ SEARCH = (
     "    for hit in re.findall(r'735192[0-9]+', text): print(hit); raise SystemExit"
 )
 
-# name: (source, function, argument lines, expected JSON, verdicts)
+# {name: (source, function, argument lines, expected JSON, verdicts of which it must get one)}
 CALLS = {
     "function": ("def f(a, b): return a + b", "1\n2", "3", {"ok"}),
     "Solution method": (
@@ -506,19 +506,19 @@ def leaves():
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as command, open(f"/proc/{pid}/stat") as stat:
-                commands[int(pid)], parents[int(pid)] = (
-                    command.read(),
-                    int(stat.read().rpartition(")")[2].split()[1]),
-                )
+                command_line = command.read()
+                parent = int(stat.read().rpartition(")")[2].split()[1])
         except OSError:
-            pass
+            continue  # the process has ended
+        commands[int(pid)] = command_line
+        parents[int(pid)] = parent
 
     def top(pid):
-        return (
-            top(parents[pid])
-            if b"/sandbox.py\0" in commands.get(parents[pid], b"")
-            else parents[pid]
-        )
+        """The first ancestor that is no process of a sandbox."""
+        parent = parents[pid]
+        if b"/sandbox.py\0" in commands.get(parent, b""):
+            return top(parent)
+        return parent
 
     mine = [
         pid
@@ -532,10 +532,8 @@ def leaves():
 def mode(request):
     """The whole table with namespaces (where this host has them) and without."""
     sandbox.close()
-    sandbox._mode, sandbox.WALL_EXTRA = (
-        "full" if request.param == "full" else "degraded for the test",
-        1.5,
-    )
+    sandbox._mode = "full" if request.param == "full" else "degraded for the test"
+    sandbox.WALL_EXTRA = 1.5
     sandbox.run("pass")
     if request.param == "full" and sandbox._mode != "full":
         pytest.skip("this host refuses namespaces")
@@ -546,7 +544,7 @@ def mode(request):
 
 @pytest.mark.parametrize("style", HONEST)
 def test_an_honest_program_passes_whatever_its_style(mode, style):
-    # without a mount namespace there is no folder to write to
+    # Without a mount namespace a program has no folder to write to.
     possible = mode == "full" or style != "own file"
     assert coderl.run_tests(HONEST[style], stdin_tests(SUM, "6\n"), 5.0) == [
         "ok" if possible else "crash"
@@ -557,7 +555,7 @@ def test_an_honest_program_passes_whatever_its_style(mode, style):
 def test_a_bad_program_gets_the_verdict_it_deserves(mode, name):
     source, verdicts = BAD[name]
     before, started = sandbox._zygote[0].pid, time.monotonic()
-    # touching fresh memory can be slow in a virtual machine
+    # The first use of memory can be slow in a virtual machine.
     seconds = 3.0 if verdicts == {"memory"} else 0.3
     got = coderl.run_tests(source, stdin_tests("1\n", SECRET), seconds, memory_mb=96)
     took = time.monotonic() - started
@@ -662,7 +660,7 @@ def test_every_call_of_a_program_is_judged_and_a_failure_does_not_spoil_the_next
 @pytest.mark.parametrize(
     "source, expected",
     [
-        # never emptied: right in every call by itself
+        # The list is never emptied, but each call of the tests runs in a process of its own.
         ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),
         ("def f(x, seen=[]):\n    seen.append(x)\n    return len(seen)", "1"),
         (
@@ -843,13 +841,14 @@ def test_two_thousand_programs_under_load_lose_no_verdict():
         (loop, "timeout") if i % 20 == 0 else (bomb, "timeout") if i % 100 == 1 else (good, "ok")
         for i in range(2000)
     ]
-    limit, usage = (
-        0.5,
-        lambda: sum(
-            u.ru_utime + u.ru_stime
-            for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        ),
-    )
+    limit = 0.5
+
+    def usage():
+        """CPU seconds of this process and its children."""
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
     sandbox.close()
     cpu, started = usage(), time.monotonic()
     with ThreadPoolExecutor(64) as pool:
@@ -858,10 +857,8 @@ def test_two_thousand_programs_under_load_lose_no_verdict():
     sandbox.close()
     assert leaves() == []
     cpu, num_bounded = usage() - cpu, sum(job[1] == "timeout" for job in jobs)
-    most_cpu, most_wall = (
-        num_bounded * limit,
-        num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS,
-    )
+    most_cpu = num_bounded * limit
+    most_wall = num_bounded * (sandbox.WALL_FACTOR * limit + sandbox.WALL_EXTRA) / sandbox.SLOTS
     print(
         f"{len(jobs)} programs, 64 in flight: {took:.1f} s, {cpu:.1f} s of CPU; the limits of "
         f"those that must be stopped: {most_cpu:.1f} s of CPU, {most_wall:.1f} s of wall over "

@@ -333,8 +333,8 @@ def _wait(leaf, timeout):
     start = time.monotonic()
     poll = select.poll()
     poll.register(leaf.sock, select.POLLIN)
-    # Look again when the CPU time that is left may be used up. One thread needs at least as much wall
-    # time for it.
+    # Look again when the CPU time that is left may be used up. One thread needs at least as much
+    # wall time for it.
     left = timeout
     while not poll.poll(1000 * left + 1):  # milliseconds
         used = _cpu_seconds(leaf)
