@@ -16,7 +16,9 @@ leaves the language of the prompt. Completions may grow to 24K, 32K, 40K tokens 
 
 4.1.2 is a section of the paper, T17 its table 17, G1 a choice where it is silent (docs/paper.md).
 Deviations: D1 language is told by Unicode scripts; D14 equality by math-verify, the answer read as
-LaTeX only; D15 where the gold is a number, only a number can equal it.
+LaTeX only; D15 where the gold is a number, only a number can equal it; D26 what is not read is not
+equal; D27 a gold that cannot be compared soundly is compared as text; D28 a copy of the problem's
+formula earns 0.
 """
 
 import math
@@ -38,7 +40,7 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
-from verifiers.answers import answer_pool, boxed_response, count_boxes, last_box, same_answer
+from verifiers.answers import answer_pool, boxed_response, compare, count_boxes, last_box, unsound
 from verifiers.language import language_ok
 from verifiers.pool import in_background
 
@@ -75,7 +77,6 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     importance_limit: float = 0.0  # off if 0; Cascade 2 takes 2 (engine.sampler_correction)
 
     reward_workers: PositiveInt = 8  # verifier processes per rank
-    max_timeout: float = 0.02  # the run stops if a larger share of verdicts times out
     eval_every: int = 20  # steps between held-out metrics; 0: never
     eval_rows: int = 256  # held-out rows, one sample each
 
@@ -129,18 +130,34 @@ def load_rows(cfg, path=None, limit=0):
     # DAPO repeats its problems; the last copy of each is kept.
     distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
 
-    def earns_its_reward(row):
-        return reward(boxed_response(row["answer"]), row["answer"]) == 1
+    def trouble_of(row):
+        """None: drop the row. Else why its answer is compared as text only, or ""."""
+        gold = row["answer"]
+        if reward(boxed_response(gold), gold) != 1:
+            return None
+        return unsound(gold)  # [D27]
 
-    # Rank 0's verdicts decide for all ranks, since a slow verification may time out on one of them.
-    sound = answer_pool(cfg.reward_workers).map(earns_its_reward, distinct)
-    sound = all_gather(list(sound))[0]
-    kept = [row for row, ok in zip(distinct, sound, strict=True) if ok]
+    # Rank 0's verdicts decide for all ranks, so that no rank trains on other rows.
+    troubles = answer_pool(cfg.reward_workers).map(trouble_of, distinct)
+    troubles = all_gather(list(troubles))[0]
+    kept, as_text = [], []
+    for row, trouble in zip(distinct, troubles, strict=True):
+        if trouble:
+            row = {**row, "as_text": True}
+            as_text.append((row["answer"], trouble))
+        if trouble is not None:
+            kept.append(row)
     if len(kept) < len(rows):
-        repeated, unsound = len(rows) - len(distinct), len(distinct) - len(kept)
+        repeated, refused = len(rows) - len(distinct), len(distinct) - len(kept)
         print0(
             f"data {path}: dropped {repeated} repeated problems, "
-            f"{unsound} answers that do not verify"
+            f"{refused} answers that do not verify"
+        )
+    if as_text:
+        gold, trouble = as_text[0]
+        print0(
+            f"data {path}: {len(as_text)} answers are compared as text only, "
+            f'the first of them "{gold}": {trouble}'
         )
     if not kept:
         fail(f"data {path}: no answer that the verifier can read.")
@@ -169,8 +186,11 @@ def select_rows(rows, epoch, history, cfg):
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------
-def verdict(response, answer, prompt=None):
-    """(reward, status) of a response: the last box after the last </think> counts."""
+def verdict(response, answer, prompt=None, as_text=False):
+    """(reward, status) of a response: the last box after the last </think> counts.
+
+    as_text: the answer in the box has to be the gold's own text (load_rows says for which rows).
+    """
     reasoning, closed, final = response.rpartition("</think>")
     if not closed:
         reasoning, final = response, ""
@@ -179,22 +199,21 @@ def verdict(response, answer, prompt=None):
     given = last_box(final)
     if not given:
         return 0, "no_answer"
-    same = same_answer(str(answer), given)
-    if same is None:
-        return 0, "timeout"  # in the loss: else LaTeX that stalls the verifier would escape its 0
-    return (1, "ok") if same else (0, "wrong")
+    # A time-out stays in the loss: else LaTeX that stalls the verifier would escape its 0.
+    status = compare(str(answer), given, prompt, as_text)
+    return (1 if status == "ok" else 0), status
 
 
-def reward(response, answer, prompt=None):
-    """1, 0 or -1 (-1 only with a prompt). Takes at most 10 s, by the limits of the verifier."""
-    return verdict(response, answer, prompt)[0]
+def reward(response, answer, prompt=None, as_text=False):
+    """1, 0 or -1 (-1 only with a prompt). The verifier has 4 CPU seconds for an answer."""
+    return verdict(response, answer, prompt, as_text)[0]
 
 
 def judge(r):
     """(reward, status) of a rollout. If it was cut off at max_new_tokens, a 1 becomes 0."""
     text = r.text if r.row["think"] else "</think>" + r.text
     prompt = " ".join(turn["content"] for turn in r.row["messages"])
-    value, status = verdict(text, r.row["answer"], prompt)
+    value, status = verdict(text, r.row["answer"], prompt, r.row.get("as_text", False))
     if r.finish_reason == "length" and value == 1:
         return 0, "no_answer"  # also for the log and the history, which the filter spares
     return value, status
@@ -224,7 +243,8 @@ def self_test(rows, cfg):
         gold = row["answer"]
         right, wrong = boxed_response(gold), boxed_response("-7151623.5")
         unclosed = right.removeprefix("</think>")
-        earned = [reward(text, gold) for text in (right, wrong, unclosed)]
+        as_text = row.get("as_text", False)
+        earned = [reward(text, gold, None, as_text) for text in (right, wrong, unclosed)]
         if earned != [1, 0, 0]:
             fail(f'verifier self test: answer "{gold}" earns {earned} where [1, 0, 0] is right.')
 

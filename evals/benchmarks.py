@@ -43,7 +43,8 @@ from lib.common import ranks
 from lib.data import BadRow, load_table, required_field
 from lib.guard import fail
 from verifiers import constraints
-from verifiers.answers import TEXT, last_box
+from verifiers.answer_forms import TEXT
+from verifiers.answers import last_box
 
 # Two protocols of appendix B: long answers under YaRN, and shorter ones without.
 K = 1024
@@ -220,7 +221,10 @@ def score_choice(row, answer):
 # Prompt, judge: those of Math RL.
 # Trap: AIME's golds have leading zeros ("033"), and math-verify has to take "33" for them.
 def score_math(row, answer):
-    return mathrl.reward("</think>" + answer, row["answer"]) == 1
+    value, status = mathrl.verdict("</think>" + answer, row["answer"])
+    if status == "infra":
+        raise TimeoutError("the math verifier did not answer")
+    return value == 1
 
 
 # ---- Code: LiveCodeBench v5, v6 ------------------------------------------------------------------

@@ -238,13 +238,6 @@ def check_step(step, metrics, state, cfg):
             f"(--max_infra={cfg.max_infra:g})"
         )
 
-    # Verifications that were cut off. Only stages whose Config has the flag check them.
-    if hasattr(cfg, "max_timeout") and metrics["status/timeout"] > cfg.max_timeout:
-        stop(
-            f"rollout: {metrics['status/timeout']:.1%} of the verifications were cut off "
-            f"(--max_timeout={cfg.max_timeout:g})"
-        )
-
     # Losses and gradients that are not finite, three times in a row.
     finite = math.isfinite(metrics["grad_norm"] + metrics["loss"])
     state["skipped"] = 0 if finite else state["skipped"] + 1

@@ -11,6 +11,7 @@ import mmap
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import mathrl
 import rlhf
 import swerl
 from lib import guard
-from verifiers import sandbox
+from verifiers import answers, sandbox
 
 # {gold answer: answers that are right, between bars}
 HONEST = {
@@ -174,8 +175,8 @@ RESPONSES = {
 }
 TABLE = []  # (gold answer, answer, reward)
 for table, earned in ((HONEST, 1), (DISHONEST, 0)):
-    for gold_answer, answers in table.items():
-        TABLE += [(gold_answer, answer, earned) for answer in answers.split("|")]
+    for gold_answer, forms in table.items():
+        TABLE += [(gold_answer, answer, earned) for answer in forms.split("|")]
 
 
 @pytest.mark.slow
@@ -186,14 +187,14 @@ def test_every_answer_earns_the_verdict_written_beside_it():
         if mathrl.reward(mathrl.boxed_response(answer), gold) != expected:
             wrong.append((gold, answer, expected))
         slowest = max(slowest, time.time() - start)
-    print(f"{len(TABLE)} answers, slowest {slowest:.1f} s (limit 10 s)")
-    assert not wrong and slowest < 10.5 and not os.path.exists("pwned")
+    print(f"{len(TABLE)} answers, slowest {slowest:.1f} s (4 CPU seconds, limit 40 s)")
+    assert not wrong and slowest < 40 and not os.path.exists("pwned")
 
 
 @pytest.mark.parametrize("response", RESPONSES)
 def test_only_the_last_balanced_box_after_the_last_closing_tag_counts(response):
     start = time.time()
-    assert mathrl.reward(response, "34") == RESPONSES[response] and time.time() - start < 10.5
+    assert mathrl.reward(response, "34") == RESPONSES[response] and time.time() - start < 40
 
 
 def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_too_loosely():
@@ -249,6 +250,162 @@ def test_reasoning_in_another_script_earns_minus_one_whatever_the_answer():
     assert mathrl.reward("<think>so</think>\u6240\u4ee5 \\boxed{34}", "34", english) == 1
 
 
+# ---- kinds of answers ----------------------------------------------------------------------------
+
+CASES = [
+    json.loads(line)
+    for line in open(os.path.join(os.path.dirname(__file__), "math_cases.jsonl"), encoding="utf-8")
+]
+# Right answers that are refused, each with its reason.
+REFUSED = {
+    (
+        r"\text{No solution}",
+        r"\text{There is no solution}",
+    ): "a sentence: words are compared as text",
+    (r"\frac{1}{\sqrt{m}}", r"\sqrt{1/m}"): "sympy proves it for positive m only",
+}
+
+
+def status_of_case(case):
+    """Verdict on one row of math_cases.jsonl; the answer of a "whole response" is the response."""
+    whole = case["kind"].startswith("whole response")
+    response = case["answer"] if whole else mathrl.boxed_response(case["answer"])
+    return mathrl.verdict(response, case["gold"])
+
+
+def check_cases(cases):
+    paid = [case for case in cases if not case["want"] and status_of_case(case)[0] == 1]
+    refused = []
+    for case in cases:
+        reason = REFUSED.get((case["gold"], case["answer"]))
+        if case["want"] and status_of_case(case)[0] != 1 and not reason:
+            refused.append(case)
+    wrong = sum(not case["want"] for case in cases)
+    print(
+        f"paid {len(paid)} of {wrong} wrong, refused {len(refused)} of {len(cases) - wrong} right"
+    )
+    assert not paid and not refused
+
+
+def test_one_case_of_each_kind_that_was_judged_wrongly():
+    """In math_cases.jsonl, `want` is the right verdict; `before` was that of an older reader."""
+    first = {}
+    for case in CASES:
+        if case["want"] != case["before"]:
+            first.setdefault((case["kind"], case["want"]), case)
+    check_cases(list(first.values()))
+
+
+@pytest.mark.slow
+def test_every_case_that_needs_no_time_out():
+    check_cases([c for c in CASES if "bomb" not in c["kind"] and "hang" not in c["kind"]])
+
+
+# None of these golds stands in math_cases.jsonl.
+GOLDS = r"""19 ; -42 ; 2025 ; 0.375 ; \frac{5}{12} ; -\frac{7}{9} ; 3\sqrt{11} ;
+\frac{\sqrt{13}}{6} ; 5\pi ; \frac{7\pi}{12} ; 2+\sqrt{15} ; \sqrt{3}-\sqrt{2} ; e^{4}-3 ;
+\ln 5 ; \log_3 7 ; 2^{31}-1 ; 13! ; 4+9i ; -2i ; 7\cdot 10^{8} ; 3.6\times 10^{-4} ; x^2-5x+6 ;
+2x^3+7 ; (x-4)(x+9) ; \frac{3x+1}{x-2} ; a^2+ab+b^2 ; \frac{mn}{m+n} ; n(n+3) ; 3^{n+1}-2 ;
+\sqrt{4y+1} ; \sin 3\theta ; 5\cos x ; x=8 ; y=4x-9 ; x^2+y^2=25 ; 3x-4y+12=0 ; f(x)=5x-2 ;
+(3,7) ; (-2,5,11) ; (\frac{2}{3},-4) ; [2,9) ; (-\infty,6] ; [-5,5] ; x>7 ;
+(-\infty,-3)\cup(4,\infty) ; -3<x\le 8 ; 2,5,9 ; \{4,6,13\} ; -7,7 ; \pm 6 ; 3\pm\sqrt{7} ;
+15 \text{ cm} ; x=3 \text{ or } x=11 ; a=4,b=9 ; (1,5),(6,2) ; \begin{pmatrix}3\\8\end{pmatrix} ;
+24\text{ cm}^2 ; 18\% ; \begin{pmatrix}2&5\\7&9\end{pmatrix} ; \$7.50 ; 75^\circ ;
+8 \text{ hours} ; 4:7 ; 2:5:8 ; 312_5 ; 5\frac{3}{4} ; 4k\pi, k\in\mathbb{Z} ; \frac{n^2}{4}+C ;
+R^2-4r ; 2Ab ; |x-6| ; \binom{n}{4} ; G ; \text{Tuesday}""".replace("\n", " ").split(" ; ")
+# Replacing the left text by the right one changes a gold's value.
+SWAPS = [("+", "-"), ("-", "+"), ("<", ">"), ("[", "("), (")", "]"), ("x", "z"), ("n", "m")]
+SWAPS += [("R", "r"), ("A", "a"), (r"\sin", r"\cos"), (r"\pi", "e"), (r"\infty", "1"), (r"\pm", "")]
+NO_FORMULA = ("=", "<", ">", ",", ":", "text", "begin", r"\{", r"\pm", "mathbb", "+C")
+
+
+def near_misses(gold):
+    """Wrong answers that look like the gold: other numbers, signs, letters and brackets."""
+    answers = {"1=1", "1=2", "0=0", "0", "z", "?"}
+    for match in re.finditer(r"\d+", gold):
+        for number in (int(match[0]) + 1, abs(int(match[0]) - 1), match[0] + "4"):
+            answers.add(gold[: match.start()] + str(number) + gold[match.end() :])
+    for old, new in SWAPS:
+        if old in gold and "text" not in gold and "begin" not in gold and "frac" not in gold:
+            answers.add(gold.replace(old, new, 1))
+    if gold != "G" and not any(sign in gold for sign in NO_FORMULA):
+        answers |= {f"-{gold}", f"{gold}+1", f"2({gold})", f"0={gold}", f"{gold}, 1"}
+        answers.add(rf"{gold} \text{{ or }} 1")
+    return sorted(answers - {gold})
+
+
+def honest_rewrites(gold):
+    """Right answers: the gold as other people write it."""
+    answers = [f"${gold}$", rf"\({gold}\)", f"{gold}.", f"{gold} .", rf"\displaystyle {gold}"]
+    answers += [gold.replace("frac", "dfrac"), gold.replace(r"\pi", "\u03c0"), f" {gold} "]
+    answers += [
+        gold.replace("-", "\u2212"),
+        gold.replace(r"\le ", r"\leq "),
+        gold.replace(",", ", "),
+    ]
+    answers += [gold.replace(r"\infty", "\u221e").replace(r"\cup", "\u222a")]
+    answers += [re.sub(r"\^2(?!\d)", "\u00b2", gold), gold.replace("+", " + ").replace("=", " = ")]
+    if "frac" not in gold and gold.count(r"\sqrt{") == 1:
+        answers.append(re.sub(r"\\sqrt\{([^}]*)\}", "\u221a(\\1)", gold))
+    if r"\cup" not in gold:
+        for old, new in (("(", r"\left("), (")", r"\right)"), ("[", r"\left["), ("]", r"\right]")):
+            gold = gold.replace(old, new)
+        answers.append(gold)
+    if re.fullmatch(r"-?\d+", gold):
+        answers += [
+            f"x={gold}",
+            f"{gold} cm",
+            rf"{gold}\text{{ km}}",
+            f"{gold} people",
+            f"{gold}.0",
+        ]
+    if re.fullmatch(r"-?\d+(,-?\d+)+", gold):
+        numbers = gold.split(",")
+        answers += [",".join(reversed(numbers)), rf"\{{{gold}\}}", r" \text{ and } ".join(numbers)]
+    return list(dict.fromkeys(answers))
+
+
+@pytest.mark.slow
+def test_near_misses_and_honest_rewrites_of_other_golds():
+    assert not {case["gold"] for case in CASES} & set(GOLDS)
+    wrong = [(gold, answer) for gold in GOLDS for answer in near_misses(gold)]
+    right = [(gold, answer) for gold in GOLDS for answer in honest_rewrites(gold)]
+    draw = random.Random(0)
+    wrong, right = draw.sample(wrong, 500), draw.sample(right, 500)
+    paid = [pair for pair in wrong if mathrl.reward(mathrl.boxed_response(pair[1]), pair[0]) == 1]
+    refused = [p for p in right if mathrl.reward(mathrl.boxed_response(p[1]), p[0]) != 1]
+    print(
+        f"paid {len(paid)} of 500 near misses (limit 5), refused {len(refused)} of 500 (limit 40)"
+    )
+    assert not paid and not refused
+
+
+def test_a_gold_that_the_verifier_does_not_read_is_compared_as_text(tmp_path, capsys):
+    sound = [r"\frac{3}{7}", "$2ab$", "x^2+6x+25=0", "6 robins.", r"12 \text{ cm}", "y=3x+1", "AB"]
+    assert [answers.unsound(gold) for gold in sound] == [""] * len(sound)
+    # another number in the exponent of 1 is right
+    rows = [{"problem": "Simplify.", "answer": "1^5+x"}, {"problem": "Find it.", "answer": "34"}]
+    path = tmp_path / "math.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    loaded = mathrl.load_rows(mathrl.Config(data=str(path), reward_workers=2))
+    assert [row.get("as_text", False) for row in loaded] == [True, False]
+    assert "1 answers are compared as text only" in capsys.readouterr().out
+    assert mathrl.verdict(r"</think>\boxed{$1^5 + x$}", "1^5+x", None, True) == (1, "ok")
+    assert mathrl.verdict(r"</think>\boxed{1+x}", "1^5+x", None, True) == (0, "wrong")
+
+
+def test_a_formula_of_the_problem_is_no_answer():
+    problem = r"Factor $x^2-9$, where $x$ is not $3$, and simplify \(\frac{4}{8}\)."
+    copied = r"</think>\boxed{x^2 - 9}"
+    assert mathrl.verdict(copied, "(x-3)(x+3)") == (1, "ok")
+    assert mathrl.verdict(copied, "(x-3)(x+3)", problem) == (0, "wrong")
+    assert mathrl.verdict(copied, "$x^2-9$", problem) == (1, "ok"), "the gold's own text"
+    assert mathrl.verdict(r"</think>\boxed{(x+3)(x-3)}", "(x-3)(x+3)", problem) == (1, "ok")
+    for number in ("3", r"\frac{4}{8}"):
+        gold = {"3": "3", r"\frac{4}{8}": "0.5"}[number]
+        assert mathrl.verdict(f"</think>\\boxed{{{number}}}", gold, problem) == (1, "ok")
+
+
 # ---- verifier processes --------------------------------------------------------------------------
 
 
@@ -257,6 +414,29 @@ def hang(seconds):
     while time.process_time() < end:
         pow(3, 10**6)
     return seconds
+
+
+def wait(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def test_cpu_seconds_decide_and_a_machine_that_stalls_is_infrastructure(monkeypatch):
+    """A child that waits longer than its CPU limit still answers. Waiting has its own limit."""
+    call = sandbox.killable(wait, 0.2, 30)
+    assert call(0.5) == 0.5
+    call = sandbox.killable(wait, 30, 0.3)
+    with pytest.raises(TimeoutError):
+        call(10)
+    assert call(0.01) == 0.01
+    call = sandbox.killable(hang, 0.2, 60)
+    assert call(10) is None
+
+    def stalled(gold, answer):
+        raise TimeoutError
+
+    monkeypatch.setattr(answers, "equal_in_child", stalled)
+    assert mathrl.verdict(mathrl.boxed_response("y+1"), "x+1") == (0, "infra")
 
 
 def allocate(size):
@@ -383,11 +563,10 @@ def test_verifier_children_end_with_a_killed_parent():
 
 
 def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_answer():
-    """math-verify returns False when its own time is up. Taken for a verdict, this would make an
-    overloaded machine look like a policy that is wrong."""
+    """A time-out is told from a wrong answer, though both earn 0."""
     start = time.time()
     assert mathrl.verdict(mathrl.boxed_response("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout")
-    assert time.time() - start < 10.5
+    assert time.time() - start < 40
     assert mathrl.verdict(mathrl.boxed_response(r"\frac{\pi}{3}"), r"\frac{\pi}{4}") == (0, "wrong")
 
 
@@ -401,12 +580,9 @@ def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_ans
             {"status/infra": 0.021},
             "2.1% of the rewards are infrastructure failures (--max_infra=0.02)",
         ),
-        (
-            mathrl,
-            {"status/timeout": 0.03},
-            "3.0% of the verifications were cut off (--max_timeout=0.02)",
-        ),
-        # In Code RL a time-out is the fault of the program that is judged.
+        # A time-out is the fault of the answer or program that is judged: its limit is in CPU
+        # seconds.
+        (mathrl, {"status/timeout": 0.5}, ""),
         (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),
         (coderl, {"status/infra": 0.03}, "infrastructure failures"),
         (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
@@ -529,11 +705,11 @@ RESPONSE_TEXTS = st.lists(PIECE_OR_TEXT, max_size=25).map("".join)
 
 
 def never_fails(response, gold="34"):
-    """The verifier's own limit is 9.5 s. The limit of 30 s leaves room for a machine that stalls
-    under other work."""
+    """The verifier's own limit is 4 CPU seconds. The limit of 40 s leaves room for a machine that
+    stalls under other work."""
     start = time.time()
     value, status = mathrl.verdict(response, gold)
-    assert time.time() - start < 30
+    assert time.time() - start < 40
     assert value in (0, 1) and (value == 1) == (status == "ok")
     assert value == 0 or "</think>" in response
 

@@ -139,11 +139,13 @@ def close():
     _retired.clear()
 
 
-def killable(function, limit_s):
+def killable(function, limit_s, wall_s=None):
     """Return call(*args), which runs function(*args) in a child process that can be killed.
 
-    call returns None if the child ran past limit_s seconds or died. Every calling thread has its
-    own child, forked by call.start() (best before a model exists) or by the first call, and reused.
+    call returns None if the child used more than limit_s CPU seconds or died. After wall_s seconds
+    of waiting it raises TimeoutError, since then the machine is to blame; without wall_s it waits
+    limit_s seconds and returns None. Every calling thread has its own child, forked by call.start()
+    (best before a model exists) or by the first call, and reused.
     This is for our own code on hostile input (mathrl.py: sympy on any LaTeX), hence no namespaces.
     """
     import multiprocessing  # imported here because no leaf wants it
@@ -188,7 +190,7 @@ def killable(function, limit_s):
         for _ in range(2):
             try:
                 mine.pipe.send(args)
-                if not mine.pipe.poll(limit_s):
+                if not mine.pipe.poll(wall_s or limit_s):
                     raise TimeoutError
                 return mine.pipe.recv()
             except TimeoutError:
@@ -196,6 +198,8 @@ def killable(function, limit_s):
             except (EOFError, OSError):  # the child died
                 late = False
             exit_code = replace_child()
+            if late and wall_s:
+                raise TimeoutError(f"no answer from a child process after {wall_s} s")
             if late or exit_code not in (-signal.SIGKILL, 0):
                 return None
             # Somebody killed the child (SIGKILL), or it had grown and left (0). Neither is the
