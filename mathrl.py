@@ -40,7 +40,14 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
-from verifiers.answers import answer_pool, boxed_response, compare, count_boxes, last_box, unsound
+from verifiers.answers import (
+    answer_pool,
+    boxed_response,
+    check_golds,
+    compare,
+    count_boxes,
+    last_box,
+)
 from verifiers.language import language_ok
 from verifiers.pool import in_background
 
@@ -130,34 +137,18 @@ def load_rows(cfg, path=None, limit=0):
     # DAPO repeats its problems; the last copy of each is kept.
     distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
 
-    def trouble_of(row):
-        """None: drop the row. Else why its answer is compared as text only, or ""."""
-        gold = row["answer"]
-        if reward(boxed_response(gold), gold) != 1:
-            return None
-        return unsound(gold)  # [D27]
-
-    # Rank 0's verdicts decide for all ranks, so that no rank trains on other rows.
-    troubles = answer_pool(cfg.reward_workers).map(trouble_of, distinct)
-    troubles = all_gather(list(troubles))[0]
-    kept, as_text = [], []
+    # Drop what the verifier cannot read; what it misreads is compared as text only [D27].
+    golds = [row["answer"] for row in distinct]
+    troubles = check_golds(golds, cfg.reward_workers, f"data {path}", cfg.out_dir)
+    kept = []
     for row, trouble in zip(distinct, troubles, strict=True):
-        if trouble:
-            row = {**row, "as_text": True}
-            as_text.append((row["answer"], trouble))
         if trouble is not None:
-            kept.append(row)
+            kept.append({**row, "as_text": trouble != ""})
     if len(kept) < len(rows):
         repeated, refused = len(rows) - len(distinct), len(distinct) - len(kept)
         print0(
             f"data {path}: dropped {repeated} repeated problems, "
             f"{refused} answers that do not verify"
-        )
-    if as_text:
-        gold, trouble = as_text[0]
-        print0(
-            f"data {path}: {len(as_text)} answers are compared as text only, "
-            f'the first of them "{gold}": {trouble}'
         )
     if not kept:
         fail(f"data {path}: no answer that the verifier can read.")

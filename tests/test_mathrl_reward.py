@@ -786,3 +786,22 @@ def test_an_integer_answer_costs_microseconds():
     each = (time.time() - start) / len(texts)
     print(f"{each * 1e6:.0f} microseconds (limit 500)")
     assert each < 5e-4
+
+
+def test_golds_are_checked_once_for_a_folder(tmp_path, monkeypatch):
+    """A run that resumes reads what the first start found; other golds are checked again."""
+    checked = []
+    trouble_of = answers.trouble_of
+
+    def noting(gold):
+        checked.append(gold)
+        return trouble_of(gold)
+
+    monkeypatch.setattr(answers, "trouble_of", noting)
+    golds = ["34", r"\frac{1}{2}", r"\frac{"]
+    first = answers.check_golds(golds, 2, "data x", str(tmp_path))
+    assert first == ["", "", None] and sorted(checked) == sorted(golds)
+    assert answers.check_golds(golds, 2, "data x", str(tmp_path)) == first and len(checked) == 3
+    answers.check_golds([*golds, "35"], 2, "data x", str(tmp_path))
+    assert len(checked) == 7
+    assert answers.check_golds(golds, 2, "data x", str(tmp_path / "none")) == first

@@ -2,7 +2,7 @@
 
     last_box(text)                the content of the last \\boxed{} of a response
     compare(gold, answer)         "ok", "wrong", "timeout" or "infra"
-    unsound(gold)                 why a gold answer should be compared as text only, or ""
+    check_golds(golds, n)         which golds are dropped, which are compared as text only
     answer_pool(n)                threads with a child process each, in which same_answer may run
 
 An answer is read in three steps. Its text gets one spelling (verifiers/answer_forms.py). Words and
@@ -16,8 +16,11 @@ list, an equation an equation, and what the parser does not read is never equal 
 """
 
 import functools
+import hashlib
 import itertools
+import json
 import logging
+import os
 import re
 import signal
 import threading
@@ -30,6 +33,7 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify import verify
 from sympy.core.function import AppliedUndef
 
+from lib.common import all_gather, print0, ranks
 from verifiers import answer_forms as forms
 from verifiers import sandbox
 from verifiers.answer_forms import TEXT
@@ -849,6 +853,53 @@ def compare(gold, answer, prompt=None, as_text=False):
 
 
 # ---- 6. Golds that cannot be compared ------------------------------------------------------------
+def check_golds(golds, num_workers, name, folder=""):
+    """What each gold is good for [D27], as rank 0 finds it: no rank trains on other rows.
+
+    None: it does not verify against itself. A sentence: why it is compared as text only. "": it is
+    sound. They are checked in parallel. The results are kept in `folder` if it is there, so that a
+    run which resumes with the same golds and the same verifier does not check them again.
+    """
+    troubles = None
+    if ranks()[0] == 0:
+        path = os.path.join(folder, f"golds_{checksum_of(golds)}.json")
+        if os.path.exists(path):
+            with open(path) as f:
+                troubles = json.load(f)
+        else:
+            troubles = list(answer_pool(num_workers).map(trouble_of, golds))
+            if os.path.isdir(folder):
+                with open(path + ".tmp", "w") as f:
+                    json.dump(troubles, f)
+                os.replace(path + ".tmp", path)
+    troubles = all_gather(troubles)[0]
+    as_text = [(gold, trouble) for gold, trouble in zip(golds, troubles, strict=True) if trouble]
+    if as_text:
+        gold, trouble = as_text[0]
+        print0(
+            f"{name}: {len(as_text)} answers are compared as text only, "
+            f'the first of them "{gold}": {trouble}'
+        )
+    return troubles
+
+
+def checksum_of(golds):
+    """Of the golds and of the verifier's own text: another verifier may find another result."""
+    digest = hashlib.blake2b(json.dumps(golds).encode(), digest_size=8)
+    for path in (__file__, forms.__file__):
+        with open(path, "rb") as f:
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
+def trouble_of(gold):
+    """None, a sentence or "" for one gold; see check_golds."""
+    given = last_box(boxed_response(gold))
+    if not given or compare(gold, given) != "ok":
+        return None
+    return unsound(gold)
+
+
 def unsound(gold):
     """Why this gold answer should be compared as text only [D27]; "" if it need not be.
 
