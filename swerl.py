@@ -511,7 +511,6 @@ def metric(rollout):
 
 
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
-
 # ---- 5. GRPO -------------------------------------------------------------------------------------
 # A micro-batch is packed: whole sequences, one after another, without padding. Take the prompt
 # [5, 6] and two rollouts: completion [7, 8], advantage 0.7; completion [9], advantage -0.7.
@@ -521,24 +520,26 @@ def metric(rollout):
 #     cu_seqlens      0                   4              7  starts of the sequences, and the end
 #     loss_index                2    3              6       M = 3 completion tokens
 #     advantages_T    0    0  0.7  0.7    0    0 -0.7       zero at prompt tokens
-#     first_U         0    1    2    3              6       U = 5 tokens are computed
-#     copy_T          0    1    2    3    0    1    4       token t is the copy_T[t]-th of these
+#     copy_T          0    1    2    3    0    1    4       an entry of first_U, see below
 #
 # Entry t of every _T tensor is about token t: logprobs_T[t] is its log-prob given the tokens before
 # it. _M tensors run over loss_index. Rollouts of one prompt share its tokens, so the model computes
-# them once: first_U and copy_T are for the model alone.
+# U = 5 tokens, those at first_U = [0, 1, 2, 3, 6]. The result of token t is that of the token at
+# first_U[copy_T[t]]: for token 4, the second 5, that is token 0.
 
 
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """Sample a group of completions for each of this rank's prompts; verify them; set advantages.
 
-    indices: rows of this step's prompts, of all ranks. reward_hook: (submit, collect).
+    indices: rows of this step's prompts, of all ranks. reward_hook: submit(r) starts the verdict of
+    a rollout in the background, collect waits for all and sets reward and status of each.
     Returns (for_update, sampled): the rollouts for train_step and those for the log. They are the
     same but in IF-RL, whose dynamic sampling (4.4.2) replaces some groups.
     """
     submit, collect = reward_hook
-    # A group is the group_size rollouts of one prompt. Every rank takes every world-th prompt. A
-    # seed is a function of step, prompt and sample.
+    # A group is the group_size rollouts of one prompt. Every rank takes every world-th prompt, so
+    # that group * world + rank is the prompt's place in indices: seeds do not depend on ranks. (The
+    # 0 counts IF-RL's rounds of fresh prompts.)
     rollouts = []
     for group, index in enumerate(indices[rank::world]):
         prompt_ids = rows[index]["prompt_ids"]
@@ -566,8 +567,9 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
 def compute_advantages(rollouts, cfg):
     """advantage = (reward - mean) / (std + 1e-6) inside each group (paper eq. 1; G1).
 
-    Rollouts without a verdict (status "infra": a worker failed), and truncated ones under
-    overlong_filter, are left out of the loss, its denominator and the group statistics (G5).
+    Rollouts without a verdict (make_reward's hook says "infra" where a worker failed), and
+    truncated ones under overlong_filter, are left out of the loss, its denominator and the group
+    statistics (G5).
     """
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first : first + cfg.group_size]
@@ -595,17 +597,20 @@ def compute_advantages(rollouts, cfg):
 
 
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
-    """-(sum of ratio * advantage over this micro-batch's completion tokens) / (tokens of all).
+    """-(sum of ratio * advantage over this micro-batch's completion tokens) / counts["tokens"].
 
-    Token-level policy gradient, paper eq. 1. The denominator counts the completion tokens of all
-    ranks and micro-batches (6.3), so the sum of the losses does not depend on how they were cut.
+    Token-level policy gradient, paper eq. 1. The denominator is the number of completion tokens of
+    the whole batch, on all ranks (6.3), so the result does not depend on how the batch was cut.
     """
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]
     # One update per batch (4.1.2): the caller passes these log-probs, detached, as the old ones.
-    # The ratio is 1, so PPO's clip would never act; its gradient is that of the log-prob.
+    # (The sampler's serve only the correction below.) exp(x - x.detach()) is 1, so PPO's clip
+    # would never act, and its gradient is that of x: this is REINFORCE with the group's mean as
+    # the baseline.
     ratio_M = (logprobs_T - old_logprobs_T)[scored_M].exp()
-    # Sampler and trainer differ by rounding; importance_limit corrects for it. Off: all 1.
+    # Sampler and trainer differ by rounding. With importance_limit, a token weighs exp(trainer -
+    # sampler log-prob), or 0 beyond the limit. Off: every token weighs 1.
     weights_M = sampler_correction(old_logprobs_T, batch, cfg.importance_limit)
     return -(weights_M * (ratio_M * advantages_M)).sum() / counts["tokens"]
 
@@ -619,7 +624,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
 
     # Pack: ranks get about equal shares, cut into micro-batches without padding. Rollouts with
-    # advantage 0 have no gradient and are left out here.
+    # advantage 0 have no gradient and are left out here: those outside the loss, and groups of
+    # equal rewards, whose tokens were counted above.
     batches = collate(balance(rollouts, world), cfg, device)
     num_real = len(batches)
     # Every rank has to run as many forward and backward passes: add dummies, which weigh 0.
@@ -675,7 +681,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     submit, collect = reward_hook
     rollouts = []
     for i in range(rank, len(rows), world):
-        seed = request_seed(cfg.seed, 99, i)  # the same at every evaluation
+        seed = request_seed(cfg.seed, 99, i)  # 99 for step: the same each time
         rollouts.append(Rollout(rows[i], i, rows[i]["prompt_ids"], seed))
     sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     engine.generate(rollouts, *sampling, on_finished=submit)

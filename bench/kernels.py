@@ -28,8 +28,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from kernels import (
     adamw,
@@ -43,6 +42,7 @@ from kernels import (
     swiglu,
 )
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 # T is the number of tokens, D the width, N the query heads, K the key heads, H the head width, F
 # the width of the MLP, V the vocabulary, B the sampled rows, S the cache slots.
 SHAPES = {

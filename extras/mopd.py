@@ -209,7 +209,6 @@ def metric(rollout):
 
 
 # ~~~~~~~~ waterline: below it all RL stages are the same, line for line (tests/test_stage_diff.py)
-
 # ---- 5. GRPO -------------------------------------------------------------------------------------
 # A micro-batch is packed: whole sequences, one after another, without padding. Take the prompt
 # [5, 6] and two rollouts: completion [7, 8], advantage 0.7; completion [9], advantage -0.7.
@@ -219,24 +218,26 @@ def metric(rollout):
 #     cu_seqlens      0                   4              7  starts of the sequences, and the end
 #     loss_index                2    3              6       M = 3 completion tokens
 #     advantages_T    0    0  0.7  0.7    0    0 -0.7       zero at prompt tokens
-#     first_U         0    1    2    3              6       U = 5 tokens are computed
-#     copy_T          0    1    2    3    0    1    4       token t is the copy_T[t]-th of these
+#     copy_T          0    1    2    3    0    1    4       an entry of first_U, see below
 #
 # Entry t of every _T tensor is about token t: logprobs_T[t] is its log-prob given the tokens before
 # it. _M tensors run over loss_index. Rollouts of one prompt share its tokens, so the model computes
-# them once: first_U and copy_T are for the model alone.
+# U = 5 tokens, those at first_U = [0, 1, 2, 3, 6]. The result of token t is that of the token at
+# first_U[copy_T[t]]: for token 4, the second 5, that is token 0.
 
 
 def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
     """Sample a group of completions for each of this rank's prompts; verify them; set advantages.
 
-    indices: rows of this step's prompts, of all ranks. reward_hook: (submit, collect).
+    indices: rows of this step's prompts, of all ranks. reward_hook: submit(r) starts the verdict of
+    a rollout in the background, collect waits for all and sets reward and status of each.
     Returns (for_update, sampled): the rollouts for train_step and those for the log. They are the
     same but in IF-RL, whose dynamic sampling (4.4.2) replaces some groups.
     """
     submit, collect = reward_hook
-    # A group is the group_size rollouts of one prompt. Every rank takes every world-th prompt. A
-    # seed is a function of step, prompt and sample.
+    # A group is the group_size rollouts of one prompt. Every rank takes every world-th prompt, so
+    # that group * world + rank is the prompt's place in indices: seeds do not depend on ranks. (The
+    # 0 counts IF-RL's rounds of fresh prompts.)
     rollouts = []
     for group, index in enumerate(indices[rank::world]):
         prompt_ids = rows[index]["prompt_ids"]
@@ -291,7 +292,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
 
     # Pack: ranks get about equal shares, cut into micro-batches without padding. Rollouts with
-    # advantage 0 have no gradient and are left out here.
+    # advantage 0 have no gradient and are left out here: those outside the loss, and groups of
+    # equal rewards, whose tokens were counted above.
     batches = collate(balance(rollouts, world), cfg, device)
     num_real = len(batches)
     # Every rank has to run as many forward and backward passes: add dummies, which weigh 0.
@@ -347,7 +349,7 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
     submit, collect = reward_hook
     rollouts = []
     for i in range(rank, len(rows), world):
-        seed = request_seed(cfg.seed, 99, i)  # the same at every evaluation
+        seed = request_seed(cfg.seed, 99, i)  # 99 for step: the same each time
         rollouts.append(Rollout(rows[i], i, rows[i]["prompt_ids"], seed))
     sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
     engine.generate(rollouts, *sampling, on_finished=submit)

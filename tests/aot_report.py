@@ -42,13 +42,14 @@ ATTN_8B = {"N": 32, "K": 8, "H": 128, "H_BLOCK": 128, "BLOCK_K": 64}
 ATTN_TOY = {"N": 4, "K": 2, "H": 24, "H_BLOCK": 32, "BLOCK_K": 64}
 SCALARS = "i32 i32 i32 i32 i32 fp32"  # three strides, num_tokens, num_blocks, scale
 
-# six strides, length, num_splits, scale
+# The six i32 are strides; then follow length, num_splits and scale.
 DECODE_IN = f"{BF} {BF} {BF} {INT} {BF} {FP} {FP} {FP} " + "i32 " * 6 + f"{INT} i32 fp32"
 DECODE_8B = ATTN_8B | {"G_BLOCK": 16, "SPLIT": 256, "BLOCK": 64}
 DECODE_8B.pop("BLOCK_K")
 DECODE_TOY = DECODE_8B | {"N": 4, "K": 2, "H": 24, "H_BLOCK": 32}
 
-# kernel, types of the run-time arguments in order, constants, warps, stages
+# One row a configuration: the kernel, the types of its run-time arguments in order, its constants,
+# the number of warps, the number of pipeline stages.
 CONFIGS = [
     (
         rms_norm.rms_norm_forward,
@@ -215,7 +216,7 @@ def report(kernel, types, constants, num_warps, num_stages):
     ptx = compiled.asm["ptx"]
     return {
         "kernel": f"{kernel.__name__} {constants}",
-        # an fp32 kernel has to fit, but nobody trains in fp32 on a GPU
+        # An fp32 kernel only has to fit: nobody trains in fp32 on a GPU.
         "fp32": all(kind in (FP, "*i32") for kind in types.split() if kind.startswith("*")),
         "registers": regs,
         "spilled_bytes": stack + local,

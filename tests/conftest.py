@@ -1,9 +1,9 @@
 """What several test files share: the repository root on sys.path, the markers `slow` and
 `exhaustive`, and a toy world small enough for tests.
 
-`world` is toy.py's own output with two dozen problems a skill; `taught` is that world's base
-model after a minute's worth of SFT, so that its completions earn some rewards and not others.
-Both are made once a run.
+`world` is what toy.py makes, with two dozen problems a skill. `taught` is that world's base model
+after a few seconds of SFT, so that its completions earn some rewards and not others. Both are made
+once a run.
 """
 
 import os
@@ -22,7 +22,7 @@ MAKE_WORLD = """
 import toy
 from lib.common import finish
 from lib.flags import parse_config
-toy.KEYS = {"chat": (24, 16, 8, 8), "if": (24, 16, 8, 8), "math": (24, 16, 8, 8), "code": (24, 16, 8, 8)}
+toy.KEYS = {skill: (24, 16, 8, 8) for skill in ("chat", "if", "math", "code")}
 toy.main(parse_config(toy.Config))
 finish()
 """
@@ -31,17 +31,19 @@ finish()
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "slow: runs whole stages or an interpreter, seconds each; left out by `bash tests/run.sh fast`",
+        "slow: runs whole stages or an interpreter, seconds each; "
+        "left out by `bash tests/run.sh fast`",
     )
     config.addinivalue_line(
         "markers",
-        "exhaustive: minutes each (20,000 random inputs, 2,000 programs); only in `bash tests/run.sh all`",
+        "exhaustive: minutes each (20,000 random inputs, 2,000 programs); "
+        "only in `bash tests/run.sh all`",
     )
 
 
 def run_python(*args, ranks=1, check=True, timeout=300, **environment):
-    """A Python script of the repository in a process of its own, under torchrun if ranks > 1;
-    (exit code, stdout, stderr)."""
+    """Run a Python script of the repository in a process of its own, under torchrun if ranks > 1.
+    Returns (exit code, stdout, stderr)."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -62,8 +64,8 @@ def run_python(*args, ranks=1, check=True, timeout=300, **environment):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Folder with the data of every stage and the base model: 2 layers, width 48, 0.1M
-    parameters."""
+    """A folder with the data of every stage and the base model (2 layers, width 48, 0.1M
+    parameters)."""
     folder = tmp_path_factory.mktemp("toy") / "data"
     run_python(
         "-c",
@@ -79,7 +81,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def taught(world):
-    """Checkpoint folder of the base model after 200 steps of SFT on everything (about 10 s)."""
+    """The checkpoint folder of the base model after 200 steps of SFT on all skills (about 10 s)."""
     out = world.parent / "taught"
     run_python(
         "sft.py",
@@ -106,12 +108,12 @@ def tokenizer(world):
 
 @pytest.fixture()
 def tiny():
-    """A random Qwen3 for formulas: 2 layers, 4 query heads on 2 kv heads, vocabulary 61, peaked
-    enough to be worth testing."""
+    """A random Qwen3 for formulas: 2 layers, 4 query heads on 2 kv heads, a vocabulary of 61."""
     return make_tiny()
 
 
 def make_tiny(seed=0, std=0.25, **changes):
+    """A std of 0.25 makes the distribution peaked, so that an error shows in its log-probs."""
     from model import Qwen3, Qwen3Config
 
     shape = dict(
@@ -128,7 +130,8 @@ def make_tiny(seed=0, std=0.25, **changes):
     )
     model = Qwen3.from_config(Qwen3Config(**{**shape, **changes}), seed=seed, std=std)
     generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():  # norm weights of 1 would hide a forgotten norm weight
+    # Norm weights of 1 would hide that an implementation forgets the norm weight.
+    with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:
                 p.uniform_(0.5, 1.5, generator=generator)

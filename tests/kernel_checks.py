@@ -16,10 +16,8 @@ import pathlib
 import sys
 import tempfile
 
-ON_GPU = sys.argv[1:] == ["cuda"]
-os.environ["TRITON_INTERPRET"] = "0" if ON_GPU else "1"
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1:] == ["cuda"] else "1"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -35,6 +33,8 @@ from kernels import (
     swiglu,
 )
 
+ON_GPU = sys.argv[1:] == ["cuda"]
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKS = {}
 
 
@@ -218,6 +218,14 @@ def linear_cross_entropy_fp32(module=linear_cross_entropy):
     return worst(errors)
 
 
+def mm_in_fp32(a, b, out):
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def addmm_in_fp32(out, a, b):
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
 @check
 def linear_heads_bf16():
     """bf16 operands with fp32 logits and sums.
@@ -226,8 +234,8 @@ def linear_heads_bf16():
     """
     if not ON_GPU:
         for module in (linear_logprob, linear_cross_entropy):
-            module.mm_fp32 = lambda a, b, out: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-            module.addmm_fp32 = lambda out, a, b: out.addmm_(a.to(out.dtype), b.to(out.dtype))
+            module.mm_fp32 = mm_in_fp32
+            module.addmm_fp32 = addmm_in_fp32
     inputs = [randn(5, 8, dtype=torch.bfloat16), randn(300, 8, dtype=torch.bfloat16)]
     target = torch.randint(300, (5,))
     logprob = compare(
@@ -272,7 +280,7 @@ def attention_fp16():
 
 def decode_case(starts, length, n, k, width, dtype):
     """q, two caches laid out [B, S, K, H] whose unused slots hold NaN, and the same with zeros."""
-    # peaked, so that the maxima of the splits differ
+    # The factor 3 makes attention peaked, so that the maxima of the splits differ.
     q = (3 * torch.randn(len(starts), n, width)).to(dtype)
     start, slots = torch.tensor(starts), torch.arange(length + 9)
     unused = (slots < start[:, None]) | (slots >= length)
@@ -389,7 +397,7 @@ def broken(name, right, wrong):
     return module
 
 
-# file, the right code, the broken code, the check that must notice
+# Each row names a file, the right code, the broken code and the check that must notice.
 MUTANTS = [
     ("rms_norm", "(tl.sum(g * x_hat) / D)", "(tl.sum(g) / D)", rms_norm_fp32),
     ("rms_norm", "dx += dsummed", "dx += 0 * dsummed", add_rms_norm_fp32),
@@ -436,10 +444,10 @@ def far_rows(*shape, rows=3, dtype=torch.float32):
         if far_rows.memory is None:
             far_rows.memory = torch.zeros(2**31 + 2**20, dtype=dtype)
         far = far_rows.memory
-        # the next call begins at the next multiple of 128 columns
+        # The next call begins at the next multiple of 128 columns.
         far_rows.used = -(-(size % 2**30) // 128) * 128
     else:
-        # the memory stays mapped after the file is deleted
+        # The memory stays mapped after the file is deleted.
         with tempfile.NamedTemporaryFile() as file:
             far = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     strides = torch.empty(shape).stride()
@@ -488,7 +496,7 @@ def int64_offsets(modules):
         HAS_DENTROPY=False,
         BLOCK=8,
     )
-    # one might be right by chance
+    # Eight draws are compared, because a single one might be right by chance.
     draws = [draw.sample_tokens(z, uniform_3) for uniform_3 in torch.rand(8, 3)]
     logprobs = torch.log_softmax(z, dim=-1)
     yield "rms_norm", compare_far(norm.rms_norm, norm.rms_norm_ref, [x], ones)
@@ -560,7 +568,7 @@ if __name__ == "__main__":
         torch.set_default_device("cuda" if ON_GPU else "cpu")
         main()
     else:
-        # the name of a file: with int32 row offsets, its kernels crash or read the wrong rows
+        # The argument names a file. With int32 row offsets its kernels crash or read wrong rows.
         torch.manual_seed(0)
         int32 = {sys.argv[1]: broken(sys.argv[1], "tl.int64", "tl.int32")}
         print(json.dumps(dict(int64_offsets(FAR_KERNELS | int32))))

@@ -1,4 +1,4 @@
-"""Guards: what README says under "Your ablation" works, done as it is said, in a copy of the
+"""An ablation works as README says under "Your ablation". The tests do it in a copy of the
 repository.
 
 GSPO is a copy of mathrl.py with another loss; countdown is a new domain with rows and a verdict
@@ -22,7 +22,7 @@ from conftest import ROOT
 # geometric mean of its tokens' ratios.
 GSPO_LOSS = '''
 def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
-    """Sequence-level policy gradient (GSPO): a sequence's ratio is the mean of its tokens', in logs."""
+    """GSPO: the log-ratio of a sequence is the mean of the log-ratios of its tokens."""
     scored_M = batch["loss_index"]
     sequence_M = torch.searchsorted(batch["cu_seqlens"].long(), scored_M, right=True) - 1
     difference_M = (logprobs_T - old_logprobs_T)[scored_M]
@@ -85,13 +85,13 @@ RL = (
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository's tracked files in a folder of their own, a git repository, too."""
+    """A folder with the repository's tracked files, which is a git repository of its own."""
     folder = tmp_path_factory.mktemp("copy")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("needs git, which knows the tracked files")
     for name in listed.stdout.split():
-        if (ROOT / name).is_file() and not name.endswith((".png", ".log")):
+        if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for command in (["init", "-q"], ["add", "-A"]):
@@ -100,7 +100,7 @@ def copy(tmp_path_factory):
 
 
 def run(folder, *command, ranks=1, check=True):
-    """A Python command in that folder; (exit code, stdout, stderr)."""
+    """Run a Python command in that folder. Returns (exit code, stdout, stderr)."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -222,8 +222,8 @@ def test_a_new_domain_of_sixty_lines_learns(copy, world):
 
 
 def make_rows(folder):
-    """countdown_rl.jsonl, countdown_test.jsonl and demos.jsonl, whose sign is wrong in four of
-    ten."""
+    """Write countdown_rl.jsonl, countdown_test.jsonl and demos.jsonl. Four of ten demonstrations
+    have the wrong sign."""
     dice = random.Random(0)
     rows = []
     for a in range(2, 30):

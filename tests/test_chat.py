@@ -68,7 +68,7 @@ def tool(text):
     return {"role": "tool", "content": text}
 
 
-# name: (messages, think, tools, text with the trained part in [[ ]])
+# {name: (messages, think, tools, text)}; the trained parts of the text stand in [[ ]].
 EXPECTED = {
     "one turn, thinking": (
         [user("Add 2 and 3."), assistant("<think>\n2+3=5\n</think>\n5")],

@@ -14,6 +14,7 @@ import mathrl
 import rlhf
 import sft
 import swerl
+from evals import report
 from lib import flags
 
 STAGES = {
@@ -123,7 +124,7 @@ def test_two_steps_on_two_ranks_with_the_readme_s_row_and_a_report(stage, world,
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["step"] == 2
 
-    _, printed, _ = run_python("-m", "evals.report", f"--run={out}")
-    assert "report.html" in printed
-    report = (out / "report.md").read_text()
-    assert f"| my_{stage} | 2 |" in report and f"{stage}.py" in report
+    report.main(report.Config(run=str(out)))
+    assert (out / "report.html").exists()
+    written = (out / "report.md").read_text()
+    assert f"| my_{stage} | 2 |" in written and f"{stage}.py" in written

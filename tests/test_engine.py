@@ -1,17 +1,17 @@
-"""Guards: sampler = full forward = trainer, token by token, and a completion depends on its prompt
-and seed alone.
+"""The sampler, a full forward and the trainer agree token by token, and a completion depends on its
+prompt and seed alone.
 
-With test_model.py this closes the circle: what was sampled is scored alike by the model that is
-trained and by transformers. The model is a briefly taught toy, so that rows finish at different
-times, with and without the stop token.
+With test_model.py this closes the circle: the sampler, the model that is trained and transformers
+give a completion the same log-probs. The model is a briefly taught toy, so that rows finish at
+different times, with and without the stop token.
 """
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from engine import Rollout, TorchEngine, make_engine, request_seed, uniforms
 from model import Qwen3, packed_batch, render_chat, stop_ids
@@ -29,7 +29,7 @@ PROMPTS = [
 def model(taught):
     model = Qwen3.from_pretrained(taught)
     with torch.no_grad():
-        # smaller logits: it has learnt two dozen problems by heart and is too sure of itself
+        # The model has learnt two dozen problems by heart. Smaller logits make it less sure.
         model.model.norm.weight.mul_(0.5)
     return model
 
@@ -40,7 +40,7 @@ def engine(model, tokenizer):
 
 
 def ask(tokenizer, samples=1, seed=0, prompts=PROMPTS):
-    """Rollouts of prompts of different lengths, `samples` of each."""
+    """Rollouts to generate, `samples` of each prompt. The prompts differ in length."""
     rollouts = []
     for g, text in enumerate(prompts):
         ids, _ = render_chat(tokenizer, [{"role": "user", "content": text}], think=g % 2 == 0)
@@ -57,7 +57,7 @@ def outputs(rollouts):
 
 @torch.no_grad()
 def trainer_logprobs(model, rollouts, temperature):
-    """Per rollout, the log-probs of its completion as train_step computes them: one packed batch."""
+    """Per rollout, its completion's log-probs as train_step computes them: in one packed batch."""
     rows = [torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts]
     ends = torch.tensor([len(row) for row in rows]).cumsum(0).tolist()
     index = torch.cat(
@@ -87,9 +87,10 @@ def test_greedy_generate_equals_repeated_forward_for_ragged_prompts(engine, mode
 
 
 def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monkeypatch):
-    """Logits, not only their argmax: every decoding step against one forward over the finished
-    sequences."""
-    seen, decode = [], engine._decode
+    """The logits of every decoding step, and not only their argmax, are compared with one forward
+    over the finished sequences."""
+    seen = []
+    decode = engine._decode
 
     def record(token_B, position_B, *args):
         logits_BV = decode(token_B, position_B, *args)
@@ -97,31 +98,31 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
         return logits_BV
 
     monkeypatch.setattr(engine, "_decode", record)
-    # rows leave at once, and others take their places
+    # Finished rows leave the batch at once, and later rows move up.
     monkeypatch.setattr(engine, "shrink_at", 1.0)
-    rollouts, worst, compared = ask(tokenizer, samples=8), 0.0, 0
+    rollouts = ask(tokenizer, samples=8)
     engine.generate(rollouts, 48, temperature=1.0)
     assert len({len(r.completion_ids) for r in rollouts}) > 3, (
         "all ended together: rows leaving the batch was not tested"
     )
     with torch.no_grad():
         full = [model(torch.tensor([r.prompt_ids + r.completion_ids]))[0] for r in rollouts]
+    worst, compared = 0.0, 0
     for step, (positions, tokens, logits_BV) in enumerate(seen):
         alive = [i for i, r in enumerate(rollouts) if len(r.completion_ids) > step + 1]
         assert len(alive) == len(positions)
+        fed_at = {}  # (position, token) that a step feeds: the rollouts it may belong to
+        for i in alive:
+            r = rollouts[i]
+            key = (len(r.prompt_ids) + step, r.completion_ids[step])
+            fed_at.setdefault(key, []).append(i)
         for position, token, logits_V in zip(positions, tokens, logits_BV, strict=True):
-            fed = [
-                i
-                for i in alive
-                if (len(rollouts[i].prompt_ids) + step, rollouts[i].completion_ids[step])
-                == (position, token)
-            ]
-            worst, compared = (
-                max(worst, min((full[i][position] - logits_V).abs().max().item() for i in fed)),
-                compared + 1,
-            )
+            fed = fed_at.get((position, token), [])
+            worst = max(worst, min((full[i][position] - logits_V).abs().max().item() for i in fed))
+            compared += 1
     print(
-        f"decode logits against full forward: max error {worst:.1e} over {compared} tokens, tolerance 5e-05"
+        f"decode logits against full forward: max error {worst:.1e} over {compared} tokens, "
+        "tolerance 5e-05"
     )
     assert worst < 5e-5 and compared > 50
 
@@ -132,14 +133,13 @@ def test_cached_decoding_equals_the_full_forward(engine, model, tokenizer, monke
 def test_logprobs_of_the_sampler_are_those_of_the_trainer(
     engine, model, tokenizer, temperature, top_p, top_k
 ):
-    """Of softmax(logits / temperature) over the whole vocabulary, whatever top-p and top-k forbid
-    (G4)."""
+    """They are log-probs of softmax(logits / temperature) over the whole vocabulary, whatever
+    tokens top-p and top-k forbid (G4)."""
     rollouts = ask(tokenizer, samples=4)
     engine.generate(rollouts, 40, temperature, top_p, top_k)
-    gaps = [
-        (ours - torch.tensor(r.sampler_logprobs)).abs().max().item()
-        for r, ours in zip(rollouts, trainer_logprobs(model, rollouts, temperature), strict=True)
-    ]
+    gaps = []
+    for r, ours in zip(rollouts, trainer_logprobs(model, rollouts, temperature), strict=True):
+        gaps.append((ours - torch.tensor(r.sampler_logprobs)).abs().max().item())
     print(f"sampler against trainer: max gap {max(gaps):.1e}, tolerance 1e-05")
     assert max(gaps) < 1e-5
 
@@ -150,11 +150,10 @@ def test_a_completion_does_not_depend_on_what_it_is_batched_with(engine, tokeniz
     for r in reversed(alone):
         engine.generate([r], 40, 1.0)
     assert outputs(together) == outputs(alone)
-    gap = max(
-        abs(x - y)
-        for a, b in zip(together, alone)
-        for x, y in zip(a.sampler_logprobs, b.sampler_logprobs, strict=True)
-    )
+    gap = 0.0
+    for a, b in zip(together, alone, strict=True):
+        for x, y in zip(a.sampler_logprobs, b.sampler_logprobs, strict=True):
+            gap = max(gap, abs(x - y))
     print(f"log-probs together against alone: max gap {gap:.1e}, tolerance 1e-05")
     assert gap < 1e-5
 
@@ -167,11 +166,9 @@ def test_waves_of_max_rows_change_nothing(engine, model, tokenizer):
 
 
 def test_the_same_seeds_give_the_same_completions_and_other_seeds_others(engine, tokenizer):
-    first, again, other = (
-        ask(tokenizer, 2, seed=0),
-        ask(tokenizer, 2, seed=0),
-        ask(tokenizer, 2, seed=1),
-    )
+    first = ask(tokenizer, 2, seed=0)
+    again = ask(tokenizer, 2, seed=0)
+    other = ask(tokenizer, 2, seed=1)
     for rollouts in (first, again, other):
         engine.generate(rollouts, 40, 1.0)
     assert outputs(first) == outputs(again) != outputs(other)
@@ -184,8 +181,8 @@ def test_the_same_seeds_give_the_same_completions_and_other_seeds_others(engine,
 
 
 def test_finish_reasons_and_the_stop_token(engine, tokenizer):
-    """A stopped completion ends with its stop token, which is no part of the text; a truncated
-    one has all its tokens."""
+    """A stopped completion ends with its stop token, which its text leaves out. A truncated one
+    has all the tokens that are allowed."""
     rollouts = ask(tokenizer, samples=8)
     engine.generate(rollouts, 24, 1.0)
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
@@ -196,60 +193,58 @@ def test_finish_reasons_and_the_stop_token(engine, tokenizer):
             assert stops == [len(r.completion_ids) - 1]
         else:
             assert not stops and len(r.completion_ids) == 24
-        assert r.text == tokenizer.decode(
-            r.completion_ids[: len(r.completion_ids) - len(stops)], skip_special_tokens=False
-        )
+        ids_of_text = r.completion_ids[: len(r.completion_ids) - len(stops)]
+        assert r.text == tokenizer.decode(ids_of_text, skip_special_tokens=False)
 
 
 def test_a_stop_token_at_the_last_allowed_place_is_a_stop(engine, tokenizer):
     rollouts = ask(tokenizer, samples=4)
     engine.generate(rollouts, 40, 1.0)
-    shortest = min(
-        (r for r in rollouts if r.finish_reason == "stop"), key=lambda r: len(r.completion_ids)
-    )
+    stopped = [r for r in rollouts if r.finish_reason == "stop"]
+    shortest = min(stopped, key=lambda r: len(r.completion_ids))
     again = Rollout(row={}, group=0, prompt_ids=shortest.prompt_ids, seed=shortest.seed)
     engine.generate([again], len(shortest.completion_ids), 1.0)
     assert again.finish_reason == "stop" and again.completion_ids == shortest.completion_ids
 
 
 def test_greedy_rows_beside_sampled_ones_are_what_each_would_be_alone(engine, tokenizer):
-    apart, mixed = [ask(tokenizer, samples=2) for _ in range(2)], ask(tokenizer, samples=4)
+    apart = [ask(tokenizer, samples=2) for _ in range(2)]
+    mixed = ask(tokenizer, samples=4)
     engine.generate(apart[0], 40, 1.0)
     engine.generate(apart[1], 40, 0.0)
     for i, r in enumerate(mixed):
         r.greedy = i % 4 >= 2
     engine.generate(mixed, 40, 1.0)
-    wanted = {
-        (r.group, greedy): r.completion_ids
-        for greedy, rollouts in enumerate(apart)
-        for r in rollouts[::2]
-    }
+    wanted = {}
+    for greedy, rollouts in enumerate(apart):
+        for r in rollouts[::2]:
+            wanted[r.group, greedy] = r.completion_ids
     found = [mixed[4 * g + 2 * greedy].completion_ids == ids for (g, greedy), ids in wanted.items()]
+    num_tokens = sum(len(ids) for ids in wanted.values())
     print(
-        f"{sum(found)} of {len(found)} completions equal those decoded apart, {sum(len(ids) for ids in wanted.values())} tokens"
+        f"{sum(found)} of {len(found)} completions equal those decoded apart, {num_tokens} tokens"
     )
     assert all(found) and len({str(ids) for ids in wanted.values()}) > len(wanted) // 2
 
 
 def test_a_finished_completion_is_handed_on_while_others_still_decode(engine, tokenizer):
-    rollouts, events = ask(tokenizer, samples=4), []
+    rollouts = ask(tokenizer, samples=4)
+    events = []  # the completion that was handed on, and the lengths of the unfinished ones
 
     def on_finished(r):
-        events.append(
-            (r, [len(other.completion_ids) for other in rollouts if not other.finish_reason])
-        )
+        unfinished = [len(other.completion_ids) for other in rollouts if not other.finish_reason]
+        events.append((r, unfinished))
         assert r.text and r.finish_reason, "handed on before it was complete"
 
     engine.generate(rollouts, 60, 1.0, on_finished=on_finished)
-    assert sorted(id(r) for r, _ in events) == sorted(id(r) for r in rollouts), "each of them once"
+    assert sorted(id(r) for r, _ in events) == sorted(id(r) for r in rollouts), "each one once"
     assert events[0][1] and events[-1][1] == [], "the first was handed on while others decoded"
     lengths = [len(r.completion_ids) for r, _ in events]
     assert lengths == sorted(lengths)
-    # a chat shows the tokens that are there: those that still decode have as many as the one that
-    # has ended, or are about to
-    assert all(
-        set(others) <= {len(r.completion_ids), len(r.completion_ids) - 1} for r, others in events
-    )
+    # A chat shows the tokens that are there. An unfinished completion has as many tokens as the
+    # one that has just ended, or gets its last one in the same step.
+    for r, unfinished in events:
+        assert set(unfinished) <= {len(r.completion_ids), len(r.completion_ids) - 1}
 
 
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 3), (0.5, 0), (0.8, 5)])
@@ -260,72 +255,54 @@ def test_top_k_and_top_p_restrict_what_can_be_drawn(engine, model, tokenizer, to
         p = torch.softmax(model(torch.tensor([rollouts[0].prompt_ids]))[0, -1] / 4.0, -1)
     order = p.argsort(descending=True)[: top_k or len(p)]
     kept = p[order] / p[order].sum()
-    allowed = order[: int((kept.cumsum(0) < top_p).sum()) + 1 if top_p < 1 else len(order)].tolist()
+    num_allowed = len(order)
+    if top_p < 1:
+        num_allowed = int((kept.cumsum(0) < top_p).sum()) + 1
+    allowed = order[:num_allowed].tolist()
     drawn = {r.completion_ids[0] for r in rollouts}
     assert drawn <= set(allowed) and len(drawn) > 1
     for r in rollouts:
-        assert abs(r.sampler_logprobs[0] - p[r.completion_ids[0]].log()) < 1e-5, (
-            "renormalised over what is allowed"
-        )
+        gap = abs(r.sampler_logprobs[0] - p[r.completion_ids[0]].log())
+        assert gap < 1e-5, "renormalised over what is allowed"
 
 
 def test_draws_follow_the_tempered_softmax(engine, model, tokenizer):
-    """2000 first tokens: total variation distance to softmax(logits / T) within what 2000 fair
-    draws give."""
+    """2000 first tokens are as close to softmax(logits / T), in total variation distance, as 2000
+    fair draws are."""
     for temperature in (1.5, 3.0):
         rollouts = ask(tokenizer, samples=2000, prompts=PROMPTS[1:2])
         engine.generate(rollouts, 1, temperature)
         with torch.no_grad():
-            p = torch.softmax(
-                model(torch.tensor([rollouts[0].prompt_ids]))[0, -1] / temperature, -1
-            )
-        counts = (
-            F.one_hot(torch.tensor([r.completion_ids[0] for r in rollouts]), len(p)).sum(0) / 2000
-        )
-        fair = torch.stack(
-            [
-                torch.multinomial(
-                    p, 2000, True, generator=torch.Generator().manual_seed(i)
-                ).bincount(minlength=len(p))
-                / 2000
-                for i in range(50)
-            ]
-        )
-        distance, limit = (
-            (counts - p).abs().sum().item() / 2,
-            ((fair - p).abs().sum(-1) / 2).max().item() * 1.1,
-        )
+            logits = model(torch.tensor([rollouts[0].prompt_ids]))[0, -1]
+        p = torch.softmax(logits / temperature, -1)
+        drawn = torch.tensor([r.completion_ids[0] for r in rollouts])
+        counts = drawn.bincount(minlength=len(p)) / 2000
+        fair_counts = []
+        for seed in range(50):
+            generator = torch.Generator().manual_seed(seed)
+            draws = torch.multinomial(p, 2000, True, generator=generator)
+            fair_counts.append(draws.bincount(minlength=len(p)) / 2000)
+        fair = torch.stack(fair_counts)
+        distance = (counts - p).abs().sum().item() / 2
+        limit = ((fair - p).abs().sum(-1) / 2).max().item() * 1.1
         print(
-            f"temperature {temperature}: total variation {distance:.3f}, worst of 50 fair samples {limit / 1.1:.3f}"
+            f"temperature {temperature}: total variation {distance:.3f}, "
+            f"worst of 50 fair samples {limit / 1.1:.3f}"
         )
         assert distance < limit
 
 
 def test_random_numbers_are_uniform_and_each_seed_has_its_own():
     u = uniforms([request_seed(0, i) for i in range(200)], 0, 200)
-    assert (
-        0 < u.min()
-        and u.max() < 1
-        and abs(u.mean() - 0.5) < 0.005
-        and abs(u.std() - 12**-0.5) < 0.005
-    )
-    assert (uniforms([5, 9], 3, 4) == uniforms([5, 9], 0, 7)[:, 3:]).all(), (
-        "number t of a stream is the same whenever it is asked for"
-    )
-    assert math.isclose(abs((u[:-1] * u[1:]).mean()), 0.25, abs_tol=0.005), (
-        "neighbouring seeds are correlated"
-    )
-    assert (
-        len(
-            {
-                request_seed(0, step, prompt, sample)
-                for step in range(9)
-                for prompt in range(9)
-                for sample in range(9)
-            }
-        )
-        == 729
-    )
+    assert 0 < u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.005
+    assert abs(u.std() - 12**-0.5) < 0.005
+    later = uniforms([5, 9], 3, 4)
+    assert (later == uniforms([5, 9], 0, 7)[:, 3:]).all(), "number t of a stream is always the same"
+    product = abs((u[:-1] * u[1:]).mean())
+    assert math.isclose(product, 0.25, abs_tol=0.005), "neighbouring seeds are correlated"
+    requests = itertools.product(range(9), repeat=3)  # step, prompt, sample
+    assert len({request_seed(0, *request) for request in requests}) == 9**3
 
 
 def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
@@ -333,9 +310,8 @@ def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
     engine = make_engine("auto", model, tokenizer)
     before = {name: p.clone() for name, p in model.named_parameters()}
     engine.generate(ask(tokenizer), 4, 1.0)
-    assert model.gradient_checkpointing and all(
-        p.requires_grad and p.grad is None for p in model.parameters()
-    )
+    assert model.gradient_checkpointing
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     model.gradient_checkpointing = False
 
@@ -346,13 +322,16 @@ def test_an_unknown_engine_is_refused(model, tokenizer):
 
 
 def test_equal_completions_of_a_prompt_have_one_verdict_which_is_worked_out_once():
-    """Equal are the row, the text and how it ended; after collect() everything is asked anew."""
-    asked, row, other = [], {"a": 1}, {"a": 1}
-    submit, collect = in_background(
-        ThreadPoolExecutor(2),
-        lambda r: asked.append(r.text) or (float(len(r.text)), "ok"),
-        ("reward", "status"),
-    )
+    """Completions are equal if they have the same row, text and finish reason. After collect()
+    every verdict is worked out anew."""
+    asked = []
+    row, other = {"a": 1}, {"a": 1}
+
+    def verdict(r):
+        asked.append(r.text)
+        return float(len(r.text)), "ok"
+
+    submit, collect = in_background(ThreadPoolExecutor(2), verdict, ("reward", "status"))
 
     def rollout(row, text, reason):
         return Rollout(row=row, group=0, prompt_ids=[1], seed=0, text=text, finish_reason=reason)
@@ -365,9 +344,9 @@ def test_equal_completions_of_a_prompt_have_one_verdict_which_is_worked_out_once
             rollout(row, "abc", "stop"),
             rollout(other, "ab", "stop"),
         ]
-        list(map(submit, rollouts[:4]))  # the last is left to collect()
-        collect(rollouts)
-        assert [(r.reward, r.status, r.pending) for r in rollouts] == [
-            (float(len(r.text)), "ok", None) for r in rollouts
-        ]
+        for r in rollouts[:4]:
+            submit(r)
+        collect(rollouts)  # it submits the last one itself
+        for r in rollouts:
+            assert (r.reward, r.status, r.pending) == (float(len(r.text)), "ok", None)
         assert len(asked) == expected and rollouts[0].verify_s > 0 == rollouts[1].verify_s

@@ -162,11 +162,9 @@ def test_head_at_the_real_vocabulary_is_fp32_inside():
     Compared are log-probs, entropy, loss and gradients.
     """
     torch.manual_seed(0)
-    hidden, weight, target = (
-        randn(300, 1024),
-        randn(151936, 1024, scale=0.05),
-        torch.randint(151936, (300,), device="cuda"),
-    )
+    hidden = randn(300, 1024)
+    weight = randn(151936, 1024, scale=0.05)
+    target = torch.randint(151936, (300,), device="cuda")
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     logprobs = torch.log_softmax(wide[0] @ wide[1].T / 0.7, -1)
     exact = [logprobs.gather(1, target[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)]

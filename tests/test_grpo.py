@@ -60,15 +60,14 @@ def advantages(rollouts, **changes):
 
 # ---- 1. Advantages: (r - mean) / (std + 1e-6) inside the group, std unbiased ---------------------
 def test_advantages_by_hand():
-    # mean 0.25, deviations 0.75 -0.25 -0.25 -0.25, variance (0.5625 + 3 * 0.0625) / 3 = 0.25, std
-    # 0.5
+    # The mean is 0.25 and the deviations are 0.75, -0.25, -0.25, -0.25. The variance is
+    # (0.5625 + 3 * 0.0625) / 3 = 0.25, so the standard deviation is 0.5.
     assert advantages([rollout(r) for r in (1.0, 0.0, 0.0, 0.0)]) == [1.5, -0.5, -0.5, -0.5]
-    # two groups do not see each other; mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 1.6667,
-    # std 1.291
-    two = [rollout(r) for r in (1.0, 0.0, 0.0, 0.0)] + [
-        rollout(r, group=1) for r in (1.0, 2.0, 3.0, 4.0)
-    ]
-    assert advantages(two) == [1.5, -0.5, -0.5, -0.5, -1.1619, -0.3873, 0.3873, 1.1619]
+    # Two groups do not see each other. The second has mean 2.5 and variance
+    # (2.25 + 0.25 + 0.25 + 2.25) / 3 = 1.6667, so its standard deviation is 1.291.
+    first = [rollout(r) for r in (1.0, 0.0, 0.0, 0.0)]
+    second = [rollout(r, group=1) for r in (1.0, 2.0, 3.0, 4.0)]
+    assert advantages(first + second) == [1.5, -0.5, -0.5, -0.5, -1.1619, -0.3873, 0.3873, 1.1619]
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, -1.0, 0.1 + 0.2])
@@ -79,11 +78,11 @@ def test_advantages_of_an_all_equal_group_are_zero(reward):
     assert all(r.in_loss for r in rollouts), "their tokens stay in the denominator (G5)"
 
 
-def test_truncated_rollouts_leave_the_group_statistics_under_the_overlong_filter():
+def test_the_overlong_filter_leaves_truncated_rollouts_out():
     def group():
         return [rollout(1.0), rollout(0.0), rollout(0.0, finish_reason="length"), rollout(0.0)]
 
-    # of (1, 0, 0): mean 1/3, std 0.57735
+    # Rewards (1, 0, 0) are left: their mean is 1/3, their standard deviation 0.57735.
     assert advantages(group()) == [1.1547, -0.5773, 0.0, -0.5773]
     assert advantages(group(), overlong_filter=False) == [1.5, -0.5, -0.5, -0.5]
     filtered = group()
@@ -91,7 +90,7 @@ def test_truncated_rollouts_leave_the_group_statistics_under_the_overlong_filter
     assert [r.in_loss for r in filtered] == [True, True, False, True]
 
 
-def test_infrastructure_failures_leave_the_group_statistics_whatever_the_filter():
+def test_infrastructure_failures_are_always_left_out():
     for overlong_filter in (True, False):
         group = [rollout(1.0), rollout(0.0), rollout(float("nan"), status="infra"), rollout(0.0)]
         assert advantages(group, overlong_filter=overlong_filter) == [1.1547, -0.5773, 0.0, -0.5773]
@@ -100,14 +99,14 @@ def test_infrastructure_failures_leave_the_group_statistics_whatever_the_filter(
 
 def test_a_group_of_which_one_rollout_is_left_teaches_nothing():
     group = [rollout(1.0)] + [rollout(0.0, finish_reason="length") for _ in range(3)]
-    assert advantages(group) == [0.0] * 4 and not any(r.in_loss for r in group)
+    assert advantages(group) == [0.0] * 4
+    assert not any(r.in_loss for r in group)
 
 
 def test_a_missing_reward_is_an_error_not_a_zero():
+    missing = rollout(float("nan"), status="wrong")
     with pytest.raises(AssertionError, match="reward nan"):
-        advantages(
-            [rollout(1.0), rollout(0.0), rollout(float("nan"), status="wrong"), rollout(0.0)]
-        )
+        advantages([rollout(1.0), rollout(0.0), missing, rollout(0.0)])
 
 
 def test_torn_groups_are_refused():
@@ -117,24 +116,23 @@ def test_torn_groups_are_refused():
 
 # ---- 2. The packed batch: flat tokens, offsets, and the positions of completion tokens -----------
 def test_a_packed_batch_by_hand():
-    a, b = (
-        rollout(1, prompt=(5, 6), completion=(7, STOP)),
-        rollout(0, prompt=(8,), completion=(9, 10, 11)),
-    )
+    a = rollout(1, prompt=(5, 6), completion=(7, STOP))
+    b = rollout(0, prompt=(8,), completion=(9, 10, 11))
     a.advantage, b.advantage = 1.5, -0.5
     a.sampler_logprobs, b.sampler_logprobs = [-1.0, -2.0], [-3.0, -4.0, -5.0]
     batch = mathrl.pack_rollouts([a, b], "cpu")
     assert batch["input_ids_T"].tolist() == [5, 6, 7, STOP, 8, 9, 10, 11]
     assert batch["cu_seqlens"].tolist() == [0, 4, 8] and batch["max_seqlen"] == 4
-    # completions, stop token included, prompts left out
+    # The loss counts the completions with their stop tokens, and no prompt token.
     assert batch["loss_index"].tolist() == [2, 3, 5, 6, 7]
     assert batch["advantages_T"].tolist() == [0, 0, 1.5, 1.5, 0, -0.5, -0.5, -0.5]
     assert batch["sampler_logprobs_T"].tolist() == [0, 0, -1, -2, 0, -3, -4, -5]
 
 
 def test_the_batch_drawn_in_mathrl_is_what_the_packer_makes():
-    """The comment above rollout() in mathrl.py, line by line, against pack_rollouts."""
-    a, b = rollout(1, prompt=(5, 6), completion=(7, 8)), rollout(0, prompt=(5, 6), completion=(9,))
+    """Every line of the drawing above rollout() in mathrl.py is compared with pack_rollouts."""
+    a = rollout(1, prompt=(5, 6), completion=(7, 8))
+    b = rollout(0, prompt=(5, 6), completion=(9,))
     a.advantage, b.advantage = 0.7, -0.7
     batch = mathrl.pack_rollouts([a, b], "cpu")
     drawn = {}
@@ -142,74 +140,74 @@ def test_the_batch_drawn_in_mathrl_is_what_the_packer_makes():
         if match := re.match(r"#     (\w+) ((?: +-?[\d.]+)+)", line):
             drawn[match[1]] = [float(number) for number in match[2].split()]
     first_U, copy_T = batch.pop("shared")
-    made = batch | {"first_U": first_U, "copy_T": copy_T, "t": torch.arange(7)}
-    assert len(drawn) == 7
+    made = batch | {"copy_T": copy_T, "t": torch.arange(7)}
+    assert len(drawn) == 6 and "first_U = [0, 1, 2, 3, 6]" in inspect.getsource(mathrl)
+    assert first_U.tolist() == [0, 1, 2, 3, 6]
     for name, numbers in drawn.items():
         assert made[name].tolist() == pytest.approx(numbers), name
 
 
-def test_shared_prefixes_by_hand_and_against_a_dictionary_of_all_prefixes():
+def test_shared_prefixes_by_hand_and_against_all_prefixes():
     first_U, copy_T = shared_prefixes([[5, 6, 7], [5, 6, 8]], "cpu")
     assert first_U.tolist() == [0, 1, 2, 5] and copy_T.tolist() == [0, 1, 2, 0, 1, 3]
-    assert shared_prefixes([[5, 6, 7], [6, 6, 7]], "cpu") is None  # equal tokens, other pasts
+    # Equal tokens after different pasts are not shared.
+    assert shared_prefixes([[5, 6, 7], [6, 6, 7]], "cpu") is None
     draw = random.Random(0)
     for _ in range(200):
-        sequences = [draw.choices((1, 2), k=draw.randint(1, 8)) for _ in range(draw.randint(2, 12))]
+        num_sequences = draw.randint(2, 12)
+        sequences = [draw.choices((1, 2), k=draw.randint(1, 8)) for _ in range(num_sequences)]
         pasts = [tuple(s[: i + 1]) for s in sequences for i in range(len(s))]
         shared = shared_prefixes(sequences, "cpu")
         if shared is None:
             assert len(set(pasts)) >= 0.9 * len(pasts)
             continue
         first_U, copy_T = shared
-        assert len(first_U) == len(set(pasts)), "each past once"
-        assert [pasts[i] for i in first_U[copy_T].tolist()] == pasts, (
-            "and every token finds its own"
-        )
+        assert len(first_U) == len(set(pasts)), "each past is there once"
+        found = [pasts[i] for i in first_U[copy_T].tolist()]
+        assert found == pasts, "every token finds its own past"
 
 
-def test_micro_batches_hold_every_sequence_with_a_gradient_once_and_stay_in_their_budget():
-    rollouts = [
-        rollout(0, group=n, prompt=range(3, 3 + n % 5 + 1), completion=range(10, 11 + n % 7))
-        for n in range(40)
-    ]
-    for n, r in enumerate(rollouts):
-        r.advantage = (n % 3 - 1.0) * (n + 1)  # every third is 0
+def test_micro_batches_hold_every_sequence_once_in_their_budget():
+    rollouts = []
+    for n in range(40):
+        r = rollout(0, group=n, prompt=range(3, 4 + n % 5), completion=range(10, 11 + n % 7))
+        r.advantage = (n % 3 - 1.0) * (n + 1)  # every third has none and is left out
+        rollouts.append(r)
     batches = mathrl.collate(rollouts, config(micro_batch_tokens=30), "cpu")
     assert len(batches) > 3 and all(len(b["input_ids_T"]) <= 30 for b in batches)
-    seen = sorted(b["advantages_T"][b["loss_index"]].tolist() for b in batches)
-    expected = sorted(r.advantage for r in rollouts if r.advantage for _ in r.completion_ids)
-    assert sorted(x for part in seen for x in part) == expected
+    seen, expected = [], []  # the advantage of every token that the loss counts
+    for b in batches:
+        seen += b["advantages_T"][b["loss_index"]].tolist()
+    for r in rollouts:
+        if r.advantage:
+            expected += [r.advantage] * len(r.completion_ids)
+    assert sorted(seen) == sorted(expected)
 
 
 def test_samples_of_a_prompt_share_a_micro_batch():
-    rollouts = [
-        rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 11 + (3 * g + n) % 7))
-        for n in range(4)
-        for g in range(5)
-    ]
-    for r in rollouts:
+    rollouts = []
+    for n, g in itertools.product(range(4), range(5)):
+        length = 1 + (3 * g + n) % 7
+        r = rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 10 + length))
         r.advantage = 1.0
+        rollouts.append(r)
     batches = mathrl.collate(rollouts, config(micro_batch_tokens=80), "cpu")
     groups = [b["input_ids_T"][b["cu_seqlens"][:-1].long()].tolist() for b in batches]
-    assert [len(set(part)) for part in groups] == [
-        len([k for k, _ in itertools.groupby(part)]) for part in groups
-    ], "a group is not spread"
-    assert sum(len(set(part)) for part in groups) <= 5 + len(batches) - 1, (
-        "and cut at most where a micro-batch ends"
-    )
+    for part in groups:
+        runs = [key for key, _ in itertools.groupby(part)]
+        assert len(runs) == len(set(part)), "samples of a group stand side by side"
+    num_parts = sum(len(set(part)) for part in groups)
+    assert num_parts <= 5 + len(batches) - 1, "a group is cut only where a micro-batch ends"
 
 
 def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
     rollouts = [rollout(1, completion=range(50)), rollout(0)]
     rollouts[0].advantage, rollouts[1].advantage = 1.0, -1.0
-    assert [
-        len(b["input_ids_T"])
-        for b in mathrl.collate(rollouts, config(micro_batch_tokens=10), "cpu")
-    ] == [52, 4]
+    batches = mathrl.collate(rollouts, config(micro_batch_tokens=10), "cpu")
+    assert [len(b["input_ids_T"]) for b in batches] == [52, 4]
 
 
-# ---- 3. The loss: -sum over completion tokens of ratio A, over the tokens of the whole step
-# -------
+# ---- 3. The loss: -sum of ratio * advantage over completion tokens, by the tokens of the step ----
 def token_batch(advantage_of_tokens):
     """One sequence: a prompt token, then one completion token per advantage."""
     T = 1 + len(advantage_of_tokens)
@@ -236,16 +234,16 @@ def loss_and_grad(ratios, advantage_of_tokens, tokens, stage=mathrl, cfg=None):
 
 
 def test_loss_by_hand_on_three_tokens():
-    # ratios 1.1, 0.9, 1.0 and advantage 2: -(2.2 + 1.8 + 2.0) / 3 = -2; d ratio / d logprob = ratio
+    # Ratios 1.1, 0.9, 1.0 and advantage 2 give -(2.2 + 1.8 + 2.0) / 3 = -2. The derivative of a
+    # ratio by its log-prob is the ratio.
     loss, grad = loss_and_grad([1.1, 0.9, 1.0], [2.0, 2.0, 2.0], tokens=3)
-    assert loss == pytest.approx(-2.0) and grad == pytest.approx(
-        [0.0, -2.2 / 3, -1.8 / 3, -2.0 / 3]
-    )
-    # the same three tokens in a step of 30: a tenth, though this micro-batch holds only three
+    assert loss == pytest.approx(-2.0)
+    assert grad == pytest.approx([0.0, -2.2 / 3, -1.8 / 3, -2.0 / 3])
+    # In a step of 30 tokens the same three give a tenth, though this micro-batch holds no others.
     assert loss_and_grad([1.1, 0.9, 1.0], [2.0, 2.0, 2.0], tokens=30)[0] == pytest.approx(-0.2)
 
 
-def test_on_policy_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():
+def test_on_policy_the_ratio_is_one_and_the_gradient_reinforce():
     logprobs_T = torch.randn(9).requires_grad_()
     batch = token_batch([0.7] * 5 + [-1.3] * 3)
     loss = mathrl.grpo_loss(
@@ -260,9 +258,10 @@ def test_on_policy_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():
     assert logprobs_T.grad.tolist() == (-batch["advantages_T"] / 8).tolist()
 
 
-def test_only_completion_tokens_get_gradient_and_the_stop_token_is_one_of_them():
-    # ids say nothing about masks
-    a, b = rollout(1, completion=(7, 9, STOP)), rollout(0, prompt=(STOP, STOP), completion=(STOP,))
+def test_only_completion_tokens_get_gradient_stop_token_included():
+    # The second prompt is made of stop tokens: a mask that is made from ids would fail here.
+    a = rollout(1, completion=(7, 9, STOP))
+    b = rollout(0, prompt=(STOP, STOP), completion=(STOP,))
     a.advantage, b.advantage = 1.0, -1.0
     batch = mathrl.pack_rollouts([a, b], "cpu")
     logprobs_T = torch.full((8,), -1.0).requires_grad_()
@@ -273,13 +272,14 @@ def test_only_completion_tokens_get_gradient_and_the_stop_token_is_one_of_them()
         counts={"tokens": 4},
         cfg=config(),
     ).backward()
-    # a: p p 7 9 stop    b: p p stop
+    # The tokens are prompt, prompt, 7, 9, stop and then prompt, prompt, stop.
     assert logprobs_T.grad.tolist() == [0, 0, -0.25, -0.25, -0.25, 0, 0, 0.25]
 
 
 # ---- 4. The whole update, against a twin that is nothing but the formula -------------------------
 def random_step(seed=0, groups=5, G=4):
-    """Rollouts with random tokens and rewards; some truncated, one infra, one flat group."""
+    """Rollouts with random tokens and rewards. Two are truncated, one has no verdict (infra), and
+    the rewards of one group are all equal."""
     draw = torch.Generator().manual_seed(seed)
 
     def number(low, high):
@@ -293,12 +293,10 @@ def random_step(seed=0, groups=5, G=4):
         prompt = ids(number(2, 9))
         for n in range(G):
             completion = ids(number(1, 12)) + [STOP]
-            rollouts.append(
-                rollout(
-                    float(number(0, 2)) if g else 1.0, group=g, prompt=prompt, completion=completion
-                )
-            )
-            rollouts[-1].sampler_logprobs = [-1.0] * len(completion)
+            reward = float(number(0, 2)) if g else 1.0
+            sample = rollout(reward, group=g, prompt=prompt, completion=completion)
+            sample.sampler_logprobs = [-1.0] * len(completion)
+            rollouts.append(sample)
     rollouts[6].finish_reason, rollouts[11].finish_reason = "length", "length"
     rollouts[13].reward, rollouts[13].status = float("nan"), "infra"
     for g in range(1, groups):
@@ -307,28 +305,32 @@ def random_step(seed=0, groups=5, G=4):
 
 
 def gradient(rollouts, stage=mathrl, model=None, **changes):
-    """({parameter: gradient}, metrics) of one train_step; the gradient is read off as the
+    """Return ({parameter: gradient}, metrics) of one train_step. The gradient is copied when the
     optimizer is about to use it."""
     model = model or make_tiny()
     cfg = stage.Config(**{**CFG, "grad_clip": 1e9, **changes})
     stage.compute_advantages(rollouts, cfg)
-    optimizer, grads = torch.optim.SGD(model.parameters(), lr=0.0), {}
-    optimizer.register_step_pre_hook(
-        lambda *_: grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    grads = {}
+
+    def copy_gradient(*_):
+        for name, p in model.named_parameters():
+            grads[name] = p.grad.clone()
+
+    optimizer.register_step_pre_hook(copy_gradient)
     metrics = stage.train_step(model, optimizer, rollouts, cfg, torch.device("cpu"), world=1)
     return grads, metrics
 
 
 def distance(a, b):
-    """Largest difference of two gradients over the largest entry."""
+    """The largest difference of two gradients, relative to the largest entry of the first."""
     scale = max(g.abs().max() for g in a.values())
     return max((a[n] - b[n]).abs().max() for n in a).item() / scale.item()
 
 
 def literal_twin(model, rollouts, cfg):
-    """Paper eq. 1 and 6.3 word for word: padded float64 forward of transformers, Python loops
-    over groups and tokens."""
+    """Equation 1 and section 6.3 of the paper, word for word: a padded float64 forward of
+    transformers, and Python loops over groups and tokens."""
 
     def kept(r):
         return r.status != "infra" and not (cfg.overlong_filter and r.finish_reason == "length")
@@ -366,7 +368,8 @@ def test_loss_and_gradient_equal_the_literal_formula(tied, overlong_filter, tmp_
     )
     error = distance(expected, {n: g.double() for n, g in grads.items()})
     print(
-        f"gradient against the formula in float64: relative error {error:.1e}, tolerance 1e-05; loss {metrics['loss']:.6f} against {loss:.6f}"
+        f"gradient against the formula in float64: relative error {error:.1e}, tolerance 1e-05; "
+        f"loss {metrics['loss']:.6f} against {loss:.6f}"
     )
     assert error < 1e-5 and grads.keys() == expected.keys()
     assert metrics["num_tokens"] == num_tokens and abs(metrics["loss"] - loss) < 1e-6
@@ -378,7 +381,8 @@ def test_gradient_does_not_depend_on_micro_batch_tokens():
         grads, again = gradient(random_step(), micro_batch_tokens=micro_batch_tokens)
         error = distance(reference, grads)
         print(
-            f"micro-batches of {micro_batch_tokens} tokens: relative difference {error:.1e}, tolerance 1e-05"
+            f"micro-batches of {micro_batch_tokens} tokens: relative difference {error:.1e}, "
+            "tolerance 1e-05"
         )
         assert error < 1e-5
         assert again == pytest.approx(metrics, rel=1e-5), "no metric may depend on it either"
@@ -397,18 +401,19 @@ def test_gradient_does_not_depend_on_the_order_of_rollouts():
 
 
 def test_a_mean_per_micro_batch_would_fail_the_tests_above():
-    """The usual wrong denominator, so that the tolerance above is known to mean something."""
+    """The usual wrong denominator fails, so the tolerance above means something."""
     original = mathrl.grpo_loss
+
+    def mean_of_the_micro_batch(logprobs_T, old_T, batch, counts, cfg):
+        return original(logprobs_T, old_T, batch, {"tokens": len(batch["loss_index"])}, cfg)
+
     try:
-        mathrl.grpo_loss = lambda logprobs_T, old_T, batch, counts, cfg: original(
-            logprobs_T, old_T, batch, {"tokens": len(batch["loss_index"])}, cfg
-        )
-        error = distance(
-            gradient(random_step(), micro_batch_tokens=10**6)[0],
-            gradient(random_step(), micro_batch_tokens=25)[0],
-        )
+        mathrl.grpo_loss = mean_of_the_micro_batch
+        whole, _ = gradient(random_step(), micro_batch_tokens=10**6)
+        cut, _ = gradient(random_step(), micro_batch_tokens=25)
     finally:
         mathrl.grpo_loss = original
+    error = distance(whole, cut)
     print(f"per-micro-batch means: relative difference {error:.1e}")
     assert error > 1e-2
 
@@ -423,9 +428,8 @@ def test_a_step_without_any_signal_changes_nothing():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
     metrics = mathrl.train_step(model, optimizer, rollouts, cfg, torch.device("cpu"), world=1)
     assert metrics["grad_norm"] == 0 and metrics["num_tokens"] == 16
-    assert (
-        all(torch.equal(before[n], p) for n, p in model.named_parameters()) and not optimizer.state
-    )
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert not optimizer.state
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied():
@@ -439,19 +443,16 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
 
 
-def test_one_update_makes_good_completions_likelier_and_bad_ones_less_likely():
-    model, rollouts, cfg = (
-        make_tiny(),
-        random_step(),
-        config(micro_batch_tokens=10**6, grad_clip=1.0),
-    )
+def test_one_update_makes_good_completions_likelier():
+    model = make_tiny()
+    rollouts = random_step()
+    cfg = config(micro_batch_tokens=10**6, grad_clip=1.0)
     mathrl.compute_advantages(rollouts, cfg)
     batch = mathrl.collate(rollouts, cfg, "cpu")[0]
 
     def score():
-        return (
-            (model.token_logprobs(batch, cfg.temperature)[0] * batch["advantages_T"]).sum().item()
-        )
+        logprobs_T, _ = model.token_logprobs(batch, cfg.temperature)
+        return (logprobs_T * batch["advantages_T"]).sum().item()
 
     before = score()
     mathrl.train_step(
@@ -471,15 +472,18 @@ def fresh_state():
 
 
 def test_every_epoch_is_a_permutation_of_the_rows():
-    rows, state, cfg = [{} for _ in range(12)], fresh_state(), config(prompts_per_step=4)
-    epochs = [
-        sum((mathrl.next_prompts(rows, state, cfg, mathrl.select_rows) for _ in range(3)), [])
-        for _ in range(2)
-    ]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
+    rows = [{} for _ in range(12)]
+    state = fresh_state()
+    cfg = config(prompts_per_step=4)
+    epochs = [[], []]
+    for epoch in epochs:
+        for _ in range(3):
+            epoch += mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
+    assert epochs[0] != epochs[1]
 
 
-def test_next_prompts_goes_on_from_a_state_that_was_saved_as_json():
+def test_next_prompts_goes_on_from_a_state_saved_as_json():
     rows, cfg = [{} for _ in range(10)], config(prompts_per_step=4)
     straight, state = [], fresh_state()
     for _ in range(9):
@@ -491,28 +495,27 @@ def test_next_prompts_goes_on_from_a_state_that_was_saved_as_json():
     assert straight == resumed
 
 
-def test_the_epoch_filter_drops_solved_and_hopeless_problems_and_lets_some_return():
-    """Paper 4.5.2, through next_prompts: rows 0-9 always solved, 10-19 never, the others
-    sometimes."""
-    rows, cfg = (
-        [{} for _ in range(30)],
-        config(prompts_per_step=10, readmit_easy=0.0, readmit_hard=0.0),
-    )
+def test_the_epoch_filter_drops_solved_and_hopeless_problems():
+    """Paper 4.5.2, through next_prompts. Rows 0-9 are always solved, rows 10-19 never, and the
+    others sometimes; then some of the dropped rows return."""
+    rows = [{} for _ in range(30)]
+    cfg = config(prompts_per_step=10, readmit_easy=0.0, readmit_hard=0.0)
     state = fresh_state()
-    first = sum((mathrl.next_prompts(rows, state, cfg, mathrl.select_rows) for _ in range(3)), [])
+    first = []
+    for _ in range(3):
+        first += mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)
     assert sorted(first) == list(range(30))
-    state["history"] = {str(i): [4 if i < 10 else 0 if i < 20 else 2, 4] for i in range(30)}
+    num_correct = [4] * 10 + [0] * 10 + [2] * 10
+    state["history"] = {str(i): [correct, 4] for i, correct in enumerate(num_correct)}
     assert sorted(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)) == list(range(20, 30))
-    state, cfg = (
-        fresh_state() | {"history": state["history"], "epoch": 1},
-        config(prompts_per_step=20, readmit_easy=0.0, readmit_hard=1.0),
-    )
+    state = fresh_state() | {"history": state["history"], "epoch": 1}
+    cfg = config(prompts_per_step=20, readmit_easy=0.0, readmit_hard=1.0)
     assert sorted(mathrl.next_prompts(rows, state, cfg, mathrl.select_rows)) == list(range(10, 30))
 
 
 def test_what_the_epoch_filter_counts():
-    """Per row, correct and sampled; truncated rollouts under the overlong filter are no evidence
-    of difficulty."""
+    """It counts, by row, the correct and the sampled rollouts. A rollout that the overlong filter
+    leaves out is no evidence of difficulty."""
     rollouts = [
         rollout(1.0),
         rollout(0.0, status="wrong"),
@@ -526,21 +529,20 @@ def test_what_the_epoch_filter_counts():
 
 
 class TableEngine:
-    """No model: the completion of a rollout is its prompt's number, and the table says what it
+    """An engine without a model: every completion is one stop token, and a table says what it
     earns."""
 
     def __init__(self, rewards):
-        self.rewards, self.asked = rewards, []  # {row: rewards of its G samples}
+        self.rewards = rewards  # function of a row's index: the rewards of its G samples
+        self.asked = []  # the rows of each call of generate()
 
     def generate(self, rollouts, max_new_tokens, temperature, top_p, top_k, on_finished):
         self.asked.append([r.row["index"] for r in rollouts[::4]])
         for r in rollouts:
-            r.completion_ids, r.sampler_logprobs, r.finish_reason, r.text = (
-                [STOP],
-                [0.0],
-                "stop",
-                "",
-            )
+            r.completion_ids = [STOP]
+            r.sampler_logprobs = [0.0]
+            r.finish_reason = "stop"
+            r.text = ""
             on_finished(r)
 
     def collect(self, rollouts):
@@ -549,22 +551,24 @@ class TableEngine:
 
 
 def roll(rewards, num_rows=20, indices=(0, 1, 2, 3), rank=0, world=1, **changes):
-    """(rollouts to train on, rollouts of the first round, the engine)."""
-    engine, submitted = TableEngine(rewards), []
+    """Return the rollouts to train on, the rollouts of the first round, and the engine."""
+    engine = TableEngine(rewards)
+    submitted = []
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
     hook = (submitted.append, engine.collect)
     cfg = ifrl.Config(**{**CFG, "max_refill_rounds": 0, **changes})
     trained, sampled = ifrl.rollout(engine, rows, list(indices), 1, cfg, hook, rank, world)
-    assert len(submitted) == 4 * sum(map(len, engine.asked)), (
-        "every finished completion goes to the verifier at once"
-    )
+    num_sampled = 4 * sum(map(len, engine.asked))
+    assert len(submitted) == num_sampled, "every finished completion goes to the verifier at once"
     return trained, sampled, engine
 
 
-FLAT, UNEVEN = [0.0] * 4, [1.0, 0.0, 0.0, 1.0]
+# The rewards of a group without a gradient, and of a group with one.
+FLAT = [0.0] * 4
+UNEVEN = [1.0, 0.0, 0.0, 1.0]
 
 
-def test_without_dynamic_sampling_ifrl_s_rollout_is_the_other_stages():
+def test_without_dynamic_sampling_ifrl_rolls_out_as_the_others():
     """The same seeds, rewards and advantages, rollout by rollout, on each of two ranks."""
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(20)]
     for rank in (0, 1):
@@ -582,54 +586,46 @@ def test_without_refill_every_group_is_trained_on():
     assert trained == sampled and len(trained) == 16 and engine.asked == [[0, 1, 2, 3]]
 
 
-def test_refill_keeps_uneven_groups_only_and_asks_for_as_many_as_are_missing():
+def test_refill_keeps_uneven_groups_and_asks_for_the_missing():
     trained, sampled, engine = roll(lambda i: FLAT if i < 2 else UNEVEN, max_refill_rounds=4)
     assert len(engine.asked[0]) == 4 and [r.row["index"] for r in sampled[::4]] == [0, 1, 2, 3]
-    assert (
-        len(trained) == 16
-        and {r.row["index"] for r in trained} >= {2, 3}
-        and all(r.row["index"] >= 2 for r in trained)
-    )
+    assert len(trained) == 16
+    assert {r.row["index"] for r in trained} >= {2, 3}
+    assert all(r.row["index"] >= 2 for r in trained)
     assert len(engine.asked[1]) == 2, "two groups were missing"
     assert len({r.group for r in trained}) == 4, "fresh groups have numbers of their own"
     assert len({r.seed for r in trained}) == 16
 
 
-def test_refill_is_bounded_by_its_rounds_and_by_the_rows_there_are():
+def test_refill_is_bounded_by_its_rounds_and_by_the_rows():
     def uneven_once(i):
         return UNEVEN if i == 0 else FLAT
 
     trained, _, engine = roll(uneven_once, max_refill_rounds=3, num_rows=1000)
-    assert len(engine.asked) == 4 and {r.row["index"] for r in trained} == {0}, (
-        "one group is left: the step is smaller, not infinite"
-    )
+    assert len(engine.asked) == 4
+    assert {r.row["index"] for r in trained} == {0}, "one group is left: the step is smaller"
     _, _, engine = roll(uneven_once, max_refill_rounds=99, num_rows=12)
     assert sum(map(len, engine.asked[1:])) <= 12
 
 
-def test_when_no_group_is_uneven_one_untrained_rollout_stands_for_the_step():
+def test_without_an_uneven_group_one_untrained_rollout_is_left():
     trained, sampled, _ = roll(lambda i: FLAT, max_refill_rounds=2)
-    assert (
-        len(sampled) == 16
-        and len(trained) == 1
-        and not trained[0].in_loss
-        and not trained[0].advantage
-    )
+    assert len(sampled) == 16
+    (stand_in,) = trained
+    assert not stand_in.in_loss
+    assert not stand_in.advantage
 
 
-def test_ranks_share_prompts_out_and_never_refill_with_the_same_ones():
-    engines = [
-        roll(
-            lambda i: FLAT if i < 4 else UNEVEN,
-            num_rows=40,
-            rank=rank,
-            world=2,
-            max_refill_rounds=2,
-        )[2]
-        for rank in (0, 1)
-    ]
-    assert engines[0].asked[0] == [0, 2] and engines[1].asked[0] == [1, 3]
-    assert not set(sum(engines[0].asked[1:], [])) & set(sum(engines[1].asked[1:], []))
+def test_ranks_never_sample_or_refill_with_the_same_prompts():
+    def flat_at_first(i):
+        return FLAT if i < 4 else UNEVEN
+
+    refills = []
+    for rank, first_rows in ((0, [0, 2]), (1, [1, 3])):
+        _, _, engine = roll(flat_at_first, num_rows=40, rank=rank, world=2, max_refill_rounds=2)
+        assert engine.asked[0] == first_rows
+        refills.append({row for asked in engine.asked[1:] for row in asked})
+    assert refills[0].isdisjoint(refills[1])
 
 
 def test_summary_by_hand():
@@ -640,10 +636,11 @@ def test_summary_by_hand():
         rollout(0.0, status="no_answer"),
     ]
     rollouts += [rollout(1.0, group=1) for _ in range(4)]
-    for r, (think, text, verify_s) in zip(
-        rollouts, ((True, "a", 0.5), (True, "</think>b", 0.25), (True, "", 0.25)), strict=False
-    ):
-        r.row, r.text, r.verify_s = {**r.row, "think": think}, text, verify_s
+    verified = (("a", 0.5), ("</think>b", 0.25), ("", 0.25))
+    for r, (text, verify_s) in zip(rollouts[:3], verified, strict=True):
+        r.row = {**r.row, "think": True}
+        r.text = text
+        r.verify_s = verify_s
     summary = summarize(rollouts, mathrl.monitor(rollouts))
     assert summary["reward"] == pytest.approx(5 / 7), "of the seven that have a reward"
     assert summary["flat"] == 0.5 and summary["trunc"] == 1 / 8 and summary["len"] == 15 / 8
@@ -652,7 +649,7 @@ def test_summary_by_hand():
     assert sum(v for k, v in summary.items() if k.startswith("status/")) == 1
 
 
-# what a step of a stage has to say besides what every stage says: names in metrics.jsonl
+# The names in metrics.jsonl that a stage logs besides EVERYWHERE, the names that all stages log.
 LOGGED = {
     mathrl: {"box", "two_boxes", "box_wrong"},
     coderl: {"wrong", "timeout", "crash", "no_answer", "language", "passed"},
@@ -677,31 +674,26 @@ EVERYWHERE = {
 
 
 @pytest.mark.parametrize("stage", LOGGED, ids=lambda stage: stage.__name__)
-def test_every_step_logs_what_shows_a_broken_or_a_farmed_verifier(stage):
+def test_every_step_logs_what_shows_a_broken_verifier(stage):
     rollouts = [rollout(1.0), rollout(0.0, status="wrong")]
     for r in rollouts:
-        r.row, r.text = (
-            {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]},
-            "<think>x</think>y",
-        )
-        r.followed, r.passed, r.reason, r.score, r.batch_mean, r.batch_std = (
-            [True],
-            1.0,
-            "exact",
-            1.0,
-            1.0,
-            0.0,
-        )
+        r.row = {**r.row, "think": True, "instruction_id_list": ["punctuation:no_comma"]}
+        r.text = "<think>x</think>y"
+        r.followed = [True]
+        r.passed = 1.0
+        r.reason = "exact"
+        r.score = 1.0
+        r.batch_mean = 1.0
+        r.batch_std = 0.0
     logged = summarize(rollouts, stage.monitor(rollouts))
-    assert {name for name in logged if not name.startswith("reward/")} >= EVERYWHERE
-    assert {
-        name.removeprefix("reward/") for name in logged if name.startswith("reward/")
-    } == LOGGED[stage]
+    of_the_stage = {name for name in logged if name.startswith("reward/")}
+    assert logged.keys() - of_the_stage >= EVERYWHERE
+    assert {name.removeprefix("reward/") for name in of_the_stage} == LOGGED[stage]
 
 
 def test_rlhf_logs_the_reward_model_s_mean_and_spreads(monkeypatch):
-    """Groups with scores (1, 3) and (5, 5, nothing): an endpoint that failed has no score. Mean
-    3.5, variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
+    """The groups have scores (1, 3) and (5, 5, none): an endpoint that failed gives no score. The
+    mean is 3.5, the variance (6.25 + 0.25 + 2.25 + 2.25) / 4."""
     collect = table_reward(monkeypatch, {"a": 1.0, "b": 3.0, "c": 5.0, "lost": None})
     rollouts = replies(["a", "b"]) + replies(["c", "c", "lost"], group=1)
     collect(rollouts)
@@ -714,7 +706,7 @@ def test_rlhf_logs_the_reward_model_s_mean_and_spreads(monkeypatch):
 
 
 def test_importance_weights_by_hand():
-    """Sampler log-probs -1, -1.2, -2 against -1 in the trainer: weights 1, e^0.2 and 0, because
+    """Sampler log-probs -1, -1.2 and -2 against -1 in the trainer give weights 1, e^0.2 and 0:
     e^1 is over the limit of 2."""
     for stage in (mathrl, rlhf):
         old_T = torch.tensor([0.0, -1.0, -1.0, -1.0])
@@ -740,29 +732,27 @@ def rlhf_config(**changes):
     return rlhf.Config(**{**CFG, "overlong_filter": False, **changes})
 
 
-def test_without_stabilisers_rlhf_has_the_loss_of_the_other_stages():
+def test_without_stabilisers_rlhf_has_the_loss_of_the_others():
     for ratio, advantage in ((1.5, 1.0), (0.5, 1.0), (1.5, -1.0), (0.5, -1.0)):
-        assert loss_and_grad(
-            [ratio, 1.0], [advantage, 0.3], 2, rlhf, rlhf_config()
-        ) == loss_and_grad([ratio, 1.0], [advantage, 0.3], 2)
+        ratios = [ratio, 1.0]
+        token_advantages = [advantage, 0.3]
+        ours = loss_and_grad(ratios, token_advantages, 2, rlhf, rlhf_config())
+        assert ours == loss_and_grad(ratios, token_advantages, 2)
 
 
 def test_sequence_level_weights_by_hand():
-    """Completions of 1 and 3 tokens in one pack: weights 1/1 and 1/3, over 5 sequences of all
-    ranks and micro-batches."""
-    a, b = (
-        rollout(1, prompt=(5, 6), completion=(STOP,)),
-        rollout(0, prompt=(8,), completion=(9, 10, STOP)),
-    )
+    """Completions of 1 and 3 tokens in one pack have weights 1/1 and 1/3. The sum is divided by
+    the 5 sequences of all ranks and micro-batches."""
+    a = rollout(1, prompt=(5, 6), completion=(STOP,))
+    b = rollout(0, prompt=(8,), completion=(9, 10, STOP))
     a.advantage, b.advantage = 1.5, -0.5
-    batch, logprobs_T = rlhf.pack_rollouts([a, b], "cpu"), torch.full((7,), -1.0).requires_grad_()
-    counts, cfg = {"tokens": 99, "sequences": 5}, rlhf_config(sequence_level=True)
+    logprobs_T = torch.full((7,), -1.0).requires_grad_()
     loss = rlhf.grpo_loss(
         logprobs_T=logprobs_T,
         old_logprobs_T=logprobs_T.detach(),
-        batch=batch,
-        counts=counts,
-        cfg=cfg,
+        batch=rlhf.pack_rollouts([a, b], "cpu"),
+        counts={"tokens": 99, "sequences": 5},
+        cfg=rlhf_config(sequence_level=True),
     )
     loss.backward()
     assert loss.item() == pytest.approx(-(1.5 - 0.5) / 5)
@@ -771,28 +761,25 @@ def test_sequence_level_weights_by_hand():
 
 
 def kl_gradient(logits, ref_logits, monkeypatch):
-    """Expected gradient of the k3 term at one position: the sum over the vocabulary of policy(v)
-    * d k3(v) / d logits."""
-    expected, policy = torch.zeros_like(logits), torch.softmax(logits, -1)
+    """The expected gradient of the k3 term at one position: policy(v) times the gradient of k3(v)
+    by the logits, summed over the vocabulary."""
+    expected = torch.zeros_like(logits)
+    policy = torch.softmax(logits, -1)
+    batch = token_batch([0.0])
+    batch["advantages_T"] = batch["advantages_T"].double()
     for v in range(len(logits)):
+        # A prompt token, and then the token v.
         z = logits.clone().requires_grad_()
-        logprobs_T = torch.stack([torch.zeros((), dtype=z.dtype), torch.log_softmax(z, -1)[v]])
-        reference_T = torch.stack(
-            [torch.zeros((), dtype=z.dtype), torch.log_softmax(ref_logits, -1)[v]]
-        )
-        monkeypatch.setattr(
-            rlhf, "reference_logprobs", lambda batch, cfg: reference_T, raising=False
-        )
-        batch = {
-            k: t.double() if t.is_floating_point() else t for k, t in token_batch([0.0]).items()
-        }
-        counts, cfg = {"tokens": 1, "sequences": 1}, rlhf_config(kl_coef=1.0)
+        zero = torch.zeros((), dtype=z.dtype)
+        logprobs_T = torch.stack([zero, torch.log_softmax(z, -1)[v]])
+        reference_T = torch.stack([zero, torch.log_softmax(ref_logits, -1)[v]])
+        monkeypatch.setattr(rlhf, "reference_logprobs", lambda *_: reference_T, raising=False)
         rlhf.grpo_loss(
             logprobs_T=logprobs_T,
             old_logprobs_T=logprobs_T.detach(),
             batch=batch,
-            counts=counts,
-            cfg=cfg,
+            counts={"tokens": 1, "sequences": 1},
+            cfg=rlhf_config(kl_coef=1.0),
         ).backward()
         expected += policy[v] * z.grad
     return expected
@@ -800,61 +787,62 @@ def kl_gradient(logits, ref_logits, monkeypatch):
 
 def exact_kl_gradients(logits, ref_logits):
     """Gradients of KL(policy || ref) and KL(ref || policy) with respect to the policy's logits."""
-    grads, log_ref = [], torch.log_softmax(ref_logits, -1)
-    for kl in (lambda p, r: (p.exp() * (p - r)).sum(), lambda p, r: (r.exp() * (r - p)).sum()):
-        z = logits.clone().requires_grad_()
-        kl(torch.log_softmax(z, -1), log_ref).backward()
-        grads.append(z.grad)
-    return grads
+
+    def kl(log_p, log_q):
+        return (log_p.exp() * (log_p - log_q)).sum()
+
+    log_ref = torch.log_softmax(ref_logits, -1)
+    first = logits.clone().requires_grad_()
+    kl(torch.log_softmax(first, -1), log_ref).backward()
+    second = logits.clone().requires_grad_()
+    kl(log_ref, torch.log_softmax(second, -1)).backward()
+    return first.grad, second.grad
 
 
 def test_kl_gradient_matches_an_exact_kl(monkeypatch):
-    """As a loss, k3 has the gradient of KL(ref || policy), exactly; that of KL(policy || ref) to
-    first order where they are close. The k1 estimator would have none at all (its expected
-    gradient is 0)."""
+    """As a loss, k3 has exactly the gradient of KL(ref || policy). Where the two are close, this is
+    also the gradient of KL(policy || ref) to first order. The k1 estimator would have none at all:
+    its expected gradient is 0."""
     draw = torch.Generator().manual_seed(0)
     ref = torch.randn(7, generator=draw, dtype=torch.float64)
     push = torch.randn(7, generator=draw, dtype=torch.float64)
-    far, (_, forward) = (
-        kl_gradient(ref + push, ref, monkeypatch),
-        exact_kl_gradients(ref + push, ref),
-    )
+    far = kl_gradient(ref + push, ref, monkeypatch)
+    _, forward = exact_kl_gradients(ref + push, ref)
     error = (far - forward).abs().max() / forward.abs().max()
-    near, (reverse, _) = (
-        kl_gradient(ref + 1e-3 * push, ref, monkeypatch),
-        exact_kl_gradients(ref + 1e-3 * push, ref),
-    )
+    near = kl_gradient(ref + 1e-3 * push, ref, monkeypatch)
+    reverse, _ = exact_kl_gradients(ref + 1e-3 * push, ref)
     near_error = (near - reverse).abs().max() / reverse.abs().max()
     print(
-        f"k3 against KL(ref || policy): {error:.1e}, tolerance 1e-12; near equality against KL(policy || ref): {near_error:.1e}, tolerance 1e-02"
+        f"k3 against KL(ref || policy): {error:.1e}, tolerance 1e-12; "
+        f"near equality against KL(policy || ref): {near_error:.1e}, tolerance 1e-02"
     )
     assert error < 1e-12 and near_error < 1e-2
-    assert kl_gradient(ref, ref, monkeypatch).abs().max() < 1e-15, (
-        "no pull where policy and reference agree"
-    )
+    at_rest = kl_gradient(ref, ref, monkeypatch)
+    assert at_rest.abs().max() < 1e-15, "no pull where policy and reference agree"
 
 
 def table_reward(monkeypatch, scores, **changes):
-    """rlhf's collect with a table in place of the reward model; scores[text] None: the endpoint
-    failed."""
-    monkeypatch.setattr(
-        rlhf,
-        "load_reward_model",
-        lambda path, device, workers: lambda messages, answers: [scores[a] for a in answers],
-    )
+    """Return rlhf's collect() with a table in place of the reward model. A score of None says that
+    the endpoint failed."""
+
+    def load_table(path, device, workers):
+        return lambda messages, answers: [scores[answer] for answer in answers]
+
+    monkeypatch.setattr(rlhf, "load_reward_model", load_table)
     return rlhf.make_reward(rlhf_config(rm="table", **changes))[1]
 
 
 def replies(texts, group=0, think=False):
     rollouts = [rollout(float("nan"), group=group) for _ in texts]
     for r, text in zip(rollouts, texts, strict=True):
-        r.text, r.row = text, {"messages": [{"role": "user", "content": "Hi"}], "think": think}
+        r.text = text
+        r.row = {"messages": [{"role": "user", "content": "Hi"}], "think": think}
     return rollouts
 
 
-def test_the_reward_is_the_score_of_the_answer_without_its_thinking(monkeypatch):
-    """Thinking that is never closed has not answered: it earns the lowest score of the batch,
-    whatever it says."""
+def test_the_reward_is_the_score_without_the_thinking(monkeypatch):
+    """A reply that never closes its thinking has no answer: it earns the lowest score of the
+    batch, whatever it says."""
     collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": 9.0})
     rollouts = replies(
         ["<think>\nlong\n</think>good", "<think>\n</think>bad", "<think> never closed"], think=True
@@ -867,9 +855,8 @@ def test_the_reward_is_the_score_of_the_answer_without_its_thinking(monkeypatch)
     ]
 
 
-def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint_nothing(
-    monkeypatch,
-):
+def test_another_language_earns_ten_below_the_lowest_score(monkeypatch):
+    """A reply that the endpoint failed to judge earns no reward."""
     collect = table_reward(monkeypatch, {"good": 2.0, "bad": -1.0, "\u597d": 9.0, "lost": None})
     rollouts = replies(["good", "bad", "\u597d", "lost"])
     collect(rollouts)
@@ -880,10 +867,10 @@ def test_another_language_earns_ten_below_the_lowest_score_and_a_failed_endpoint
 def test_shaped_rewards_are_the_tanh_of_the_group_z_score(monkeypatch):
     collect = table_reward(monkeypatch, {"a": 0.0, "b": 4.0}, shape_reward=True)
     rollouts = replies(["a", "b", "a", "b"]) + replies(["a", "a", "a", "a"], group=1)
-    collect(rollouts)  # mean 2, biased std 2
-    assert [round(r.reward, 5) for r in rollouts] == [
-        round(math.tanh(z), 5) for z in (-1, 1, -1, 1, 0, 0, 0, 0)
-    ]
+    collect(rollouts)
+    # The first group has mean 2 and biased standard deviation 2, the second is all equal.
+    z_scores = (-1, 1, -1, 1, 0, 0, 0, 0)
+    assert [round(r.reward, 5) for r in rollouts] == [round(math.tanh(z), 5) for z in z_scores]
 
 
 def test_a_group_whose_scores_all_failed_is_shaped_to_nothing(monkeypatch):
@@ -893,32 +880,29 @@ def test_a_group_whose_scores_all_failed_is_shaped_to_nothing(monkeypatch):
     assert [r.status for r in rollouts[4:]] == ["infra"] * 4
 
 
-def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
-    """At the start it changes nothing; later the update has the k3 gradient against the frozen
-    start on top."""
+def test_the_kl_term_pulls_towards_the_weights_at_the_start(tmp_path):
+    """At the start the KL term changes nothing. Later it adds the k3 gradient against the frozen
+    start to the update."""
     start = make_tiny()
     start.save_pretrained(tmp_path)
-    with_kl, without = (
-        dict(stage=rlhf, init_from=str(tmp_path), kl_coef=kl, overlong_filter=False)
-        for kl in (0.5, 0.0)
-    )
-    assert (
-        distance(gradient(random_step(), **with_kl)[0], gradient(random_step(), **without)[0])
-        < 1e-5
-    )
+
+    def gradient_with(kl_coef, model=None):
+        flags = dict(init_from=str(tmp_path), kl_coef=kl_coef, overlong_filter=False)
+        grads, _ = gradient(random_step(), stage=rlhf, model=model, **flags)
+        return grads
+
+    assert distance(gradient_with(0.5), gradient_with(0.0)) < 1e-5
 
     def moved():
         return make_tiny(seed=3)
 
-    extra = {
-        n: a - b
-        for (n, a), b in zip(
-            gradient(random_step(), model=moved(), **with_kl)[0].items(),
-            gradient(random_step(), model=moved(), **without)[0].values(),
-            strict=True,
-        )
-    }
-    rollouts, cfg, model = random_step(), rlhf_config(micro_batch_tokens=10**6), moved()
+    pulled = gradient_with(0.5, model=moved())
+    free = gradient_with(0.0, model=moved())
+    assert pulled.keys() == free.keys()
+    extra = {name: pulled[name] - free[name] for name in pulled}
+    rollouts = random_step()
+    cfg = rlhf_config(micro_batch_tokens=10**6)
+    model = moved()
     rlhf.compute_advantages(rollouts, cfg)
     num_tokens = sum(len(r.completion_ids) for r in rollouts if r.in_loss)
     batch = rlhf.collate(rollouts, cfg, "cpu")[0]
@@ -931,7 +915,7 @@ def test_the_kl_term_pulls_towards_the_weights_the_stage_started_from(tmp_path):
     assert error < 1e-4
 
 
-def test_a_batch_without_one_sound_reply_has_small_finite_rewards(monkeypatch):
+def test_a_batch_without_a_sound_reply_has_finite_rewards(monkeypatch):
     collect = table_reward(monkeypatch, {"a": 0.0, "\u597d": 1.0})
     rollouts = replies(["a", "\u597d"], think=True)
     collect(rollouts)
@@ -939,7 +923,7 @@ def test_a_batch_without_one_sound_reply_has_small_finite_rewards(monkeypatch):
 
 
 def sampled_at(step, seed=0, refill=0, num_rows=1000):
-    """Seeds of the rollouts of one step, and the rows that were asked for in each round."""
+    """Return the seeds of one step's rollouts, and the rows that each round asked for."""
     engine = TableEngine(lambda i: UNEVEN if i == 0 else FLAT)
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
     cfg = ifrl.Config(**{**CFG, "seed": seed, "max_refill_rounds": refill})
@@ -948,8 +932,8 @@ def sampled_at(step, seed=0, refill=0, num_rows=1000):
     return [r.seed for r in sampled], engine.asked
 
 
-def test_every_step_and_every_run_has_dice_and_spare_prompts_of_its_own():
-    """The same noise at every step would sample a prompt's next epoch with the luck of the last."""
+def test_every_step_and_run_has_its_own_seeds_and_spare_prompts():
+    """With the same noise at every step, a prompt would have the same luck in every epoch."""
     seeds = [set(sampled_at(step, seed)[0]) for step, seed in ((1, 0), (2, 0), (1, 1))]
     assert all(len(s) == 16 for s in seeds) and len(set.union(*seeds)) == 48
     spare = [sampled_at(step, refill=1)[1][1] for step in (1, 2)]
@@ -957,7 +941,8 @@ def test_every_step_and_every_run_has_dice_and_spare_prompts_of_its_own():
 
 
 def test_importance_weights_leave_out_both_ends():
-    """Trainer -1. Sampler -0.2: e^-0.8 = 0.45 is under 1/2, weight 0; -0.4: weight e^-0.6 = 0.55."""
+    """The trainer has -1. A sampler at -0.2 gives e^-0.8 = 0.45, which is under 1/2: weight 0.
+    A sampler at -0.4 gives weight e^-0.6 = 0.55."""
     batch = {
         "loss_index": torch.tensor([1, 2]),
         "sampler_logprobs_T": torch.tensor([0.0, -0.2, -0.4]),
@@ -970,8 +955,8 @@ def test_importance_weights_leave_out_both_ends():
 
 
 def test_the_gradient_is_clipped_before_it_is_applied():
-    """SGD at lr 1 moves the weights by the gradient: by grad_clip in all, and the log has the
-    norm before."""
+    """SGD at lr 1 moves the weights by the clipped gradient, whose norm is grad_clip. The log has
+    the norm before clipping."""
     model, rollouts, cfg = make_tiny(), random_step(), config(grad_clip=0.01)
     before = [p.detach().clone() for p in model.parameters()]
     mathrl.compute_advantages(rollouts, cfg)
@@ -990,20 +975,19 @@ def test_the_gradient_is_clipped_before_it_is_applied():
 def test_gap_and_entropy_are_per_completion_token():
     """A sampler that is half a nat off on every token has a gap of 0.5, however long the prompts
     are."""
-    model, rollouts, cfg = (
-        make_tiny(),
-        random_step(),
-        config(micro_batch_tokens=10**6, overlong_filter=False),
-    )
+    model = make_tiny()
+    rollouts = random_step()
+    cfg = config(micro_batch_tokens=10**6, overlong_filter=False)
     mathrl.compute_advantages(rollouts, cfg)
     entropies = []
     for r in rollouts:
-        ids, P = torch.tensor([r.prompt_ids + r.completion_ids]), len(r.prompt_ids)
+        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+        P = len(r.prompt_ids)
         logprobs_TV = (model(ids)[0].detach() / cfg.temperature).log_softmax(-1)[P - 1 : -1]
-        r.sampler_logprobs = (
-            logprobs_TV.gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0] + 0.5
-        ).tolist()
-        entropies += (-(logprobs_TV.exp() * logprobs_TV).sum(-1)).tolist() if r.advantage else []
+        logprobs_T = logprobs_TV.gather(1, torch.tensor(r.completion_ids)[:, None])[:, 0]
+        r.sampler_logprobs = (logprobs_T + 0.5).tolist()
+        if r.advantage:
+            entropies += (-(logprobs_TV.exp() * logprobs_TV).sum(-1)).tolist()
     logged = mathrl.train_step(
         model,
         torch.optim.SGD(model.parameters(), lr=0.0),
@@ -1012,14 +996,13 @@ def test_gap_and_entropy_are_per_completion_token():
         torch.device("cpu"),
         world=1,
     )
-    assert logged["gap"] == pytest.approx(0.5, rel=1e-3) and logged["entropy"] == pytest.approx(
-        np.mean(entropies), rel=1e-3
-    )
+    assert logged["gap"] == pytest.approx(0.5, rel=1e-3)
+    assert logged["entropy"] == pytest.approx(np.mean(entropies), rel=1e-3)
 
 
-def test_the_floor_of_a_batch_is_the_lowest_score_of_a_sound_reply(monkeypatch):
-    """What the reward model says of a thought that is not closed, or of another language, lowers
-    nobody's floor."""
+def test_the_floor_is_the_lowest_score_of_a_sound_reply(monkeypatch):
+    """The scores of a reply with unclosed thinking, or in another language, do not lower the
+    floor."""
     collect = table_reward(
         monkeypatch, {"good": 2.0, "bad": -1.0, "<think> never closed": -7.0, "\u597d": -20.0}
     )

@@ -51,11 +51,12 @@ def run_python(*args, check=True):
 
 # ---- the Triton kernels, in the interpreter and in the compiler ----------------------------------
 
-# largest relative error over outputs and gradients; observed values are printed with -s
+# The largest relative error that outputs and gradients of a check may have. Run pytest with -s to
+# see the errors that they have.
 TOLERANCES = {
     "rms_norm_fp32": 2e-6,
     "add_rms_norm_fp32": 2e-6,
-    # two bf16 steps of the largest entry; the interpreter truncates where hardware rounds
+    # Two bf16 steps of the largest entry, because the interpreter truncates and hardware rounds.
     "rms_norm_bf16": 3e-2,
     "qk_norm_rope_fp32": 2e-6,
     "qk_norm_rope_bf16": 3e-2,
@@ -128,7 +129,7 @@ def test_every_kernel_compiles_for_hopper_and_hardly_spills():
     kernels = run_python(HERE / "aot_report.py")
     sources = [path.read_text() for path in (HERE.parent / "kernels").glob("*.py")]
     launched = {name for source in sources for name in re.findall(r"(\w+)\[.*\]\(", source)}
-    # swiglu.py hands its two kernels to a launcher, which calls them `kernel`
+    # swiglu.py hands its two kernels to a launcher, in which their name is `kernel`.
     launched -= {"kernel"}
     launched |= {"swiglu_forward", "swiglu_backward"}
     assert {kernel["kernel"].split()[0] for kernel in kernels} == launched
@@ -143,10 +144,11 @@ def test_every_kernel_compiles_for_hopper_and_hardly_spills():
         )
         if kernel["fp32"]:
             continue
-        # measured: configurations without a spill are 1.2 times slower
+        # The backward kernels of attention may spill. Measured configurations without a spill were
+        # 1.2 times slower.
         backward = kernel["kernel"].startswith("attention_backward")
         assert kernel["spilled_bytes"] <= 64 * backward and kernel["registers"] <= 255
-        # 16 rows: Hopper's own instruction, wgmma, starts at 64
+        # Decoding has tiles of 16 rows, and Hopper's own instruction, wgmma, needs 64.
         few_rows = kernel["kernel"].startswith("decode")
         wanted = ("mma.sync" if few_rows else "wgmma") if kernel["has_dot"] else ""
         assert kernel["tensor_cores"] == wanted, "a product that does not run on the tensor cores"
@@ -302,10 +304,8 @@ def head_errors(fn, vocab):
     Gradients flow into both outputs.
     """
     torch.manual_seed(0)
-    hidden, weight = (
-        torch.randn(400, 8, requires_grad=True),
-        torch.randn(vocab, 8, requires_grad=True),
-    )
+    hidden = torch.randn(400, 8, requires_grad=True)
+    weight = torch.randn(vocab, 8, requires_grad=True)
     target, douts = torch.randint(vocab, (400,)), torch.randn(2, 400)
     both = (
         fn(hidden, weight, target, 0.7),
@@ -363,11 +363,9 @@ def test_no_tokens_at_all_give_zero_gradients():
 
 def test_bf16_head_on_cpu_keeps_fp32_logits():
     torch.manual_seed(0)
-    hidden, weight, target = (
-        torch.randn(50, 64).bfloat16(),
-        torch.randn(300, 64).bfloat16(),
-        torch.randint(300, (50,)),
-    )
+    hidden = torch.randn(50, 64).bfloat16()
+    weight = torch.randn(300, 64).bfloat16()
+    target = torch.randint(300, (50,))
     logprob, entropy = linear_logprob(hidden, weight, target)
     exact = linear_logprob_ref(hidden.double(), weight.double(), target)
     assert logprob.dtype == entropy.dtype == torch.float32
@@ -429,7 +427,7 @@ def test_top_p_and_top_k_draw_only_from_the_kept_tokens_but_score_with_all(top_p
     logprobs = torch.log_softmax(logits / 0.8, dim=-1)
     best, order = logprobs.exp().sort(descending=True)
     best[:, top_k or 700 :] = 0.0
-    # the textbook, by sorting
+    # The textbook way sorts: a token is kept while the probability before it is under top_p.
     kept = (best.cumsum(-1) - best < top_p * best.sum(-1, keepdim=True)) & (best > 0)
     assert (kept & (order == token[:, None])).any(dim=-1).all()
     torch.testing.assert_close(logprob, logprobs.gather(1, token[:, None])[:, 0])

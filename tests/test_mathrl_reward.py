@@ -1,9 +1,13 @@
 """The math reward: every answer, honest or hostile, earns the verdict written beside it.
-Equalities guarded: ours = math-verify on honest forms, integers = exact integers, gold = itself or it is not trained on.
-Also the epoch filter (paper 4.5.2), the language rule and verifiers that hang."""
+
+Three equalities are guarded: honest forms get math-verify's verdict, integers are compared as exact
+integers, and a gold answer equals itself or its problem is not trained on. The epoch filter (paper
+4.5.2), the language rule and verifiers that hang are tested here too.
+"""
 
 import json
 import logging
+import mmap
 import multiprocessing
 import os
 import random
@@ -26,9 +30,12 @@ import swerl
 from lib import guard
 from verifiers import sandbox
 
-HONEST = {  # gold: answers that are right
-    "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
-    r"x \approx 34|34 \text{ apples}|34\,\text{cm}^2|34\textnormal{ miles}|34 degrees|34_{10}|(34)|\left(34\right)|\boxed{34}|"
+# {gold answer: answers that are right, between bars}
+HONEST = {
+    "34": r"34|+34|034|34.0|34.|$34$|\(34\)|\$34|34\%|34^\circ|34^{\circ}|\text{34}|"
+    r"\mathbf{34}|x=34|N = 34|a_{1}=34|f(x)=34|"
+    r"x \approx 34|34 \text{ apples}|34\,\text{cm}^2|34\textnormal{ miles}|34 degrees|"
+    r"34_{10}|(34)|\left(34\right)|\boxed{34}|"
     r"\frac{68}{2}|\cfrac{68}{2}|34/1|\sqrt{1156}|3.4\times 10^1|3.4 \cdot 10^{1}",
     "033": "33|033|33.0",
     "-3": r"-3|-3.0|x=-3|-\frac{6}{2}",
@@ -70,9 +77,10 @@ HONEST = {  # gold: answers that are right
     r"\cos(\pi/7)": r"\cos\frac{\pi}{7}",
     r"\sum_{k=1}^{n} k": r"\frac{n(n+1)}{2}",
     "d/2": r"\frac{d}{2}",
-    r"3\text{ hours }20\text{ minutes}": r"3 \text{ hours } 20 \text{ minutes}|3 hours 20 minutes",
+    r"3\text{ hours }20\text{ minutes}": r"3 \text{ hours } 20 \text{ minutes}|"
+    r"3 hours 20 minutes",
 }
-# gold: answers that are wrong, hedged, not computed or hostile
+# {gold answer: answers that are wrong, hedged, not computed or hostile, between bars}
 DISHONEST = {
     r"\pi ab": r"\pi",
     "4ab": "4",
@@ -91,12 +99,18 @@ DISHONEST = {
     "2^n-1": r"\sum_{k=0}^{n-1}2^k",
     r"\frac{x^3}{3}": r"\int x^2 dx",
     "2x": r"\frac{d}{dx}x^2",
-    "34": r"35|-34|0.34|3400|340|33.9999999|34.0000001|33 34|33 \quad 34|33, 34|34, 33|33;34|33 . 34|33:34|\{33,34\}|[33,34]|"
-    r"33 \lor 34|33 \land 34|33 \mid 34|33 \to 34|33 \Rightarrow 34|33 \cup 34|33 \dots 34|\neg 33 34|33\\34|34 \pm 1|34 or 33|"
-    r"33 xor 34|33 \text{ or } 34|34 \text{ or 33}|\text{not } 34|33\boxed{34}|33=34|33 \equiv 34|34=34=34|33<34|x<34|x \in 34|"
-    r"a+b=34|33 \approx 34|30+4|40-6|2\times 17|17 \cdot 2|34!|\sum_{i=1}^{34} 1|\prod_{i=1}^{1} 34|\int_0^{34} 1 dx|"
-    r"\lim_{x\to 34} x|\log_2 {17179869184}|\max(33,34)|\gcd(34,68)|\binom{34}{1}|9^{9^{9^9}}|10^{10^{10}}|34^{34^{34^{34}}}|"
-    r"__import__('os').system('touch pwned')|eval('34')|\text{exec}(34)|thirty-four|\text{the answer}|?|\%|^|_",
+    "34": r"35|-34|0.34|3400|340|33.9999999|34.0000001|33 34|33 \quad 34|33, 34|34, 33|33;34|"
+    r"33 . 34|33:34|\{33,34\}|[33,34]|"
+    r"33 \lor 34|33 \land 34|33 \mid 34|33 \to 34|33 \Rightarrow 34|33 \cup 34|33 \dots 34|"
+    r"\neg 33 34|33\\34|34 \pm 1|34 or 33|"
+    r"33 xor 34|33 \text{ or } 34|34 \text{ or 33}|\text{not } 34|33\boxed{34}|33=34|"
+    r"33 \equiv 34|34=34=34|33<34|x<34|x \in 34|"
+    r"a+b=34|33 \approx 34|30+4|40-6|2\times 17|17 \cdot 2|34!|\sum_{i=1}^{34} 1|"
+    r"\prod_{i=1}^{1} 34|\int_0^{34} 1 dx|"
+    r"\lim_{x\to 34} x|\log_2 {17179869184}|\max(33,34)|\gcd(34,68)|\binom{34}{1}|"
+    r"9^{9^{9^9}}|10^{10^{10}}|34^{34^{34^{34}}}|"
+    r"__import__('os').system('touch pwned')|eval('34')|\text{exec}(34)|thirty-four|"
+    r"\text{the answer}|?|\%|^|_",
     "5040": "7!",
     "100": r"200 - 100|2^{7} - 28|200- 100|200 -100",
     "-3": "2 - 5",
@@ -121,7 +135,8 @@ DISHONEST = {
     "x^2+1": "x^2+2|x^2|y^2+1",
     "A": "B|AB|A, B",
 }
-RESPONSES = {  # whole responses to a problem whose answer is 34
+# Whole responses to a problem whose answer is 34, and the reward of each.
+RESPONSES = {
     r"<think>17 twice</think> It is \boxed{34}.": 1,
     r"</think>\boxed{34}": 1,
     r"<think>\boxed{33}</think>\boxed{34}": 1,
@@ -130,7 +145,7 @@ RESPONSES = {  # whole responses to a problem whose answer is 34
     r"</think>\fbox{34}": 1,
     r"</think>\boxed{\boxed{34}}": 1,
     r"</think>\boxed{\text{34}}": 1,
-    r"</think>\boxed{33 \boxed{34}": 1,  # the last box is a whole one
+    r"</think>\boxed{33 \boxed{34}": 1,  # the last box is closed
     r"<think>a</think>\boxed{33}</think>\boxed{34}": 1,
     r"": 0,
     r"34": 0,
@@ -157,8 +172,10 @@ RESPONSES = {  # whole responses to a problem whose answer is 34
     "</think>\\boxed{34\x00}": 0,
     "</think>\\boxed{\u0663\u0664}": 0,  # Arabic-Indic digits
 }
-TABLE = [(gold, answer, 1) for gold, answers in HONEST.items() for answer in answers.split("|")]
-TABLE += [(gold, answer, 0) for gold, answers in DISHONEST.items() for answer in answers.split("|")]
+TABLE = []  # (gold answer, answer, reward)
+for table, earned in ((HONEST, 1), (DISHONEST, 0)):
+    for gold_answer, answers in table.items():
+        TABLE += [(gold_answer, answer, earned) for answer in answers.split("|")]
 
 
 @pytest.mark.slow
@@ -184,12 +201,13 @@ def test_honest_forms_agree_with_math_verify_except_where_it_reads_an_integer_to
     ours = theirs = 0
     for gold, answer, expected in TABLE:
         if expected:
-            forms = (
-                parse(mathrl.boxed_response(gold)),
-                parse(mathrl.boxed_response(answer), [LatexExtractionConfig()]),
+            ours += 1
+            parsed_gold = parse(mathrl.boxed_response(gold))
+            theirs += verify(
+                parsed_gold, parse(mathrl.boxed_response(answer), [LatexExtractionConfig()])
             )
-            ours, theirs = ours + 1, theirs + verify(*forms)
-    # not: "34.", a few dresses, words and signs without LaTeX
+    # math-verify refuses "34.", a few LaTeX commands around a number, and words and signs outside
+    # LaTeX.
     print(f"math-verify accepts {theirs} of the {ours} honest answers that we accept")
     assert theirs >= 0.8 * ours
 
@@ -201,7 +219,8 @@ def test_status_says_why():
         r"\boxed{34}": "no_answer",
         "</think>": "no_answer",
     }
-    assert {text: mathrl.verdict(text, "34")[1] for text in cases} == cases
+    for text, status in cases.items():
+        assert mathrl.verdict(text, "34")[1] == status, text
 
 
 def test_reasoning_in_another_script_earns_minus_one_whatever_the_answer():
@@ -223,12 +242,10 @@ def test_reasoning_in_another_script_earns_minus_one_whatever_the_answer():
         assert mathrl.language_ok(english, text), text
     assert mathrl.language_ok(chinese, "\u6240\u4ee5 x") and mathrl.language_ok(chinese, "so x")
     response = "<think>\u6240\u4ee5</think>\\boxed{34}"
-    assert (
-        mathrl.reward(response, "34", english) == -1
-        and mathrl.verdict(response, "34", english)[1] == "language"
-    )
+    assert mathrl.reward(response, "34", english) == -1
+    assert mathrl.verdict(response, "34", english)[1] == "language"
     assert mathrl.reward(response, "34", chinese) == 1 and mathrl.reward(response, "34") == 1
-    # only the reasoning counts
+    # Only the language of the reasoning counts.
     assert mathrl.reward("<think>so</think>\u6240\u4ee5 \\boxed{34}", "34", english) == 1
 
 
@@ -251,24 +268,27 @@ def test_a_hanging_or_dying_verifier_is_killed_and_replaced():
     start = time.time()
     assert call(100) is None and time.time() - start < 2 and call(0.01) == 0.01
     call = sandbox.killable(allocate, 5.0)
-    assert call(4 << 30) is None and call(10) == 10  # 2 GiB is the limit
+    # The memory limit is 2 GiB.
+    assert call(4 << 30) is None and call(10) == 10
 
 
 KEPT = []
 
 
 def hoard(size):
-    KEPT.append(bytearray(size))
+    # Memory of its own: a bytearray may lie in what this process had freed before the fork.
+    KEPT.append(mmap.mmap(-1, size))
     return len(KEPT)
 
 
 def test_a_verifier_that_has_grown_is_replaced_and_the_next_answer_loses_nothing():
     call = sandbox.killable(hoard, 5.0)
-    assert [call(400 << 20) for _ in range(6)] == [1, 2, 3, 1, 2, 3]  # a gibibyte is let go of
+    # A process that has grown by a gibibyte is replaced.
+    assert [call(400 << 20) for _ in range(6)] == [1, 2, 3, 1, 2, 3]
 
 
 def die_once(path, always):
-    """Killed from outside, as by the machine's memory guard."""
+    """End as if the machine's memory guard had killed this process."""
     if always or not os.path.exists(path):
         open(path, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -279,16 +299,15 @@ def test_a_verifier_killed_from_outside_is_asked_once_more(tmp_path):
     call = sandbox.killable(die_once, 5.0)
     assert call(tmp_path / "struck", False) == "alive"
     start = time.time()
-    assert call(tmp_path / "struck", True) is None and time.time() - start < 4, (
-        "asked again and again"
-    )
+    assert call(tmp_path / "struck", True) is None
+    assert time.time() - start < 4, "asked again and again"
     assert call(tmp_path / "struck", False) == "alive"
 
 
 def half_pi(i):
-    return mathrl.reward(
-        mathrl.boxed_response(r"\frac{%d\pi}{7}" % i), r"\frac{%d\pi}{7}" % (i - i % 2)
-    )
+    """The reward of an answer that is right for even i and wrong for odd i."""
+    answer, gold = r"\frac{%d\pi}{7}" % i, r"\frac{%d\pi}{7}" % (i - i % 2)
+    return mathrl.reward(mathrl.boxed_response(answer), gold)
 
 
 def test_forks_of_a_process_that_has_verified_get_verifiers_of_their_own():
@@ -307,46 +326,34 @@ def test_the_hook_verifies_in_the_background_and_fills_in_every_rollout():
         r"<think>a</think>\boxed{\frac{\pi}{4}}": (1, "ok"),
         r"</think>\boxed{\frac{\pi}{3}}": (0, "wrong"),
         "no": (0, "no_answer"),
+        "<think>\u6240\u4ee5</think>\\boxed{\\frac{\\pi}{4}}": (-1, "language"),
     }
-    texts |= {"<think>\u6240\u4ee5</think>\\boxed{\\frac{\\pi}{4}}": (-1, "language")}
-    rollouts = [
-        SimpleNamespace(
-            row=row, text=text, finish_reason="stop", reward=None, status="", pending=None
-        )
-        for text in list(texts) * 4
-    ]
+
+    def finished(text, finish_reason="stop", row=row):
+        nothing = dict(reward=None, status="", pending=None)
+        return SimpleNamespace(row=row, text=text, finish_reason=finish_reason, **nothing)
+
+    rollouts = [finished(text) for text in list(texts) * 4]
     submit, collect = mathrl.make_reward(mathrl.Config(reward_workers=2))
     for rollout in rollouts[:12]:
         submit(rollout)
     collect(rollouts)
     assert [(r.reward, r.status) for r in rollouts] == list(texts.values()) * 4
     assert mathrl.monitor(rollouts) == {"box": 0.75, "two_boxes": 0.0, "box_wrong": 0.25}
-    cut = SimpleNamespace(
-        row=row,
-        text=next(iter(texts)),
-        finish_reason="length",
-        reward=None,
-        status="",
-        pending=None,
-    )
-    free = SimpleNamespace(
-        row={**row, "think": False},
-        text=r"\boxed{\frac{\pi}{4}}",
-        finish_reason="stop",
-        reward=None,
-        status="",
-        pending=None,
-    )
+    cut = finished(next(iter(texts)), finish_reason="length")
+    free = finished(r"\boxed{\frac{\pi}{4}}", row={**row, "think": False})
     collect([cut, free])
     assert (cut.reward, cut.status) == (0, "no_answer") and mathrl.metric(free) == 1.0
 
 
 def test_verifier_children_end_with_a_killed_parent():
-    """The child is in the middle of nothing, the parent is killed with SIGKILL: it ends by itself
-    within two seconds."""
+    """An idle child whose parent is killed with SIGKILL ends by itself within two seconds."""
     code = (
-        "import os, time; from verifiers import answers; answers.equal_in_child.start(); "
-        "print(*open(f'/proc/self/task/{os.getpid()}/children').read().split(), flush=True); time.sleep(60)"
+        "import os, time\n"
+        "from verifiers import answers\n"
+        "answers.equal_in_child.start()\n"
+        "print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)\n"
+        "time.sleep(60)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -359,12 +366,14 @@ def test_verifier_children_end_with_a_killed_parent():
     parent.wait()
 
     def alive():
-        return (
-            os.path.exists(f"/proc/{child}/stat")
-            and open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] != "Z"
-        )
+        """The process exists and is no zombie, whose state is Z."""
+        if not os.path.exists(f"/proc/{child}/stat"):
+            return False
+        with open(f"/proc/{child}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
 
-    deadline = time.time() + 20  # of a busy machine; an idle one takes one
+    # On an idle machine the child ends within a second or two, on a busy one within 20.
+    deadline = time.time() + 20
     while alive() and time.time() < deadline:
         time.sleep(0.05)
     assert not alive()
@@ -374,20 +383,19 @@ def test_verifier_children_end_with_a_killed_parent():
 
 
 def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_answer():
-    """math-verify returns False when its own clock has run out: an overloaded machine would look
-    like a policy that is wrong."""
+    """math-verify returns False when its own time is up. Taken for a verdict, this would make an
+    overloaded machine look like a policy that is wrong."""
     start = time.time()
-    assert (
-        mathrl.verdict(mathrl.boxed_response("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout")
-        and time.time() - start < 10.5
-    )
+    assert mathrl.verdict(mathrl.boxed_response("9^{9^{9^9}}"), r"\frac{\pi}{4}") == (0, "timeout")
+    assert time.time() - start < 10.5
     assert mathrl.verdict(mathrl.boxed_response(r"\frac{\pi}{3}"), r"\frac{\pi}{4}") == (0, "wrong")
 
 
 @pytest.mark.parametrize(
     "stage, metrics, sentence",
     [
-        (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),  # at the limit, not over it
+        # These shares are at the limit, not over it.
+        (mathrl, {"status/infra": 0.02, "status/timeout": 0.02}, ""),
         (
             mathrl,
             {"status/infra": 0.021},
@@ -398,7 +406,7 @@ def test_a_verification_that_math_verify_gives_up_is_a_time_out_and_no_wrong_ans
             {"status/timeout": 0.03},
             "3.0% of the verifications were cut off (--max_timeout=0.02)",
         ),
-        # of code, a time-out is the program's own fault
+        # In Code RL a time-out is the fault of the program that is judged.
         (coderl, {"status/infra": 0.0, "status/timeout": 0.5}, ""),
         (coderl, {"status/infra": 0.03}, "infrastructure failures"),
         (ifrl, {"status/infra": 0.03}, "infrastructure failures"),
@@ -410,32 +418,28 @@ def test_a_run_stops_itself_when_more_than_two_percent_of_the_verdicts_are_error
     stage, metrics, sentence, capsys
 ):
     def step():
-        return guard.check_step(
-            7,
-            {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics},
-            {"skipped": 0},
-            stage.Config(),
-        )
+        logged = {"grad_norm": 1.0, "loss": 0.0, "status/timeout": 0.0, **metrics}
+        return guard.check_step(7, logged, {"skipped": 0}, stage.Config())
 
     if not sentence:
         return step()
     with pytest.raises(SystemExit) as stop:
         step()
+    assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and error.count("\n") == 1
-        and sentence in error
-        and "step 7" in error
-        and "The last checkpoint is whole." in error
-    )
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert "step 7" in error
+    assert "The last checkpoint is whole." in error
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 DAPO_PROMPT = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-    '(without quotes) where $Answer is the answer to the problem.\n\nFind it.\n\nNow.\n\nRemember to put your answer on its own line after "Answer:".'
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    "Find it.\n\nNow.\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
 )
 
 
@@ -460,20 +464,13 @@ def test_every_schema_becomes_the_same_row_and_bad_golds_are_dropped(tmp_path, c
     loaded = mathrl.load_rows(cfg)
     problems = [row["messages"][0]["content"].removeprefix(mathrl.INSTRUCTION) for row in loaded]
     assert problems == ["One.", "Two.", "Three.", "Four.", "Five.", "Find it.\n\nNow."]
-    assert [row["answer"] for row in loaded] == [
-        "34",
-        "x^2",
-        r"\frac{1}{2}",
-        "7",
-        "12",
-        "8",
-    ] and all(row["think"] for row in loaded)
+    golds = [row["answer"] for row in loaded]
+    assert golds == ["34", "x^2", r"\frac{1}{2}", "7", "12", "8"]
+    assert all(row["think"] for row in loaded)
     printed = capsys.readouterr().out
-    assert (
-        "empty problem or answer" in printed
-        and "1 repeated problems" in printed
-        and "1 answers" in printed
-    )
+    assert "empty problem or answer" in printed
+    assert "1 repeated problems" in printed
+    assert "1 answers" in printed
     mathrl.self_test(loaded, cfg)
     with pytest.raises(SystemExit):
         mathrl.self_test([{"answer": "}{"}], cfg)
@@ -483,24 +480,25 @@ def test_every_schema_becomes_the_same_row_and_bad_golds_are_dropped(tmp_path, c
 
 
 def test_the_epoch_filter_drops_solved_and_hopeless_rows_and_readmits_a_few():
-    cfg, rows = mathrl.Config(), [{}] * 4000
-    history = (
-        {i: [8, 8] for i in range(1000)}
-        | {i: [0, 8] for i in range(1000, 2000)}
-        | {i: [3, 8] for i in range(2000, 3000)}
-    )
-    history[3000] = [0, 0]  # every rollout was skipped: still unseen
+    cfg = mathrl.Config()
+    rows = [{}] * 4000
+    # Rows 0-999 are solved, rows 1000-1999 hopeless, rows 2000-2999 in between, the others unseen.
+    history = {}
+    for start, num_correct in ((0, 8), (1000, 0), (2000, 3)):
+        history |= {i: [num_correct, 8] for i in range(start, start + 1000)}
+    history[3000] = [0, 0]  # all its rollouts were skipped, so it counts as unseen
     pool = mathrl.select_rows(rows, 1, history, cfg)
-    easy, hard = sum(i < 1000 for i in pool), sum(1000 <= i < 2000 for i in pool)
+    easy = sum(i < 1000 for i in pool)
+    hard = sum(1000 <= i < 2000 for i in pool)
     print(f"readmitted: {easy} of 1000 easy (expected 10), {hard} of 1000 hard (expected 100)")
-    assert set(range(2000, 4000)) <= set(pool) and 2 <= easy <= 25 and 65 <= hard <= 140
-    assert (
-        pool
-        == mathrl.select_rows(rows, 1, dict(reversed(history.items())), cfg)
-        != mathrl.select_rows(rows, 2, history, cfg)
-    )
+    assert set(range(2000, 4000)) <= set(pool)
+    assert 2 <= easy <= 25 and 65 <= hard <= 140
+    # The order of the history does not matter, the epoch does.
+    in_another_order = dict(reversed(history.items()))
+    assert pool == mathrl.select_rows(rows, 1, in_another_order, cfg)
+    assert pool != mathrl.select_rows(rows, 2, history, cfg)
     assert mathrl.select_rows(rows, 0, {}, cfg) == list(range(4000))
-    # never an empty pool
+    # The pool is never empty, even if every row is solved.
     assert mathrl.select_rows(rows[:3], 1, {i: [8, 8] for i in range(3)}, cfg)
 
 
@@ -526,17 +524,17 @@ PIECES = [
     "\\sum",
     "x",
 ]
-RESPONSE_TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=25).map(
-    "".join
-)
+PIECE_OR_TEXT = st.one_of(st.sampled_from(PIECES), st.text(max_size=6))
+RESPONSE_TEXTS = st.lists(PIECE_OR_TEXT, max_size=25).map("".join)
 
 
 def never_fails(response, gold="34"):
-    """The verifier's own limit is 9.5 s (test_every_answer...); 30 s leave room for a machine
-    that stalls under other work."""
+    """The verifier's own limit is 9.5 s. The limit of 30 s leaves room for a machine that stalls
+    under other work."""
     start = time.time()
     value, status = mathrl.verdict(response, gold)
-    assert value in (0, 1) and (value == 1) == (status == "ok") and time.time() - start < 30
+    assert time.time() - start < 30
+    assert value in (0, 1) and (value == 1) == (status == "ok")
     assert value == 0 or "</think>" in response
 
 
@@ -579,14 +577,12 @@ LETTERS = st.text(
 
 
 def language_rule_holds(prompt, response, more):
-    """A response in the prompt's own letters is fine; longer responses only get worse, longer
-    prompts only forgive more; Latin is always fine."""
+    """A response in the prompt's own letters is fine, and Latin letters are always fine. A longer
+    response never gets better, and a longer prompt never forbids more."""
     fine = mathrl.language_ok(prompt, response)
-    assert (
-        fine in (True, False)
-        and mathrl.language_ok(prompt, prompt)
-        and mathrl.language_ok(prompt, response + " plain text") is fine
-    )
+    assert fine in (True, False)
+    assert mathrl.language_ok(prompt, prompt)
+    assert mathrl.language_ok(prompt, response + " plain text") is fine
     assert fine or not mathrl.language_ok(prompt, response + more)
     assert not fine or mathrl.language_ok(prompt + more, response)
 

@@ -1,9 +1,9 @@
-"""Guards: our Qwen3 = transformers' Qwen3 (all five shapes, YaRN, both directions of the folder),
-packed = padded = alone.
+"""Our Qwen3 equals that of transformers: all five shapes, YaRN, folders in both directions; and a
+sequence has the same logits packed, padded and alone.
 
-Everything runs in float32 on the CPU with random weights, norm weights included, because norms of
-1 hide mistakes. With this file and test_engine.py: sampler = trainer = transformers, so a
-log-prob means the same thing wherever it is computed.
+Everything runs in float32 on the CPU with random weights. The norm weights are random too, because
+norm weights of 1 hide mistakes. With test_engine.py this shows that a log-prob means the same
+thing wherever it is computed: in the sampler, in the trainer, in transformers.
 """
 
 import json
@@ -38,8 +38,8 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
 
 
 def scaled_down(size, **changes):
-    """The shape of one of the five sizes with its ratios (query to kv heads, mlp to width, tied
-    or not), 64 times smaller."""
+    """A model of one of the five shapes, 64 times smaller. It keeps the ratios of query to kv
+    heads and of MLP to width, and whether the embeddings are tied."""
     full = Qwen3Config(**QWEN3_SIZES[size])
     shape = dict(
         vocab_size=211,
@@ -57,8 +57,8 @@ def scaled_down(size, **changes):
 
 
 def theirs(model, folder):
-    """The same weights in transformers, through our saved folder; eager attention is the plain
-    formula."""
+    """Load the same weights in transformers, from a folder that ours has saved. Eager attention is
+    the plain formula."""
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -79,7 +79,7 @@ def close(got, expected, tolerance, what):
 @pytest.mark.parametrize("size", QWEN3_SIZES)
 def test_logits_equal_those_of_transformers(size, yarn, tmp_path):
     model = scaled_down(size, rope_scaling=YARN if yarn else {})
-    ids = random_ids(2, 96)  # past the 64 positions that YaRN stretches
+    ids = random_ids(2, 96)  # more than the 64 positions that YaRN stretches
     with torch.no_grad():
         ours, reference = model(ids), theirs(model, tmp_path)(ids).logits
     assert ours.std() > 0.3, "logits this flat would be equal whatever the model did"
@@ -90,46 +90,47 @@ def test_yarn_changes_the_logits():
     """The test above would pass if neither side read rope_scaling."""
     ids = random_ids(1, 96)
     with torch.no_grad():
-        assert (
-            scaled_down("8b")(ids) - scaled_down("8b", rope_scaling=YARN)(ids)
-        ).abs().max() > 1e-2
+        plain = scaled_down("8b")(ids)
+        stretched = scaled_down("8b", rope_scaling=YARN)(ids)
+    assert (plain - stretched).abs().max() > 1e-2
 
 
 def test_packed_equals_padded_equals_alone(tmp_path):
     model = scaled_down("8b")
-    reference, lengths = theirs(model, tmp_path), [7, 31, 1, 18, 2]
+    reference = theirs(model, tmp_path)
+    lengths = [7, 31, 1, 18, 2]
     rows = [random_ids(n, seed=n) for n in lengths]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     with torch.no_grad():
         cu_seqlens = torch.tensor(starts, dtype=torch.int32)
         hidden = model.packed_hidden(torch.cat(rows), cu_seqlens, max(lengths))
         packed = F.linear(hidden, model.head_weight).split(lengths)
-        padded = torch.stack([F.pad(row, (max(lengths) - len(row), 0)) for row in rows])
-        seen = torch.stack(
-            [F.pad(torch.ones_like(row), (max(lengths) - len(row), 0)) for row in rows]
-        )
-        padded = reference(
-            padded, attention_mask=seen, position_ids=(seen.cumsum(-1) - 1).clamp(min=0)
-        ).logits
+
+        # transformers gets the rows as one batch, padded at the left.
+        longest = max(lengths)
+        ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
+        seen = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        padded = reference(ids, attention_mask=seen, position_ids=positions).logits
         for i, row in enumerate(rows):
             alone = model(row[None])[0]
+            unpadded = padded[i, -len(row) :]
             close(packed[i], alone, 1e-5, f"packed against alone, {len(row)} tokens")
-            close(
-                padded[i, -len(row) :],
-                alone,
-                1e-5,
-                f"padded transformers against alone, {len(row)} tokens",
-            )
+            close(unpadded, alone, 1e-5, f"padded transformers against alone, {len(row)} tokens")
 
 
 def test_row_order_does_not_matter():
-    model, ids, order = scaled_down("0.6b"), random_ids(5, 23), torch.tensor([3, 0, 4, 1, 2])
+    model = scaled_down("0.6b")
+    ids = random_ids(5, 23)
+    order = torch.tensor([3, 0, 4, 1, 2])
     with torch.no_grad():
         close(model(ids)[order], model(ids[order]), 1e-6, "rows in another order")
 
 
 def test_logprobs_are_those_of_the_logits_and_entry_t_is_about_token_t():
-    model, row, temperature = scaled_down("4b"), random_ids(20), 0.7
+    model = scaled_down("4b")
+    row = random_ids(20)
+    temperature = 0.7
     index = torch.arange(5, 20)
     with torch.no_grad():
         batch = packed_batch(row, torch.tensor([0, 20], dtype=torch.int32), 20, index)
@@ -137,18 +138,18 @@ def test_logprobs_are_those_of_the_logits_and_entry_t_is_about_token_t():
         nll = model.nll(batch)
         table = torch.log_softmax(model(row[None])[0] / temperature, -1)
         plain = torch.log_softmax(model(row[None])[0], -1)
-    for t in range(20):
-        expected = table[t - 1, row[t]] if t >= 5 else 0.0
-        assert abs(logprobs[t] - expected) < 1e-5, f"token {t}"
-        assert (
-            abs(entropy[t] - (-(table[t - 1].exp() * table[t - 1]).sum() if t >= 5 else 0.0)) < 1e-5
-        ), f"token {t}"
+    assert not logprobs[:5].any() and not entropy[:5].any(), "tokens that are not scored have 0"
+    for t in range(5, 20):
+        expected_entropy = -(table[t - 1].exp() * table[t - 1]).sum()
+        assert abs(logprobs[t] - table[t - 1, row[t]]) < 1e-5, f"token {t}"
+        assert abs(entropy[t] - expected_entropy) < 1e-5, f"token {t}"
     close(nll, -plain[torch.arange(4, 19), row[5:]].sum(), 1e-4, "summed negative log-likelihood")
 
 
 def test_a_saved_folder_opens_in_transformers_and_gives_the_same_greedy_tokens(tmp_path):
-    for size in ("0.6b", "8b"):  # tied and untied
-        model, prompt = scaled_down(size), random_ids(1, 9)
+    for size in ("0.6b", "8b"):  # the embeddings of the first are tied
+        model = scaled_down(size)
+        prompt = random_ids(1, 9)
         reference = theirs(model, tmp_path / size)
         ids = prompt
         for _ in range(20):
@@ -167,14 +168,7 @@ def test_a_saved_folder_opens_in_transformers_and_gives_the_same_greedy_tokens(t
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("yarn", [False, True], ids=["plain", "yarn"])
 def test_a_folder_of_transformers_opens_in_ours(tied, yarn, tmp_path):
-    rope = {
-        "rope_theta": 1e6,
-        **(
-            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
-            if yarn
-            else {"rope_type": "default"}
-        ),
-    }
+    rope = {"rope_theta": 1e6, **(YARN if yarn else {"rope_type": "default"})}
     torch.manual_seed(0)
     reference = Qwen3ForCausalLM(
         TheirConfig(
@@ -191,16 +185,13 @@ def test_a_folder_of_transformers_opens_in_ours(tied, yarn, tmp_path):
             rope_parameters=rope,
         )
     ).eval()
-    reference.save_pretrained(tmp_path, max_shard_size="50KB")  # several files
+    # A small limit makes transformers write several files.
+    reference.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = random_ids(2, 96)
     with torch.no_grad():
-        close(
-            Qwen3.from_pretrained(tmp_path)(ids),
-            reference(ids).logits,
-            1e-5,
-            "transformers -> ours",
-        )
+        ours = Qwen3.from_pretrained(tmp_path)(ids)
+        close(ours, reference(ids).logits, 1e-5, "transformers -> ours")
 
 
 def test_rope_settings_are_read_in_the_spelling_of_transformers_4_too(tmp_path):
@@ -208,9 +199,8 @@ def test_rope_settings_are_read_in_the_spelling_of_transformers_4_too(tmp_path):
     model.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["rope_parameters"]
-    (tmp_path / "config.json").write_text(
-        json.dumps(raw | {"rope_theta": 1e6, "rope_scaling": YARN})
-    )
+    raw |= {"rope_theta": 1e6, "rope_scaling": YARN}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     assert read_config(tmp_path) == model.config
 
 
@@ -225,11 +215,10 @@ def test_rope_factor_switches_yarn_on(tmp_path):
     assert loaded.max_positions() == 65536
     loaded.save_pretrained(tmp_path / "again")
     again = read_config(tmp_path / "again")
-    assert (
-        again.rope_scaling == loaded.config.rope_scaling and again.max_position_embeddings == 65536
-    ), "vLLM serves that many tokens, no more"
-    tables = zip(rope_tables(again, 300), rope_tables(loaded.config, 300), strict=True)
-    assert all(torch.equal(a, b) for a, b in tables)
+    assert again.rope_scaling == loaded.config.rope_scaling
+    assert again.max_position_embeddings == 65536, "vLLM serves that many tokens, no more"
+    for a, b in zip(rope_tables(again, 300), rope_tables(loaded.config, 300), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_save_then_load_is_bitwise_equal(tmp_path):
@@ -238,14 +227,14 @@ def test_save_then_load_is_bitwise_equal(tmp_path):
         model.save_pretrained(tmp_path / size)
         loaded = Qwen3.from_pretrained(tmp_path / size)
         assert loaded.config == model.config
-        for (name, a), (other, b) in zip(
-            model.named_parameters(), loaded.named_parameters(), strict=True
-        ):
-            assert name == other and torch.equal(a, b), name
+        saved, opened = dict(model.named_parameters()), dict(loaded.named_parameters())
+        assert list(saved) == list(opened)
+        for name in saved:
+            assert torch.equal(saved[name], opened[name]), name
 
 
 def broken(tmp_path, change, size="8b"):
-    """A saved folder whose tensors went through change(state)."""
+    """A saved folder whose tensors, a dictionary by name, change() has changed in place."""
     scaled_down(size).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     change(state)
@@ -260,27 +249,26 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 
 def test_an_unknown_tensor_is_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown tensor model.layers.0.self_attn.q_proj.bias"):
-        Qwen3.from_pretrained(
-            broken(
-                tmp_path,
-                lambda state: state.update(
-                    {"model.layers.0.self_attn.q_proj.bias": torch.zeros(4)}
-                ),
-            )
-        )
+    name = "model.layers.0.self_attn.q_proj.bias"
+
+    def add_a_bias(state):
+        state[name] = torch.zeros(4)
+
+    with pytest.raises(ValueError, match=f"unknown tensor {name}"):
+        Qwen3.from_pretrained(broken(tmp_path, add_a_bias))
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
+    def shrink(state):
+        state["model.norm.weight"] = torch.zeros(3)
+
     with pytest.raises(ValueError, match=r"model.norm.weight is \(3,\), expected \(64,\)"):
-        Qwen3.from_pretrained(
-            broken(tmp_path, lambda state: state.update({"model.norm.weight": torch.zeros(3)}))
-        )
+        Qwen3.from_pretrained(broken(tmp_path, shrink))
 
 
 def test_the_copy_of_a_tied_head_is_left_alone(tmp_path):
     def copy(state):
-        return state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
 
     assert Qwen3.from_pretrained(broken(tmp_path, copy, size="0.6b")).lm_head is None
 
@@ -325,106 +313,108 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
+def worst_relative_norm(got, expected):
+    """The largest norm of a difference, relative to the norm of the expected tensor."""
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        worst = max(worst, ((a - b).norm() / b.norm()).item())
+    return worst
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(checkpointing):
-    """Two groups of samples of a prompt (one twice the same, one cut off inside another) and a lone
-    sequence: log-probs, entropies, the SFT loss and all gradients beside those of every token by
-    itself. Tolerance 1e-5, relative."""
+    """Log-probs, entropies, the SFT loss and all gradients are compared with those of computing
+    every token for itself. The relative tolerance is 1e-5.
+
+    The sequences are samples of two prompts and a lone one. Of the first prompt's samples two are
+    the same, and the third ends inside them.
+    """
 
     def draw(n, seed):
         return random_ids(n, vocab=61, seed=seed).tolist()
 
-    prompts, tail = [draw(20, 1), draw(9, 2)], draw(7, 3)
+    first, second, tail = draw(20, 1), draw(9, 2), draw(7, 3)
     sequences = [
-        prompts[0] + tail,
-        prompts[1] + draw(5, 4),
-        prompts[0] + tail[:4],
+        first + tail,
+        second + draw(5, 4),
+        first + tail[:4],
         draw(6, 5),
-        prompts[0] + tail,
-        prompts[1] + draw(8, 6),
+        first + tail,
+        second + draw(8, 6),
     ]
+    # The loss counts the last tokens of each sequence.
     index, cu_seqlens = [], [0]
-    for n in (7, 5, 4, 2, 7, 8):
-        cu_seqlens.append(cu_seqlens[-1] + len(sequences[len(cu_seqlens) - 1]))
-        index += range(cu_seqlens[-1] - n, cu_seqlens[-1])
-    weight_M, found = torch.randn(len(index), generator=torch.Generator().manual_seed(7)), []
-    packed = [
-        torch.tensor(sum(sequences, [])),
-        torch.tensor(cu_seqlens, dtype=torch.int32),
-        27,
-        torch.tensor(index),
-    ]
+    for sequence, num_scored in zip(sequences, (7, 5, 4, 2, 7, 8), strict=True):
+        cu_seqlens.append(cu_seqlens[-1] + len(sequence))
+        index += range(cu_seqlens[-1] - num_scored, cu_seqlens[-1])
+    index = torch.tensor(index)
+    weight_M = torch.randn(len(index), generator=torch.Generator().manual_seed(7))
+    ids = torch.tensor(sum(sequences, []))
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     shared = shared_prefixes(sequences, "cpu")
-    for given in (shared, None):
+    found = []
+    for prefixes in (shared, None):
         model = make_tiny()
         model.gradient_checkpointing = checkpointing
-        logprobs_T, entropy_T = model.token_logprobs(packed_batch(*packed, given), temperature=0.7)
-        nll = model.nll(packed_batch(*packed, given))
-        ((weight_M * (logprobs_T + entropy_T)[packed[3]]).sum() + nll).backward()
-        found.append(
-            (
-                logprobs_T.detach(),
-                entropy_T.detach(),
-                nll.detach(),
-                *(p.grad for p in model.parameters()),
-            )
-        )
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
+        batch = packed_batch(ids, cu_seqlens, 27, index, prefixes)
+        logprobs_T, entropy_T = model.token_logprobs(batch, temperature=0.7)
+        nll = model.nll(batch)
+        loss = (weight_M * (logprobs_T + entropy_T)[index]).sum() + nll
+        loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        found.append([logprobs_T.detach(), entropy_T.detach(), nll.detach(), *gradients])
+    worst = worst_relative_norm(*found)
     print(
-        f"{len(shared[0])} of {len(shared[1])} tokens computed: worst relative difference {worst:.1e} (limit 1e-5)"
+        f"{len(shared[0])} of {len(shared[1])} tokens computed: "
+        f"worst relative difference {worst:.1e} (limit 1e-5)"
     )
     assert worst < 1e-5 and len(shared[0]) == 20 + 7 + 9 + 5 + 8 + 6
 
 
 def test_rows_nobody_reads_leave_the_last_layer_and_change_nothing(tiny):
-    """Scored tokens alone go through the last layer's o_proj and MLP. The slow way takes every
-    row and picks them afterwards."""
-    ids, cu_seqlens = random_ids(40, vocab=61), torch.tensor([0, 11, 17, 40], dtype=torch.int32)
+    """Only rows that are scored go through the last layer's o_proj and MLP. The slow way computes
+    every row and picks the scored ones afterwards."""
+    ids = random_ids(40, vocab=61)
+    cu_seqlens = torch.tensor([0, 11, 17, 40], dtype=torch.int32)
     keep = torch.tensor([3, 4, 9, 15, 16, 30, 38])
+    fast = tiny.packed_hidden(ids, cu_seqlens, 23, keep)
+    slow = tiny.packed_hidden(ids, cu_seqlens, 23)[keep]
     found = []
-    for fast in (True, False):
-        hidden = (
-            tiny.packed_hidden(ids, cu_seqlens, 23, keep)
-            if fast
-            else tiny.packed_hidden(ids, cu_seqlens, 23)[keep]
-        )
-        gradients = torch.autograd.grad(
-            hidden.square().sum() + hidden[:, 0].sum(), list(tiny.parameters())
-        )
-        found.append((hidden, *gradients))
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
+    for hidden in (fast, slow):
+        loss = hidden.square().sum() + hidden[:, 0].sum()
+        found.append([hidden, *torch.autograd.grad(loss, list(tiny.parameters()))])
+    worst = worst_relative_norm(*found)
     print(f"hidden states and gradients: worst relative difference {worst:.1e} (limit 1e-5)")
     assert worst < 1e-5
 
 
 def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monkeypatch):
-    """On CPUs linear_cross_entropy takes 512 tokens at a time beside a big weight, 128 beside
-    this one."""
+    """On CPUs linear_cross_entropy takes chunks of 512 tokens if the weight is big, and of 128
+    tokens if it is as small as this one."""
     from kernels import linear_cross_entropy as op
 
-    hidden, weight = (
-        torch.randn(1100, 16, dtype=torch.float64, requires_grad=True),
-        torch.randn(4000, 16, dtype=torch.float64, requires_grad=True),
-    )
-    target, results = torch.randint(4000, (1100,)), []
+    hidden = torch.randn(1100, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4000, 16, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(4000, (1100,))
+    results = []
     for big in (op.BIG, 0):
         monkeypatch.setattr(op, "BIG", big)
         loss = op.linear_cross_entropy(hidden, weight, target)
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
-    exact = op.linear_cross_entropy_ref(hidden, weight, target)
-    results.append((exact, *torch.autograd.grad(exact, (hidden, weight))))
-    worst = max(
-        ((a - b).abs().max() / b.abs().max()).item()
-        for got in results[:2]
-        for a, b in zip(got, results[2], strict=True)
-    )
+    loss = op.linear_cross_entropy_ref(hidden, weight, target)
+    exact = (loss, *torch.autograd.grad(loss, (hidden, weight)))
+    worst = 0.0
+    for got in results:
+        for a, b in zip(got, exact, strict=True):
+            worst = max(worst, ((a - b).abs().max() / b.abs().max()).item())
     print(f"worst relative difference {worst:.1e} (limit 1e-12)")
     assert worst < 1e-12
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0])
 def test_yarn_at_the_real_head_width_is_that_of_transformers(factor):
-    """The toy's eight frequencies hide a rounding of where the ramp begins and ends."""
+    """A small head has only eight frequencies, which hide how the ends of YaRN's ramp are
+    rounded."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     ours = Qwen3Config(
@@ -434,16 +424,13 @@ def test_yarn_at_the_real_head_width_is_that_of_transformers(factor):
             "original_max_position_embeddings": 32768,
         }
     )
-    inv_freq, scale = ROPE_INIT_FUNCTIONS["yarn"](
-        TheirConfig(
-            **{k: v for k, v in hf_config(ours).items() if k not in ("architectures", "model_type")}
-        ),
-        "cpu",
-    )
+    values = hf_config(ours)
+    del values["architectures"], values["model_type"]
+    inv_freq, scale = ROPE_INIT_FUNCTIONS["yarn"](TheirConfig(**values), "cpu")
     cos_TH, sin_TH = rope_tables(ours, 2)
-    assert torch.allclose(
-        torch.atan2(sin_TH[1], cos_TH[1]), inv_freq, rtol=1e-5, atol=0
-    ) and torch.allclose(cos_TH[0], torch.full((64,), scale))
+    angle_H = torch.atan2(sin_TH[1], cos_TH[1])
+    assert torch.allclose(angle_H, inv_freq, rtol=1e-5, atol=0)
+    assert torch.allclose(cos_TH[0], torch.full((64,), scale))
 
 
 def test_a_stretched_checkpoint_takes_another_factor_from_the_original_length(world, tmp_path):

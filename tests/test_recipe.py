@@ -1,6 +1,6 @@
-"""The rules of the paper, one test a rule, named after rule and section, each by numbers that can be
-checked with a pencil. Start here to see what a stage does that GRPO alone does not; the tests of
-the single files go further into each.
+"""The rules of the paper: one test a rule, named after its section, with numbers that a pencil can
+check. Start here to see what a stage does that GRPO alone does not; the tests of the
+single files go further into each.
 """
 
 import json
@@ -40,17 +40,21 @@ def rollout(text, row=None, finish="stop", group=0, think=True, reward=float("na
     )
 
 
+def table_of(scores):
+    """A reward model that is a table: it knows the score of each answer."""
+    return lambda messages, answers: [scores[answer] for answer in answers]
+
+
 # ---- SFT (3.1, 4.1) ------------------------------------------------------------------------------
 def test_4_1_cosine_schedule_as_printed():
-    """T14: the cosine runs over 100K steps, so that after the 20K of stage 1 the rate is still
-    90% of its start: (1 + cos(pi / 5)) / 2."""
+    """Table 14: the cosine runs over 100K steps. After the 20K steps of stage 1 the rate is still
+    90% of its start, (1 + cos(pi / 5)) / 2."""
     cfg = sft.Config(lr=5e-5, warmup_steps=200, schedule_steps=100_000)
     assert sft.learning_rate(20_000, cfg) == pytest.approx(5e-5 * 0.9045085, rel=1e-6)
-    assert (
-        sft.learning_rate(50_000, cfg) == pytest.approx(2.5e-5)
-        and sft.learning_rate(100_000, cfg) == 0.0
-    )
-    assert sft.learning_rate(100, cfg) == pytest.approx(2.5e-5, rel=1e-5)  # half of the warm-up
+    assert sft.learning_rate(50_000, cfg) == pytest.approx(2.5e-5)
+    assert sft.learning_rate(100_000, cfg) == 0.0
+    # Step 100 is in the middle of the warm-up.
+    assert sft.learning_rate(100, cfg) == pytest.approx(2.5e-5, rel=1e-5)
 
 
 def test_3_1_2_multi_turn_history_has_no_thinking_and_is_not_trained_on():
@@ -70,18 +74,17 @@ def test_3_1_2_multi_turn_history_has_no_thinking_and_is_not_trained_on():
 
 
 def test_3_1_2_think_and_no_think_rows_of_one_prompt_differ_by_flag_and_answer():
-    rows = [
-        sft.normalize(
-            {"messages": [*ASK, {"role": "assistant", "content": text}], "thinking": think}, "row 1"
-        )
-        for text, think in (("<think>\nhm\n</think>\n\n42", True), ("42", False))
-    ]
-    turns = [render_turns(row["messages"], row["think"], row["tools"]) for row in rows]
-    assert turns[0][0] == turns[1][0] and [t[1][1] for t in turns] == [
-        "What is 6 * 7? /think",
-        "What is 6 * 7? /no_think",
-    ]
-    assert [t[2][1:] for t in turns] == [("<think>\nhm\n</think>\n\n42", True), ("42", True)]
+    turns = []
+    for text, think in (("<think>\nhm\n</think>\n\n42", True), ("42", False)):
+        messages = [*ASK, {"role": "assistant", "content": text}]
+        row = sft.normalize({"messages": messages, "thinking": think}, "row 1")
+        turns.append(render_turns(row["messages"], row["think"], row["tools"]))
+    with_thinking, without = turns
+    assert with_thinking[0] == without[0]
+    assert with_thinking[1][1] == "What is 6 * 7? /think"
+    assert without[1][1] == "What is 6 * 7? /no_think"
+    assert with_thinking[2][1:] == ("<think>\nhm\n</think>\n\n42", True)
+    assert without[2][1:] == ("42", True)
 
 
 def test_3_3_1_tool_calling_conversation_trains_calls_and_answer_but_not_the_tool():
@@ -96,9 +99,8 @@ def test_3_3_1_tool_calling_conversation_trains_calls_and_answer_but_not_the_too
         {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "42."},
     ]
-    row = sft.normalize(
-        {"messages": messages, "tools": json.dumps([{"name": "mul"}]), "thinking": False}, "row 1"
-    )
+    tools = json.dumps([{"name": "mul"}])
+    row = sft.normalize({"messages": messages, "tools": tools, "thinking": False}, "row 1")
     system, *turns = render_turns(row["messages"], row["think"], row["tools"])
     assert '<tools>\n{"name": "mul"}\n</tools>' in system[1]
     assert turns == [
@@ -121,22 +123,17 @@ def test_3_3_1_tool_calling_conversation_trains_calls_and_answer_but_not_the_too
 def test_4_3_2_half_of_the_prompts_of_a_unified_run_are_answered_in_each_mode(
     share, modes, tmp_path
 ):
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Q{i}"}) + "\n" for i in range(10))
-    )
+    prompts = [{"prompt": f"Q{i}"} for i in range(10)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     rows = rlhf.load_rows(rlhf.Config(data=str(tmp_path / "p.jsonl"), think_share=share))
     assert "".join("nt"[row["think"]] for row in rows) == modes
 
 
 def test_4_3_2_answer_only_scoring_and_the_language_rule(monkeypatch):
-    """Scores 3 and -2; the reply in another script would score 50 and gets 10 less than the
-    lowest: -12."""
+    """The scores are 3 and -2. The reply in another script would score 50 and gets 10 less than
+    the lowest score, -12."""
     scores = {"good": 3.0, "bad": -2.0, "\u597d": 50.0}
-    monkeypatch.setattr(
-        rlhf,
-        "load_reward_model",
-        lambda path, device, workers: lambda messages, answers: [scores[a] for a in answers],
-    )
+    monkeypatch.setattr(rlhf, "load_reward_model", lambda *args: table_of(scores))
     rollouts = [rollout(f"<think>aha</think>{text}") for text in scores]
     rlhf.make_reward(rlhf.Config(rm="table"))[1](rollouts)
     assert [r.reward for r in rollouts] == [3.0, -2.0, -12.0]
@@ -148,40 +145,30 @@ def test_4_4_2_unified_reward_is_all_constraints_or_nothing():
         "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
         "kwargs": [{}, {"num_words": 3, "relation": "less than"}],
     }
-    rollouts = [
-        rollout(text, row, think=False)
-        for text in ("Two words", "Two, words", "Now four words here", "Yes, four words here")
-    ]
+    replies = ("Two words", "Two, words", "Now four words here", "Yes, four words here")
+    rollouts = [rollout(text, row, think=False) for text in replies]
     ifrl.make_reward(ifrl.Config(reward_workers=0))[1](rollouts)
     assert [r.reward for r in rollouts] == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_4_4_2_thinking_reward_is_one_plus_the_sigmoid_of_the_z_score(monkeypatch):
-    """Scores 0 0 3 (mean 1, unbiased std sqrt(3)): z = -0.57735, -0.57735, 1.1547, sigmoid
-    0.359543 and 0.760361; a broken rule earns 0."""
+    """Scores 0, 0 and 3 have mean 1 and unbiased standard deviation sqrt(3). The z-scores are
+    -0.57735, -0.57735 and 1.1547, and their sigmoids 0.359543 and 0.760361. A reply that breaks a
+    constraint earns 0."""
     scores = {"a": 0.0, "b,": 0.0, "c": 3.0}
-    monkeypatch.setattr(
-        ifrl, "load_reward_model", lambda *args: lambda m, answers: [scores[a] for a in answers]
-    )
-    rollouts = [
-        rollout(
-            f"<think>x</think>{text}",
-            {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
-        )
-        for text in scores
-    ]
+    monkeypatch.setattr(ifrl, "load_reward_model", lambda *args: table_of(scores))
+    row = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    rollouts = [rollout(f"<think>x</think>{text}", row) for text in scores]
     ifrl.make_reward(ifrl.Config(think=True, reward_workers=0))[1](rollouts)
-    z = [
-        (s - statistics.mean(scores.values())) / statistics.stdev(scores.values())
-        for s in scores.values()
-    ]
+    mean, std = statistics.mean(scores.values()), statistics.stdev(scores.values())
+    z = [(score - mean) / std for score in scores.values()]
     assert [round(x, 5) for x in z] == [-0.57735, -0.57735, 1.1547]
     assert [r.reward for r in rollouts] == pytest.approx([1.359543, 0.0, 1.760361], abs=1e-5)
 
 
 def test_4_4_2_dynamic_sampling_refills_flat_groups_in_a_bounded_number_of_rounds():
-    """4 prompts, two of them flat: one refill of 2. Nothing but flat groups: 1 +
-    max_refill_rounds rounds and no more."""
+    """With 2 of 4 groups flat, one refill asks for 2 prompts. With flat groups only, there are
+    max_refill_rounds refills and no more."""
     _, _, engine = roll(lambda i: FLAT if i < 2 else UNEVEN, max_refill_rounds=4, num_rows=1000)
     assert [len(asked) for asked in engine.asked] == [4, 2]
     _, _, engine = roll(lambda i: FLAT, max_refill_rounds=4, num_rows=1000)
@@ -189,91 +176,83 @@ def test_4_4_2_dynamic_sampling_refills_flat_groups_in_a_bounded_number_of_round
 
 
 # ---- Math RL (4.5) -------------------------------------------------------------------------------
+def group_with_a_cut_rollout():
+    """Four rollouts with rewards 1, 0, 0, 0; the third one is cut off at the length limit."""
+    ends = ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))
+    return [rollout("", reward=reward, status="ok", finish=finish) for reward, finish in ends]
+
+
 def test_4_5_2_overlong_skip_leaves_loss_denominator_and_group_statistics():
-    """24K stage: of rewards 1 0 (0 cut off) 0 the cut one is skipped: mean 1/3, std 1/sqrt(3),
-    advantages 1.1547 and -0.5774."""
-    group = [
-        rollout("", reward=r, status="ok", finish=f)
-        for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))
-    ]
+    """The 24K stage skips the rollout that is cut off. Rewards 1, 0, 0 are left: mean 1/3,
+    standard deviation 1/sqrt(3), advantages 1.1547 and -0.5774."""
+    group = group_with_a_cut_rollout()
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=True))
     assert [round(r.advantage, 4) for r in group] == [1.1547, -0.5773, 0.0, -0.5773]
-    assert sum(len(r.completion_ids) for r in group if r.in_loss) == 6, (
-        "two tokens each of three rollouts are the denominator"
-    )
+    denominator = sum(len(r.completion_ids) for r in group if r.in_loss)
+    assert denominator == 6, "two tokens each of three rollouts"
 
 
 def test_4_5_2_overlong_zero_stays_in_loss_and_group_statistics():
-    """32K and 40K stages: a cut-off rollout earns 0 even if its last box was right, and counts:
-    mean 1/4, std 1/2."""
-    cut = rollout("x</think>\\boxed{42}", {"answer": "42"}, finish="length")
-    assert mathrl.judge(cut) == (0, "no_answer") and mathrl.judge(
-        rollout("x</think>\\boxed{42}", {"answer": "42"})
-    ) == (1, "ok")
-    group = [
-        rollout("", reward=r, status="ok", finish=f)
-        for r, f in ((1.0, "stop"), (0.0, "stop"), (0.0, "length"), (0.0, "stop"))
-    ]
+    """In the 32K and 40K stages a rollout that is cut off earns 0, even if its last box was right,
+    and counts: mean 1/4, standard deviation 1/2."""
+    text = "x</think>\\boxed{42}"
+    assert mathrl.judge(rollout(text, {"answer": "42"}, finish="length")) == (0, "no_answer")
+    assert mathrl.judge(rollout(text, {"answer": "42"})) == (1, "ok")
+    group = group_with_a_cut_rollout()
     mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=False))
-    assert [r.advantage for r in group] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4) and all(
-        r.in_loss for r in group
-    )
+    assert [r.advantage for r in group] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
+    assert all(r.in_loss for r in group)
 
 
 def test_4_5_2_skipped_rollouts_are_no_evidence_of_difficulty():
-    """Two right, one wrong, one cut off and skipped: [2 right of 3], and a prompt all of whose
-    rollouts were skipped is not in the history."""
-    group = [
-        rollout("", {"index": 7}, reward=r, status=s, finish=f)
-        for r, s, f in (
-            (1.0, "ok", "stop"),
-            (0.0, "no_answer", "length"),
-            (1.0, "ok", "stop"),
-            (0.0, "wrong", "stop"),
-        )
+    """Two rollouts right, one wrong and one skipped count as 2 right of 3. A prompt whose rollouts
+    were all skipped is not in the history."""
+    rollouts = [
+        rollout("", {"index": 7}, reward=1.0, status="ok"),
+        rollout("", {"index": 7}, reward=0.0, status="no_answer", finish="length"),
+        rollout("", {"index": 7}, reward=1.0, status="ok"),
+        rollout("", {"index": 7}, reward=0.0, status="wrong"),
     ]
-    group += [
-        rollout("", {"index": 8}, group=1, reward=0.0, status="no_answer", finish="length")
-        for _ in range(4)
-    ]
-    mathrl.compute_advantages(group, mathrl.Config(group_size=4, overlong_filter=True))
-    assert mathrl.count_correct(group) == {"7": [2, 3]}
+    skipped = dict(group=1, reward=0.0, status="no_answer", finish="length")
+    rollouts += [rollout("", {"index": 8}, **skipped) for _ in range(4)]
+    mathrl.compute_advantages(rollouts, mathrl.Config(group_size=4, overlong_filter=True))
+    assert mathrl.count_correct(rollouts) == {"7": [2, 3]}
 
 
 def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_the_solved():
-    """Each row has one draw of random.Random("seed epoch"): unsolved rows return where it is
-    below 0.10, solved ones below 0.01."""
-    history = {i: (0, 8) if i % 2 else (8, 8) for i in range(2000)} | {
-        i: (5, 8) for i in range(2000, 2100)
-    }
+    """Each row has one draw of random.Random("seed epoch"). An unsolved row returns if its draw is
+    below 0.10, a solved row if it is below 0.01."""
+    # Of rows 0-1999 the odd ones are unsolved and the even ones solved. Rows 2000-2099 are in
+    # between, and rows 2100-2199 unseen.
+    history = {i: (0, 8) if i % 2 else (8, 8) for i in range(2000)}
+    history |= {i: (5, 8) for i in range(2000, 2100)}
     pool = mathrl.select_rows([{}] * 2200, 3, history, mathrl.Config(seed=5))
     draw = random.Random("5 3")
-    luck = [draw.random() for _ in range(2200)]
-    assert pool == [
-        i for i in range(2200) if luck[i] < (1.0 if i >= 2000 else 0.10 if i % 2 else 0.01)
-    ]
-    unsolved, solved = (
-        sum(i % 2 for i in pool if i < 2000),
-        sum(1 - i % 2 for i in pool if i < 2000),
-    )
+    expected = []
+    for i in range(2200):
+        share = 0.10 if i % 2 else 0.01
+        if draw.random() < share or i >= 2000:
+            expected.append(i)
+    assert pool == expected
+    unsolved = sum(i % 2 for i in pool if i < 2000)
+    solved = sum(1 - i % 2 for i in pool if i < 2000)
     print(
-        f"returned: {unsolved} of 1000 unsolved (10%: 100 +- 28 at 3 sigma), {solved} of 1000 solved (1%: 10 +- 9.4)"
+        f"returned: {unsolved} of 1000 unsolved (10%: 100 +- 28 at 3 sigma), "
+        f"{solved} of 1000 solved (1%: 10 +- 9.4)"
     )
     assert 72 <= unsolved <= 128 and 1 <= solved <= 20
 
 
 # ---- Code RL (4.6) -------------------------------------------------------------------------------
 def test_4_6_2_mixed_language_earns_zero_in_code_and_minus_one_in_math():
-    """4.5.2 against 4.6.2: -1 would teach a policy that cannot solve the problem that clean and
-    wrong is a win."""
+    """Sections 4.5.2 and 4.6.2 differ. With -1 in code, a policy that cannot solve a problem would
+    learn that a wrong answer in one language is a win."""
     tests = {"inputs": ["1\n"], "outputs": ["2\n"], "fn_name": None, "time_limit": None}
     right = "</think>\n```python\nprint(int(input()) * 2)\n```"
     assert coderl.verdict("So" + right, tests, "Double it.")[:2] == (1, "ok")
     assert coderl.verdict("\u8ba9\u6211" + right, tests, "Double it.")[:2] == (0, "language")
-    assert mathrl.verdict("\u8ba9\u6211</think>\\boxed{42}", "42", "What is 6 * 7?") == (
-        -1,
-        "language",
-    )
+    in_math = mathrl.verdict("\u8ba9\u6211</think>\\boxed{42}", "42", "What is 6 * 7?")
+    assert in_math == (-1, "language")
 
 
 def test_4_6_2_all_tests_or_nothing():
@@ -283,52 +262,57 @@ def test_4_6_2_all_tests_or_nothing():
         "fn_name": None,
         "time_limit": None,
     }
-    value, status, passed = coderl.verdict(
-        "</think>\n```python\nprint(int(input()) * 2)\n```", tests, "Double it."
-    )
-    assert (value, status) == (0, "wrong") and passed < 1
+    response = "</think>\n```python\nprint(int(input()) * 2)\n```"
+    value, status, passed = coderl.verdict(response, tests, "Double it.")
+    assert (value, status) == (0, "wrong")
+    assert passed < 1
 
 
 # ---- SWE RL (4.7) --------------------------------------------------------------------------------
 @pytest.mark.parametrize("limit, most", [(20, 1), (25, 2), (40, 4), (99, 5)])
 def test_4_7_1_prompts_show_golden_and_noisy_files_up_to_a_length_by_the_seed(limit, most):
-    """Files of 30 characters at 3 a token: one takes 10 tokens. A 20-token limit would hold two,
-    but its one golden file has 60."""
-    files = {f"f{i}.py": "x" * (60 if i == 0 and limit == 20 else 30) for i in range(8)}
+    """A file of 30 characters takes 10 tokens, at 3 characters a token. A limit of 20 tokens would
+    hold two files, but there the golden file has 60 characters."""
+    files = {f"f{i}.py": "x" * 30 for i in range(8)}
+    if limit == 20:
+        files["f0.py"] = "x" * 60
     cfg = swerl.Config(max_prompt_tokens=limit, chars_per_token=3.0, noisy_share=1.0, max_files=5)
-    shown = [swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed)) for seed in range(40)]
-    assert {len(s) for s in shown} == {most} and all("f0.py" in s for s in shown)
-    assert [list(s) for s in shown] == [
-        list(swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed))) for seed in range(40)
-    ]
-    assert len({tuple(s) for s in shown}) > 3 or most == 1, (
-        "which files, and in which order, is the seed's choice"
-    )
+
+    def shown():
+        """The names of the files in the prompt, in order, for 40 seeds."""
+        choices = []
+        for seed in range(40):
+            choices.append(tuple(swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed))))
+        return choices
+
+    choices = shown()
+    assert {len(names) for names in choices} == {most}
+    assert all("f0.py" in names for names in choices)
+    assert shown() == choices
+    if most > 1:
+        assert len(set(choices)) > 3, "the seed chooses the files and their order"
+    too_short = swerl.Config(max_prompt_tokens=10, chars_per_token=3.0)
     with pytest.raises(data.BadRow, match="alone exceed"):
-        swerl.choose_files(
-            files,
-            list(files),
-            swerl.Config(max_prompt_tokens=10, chars_per_token=3.0),
-            random.Random(0),
-        )
+        swerl.choose_files(files, list(files), too_short, random.Random(0))
 
 
 def test_4_7_1_a_share_of_the_prompts_shows_golden_files_alone():
     files = {f"f{i}.py": "x" for i in range(4)}
 
-    def alone(share):
-        return sum(
-            len(
-                swerl.choose_files(
-                    files, ["f0.py"], swerl.Config(noisy_share=share), random.Random(s)
-                )
-            )
-            == 1
-            for s in range(400)
-        )
+    def num_alone(noisy_share):
+        """How many of 400 prompts show the golden file alone."""
+        cfg = swerl.Config(noisy_share=noisy_share)
+        count = 0
+        for seed in range(400):
+            shown = swerl.choose_files(files, ["f0.py"], cfg, random.Random(seed))
+            count += len(shown) == 1
+        return count
 
-    print(f"golden file alone at noisy_share 0.5: {alone(0.5)} of 400 (200 +- 30 at 3 sigma)")
-    assert alone(0.0) == 400 and alone(1.0) == 0 and 170 <= alone(0.5) <= 230
+    half = num_alone(0.5)
+    print(f"golden file alone at noisy_share 0.5: {half} of 400 (200 +- 30 at 3 sigma)")
+    assert num_alone(0.0) == 400
+    assert num_alone(1.0) == 0
+    assert 170 <= half <= 230
 
 
 @pytest.mark.parametrize(
@@ -339,22 +323,26 @@ def test_4_7_1_a_share_of_the_prompts_shows_golden_files_alone():
         ("<think>never closed", "stop", -1.0),
         ("<think>x</think>no block", "stop", -1.0),
         (
-            "<think>x</think>### shop/cart.py\n<<<<<<< SEARCH\n    return result\n=======\n    return result\n>>>>>>> REPLACE",
+            "<think>x</think>### shop/cart.py\n<<<<<<< SEARCH\n    return result\n=======\n"
+            "    return result\n>>>>>>> REPLACE",
             "stop",
             0.0,
         ),
     ],
 )
 def test_4_7_2_equation_2_minus_one_zero_one(text, finish, earned):
-    """Does not apply: -1; changes nothing: 0; the golden change: 1. Truncated: -1 in the 24K
-    stage, skipped in the 16K stage."""
+    """An edit that does not apply earns -1, one that changes nothing 0, the golden change 1. A
+    truncated rollout earns -1 in the 24K stage and is skipped in the 16K stage."""
     r = rollout(text, {"files": FILES, "golden_patch": GOLDEN, "issue": "i"}, finish=finish)
     assert swerl.judge_rollout(r, swerl.Config())[0] == earned
 
 
 def test_4_7_2_the_judge_pays_its_probability_of_yes():
-    """A right repair that is not the golden text: P(YES) = 0.3 from the judge, whatever it is."""
+    """A repair in other words than the golden one earns the judge's P(YES), here 0.3."""
+
+    def judge(*versions):
+        return 0.3
+
     other = EXACT.replace("sum(prices) + tax", "tax + sum(prices)")
-    assert swerl.reward(other, FILES, GOLDEN, judge=lambda *versions: 0.3) == 0.3 and math.isclose(
-        swerl.reward(EXACT, FILES, GOLDEN, lambda *v: 0.3), 1
-    )
+    assert swerl.reward(other, FILES, GOLDEN, judge) == 0.3
+    assert math.isclose(swerl.reward(EXACT, FILES, GOLDEN, judge), 1)

@@ -1,5 +1,9 @@
-"""Guards: the repository is written so that it can be read, and what it says of itself is true
-(flags are used, imports are light)."""
+"""Guards of the repository as a text: it is written so that it can be read, and what it says of
+itself is true.
+
+The first part looks at the form of the code (rooms, lengths, formatting, density), the second at
+flags, deviations and contracts, the third at imports, and the last at the pages.
+"""
 
 import ast
 import dataclasses
@@ -19,7 +23,8 @@ from lib import flags
 ROOT = Path(__file__).resolve().parent.parent
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-SCRIPTS = (*STAGES, "extras/mopd", "evaluate", "evals/report", "evals/scaling", "toy")
+EXTRAS = ("extras/mopd", "extras/slow_motion")
+SCRIPTS = (*STAGES, *EXTRAS, "evaluate", "evals/report", "evals/scaling", "toy")
 PLUMBING = tuple(
     f"lib/{name}.py"
     for name in ("guard", "common", "flags", "logs", "plan", "checkpoint", "data", "packing")
@@ -28,17 +33,16 @@ ROOMS = {"verifiers", "lib", "evals", "extras", "kernels"}
 
 
 def tracked(*suffixes):
-    """Files of the repository with one of these suffixes; without git, everything outside .venv,
-    out and hidden folders."""
+    """The repository's files with one of these suffixes. Without git, every file outside `out` and
+    `.venv` counts as one."""
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if listed.returncode == 0:
         files = [ROOT / name for name in listed.stdout.split()]
     else:
-        files = [
-            p for p in ROOT.rglob("*") if not {"out", ".venv"} & set(p.relative_to(ROOT).parts)
-        ]
+        outside = {"out", ".venv"}
+        files = [p for p in ROOT.rglob("*") if outside.isdisjoint(p.relative_to(ROOT).parts)]
     return [p for p in files if p.is_file() and p.suffix in suffixes]
 
 
@@ -48,12 +52,9 @@ def name_of(path):
 
 def test_the_root_holds_what_a_user_types_or_a_student_reads():
     stages = {f"{stage}.py" for stage in STAGES}
-    assert {p.name for p in tracked(".py") if p.parent == ROOT} == stages | {
-        "model.py",
-        "engine.py",
-        "evaluate.py",
-        "toy.py",
-    }
+    others = {"model.py", "engine.py", "evaluate.py", "toy.py"}
+    found = {path.name for path in tracked(".py") if path.parent == ROOT}
+    assert found == stages | others
 
 
 def test_every_function_fits_on_a_screen_or_two():
@@ -70,14 +71,14 @@ def test_every_function_fits_on_a_screen_or_two():
 
 @pytest.mark.parametrize("command", ["format --check", "check"])
 def test_the_tree_is_formatted_and_ruff_finds_nothing(command):
-    """100 columns; which rules stands in .ruff.toml."""
+    """The width of 100 columns and the choice of rules stand in .ruff.toml."""
     ruff = [sys.executable, "-m", "ruff", *command.split(), "--no-cache"]
     files = [name_of(path) for path in tracked(".py")]
     done = subprocess.run([*ruff, *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-def test_nothing_is_kept_from_the_formatter_but_tables_of_numbers():
+def test_no_line_is_kept_from_the_formatter():
     pattern = re.compile(r"#\s*fmt:")
     kept = [name_of(p) for p in tracked(".py") if pattern.search(p.read_text())]
     assert [name for name in kept if name != "tests/test_repo.py"] == []
@@ -92,13 +93,15 @@ def test_lines_of_the_shell_scripts_end_at_110_columns():
     assert wide == []
 
 
-MOST_NODES = 30  # of the syntax tree, a physical line; what packs more is unfolded
-DENSE_SHARE = 0.05  # of a file's statements; good model code has 1 to 5%
+# A statement that packs more nodes of the syntax tree into a physical line is dense: unfold it.
+MOST_NODES = 30
+# At most this share of a file's statements may be dense. Good model code has 1 to 5%.
+DENSE_SHARE = 0.05
 
 
 def statements(tree):
-    """(first line, lines, nodes) of every simple statement, and of the head of every compound
-    one."""
+    """Yield (first line, number of lines, number of nodes) of every simple statement, and of the
+    head of every compound statement."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.stmt):
             continue
@@ -118,8 +121,8 @@ def statements(tree):
 
 
 def test_statements_are_not_packed():
-    """Stages, model, engine and every room: at most 5% of a file's statements pack more than 30
-    nodes."""
+    """At most 5% of the statements of a file at the top or in a room pack more than 30 nodes into
+    a line."""
     packed = []
     for path in tracked(".py"):
         if path.parent != ROOT and path.parent.name not in ROOMS:
@@ -133,7 +136,10 @@ def test_statements_are_not_packed():
 
 
 def test_a_packed_statement_is_found():
-    folded = "x = [a for a in zip(b, c) if a[0] and not a[1]] + sorted(set(d.e(f, g=h, i=j) for f in k))\n"
+    folded = (
+        "x = [a for a in zip(b, c) if a[0] and not a[1]]"
+        " + sorted(set(d.e(f, g=h, i=j) for f in k))\n"
+    )
     plain = "x = f(a)\nif x:\n    y = x + 1\n"
     found = []
     for source in (folded, plain):
@@ -148,11 +154,12 @@ def config_of(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_explained(script):
-    """A flag that is parsed and never used is a lie, or a bug; one without a comment has no help."""
+    """A flag that is parsed and never used is a lie or a bug. One without a comment has no help."""
     Config = config_of(script)
     fields = flags.field_names(Config)
     assert len(fields) > 4
-    # lib/ reads some flags for all scripts (rope_factor in load_policy), verifiers/ some of RLHF's.
+    # lib/ reads some flags for all scripts (rope_factor in load_policy), and the reward model
+    # reads some for RLHF.
     readers = [ROOT / f"{script}.py", *(ROOT / "lib").glob("*.py")]
     if script == "rlhf":
         readers.append(ROOT / "verifiers" / "reward_model.py")
@@ -172,8 +179,8 @@ def test_all_rl_stages_share_the_flags_of_the_loop():
 
 
 def test_no_stage_has_a_flag_of_the_machine_that_lib_has():
-    """--shard, --engine, ... are declared in lib/flags.py; a stage declares one again for a
-    default."""
+    """The flags of the machine (--shard, --engine, ...) are declared in lib/flags.py. A stage may
+    declare one again only to give it another default."""
     for script in (*STAGES, "extras/mopd"):
         Config = config_of(script)
         shared = {f.name: f.default for f in dataclasses.fields(flags.RolloutFlags)}
@@ -191,13 +198,14 @@ def docstring_and_code(script):
 
 
 @pytest.mark.parametrize("script", (*STAGES, "extras/mopd"))
-def test_every_deviation_is_listed_in_its_script_and_marked_in_the_code(script):
-    """The docstring lists what differs from the paper, [Dn] says where; docs/paper.md explains."""
+def test_every_listed_deviation_is_marked_in_the_code(script):
+    """The docstring lists what differs from the paper, a mark [Dn] stands at the place in the code,
+    and docs/paper.md explains."""
     docstring, code = docstring_and_code(script)
     listed = set(DEVIATION.findall(docstring.partition("Deviations")[2]))
     marked = set(MARK.findall(code))
     elsewhere = set()
-    for path in (*tracked(".py"),):
+    for path in tracked(".py"):
         if path.parent.name in ("verifiers", "lib"):
             elsewhere |= set(MARK.findall(path.read_text()))
     assert listed and marked <= listed
@@ -211,7 +219,7 @@ def test_every_deviation_of_the_docs_is_listed_by_a_script():
     assert listed == set(re.findall(r"^#+ D(\d+)\b", (ROOT / "docs/paper.md").read_text(), re.M))
 
 
-# called by others than this repository: names and argument orders stay
+# Code outside this repository calls these functions: names and the order of arguments stay.
 CONTRACTS = {
     "mathrl.reward": ["response", "answer"],
     "ifrl.check": ["instruction_id", "kwargs", "text"],
@@ -228,11 +236,12 @@ CONTRACTS = {
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_the_contracts_of_the_rewards_keep_their_arguments(name):
     module, function = name.split(".")
-    arguments = inspect.signature(getattr(importlib.import_module(module), function)).parameters
-    assert list(arguments)[: len(CONTRACTS[name])] == CONTRACTS[name]
-    assert all(
-        a.default is not a.empty for a in list(arguments.values())[len(CONTRACTS[name]) :]
-    ), "what comes after them is optional"
+    signature = inspect.signature(getattr(importlib.import_module(module), function))
+    arguments = list(signature.parameters.values())
+    promised = CONTRACTS[name]
+    assert [a.name for a in arguments[: len(promised)]] == promised
+    further = arguments[len(promised) :]
+    assert all(a.default is not a.empty for a in further), "arguments after them are optional"
 
 
 def test_no_absolute_paths_of_somebodys_machine():
@@ -247,7 +256,7 @@ def test_no_absolute_paths_of_somebodys_machine():
 
 
 def test_no_package_index_is_named():
-    """Set-up takes whatever index the user's pip is configured for."""
+    """The set-up uses whatever index the user's pip is configured for."""
     pattern = re.compile(r"index-url|pypi\.|pythonhosted|/simple\b|conda-forge|artifactory")
     texts = {
         name_of(p): p.read_text()
@@ -267,18 +276,16 @@ def test_requirements_are_exact_pins():
 
 
 def test_code_is_ascii():
-    """Test data may be anything; a script may not: look-alike characters and invisible ones hide
-    there. Plots may say plus-minus."""
-    found = {}
+    """Look-alike and invisible characters hide in code that is not ASCII. Test data may be
+    anything, and a plot may say plus-minus."""
+    found = []
     for path in tracked(".py", ".sh"):
-        lines = [
-            i
-            for i, line in enumerate(path.read_text().splitlines(), 1)
-            if not line.replace("\u00b1", "").isascii()
-        ]
-        if lines and path.parent.name != "tests":
-            found[name_of(path)] = lines
-    assert found == {}
+        if path.parent.name == "tests":
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.replace("\u00b1", "").isascii():
+                found.append(f"{name_of(path)}:{number}")
+    assert found == []
 
 
 def test_nothing_is_left_for_later_and_no_test_is_empty():
@@ -294,8 +301,8 @@ def test_nothing_is_left_for_later_and_no_test_is_empty():
 
 
 def imports_of(path):
-    """Local modules that a file imports, wherever in it the import stands: "lib.data", "model",
-    ..."""
+    """The local modules ("lib.data", "model", ...) that a file imports, at its top or inside a
+    function."""
     local = {p.stem for p in tracked(".py") if p.parent == ROOT}
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -308,7 +315,8 @@ def imports_of(path):
     return {name for name in found if name and (name in local or name.partition(".")[0] in ROOMS)}
 
 
-FLOORS = (  # nothing imports from a floor above its own
+# The house from the ground up: no module imports from a floor above its own.
+FLOORS = (
     {"kernels", "lib.guard", "lib.common", "lib.flags", "lib.logs"},
     {"model"},
     {"lib.data", "lib.packing", "lib.plan", "lib.prompts", "lib.checkpoint"},
@@ -319,9 +327,12 @@ FLOORS = (  # nothing imports from a floor above its own
 
 
 def floor_of(module):
-    return next(
-        i for i, floor in enumerate(FLOORS) if module in floor or module.partition(".")[0] in floor
-    )
+    """The number of the floor that names the module or its room."""
+    room = module.partition(".")[0]
+    for number, floor in enumerate(FLOORS):
+        if module in floor or room in floor:
+            return number
+    raise AssertionError(f"{module} stands on no floor")
 
 
 def test_arrows_run_one_way_and_no_imports_go_in_a_circle():
@@ -330,57 +341,68 @@ def test_arrows_run_one_way_and_no_imports_go_in_a_circle():
         room = path.relative_to(ROOT).parts[0]
         if room not in ("tests", "bench") and path.name != "__init__.py":
             arrows[name_of(path)[:-3].replace("/", ".")] = imports_of(path)
-    upward = [
-        f"{a} -> {b}" for a, into in arrows.items() for b in into if floor_of(b) > floor_of(a)
-    ]
+    upward = []
+    for module, imported in arrows.items():
+        for other in imported:
+            if floor_of(other) > floor_of(module):
+                upward.append(f"{module} -> {other}")
     assert upward == []
-    done = set()
-    while len(done) < len(arrows):
-        ready = {
-            module
-            for module, into in arrows.items()
-            if module not in done and into & arrows.keys() <= done
-        }
-        assert ready, f"in a circle: {sorted(arrows.keys() - done)}"
-        done |= ready
+
+    # Take away modules whose imports have all been taken away. A circle is what stays.
+    left = dict(arrows)
+    while left:
+        ready = [module for module, imported in left.items() if not imported & left.keys()]
+        assert ready, f"in a circle: {sorted(left)}"
+        for module in ready:
+            del left[module]
+
+
+def run_in_a_process(source):
+    """Run Python source in a fresh interpreter at the root."""
+    return subprocess.run(
+        [sys.executable, "-c", source],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_importing_a_stage_is_light(stage):
-    """No vLLM, no transformers, no CUDA, no process group, and flags of the command line are left
-    alone."""
+    """It loads no vLLM and no transformers, starts no CUDA and no process group, and parses no
+    flags."""
+    heavy = ("vllm", "transformers", "datasets", "matplotlib")
     check = (
-        f"import sys; sys.argv = ['x', '--no_such_flag=1']; import {stage}, torch; "
-        "print([m for m in ('vllm', 'transformers', 'datasets', 'matplotlib') if m in sys.modules], "
-        "torch.cuda.is_initialized(), torch.distributed.is_initialized())"
+        "import sys\n"
+        "sys.argv = ['x', '--no_such_flag=1']\n"
+        f"import {stage}, torch\n"
+        f"print([name for name in {heavy} if name in sys.modules],"
+        " torch.cuda.is_initialized(), torch.distributed.is_initialized())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", check],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_in_a_process(check)
     assert done.stdout.strip() == "[] False False", done.stdout + done.stderr[-1000:]
 
 
+# One AdamW step in a process that has set itself up as a stage does.
+ADAMW_STEP = """
+import sys, sft, torch
+from lib.common import init_distributed
+init_distributed(0)
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.arange(3.0)
+optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
+optimizer.step()
+optimizer.zero_grad()
+print([name for name in ("torch._dynamo", "triton") if name in sys.modules], p.tolist())
+"""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes")
-def test_a_process_on_cpus_imports_neither_the_compiler_nor_triton_and_its_adamw_is_pytorch_s():
-    check = (
-        "import sys, sft, torch\nfrom lib.common import init_distributed\n"
-        "step = lambda p, g: (o := torch.optim.AdamW([p], lr=0.1, fused=True), setattr(p, 'grad', g), o.step(), o.zero_grad(), p.detach())[-1]\n"
-        "init_distributed(0); light = step(torch.nn.Parameter(torch.ones(3)), torch.arange(3.0))\n"
-        "print([m for m in ('torch._dynamo', 'triton') if m in sys.modules], light.tolist())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", check],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def test_a_process_on_cpus_imports_no_compiler_and_no_triton():
+    """Its AdamW, which then needs neither, takes the step of PyTorch's."""
+    done = run_in_a_process(ADAMW_STEP)
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.arange(3.0)
     torch.optim.AdamW([p], lr=0.1, fused=True).step()
@@ -401,14 +423,15 @@ PAGES = sorted(name_of(path) for path in tracked(".md"))
 
 
 def text_outside_code(page):
-    """A page's text without code: no fenced block, no indented block, no span in backticks."""
+    """A page's text without its code: fenced blocks, indented blocks, spans in backticks."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
     return re.sub(r"`[^`\n]*`", "`", text)
 
 
 def anchors_of(path):
-    """The anchors that GitHub gives a page's headings: lower case, "-" for a blank, no marks."""
+    """The anchors that GitHub gives a page's headings: lower case, "-" for a blank, and no
+    punctuation."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#{1,6} (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -438,7 +461,7 @@ def test_every_relative_link_and_anchor_of_a_page_resolves(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_named_on_a_page_exist(page):
-    """A name in backticks stands for a file from the root, or from the page's own folder."""
+    """A file name in backticks is a path from the root, or from the page's own folder."""
     text = (ROOT / page).read_text()
     names = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|txt|md))`", text)
     places = (ROOT, (ROOT / page).parent)
@@ -447,7 +470,8 @@ def test_files_named_on_a_page_exist(page):
 
 
 def test_the_deviations_have_one_numbering_and_the_code_cites_it():
-    """docs/paper.md explains D1, D2, ... once each; a [D14] in the code is one of them."""
+    """docs/paper.md explains D1, D2, ... once each, and every mark [Dn] in the code cites one that
+    it explains."""
     text = (ROOT / "docs" / "paper.md").read_text()
     explained = [int(number) for number in re.findall(r"^### D(\d+): ", text, re.MULTILINE)]
     assert explained == list(range(1, 26))
@@ -461,7 +485,8 @@ def test_the_deviations_have_one_numbering_and_the_code_cites_it():
 
 
 def test_the_places_of_the_deviations_are_there():
-    """A "Where:" of docs/paper.md names files, and before each file names that stand in it."""
+    """A "Where:" paragraph of docs/paper.md names files, and before each file names that occur in
+    that file."""
     missing = []
     text = (ROOT / "docs" / "paper.md").read_text()
     for paragraph in re.findall(r"^Where: (.*?)(?=\n\n)", text, re.DOTALL | re.MULTILINE):

@@ -131,7 +131,7 @@ HONEST = {  # style: source; every one reads SUM and prints 6
     "float for int": "input()\nprint(float(sum(map(int, input().split()))))",
 }
 
-# name: (source, verdicts of which one must come); the expected output is SECRET
+# {name: (source, verdicts of which it must get one)}; the expected output is SECRET.
 BAD = {
     "wrong": ("print(SECRET := 1)", {"wrong"}),
     "nothing": ("pass", {"wrong"}),
@@ -332,7 +332,7 @@ BAD = {
     "ptrace": ("import ctypes\nassert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0", {"crash"}),
 }
 
-# programs that look for SECRET and print the first they find; all must end without it
+# Programs that look for SECRET and print the first one they find. None may find it.
 THIEVES = {
     "stack walk": (
         "import sys\n"
@@ -408,7 +408,7 @@ SEARCH = (
     "    for hit in re.findall(r'735192[0-9]+', text): print(hit); raise SystemExit"
 )
 
-# name: (source, function, argument lines, expected JSON, verdicts)
+# {name: (source, function, argument lines, expected JSON, verdicts of which it must get one)}
 CALLS = {
     "function": ("def f(a, b): return a + b", "1\n2", "3", {"ok"}),
     "Solution method": (
@@ -510,19 +510,19 @@ def leaves():
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as command, open(f"/proc/{pid}/stat") as stat:
-                commands[int(pid)], parents[int(pid)] = (
-                    command.read(),
-                    int(stat.read().rpartition(")")[2].split()[1]),
-                )
+                command_line = command.read()
+                parent = int(stat.read().rpartition(")")[2].split()[1])
         except OSError:
-            pass
+            continue  # the process has ended
+        commands[int(pid)] = command_line
+        parents[int(pid)] = parent
 
     def top(pid):
-        return (
-            top(parents[pid])
-            if b"/sandbox.py\0" in commands.get(parents[pid], b"")
-            else parents[pid]
-        )
+        """The first ancestor that is no process of a sandbox."""
+        parent = parents[pid]
+        if b"/sandbox.py\0" in commands.get(parent, b""):
+            return top(parent)
+        return parent
 
     mine = [
         pid
@@ -574,7 +574,7 @@ def sandbox_mode(request, monkeypatch):
 
 @pytest.mark.parametrize("style", HONEST)
 def test_an_honest_program_passes_whatever_its_style(mode, style):
-    # without a mount namespace there is no folder to write to
+    # Without a mount namespace a program has no folder to write to.
     possible = mode == "full" or style != "own file"
     assert coderl.run_tests(HONEST[style], stdin_tests(SUM, "6\n"), 5.0) == [
         "ok" if possible else "crash"
@@ -585,7 +585,7 @@ def test_an_honest_program_passes_whatever_its_style(mode, style):
 def test_a_bad_program_gets_the_verdict_it_deserves(mode, name):
     source, verdicts = BAD[name]
     before, started = sandbox._zygote[0].pid, time.monotonic()
-    # touching fresh memory can be slow in a virtual machine
+    # The first use of memory can be slow in a virtual machine.
     seconds = 3.0 if verdicts == {"memory"} else 0.3
     got = coderl.run_tests(source, stdin_tests("1\n", SECRET), seconds, memory_mb=96)
     took = time.monotonic() - started
@@ -688,7 +688,7 @@ def test_every_call_of_a_program_is_judged_and_a_failure_does_not_spoil_the_next
 @pytest.mark.parametrize(
     "source, expected",
     [
-        # never emptied: right in every call by itself
+        # The list is never emptied, but each call of the tests runs in a process of its own.
         ("seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)", "1"),
         ("def f(x, seen=[]):\n    seen.append(x)\n    return len(seen)", "1"),
         (

@@ -1,7 +1,9 @@
-"""Guards: SFT trains on the last assistant turns only, packing changes nothing but the time, and a step's samples are a pure
-function of the seed and a cursor of a few numbers, which is why a resumed run sees what a straight one saw.
+"""Guards: SFT trains on the last assistant turns only, packing changes nothing but the time, and a
+step's samples are a pure function of the seed and a cursor of a few numbers, which is why a
+resumed run sees what a straight one saw.
 
-The loss is one mean over all trained tokens of the step (not a mean of means), checked against a loop over conversations.
+The loss is one mean over all trained tokens of the step (not a mean of means), checked against a
+loop over conversations.
 """
 
 import json
@@ -36,7 +38,8 @@ def random_samples(count=12, seed=0):
 
 
 def gradient(samples, **changes):
-    """({parameter: gradient}, metrics) of one train_step, read off as the optimizer is about to use it."""
+    """({parameter: gradient}, metrics) of one train_step, read off as the optimizer is about to
+    use it."""
     model, grads = make_tiny(), {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(
@@ -56,7 +59,8 @@ def distance(a, b):
 
 
 def literal_loss(model, samples):
-    """Mean over the trained tokens of all conversations, one conversation and one token at a time."""
+    """Mean over the trained tokens of all conversations, one conversation and one token at a
+    time."""
     total, count = 0.0, 0
     for ids, mask, _ in samples:
         logprobs = torch.log_softmax(model(torch.from_numpy(ids).long()[None])[0], -1)
@@ -72,7 +76,8 @@ def test_loss_and_gradient_equal_a_loop_over_conversations_and_tokens():
     loss.backward()
     error = distance({n: p.grad for n, p in model.named_parameters()}, grads)
     print(
-        f"gradient against the loop: relative error {error:.1e}, tolerance 1e-05; loss {metrics['loss']:.6f} against {loss.item():.6f}"
+        f"gradient against the loop: relative error {error:.1e}, tolerance 1e-05; "
+        f"loss {metrics['loss']:.6f} against {loss.item():.6f}"
     )
     assert error < 1e-5 and abs(metrics["loss"] - loss.item()) < 1e-5
     assert metrics["num_tokens"] == sum(mask.sum() for _, mask, _ in samples)
@@ -111,7 +116,8 @@ def test_packs_keep_conversations_whole_and_stay_in_their_budget():
 
 
 def test_an_untrained_token_gets_no_loss():
-    """Changing the last tokens of a conversation, not trained on and after everything that is, changes no loss."""
+    """Changing the last tokens of a conversation, not trained on and after everything that is,
+    changes no loss."""
     ids, mask, category = random_samples()[0]
     mask[:] = False
     mask[2:5] = True
@@ -223,7 +229,8 @@ def test_a_set_that_is_named_again_is_read_as_often(tmp_path):
 
 
 def test_a_commit_to_a_hub_s_set_does_not_strand_a_run(monkeypatch, tokenizer):
-    """The names of its files hold the commit; a resumed run reads on in the one that it began with."""
+    """The names of its files hold the commit; a resumed run reads on in the one that it began
+    with."""
     state = {
         "epoch": 0,
         "block": 0,
@@ -253,7 +260,10 @@ def test_a_commit_to_a_hub_s_set_does_not_strand_a_run(monkeypatch, tokenizer):
 
 def test_the_learning_rate_by_hand():
     cfg = config(lr=1.0, warmup_steps=10, schedule_steps=100)
-    rate = lambda step: sft.learning_rate(step, cfg)
+
+    def rate(step):
+        return sft.learning_rate(step, cfg)
+
     # half way up, on the cosine's shoulder
     assert rate(5) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 0.05)))
     assert rate(10) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.1)))
@@ -267,7 +277,8 @@ def test_the_learning_rate_by_hand():
 # ---- Which conversations: blocks of a stream -----------------------------------------------------
 @pytest.fixture()
 def rows(tmp_path, monkeypatch):
-    """rows({file: number of rows}) -> folder whose conversations are tokenized to [file number, row number]."""
+    """rows({file: number of rows}) -> folder whose conversations are tokenized to [file number,
+    row number]."""
 
     def render(tokenizer, messages, think, tools, add_generation_prompt):
         return [int(word) for word in messages[0]["content"].split()], [0, 1]
@@ -296,7 +307,8 @@ def fresh():
 
 
 def walk(cfg, steps, state=None):
-    """([file, row] of each conversation, step after step, and the state as a checkpoint would keep it after each step)"""
+    """([file, row] of each conversation, step after step, and the state as a checkpoint would
+    keep it after each step)"""
     state = fresh() if state is None else state
     stream, taken, states = sft.stream_steps(None, state, cfg), [], []
     for _ in range(steps):
@@ -352,7 +364,8 @@ def test_a_resumed_run_reads_the_same_conversations_from_any_step_on(block_rows,
 
 
 def test_every_block_has_the_mix_of_all_files_by_size(rows):
-    """Three quarters of the bytes in one file: three quarters of every block's bytes, to within a row of each."""
+    """Three quarters of the bytes in one file: three quarters of every block's bytes, to within a
+    row of each."""
     path = rows({"a.jsonl": 300, "b.jsonl": 100})
     sizes = {
         f: (len(open(f"{path}/{name}").read()), n)
@@ -373,9 +386,10 @@ def test_rows_that_do_not_fit_are_dropped_by_block_and_counts_by_category_go_on(
     with open(f"{path}/a.jsonl", "a") as f:
         f.write('{"messages": []}\n')
     render = sft.render_chat
-    long = lambda *args, **kw: (
-        ([0] * 99, [1] * 99) if args[1][0]["content"] == "1 3" else render(*args, **kw)
-    )
+
+    def long(*args, **kw):
+        return ([0] * 99, [1] * 99) if args[1][0]["content"] == "1 3" else render(*args, **kw)
+
     monkeypatch.setattr(sft, "render_chat", long)
     taken, _ = walk(config(data=path, samples_per_step=23, block_rows=13, max_seq_len=50), 1)
     assert sorted(taken[0])[:-3] == [[0, i] for i in range(20)]
@@ -405,7 +419,8 @@ def test_other_files_than_those_trained_on_so_far_are_refused(rows, tmp_path):
 
 
 def test_memory_is_bounded_by_the_block_not_by_the_set(rows, tmp_path):
-    """Ten times the rows at the same block_rows: the peak of a whole epoch stays, while ten times the block needs more."""
+    """Ten times the rows at the same block_rows: the peak of a whole epoch stays, while ten times
+    the block needs more."""
     peaks = {}
     for n, block_rows in ((400, 200), (4000, 200), (4000, 4000)):
         path = rows({"a.jsonl": n})
@@ -449,7 +464,10 @@ def test_a_conversation_of_exactly_the_limit_is_kept(world, tokenizer):
 
 def test_sft_clips_its_gradient_and_applies_none_that_is_not_finite():
     model = make_tiny()
-    flat = lambda: torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def flat():
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
     optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), flat()
     logged = sft.train_step(
         model, optimizer, random_samples(), config(grad_clip=0.01), torch.device("cpu"), world=1

@@ -1,9 +1,9 @@
-"""Guards: what the paper keeps from stage to stage is the same text in all five RL scripts; what
-differs is listed here, by name.
+"""What the paper keeps from stage to stage is the same text in all RL scripts; what differs is
+listed here, by name.
 
-Read the table as the paper's summary: what each stage has instead of Math RL's (`changed`), and
-what it needs besides (`own`). A fix below the waterline is made in all five scripts in one
-commit, or this fails.
+Read the table EXPECTED as the paper's summary: `changed` names what a stage does in another way
+than Math RL, `absent` what it does without, and `own` what it needs besides. A fix below the
+waterline is made in all scripts in one commit, or these tests fail.
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WATERLINE = "# ~~~~~~~~ waterline"
 
-# Every stage has its own of these: knobs, data, reward, what is logged, what is measured.
+# Every stage has its own version of these: knobs, data, reward, what it logs, what it measures.
 EVERY_STAGE = {
     "Config",
     "load_rows",
@@ -27,14 +27,14 @@ EVERY_STAGE = {
     "metric",
 }
 
-# What only Math RL has: the answer stands under one of several names.
+# Only Math RL has this one: the answer of its data sets stands under one of several names.
 MATH_RL = {"find_answer"}
 
 DISTILL = {"compute_advantages", "grpo_loss"}
 
 EXPECTED = {
-    # Reward: a Bradley-Terry model (reward_model.py), trained first, or somebody's endpoint. Loss:
-    # stabilisers for small reward models (6.3).
+    # The reward is a Bradley-Terry model (verifiers/reward_model.py), trained first, or an
+    # endpoint. The loss has stabilisers for small reward models (6.3).
     "rlhf.py": {
         "changed": {"normalize", "grpo_loss"},
         "absent": {"verdict", "reward", "judge"},
@@ -49,8 +49,8 @@ EXPECTED = {
             "reference_logprobs",
         },
     },
-    # Reward: all constraints of the prompt hold, and for thinking models the reward model's
-    # preference on top (4.4).
+    # The reward says whether all constraints of the prompt hold. For thinking models the reward
+    # model's preference is added (4.4).
     "ifrl.py": {
         "changed": {"normalize", "reward", "rollout"},
         "absent": {"verdict", "judge"},
@@ -64,14 +64,14 @@ EXPECTED = {
             "extremes",
         },
     },
-    # Reward: all unit tests pass (verifiers/programs.py), in the sandbox (4.6).
+    # The reward says whether all unit tests pass (verifiers/programs.py) in the sandbox (4.6).
     "coderl.py": {
         "changed": {"normalize", "verdict", "reward", "judge"},
         "absent": set(),
         "own": {"statement", "join_parts", "normal_tests"},
     },
-    # Reward: edits (patches.py) against the golden patch, nothing is run; -1 for edits that do not
-    # apply (4.7).
+    # The reward compares the edits (verifiers/patches.py) with the golden patch and runs nothing.
+    # Edits that do not apply earn -1 (4.7).
     "swerl.py": {
         "changed": {"normalize", "verdict", "reward"},
         "absent": {"judge"},
@@ -87,14 +87,15 @@ EXPECTED = {
             "judge_rollout",
         },
     },
-    # No reward at all: teachers speak about each token (Cascade 2, 4.4).
+    # There is no reward: teachers give every token an advantage (Cascade 2, 4.4).
     "extras/mopd.py": {
         "changed": DISTILL,
         "absent": {"normalize", "verdict", "reward", "judge"},
         "own": {"load_domain", "load_teacher", "ask_teacher", "differences"},
     },
 }
-# what differs below the waterline
+
+# The functions that differ from Math RL's below the waterline.
 BELOW = {
     "rlhf.py": {"grpo_loss"},
     "ifrl.py": {"rollout"},
@@ -105,11 +106,13 @@ BELOW = {
 
 
 def top_level(text):
-    """{name: its lines, decorators and comments included} of every top-level function, class and
-    assignment."""
-    lines, named = text.splitlines(), {}
+    """Map the name of every top-level function and class to its lines, decorators and comments
+    included."""
+    lines = text.splitlines()
+    named = {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            # Decorators stand above the line of the name.
             first = min([node.lineno] + [d.lineno for d in node.decorator_list])
             named[node.name] = lines[first - 1 : node.end_lineno]
     return named
@@ -128,52 +131,49 @@ def below(script):
 
 @pytest.mark.parametrize("script", EXPECTED)
 def test_below_the_waterline_a_stage_is_mathrl_line_for_line(script):
-    """Names that differ are taken out of both; everything else, comments and blank lines between
-    functions included, is equal."""
+    """The functions that differ are taken out of both texts. The rest is equal, comments and blank
+    lines included."""
     ours, canon = "\n".join(below(script)), "\n".join(below("mathrl.py"))
+    # The text begins in the middle of the waterline: "#" makes its first line a comment.
     a, b = top_level("#" + ours), top_level("#" + canon)
     assert {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} == BELOW[script]
     for name in BELOW[script]:
-        ours, canon = (
-            ours.replace("\n".join(a[name]), name),
-            canon.replace("\n".join(b[name]), name),
-        )
+        ours = ours.replace("\n".join(a[name]), name)
+        canon = canon.replace("\n".join(b[name]), name)
     assert ours.splitlines() == canon.splitlines()
 
 
 @pytest.mark.parametrize("script", EXPECTED)
 def test_a_change_below_the_waterline_says_why(script):
     text = top_level("#" + "\n".join(below(script)))
-    assert all(
-        any("# CHANGED: " in line and "paper" in line for line in text[name])
-        for name in BELOW[script]
-    )
+    for name in BELOW[script]:
+        assert any("# CHANGED: " in line and "paper" in line for line in text[name]), name
 
 
 @pytest.mark.parametrize("script", EXPECTED)
 def test_a_stage_differs_from_mathrl_only_where_the_table_says(script):
-    """Equality, not inclusion: the table cannot go stale."""
-    ours, canon, expected = functions(script), functions("mathrl.py"), EXPECTED[script]
-    assert {n for n in ours.keys() & canon.keys() if ours[n] != canon[n]} == EVERY_STAGE | expected[
-        "changed"
-    ]
+    """The sets are equal, not only included, so the table cannot go stale."""
+    ours, canon = functions(script), functions("mathrl.py")
+    expected = EXPECTED[script]
+    changed = {name for name in ours.keys() & canon.keys() if ours[name] != canon[name]}
+    assert changed == EVERY_STAGE | expected["changed"]
     assert canon.keys() - ours.keys() == MATH_RL | expected["absent"]
     assert ours.keys() - canon.keys() == expected["own"]
 
 
 def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
-    """SWE evaluation runs Code RL's tests, inside a function."""
-    stages, shared = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras/mopd"}, {}
+    """No stage imports another one at its top. Inside a function, SWE RL's evaluation imports Code
+    RL to run the tests."""
+    stages = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras/mopd"}
+    shared = {}
     for stage in stages | {"verifiers/reward_model", "verifiers/constraints", "verifiers/patches"}:
         tree = ast.parse((ROOT / f"{stage}.py").read_text())
         for node in ast.walk(tree):
-            names = (
-                {a.name for a in node.names}
-                if isinstance(node, ast.Import)
-                else {getattr(node, "module", "")}
-                if isinstance(node, ast.ImportFrom)
-                else set()
-            )
+            names = set()
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {node.module}
             if names & stages:
                 assert node not in tree.body, f"{stage}.py imports {names} at its top"
                 shared[stage] = names & stages
@@ -182,7 +182,7 @@ def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
 
 # ---- The diff in README.md -----------------------------------------------------------------------
 def verdict_of(script):
-    """The lines of a stage's verdict()."""
+    """The lines of a stage's function verdict()."""
     text = (ROOT / script).read_text()
     found = re.search(r"^def verdict\(.*?(?=\n\n\n)", text, re.DOTALL | re.MULTILINE)
     return found[0].split("\n")
@@ -201,7 +201,7 @@ def with_real_diff(readme):
 
 
 def test_the_diff_in_the_readme_is_the_real_one():
-    """If not: python tests/test_stage_diff.py writes it."""
+    """When this fails, `python tests/test_stage_diff.py` writes the diff anew."""
     readme = (ROOT / "README.md").read_text()
     assert readme == with_real_diff(readme)
 

@@ -222,7 +222,7 @@ GOOD = "Many people enjoy rain. Good rain can last for years. I hope this helps.
     [
         (GOOD, 5),
         (GOOD.replace("rain", "bread"), 4),  # another topic than the one asked about
-        # a topic too many, a broken sentence, and no closing at the end
+        # It has a second topic, a broken sentence, and no closing at the end.
         (GOOD + " Bread.", 2),
         ("Many people enjoy rain. I hope this helps.", 4),  # one fact
         (GOOD.replace("I hope", "Good rain can last for years. I hope"), 4),  # a sentence twice

@@ -120,11 +120,9 @@ def test_ten_updates_reach_every_weight_and_no_cache_survives(engine, model, tok
 
 
 def test_seeds_decide_and_not_the_batch(engine, tokenizer):
-    first, again, other = (
-        ask(tokenizer, 4, seed=0),
-        ask(tokenizer, 4, seed=0),
-        ask(tokenizer, 4, seed=1),
-    )
+    first = ask(tokenizer, 4, seed=0)
+    again = ask(tokenizer, 4, seed=0)
+    other = ask(tokenizer, 4, seed=1)
     engine.generate(first, 40, 1.0)
     engine.generate(again[::-1], 40, 1.0)
     engine.generate(other, 40, 1.0)
