@@ -42,7 +42,7 @@ import swerl
 from lib.common import ranks
 from lib.data import BadRow, load_table, required_field
 from lib.guard import fail
-from verifiers import constraints
+from verifiers import constraints, sandbox
 from verifiers.answer_forms import TEXT
 from verifiers.answers import last_box
 
@@ -116,14 +116,18 @@ def benchmark(load, hub, samples, protocol, **changes):
     return {"load": load, "hub": hub, "samples": samples, **protocol, **changes}
 
 
-def simple(read_row, score, hub, samples, protocol):
+def simple(read_row, score, hub, samples, protocol, start=None):
     """Return a row of BENCHMARKS whose rows and answers need nothing from outside.
 
-    read_row(row, where) makes a prompt of a row, score(row, answer) grades its answer.
+    read_row(row, where) makes a prompt of a row, score(row, answer) grades its answer. start(), if
+    given, starts what score needs, so that it fails before anything is sampled.
     """
 
     def load(path, outside):
-        return load_table(path, read_row), hook(score), reward_of
+        rows = load_table(path, read_row)
+        if start is not None:
+            start()
+        return rows, hook(score), reward_of
 
     return benchmark(load, hub, samples, protocol)
 
@@ -268,6 +272,10 @@ def read_lcb(until):
         }
 
     return read_row
+
+
+def start_sandbox():
+    sandbox.run("pass")
 
 
 def score_code(row, answer):
@@ -901,8 +909,8 @@ BENCHMARKS = {
     "aime24": simple(mathrl.normalize, score_math, "HuggingFaceH4/aime_2024", 64, THINK),
     "aime25": simple(mathrl.normalize, score_math, "math-ai/aime25@test", 64, THINK),
     "math500": simple(mathrl.normalize, score_math, "HuggingFaceH4/MATH-500@test", 1, THINK),
-    "lcb_v5": simple(read_lcb("2025-02-01"), score_code, LCB, 8, THINK),
-    "lcb_v6": simple(read_lcb("2025-05-01"), score_code, LCB, 8, THINK),
+    "lcb_v5": simple(read_lcb("2025-02-01"), score_code, LCB, 8, THINK, start_sandbox),
+    "lcb_v6": simple(read_lcb("2025-05-01"), score_code, LCB, 8, THINK, start_sandbox),
     "lcb_pro_25q1_easy": benchmark(load_lcb_pro("easy"), LCB_PRO + "1_3", 8, THINK),
     "lcb_pro_25q1_medium": benchmark(load_lcb_pro("medium"), LCB_PRO + "1_3", 8, THINK),
     "lcb_pro_25q2_easy": benchmark(load_lcb_pro("easy"), LCB_PRO + "4_6", 8, THINK),

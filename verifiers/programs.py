@@ -246,7 +246,8 @@ def run_tests(code, tests, timeout=6.0, memory_mb=4096, stop=False):
     """
     name = tests.get("fn_name")
     verdicts = []
-    results = sandbox.run_each(code, sandbox_jobs(tests), timeout, memory_mb)
+    sizes = [len(expected.encode("utf-8", "replace")) for expected in tests["outputs"]]
+    results = sandbox.run_each(code, sandbox_jobs(tests), timeout, memory_mb, sizes)
     for result, expected in zip(results, tests["outputs"]):
         verdict = result.status
         if verdict == "ok" and not as_expected(result, expected, name):
@@ -264,7 +265,7 @@ def sandbox_jobs(tests):
     name = tests.get("fn_name")
     for text in tests["inputs"]:
         if name:
-            yield name, [json.loads(line) for line in text.split("\n") if line]
+            yield name, [sandbox.load_json(line) for line in text.split("\n") if line]
         else:
             yield text
 
@@ -273,7 +274,7 @@ def as_expected(result, expected, name):
     """True if a test that ran to its end gave the expected output."""
     try:
         if name:
-            return same_value(result.value, json.loads(expected))
+            return same_value(result.value, sandbox.load_json(expected))
         return same_output(result.stdout, expected)
     except (RecursionError, OverflowError):
         # The value is nested beyond reason, or it is an int that no float can hold.

@@ -30,10 +30,14 @@ Choices:
   5. The hash seed and `random` are fixed: a program gets the same verdict in every run.
   6. Any exit() is a normal end. An uncaught exception is a crash, whatever was printed before it.
   7. Most plain containers refuse namespaces. There a leaf is held by another user id (if the caller
-     is root), Landlock, seccomp and resource limits, and one line on stderr says so. A folder to
-     write to, numpy and some modules may then be missing.
+     is root), Landlock, seccomp and resource limits, and one line on stderr says so. There is then
+     no folder to write to, and the zygote imports the usual modules before it forks, because a
+     leaf may not find them. Without Landlock (before Linux 5.13) seccomp lets a leaf open no path
+     at all, and nothing runs unless the environment has SANDBOX_ALLOW_WEAK=1.
   8. A failure that no program can cause (zygote gone, fork refused, pipe broken) is tried three
      times, each time with a fresh zygote, then reported as "infra", never as a wrong answer.
+  9. All tests of a task together may wait no longer than one test alone, plus IDLE_SECONDS each.
+     Waiting is the wall time beyond WALL_FACTOR times the CPU time, so no computing counts.
 """
 
 import atexit
@@ -45,6 +49,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -61,9 +66,23 @@ Result = collections.namedtuple("Result", "status stdout value seconds")
 
 # Most bytes that a program may print, return, or write into one file.
 OUTPUT_BYTES = 16 << 20
+# If the caller tells the size of the expected reply, a reply of REPLY_FACTOR times as many bytes,
+# plus REPLY_EXTRA, is too long to be read: if it were right, it would be nearly all blanks.
+REPLY_FACTOR = 16
+REPLY_EXTRA = 1 << 16
+# Most digits of an integer that a program reads, prints or returns.
+MAX_DIGITS = 50_000
+# Digits of an integer that every Python converts at once.
+DIGITS_AT_ONCE = 4000
 # The wall limit of a test is WALL_FACTOR * timeout + WALL_EXTRA seconds. Only sleepers meet it.
 WALL_FACTOR = 4
 WALL_EXTRA = 10.0
+# Wall seconds of each test that do not count against the wall limit of the tests behind it.
+IDLE_SECONDS = 1.0
+# Most threads of a program, its main thread included.
+MAX_THREADS = 64
+# Seconds between two counts of a program's threads, where the zygote has to count them.
+COUNT_EVERY = 0.02
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 # Programs running at once under this caller. The ranks of a node share its cores.
 SLOTS = max(2, 2 * CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -81,15 +100,61 @@ OUT_OF_MEMORY = 86
 Zygote = collections.namedtuple("Zygote", "process control")
 # sock: the caller's end of the leaf's socket. process: the Popen of its zygote. pid: the leaf's.
 # output: the memory file that is the leaf's stdout and outlives it. is_call: a call, not a script?
-Leaf = collections.namedtuple("Leaf", "sock process pid output is_call")
+# most_bytes: of its reply.
+Leaf = collections.namedtuple("Leaf", "sock process pid output is_call most_bytes")
+# A program and its limits. source: bytes. timeout: CPU seconds of one test.
+Job = collections.namedtuple("Job", "source timeout memory_mb")
 
-# The lock guards _zygote and _retired.
+
+class Slots:
+    """A semaphore whose waiters go in the order in which they came; used as `with slots:`."""
+
+    def __init__(self, number):
+        self.free = number
+        self.lock = threading.Lock()
+        # One locked lock for each waiter, the first comer's first. Unlocking it hands a slot over.
+        self.waiters = collections.deque()
+
+    def __enter__(self):
+        with self.lock:
+            if self.free > 0:
+                self.free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self.waiters.append(turn)
+        try:
+            turn.acquire()
+        except BaseException:
+            # Interrupted: leave the queue, or pass on the slot that has just been handed over.
+            with self.lock:
+                if turn in self.waiters:
+                    self.waiters.remove(turn)
+                    raise
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_):
+        with self.lock:
+            if self.waiters:
+                self.waiters.popleft().release()
+            else:
+                self.free += 1
+
+
+# The lock guards _zygote, _mode and _retired.
 _lock = threading.Lock()
-_slots = threading.BoundedSemaphore(SLOTS)
+_slots = Slots(SLOTS)
 # The current Zygote, or None.
 _zygote = None
-# "full": namespaces. Otherwise they were refused: the reason, or "weak" once it has been announced.
+# How leaves are held, from the strongest mode to the weakest. "full": namespaces. "landlock":
+# neither namespaces nor a root of their own. "bare": no Landlock either. A host that refuses one
+# gets the next.
+MODES = ("full", "landlock", "bare")
 _mode = "full"
+# {mode: why the host refused it}
+_refusals = {}
+_announced = False
 # Popens of earlier zygotes that have not been reaped yet.
 _retired = []
 
@@ -103,32 +168,50 @@ def run(source, stdin="", call=None, timeout=6.0, memory_mb=1024):
     return next(run_each(source, [test], timeout, memory_mb))
 
 
-def run_each(source, tests, timeout=6.0, memory_mb=1024):
+def run_each(source, tests, timeout=6.0, memory_mb=1024, sizes=None):
     """Yield one Result per test: all stdin strings, or all (name, [arguments]) calls.
 
     Close the generator to stop early. Thread-safe; blocks while SLOTS other programs run.
-    timeout: CPU seconds per test.
+    timeout: CPU seconds per test. sizes: bytes of the expected reply of each test, if known. A
+    reply that is much longer (REPLY_FACTOR) gets status "output" and is not read.
     """
     if MACHINE is None:
         raise RuntimeError("the sandbox needs Linux on x86_64 or aarch64")
-    job = (source.encode("utf-8", "replace"), timeout, memory_mb)
+    job = Job(source.encode("utf-8", "replace"), timeout, memory_mb)
+    sizes = iter(sizes or ())
+    wall_left = WALL_FACTOR * timeout + WALL_EXTRA
     with _slots:
         for test in tests:
-            for tries in range(3):
-                zygote = _zygote
-                leaf = None
-                try:
-                    leaf = _start_leaf(job, test)
-                    result = _finish(leaf, timeout)
-                    break
-                except (OSError, EOFError):
-                    # No program can cause this (see _finish). Try again with a fresh zygote.
-                    result = Result("infra", "", None, 0.0)
-                    _retire(zygote)
-                    time.sleep(0.1 * tries)
-                finally:
-                    _hang_up(leaf)
+            most_bytes = OUTPUT_BYTES
+            size = next(sizes, None)
+            if size is not None:
+                most_bytes = min(most_bytes, REPLY_FACTOR * size + REPLY_EXTRA)
+            if wall_left > 0:
+                result, waited = _run_test(job, test, wall_left, most_bytes)
+            else:
+                result, waited = Result("timeout", "", None, 0.0), 0.0
+            # Only what no computing explains counts against the tests that follow.
+            wall_left -= max(0.0, waited - WALL_FACTOR * result.seconds - IDLE_SECONDS)
             yield result
+
+
+def _run_test(job, test, wall_s, most_bytes):
+    """Run one test. Returns its Result and the wall seconds that the program took."""
+    for tries in range(3):
+        zygote = _zygote
+        leaf = None
+        try:
+            leaf = _start_leaf(job, test, wall_s, most_bytes)
+            started = time.monotonic()
+            result = _finish(leaf, job.timeout)
+            return result, time.monotonic() - started
+        except (OSError, EOFError):
+            # No program can cause this (see _finish). Try again with a fresh zygote.
+            _retire(zygote)
+            time.sleep(0.1 * tries)
+        finally:
+            _hang_up(leaf)
+    return Result("infra", "", None, 0.0), 0.0
 
 
 def close():
@@ -239,10 +322,51 @@ def _address_space():
     return pages * resource.getpagesize()
 
 
-def _start_leaf(job, test):
+def load_json(text):
+    """json.loads, but integers may have MAX_DIGITS digits instead of Python's 4,300."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        # No JSON, or a long integer. The reader with a function of its own is slower.
+        return json.loads(text, parse_int=_long_int)
+
+
+def _long_int(text):
+    """int(text), in pieces that Python takes."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError("an integer of too many digits")
+    digits = text.removeprefix("-")
+    value = 0
+    for start in range(0, len(digits), DIGITS_AT_ONCE):
+        piece = digits[start : start + DIGITS_AT_ONCE]
+        value = value * 10 ** len(piece) + int(piece)
+    return value if digits == text else -value
+
+
+def dump_json(value):
+    """json.dumps of a value made of JSON types, whose integers may have any number of digits."""
+    try:
+        return json.dumps(value)
+    except ValueError:
+        pass  # there is a long integer in it
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(dump_json, value))}]"
+    if isinstance(value, dict):
+        pairs = [f"{json.dumps(str(key))}: {dump_json(item)}" for key, item in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    # An integer, in pieces that Python takes. The last piece comes first.
+    pieces = []
+    rest = abs(value)
+    while rest:
+        rest, piece = divmod(rest, 10**DIGITS_AT_ONCE)
+        pieces.append(str(piece).zfill(DIGITS_AT_ONCE))
+    digits = "".join(reversed(pieces)).lstrip("0")
+    return digits if value > 0 else f"-{digits}"
+
+
+def _start_leaf(job, test, wall_s, most_bytes):
     """Start a program on its stdin or for its call. Any error raised here is infrastructure."""
     global _zygote
-    source, timeout, memory_mb = job
     is_call = not isinstance(test, str)
     output = os.memfd_create("output")
     ours, theirs = socket.socketpair()
@@ -260,18 +384,18 @@ def _start_leaf(job, test):
             raise EOFError("a leaf could not be set up")
         # Send three frames, each with its length in front: settings, source, input.
         if is_call:
-            test_bytes = json.dumps(list(test)).encode()
+            test_bytes = dump_json(list(test)).encode()
         else:
             test_bytes = test.encode("utf-8", "replace")
-        settings = json.dumps([is_call, memory_mb]).encode()
-        for frame in (settings, source, test_bytes):
+        settings = json.dumps([is_call, job.memory_mb]).encode()
+        for frame in (settings, job.source, test_bytes):
             ours.sendall(struct.pack("!I", len(frame)) + frame)
-        ours.settimeout(WALL_FACTOR * timeout + WALL_EXTRA)
+        ours.settimeout(wall_s)
     except BaseException:
         ours.close()
         os.close(output)
         raise
-    return Leaf(ours, process, pid, output, is_call)
+    return Leaf(ours, process, pid, output, is_call, most_bytes)
 
 
 def _finish(leaf, timeout):
@@ -284,9 +408,9 @@ def _finish(leaf, timeout):
         if leaf.sock.recv(1) == b"v":
             seconds = _cpu_seconds(leaf)
             (size,) = struct.unpack("!I", _read(leaf.sock.recv, 4))
-            if size > OUTPUT_BYTES:
+            if size > leaf.most_bytes:
                 return Result("output", "", None, seconds)
-            value = json.loads(_read(leaf.sock.recv, size))
+            value = load_json(_read(leaf.sock.recv, size))
             return Result("ok", "", value, seconds)
         wait_status, seconds = struct.unpack("!id", _read(leaf.sock.recv, 12))
     except TimeoutError:
@@ -309,13 +433,16 @@ def _result_of_end(leaf, wait_status, seconds, timeout):
     exit_code = os.waitstatus_to_exitcode(wait_status)
     size = os.fstat(leaf.output).st_size
     stdout = ""
-    if size >= OUTPUT_BYTES:
+    if size >= leaf.most_bytes:
         status = "output"
+    elif exit_code == OUT_OF_MEMORY:
+        # It met this limit first, however long it then took to let its memory go.
+        status = "memory"
     elif seconds > timeout:
         status = "timeout"
-    elif exit_code in (OUT_OF_MEMORY, -signal.SIGKILL):
-        # Its own limit, or the host's (SIGKILL). A program can also bring SIGKILL on itself, by
-        # RLIMIT_CPU.
+    elif exit_code == -signal.SIGKILL:
+        # The host's memory is full, or the program has too many threads. A program can also bring
+        # SIGKILL on itself, by RLIMIT_CPU.
         status = "memory"
     elif exit_code != 0 or leaf.is_call:
         # A call has to end with a value.
@@ -373,33 +500,59 @@ def _start_zygote():
     """Start a Zygote in the best mode that this host allows."""
     global _mode
     while True:
+        if _mode == "bare" and os.environ.get("SANDBOX_ALLOW_WEAK") != "1":
+            _refuse()
         process, ours = _launch_zygote()
         ours.settimeout(60)
-        # "ready", "ready" and the protections that are missing, or the reason of a refusal.
+        # "ready", "ready" and what programs lack, or the reason of a refusal.
         try:
             answer = ours.recv(1000).decode("utf-8", "replace")
         except OSError:
             process.kill()
             raise
         if answer.startswith("ready"):
-            degraded = answer != "ready"
-            if degraded and os.environ.get("RANK", "0") == "0" and _mode != "weak":
-                missing = answer[len("ready ") :]
-                print(
-                    f"sandbox: DEGRADED, no namespaces for untrusted code ({missing})",
-                    file=sys.stderr,
-                )
-                _mode = "weak"
+            _announce(answer[len("ready ") :])
             return Zygote(process, ours)
         ours.close()
-        if _mode != "full":
-            raise OSError(f"the zygote did not start: {answer}")
         killed_by_seccomp = process.wait() == -signal.SIGSYS
-        if not answer and not killed_by_seccomp:
-            # An accident, not a refusal.
+        if _mode == "full" and killed_by_seccomp:
+            answer = answer or "refused by seccomp"
+        refused = _mode == "full" and answer or answer.startswith("no Landlock")
+        if not refused:
+            # An accident.
             raise OSError(f"the zygote did not start: {answer}")
-        # The host refuses namespaces. Try again without.
-        _mode = answer or "refused by seccomp"
+        # The host refuses this mode. Try the next one.
+        _refusals[_mode] = answer
+        _mode = MODES[MODES.index(_mode) + 1]
+
+
+def _refuse():
+    """End the script on a host that cannot hold untrusted code well."""
+    from lib.guard import fail  # imported here because no leaf wants torch
+
+    namespaces = _refusals.get("full", "not tried")
+    fail(
+        f"the sandbox has neither namespaces ({namespaces}) nor Landlock on this host to hold "
+        "untrusted code; SANDBOX_ALLOW_WEAK=1 runs it all the same."
+    )
+
+
+def _announce(lacks):
+    """Say once, on rank 0, that leaves are not held by namespaces. lacks: what programs lack."""
+    global _announced
+    if _mode == "full" or _announced or os.environ.get("RANK", "0") != "0":
+        return
+    _announced = True
+    reasons = [_refusals.get("full", "not tried")]
+    if _mode == "bare":
+        reasons.append("no Landlock either: programs can open no file")
+    if lacks:
+        reasons.append(lacks)
+    reasons = "; ".join(reasons)
+    print(
+        f"sandbox: DEGRADED, no namespaces for untrusted code ({reasons})",
+        file=sys.stderr,
+    )
 
 
 def _launch_zygote():
@@ -458,7 +611,7 @@ def _forget():
     _zygote = None
     _retired = []
     _lock = threading.Lock()
-    _slots = threading.BoundedSemaphore(SLOTS)
+    _slots = Slots(SLOTS)
 
 
 def _read(read, size):
@@ -500,6 +653,16 @@ MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MNT_DETACH = 2
 
+F_SETOWN = 8
+F_SETOWN_EX = 15
+FIOSETOWN = 0x8901
+SIOCSPGRP = 0x8902
+TIOCSTI = 0x5412
+TIOCLINUX = 0x541C
+SOCK_STREAM = 1
+SOCK_NONBLOCK = 0x800
+SOCK_CLOEXEC = 0x80000
+
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
@@ -528,17 +691,95 @@ LANDLOCK_READ_DIR = 0b1000
 LEAF_NAMESPACES = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC
 
 # seccomp knows system calls by their numbers, which differ between architectures. audit_arch is the
-# kernel's name of the architecture; column is its place in REFUSED_CALLS.
-Machine = collections.namedtuple("Machine", "audit_arch clone clone3 prlimit64 prctl column")
+# kernel's name of the architecture; column is its place in the tables of calls below.
+Machine = collections.namedtuple("Machine", "audit_arch clone clone3 column")
 MACHINES = {
-    "x86_64": Machine(0xC000003E, clone=56, clone3=435, prlimit64=302, prctl=157, column=0),
-    "aarch64": Machine(0xC00000B7, clone=220, clone3=435, prlimit64=261, prctl=167, column=1),
+    "x86_64": Machine(0xC000003E, clone=56, clone3=435, column=0),
+    "aarch64": Machine(0xC00000B7, clone=220, clone3=435, column=1),
 }
 # This machine's entry, or None where the sandbox cannot run.
 MACHINE = MACHINES.get(os.uname().machine) if sys.platform == "linux" else None
 
+# The newest call of Linux 6.10, for which the tables below were made. A leaf may use no newer one:
+# libc then does without.
+NEWEST_CALL = 462
+
 # System calls that a leaf must not use: (number on x86_64, number on aarch64). None stands where an
-# architecture has no such call.
+# architecture has no such call. This table counts where a leaf sees the host's files. Landlock lets
+# these calls through: they change mode, owner, times and size of files by their paths.
+REFUSED_BESIDE_LANDLOCK = {
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "truncate": (76, 45),
+}
+
+# This table counts where there is no Landlock: a leaf then can open no path at all, neither a data
+# file nor the memory of another process under /proc, and can leave none behind.
+REFUSED_WITHOUT_LANDLOCK = {
+    "open": (2, None),
+    "openat": (257, 56),
+    "openat2": (437, 437),
+    "creat": (85, None),
+    "uselib": (134, None),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "mknod": (133, None),
+    "mknodat": (259, 33),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "rmdir": (84, None),
+}
+
+# Calls that one argument decides: (number on x86_64, number on aarch64, which argument, is the call
+# refused for these values or allowed for these alone, values). The kernel reads all these arguments
+# as 32 bits.
+DECIDED_BY_ARGUMENT = (
+    # prlimit64 may change the limits of process 0 alone, which means the calling one.
+    (302, 261, 0, "allowed", (0,)),
+    # prctl may do all but keep a leaf alive after its zygote, or open its memory to others.
+    (157, 167, 0, "refused", (PR_SET_PDEATHSIG, PR_SET_DUMPABLE)),
+    # fcntl and ioctl may not choose another process to be signalled, nor type on a terminal.
+    (72, 25, 1, "refused", (F_SETOWN, F_SETOWN_EX)),
+    (16, 29, 1, "refused", (FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX)),
+    # socketpair may make streams, which cannot be sent to another socket's address.
+    (
+        53,
+        199,
+        1,
+        "allowed",
+        (
+            SOCK_STREAM,
+            SOCK_STREAM | SOCK_CLOEXEC,
+            SOCK_STREAM | SOCK_NONBLOCK,
+            SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK,
+        ),
+    ),
+)
+
+# This table counts in every mode.
 REFUSED_CALLS = {
     # They start processes.
     "fork": (57, None),
@@ -561,8 +802,19 @@ REFUSED_CALLS = {
     "setpriority": (141, 140),
     "setpgid": (109, 154),
     "setsid": (112, 157),
-    # It reaches the network.
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    # They reach the network, or a socket of the host.
     "socket": (41, 198),
+    "bind": (49, 200),
+    "connect": (42, 203),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
     # They change namespaces and mounts, or open files around them.
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -581,9 +833,18 @@ REFUSED_CALLS = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "semget": (64, 190),
+    "semctl": (66, 191),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
     "msgget": (68, 186),
+    "msgctl": (71, 187),
+    "msgrcv": (70, 188),
+    "msgsnd": (69, 189),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
     # They open large parts of the kernel that no solution needs.
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -592,9 +853,15 @@ REFUSED_CALLS = {
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "modify_ldt": (154, None),
     "init_module": (175, 105),
     "finit_module": (313, 273),
     "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
 }
 
 # Every program finds the names of `from M import *` for each of these modules, then the modules
@@ -606,6 +873,14 @@ STAR_IMPORTS = (
 MORE_IMPORTS = (
     "array cmath contextlib dataclasses decimal enum fractions numbers os queue struct textwrap "
     "threading time traceback"
+)
+# Modules that programs import themselves. Where they cannot, the zygote does it for them.
+USUAL_MODULES = (
+    "__future__ abc argparse ast asyncio base64 binascii calendar collections.abc "
+    "concurrent.futures csv ctypes difflib email encodings.ascii encodings.latin_1 gc getpass glob "
+    "hashlib html inspect locale logging pathlib pickle platform pprint secrets select selectors "
+    "shutil signal socket subprocess tempfile timeit unicodedata unittest urllib.parse uuid "
+    "warnings weakref zlib"
 )
 
 
@@ -635,7 +910,28 @@ def _preload():
     sys.modules["sandbox"] = sys.modules["__main__"]
     sys.setrecursionlimit(50_000)
     if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(50_000)
+        sys.set_int_max_str_digits(MAX_DIGITS)
+
+
+def _preload_for_leaves(packages):
+    """Import USUAL_MODULES and PACKAGES, for leaves that cannot import them themselves.
+
+    Without a mount namespace a leaf may be unable to read them: the interpreter can live in a
+    folder that only root may enter, and without Landlock no leaf opens any file.
+    packages: the folder with PACKAGES, or "".
+    """
+    statements = [f"import {name}" for name in USUAL_MODULES.split()]
+    path = sys.path[:]
+    if packages:
+        # The star also loads the modules that a package would load later.
+        statements += [f"from {name} import *" for name in PACKAGES]
+        sys.path.append(packages)
+    for statement in statements:
+        try:
+            exec(statement, {})  # noqa: S102
+        except ImportError:
+            continue  # this interpreter lacks it, and programs do without
+    sys.path[:] = path
 
 
 def _write_maps(proc, uid, gid):
@@ -682,9 +978,10 @@ def _isolate(packages):
             continue  # a library folder inside another one
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if path in opened:
-            _bind_read_only(opened[path], target, path in folders)
+            _bind(opened[path], target, path in folders)
         else:
             os.symlink(os.readlink(path), target)
+    _make_read_only(root, proc)
     # Hide the installed packages with an empty folder.
     if os.path.isdir(f"{root}{stdlib}/site-packages"):
         flags = MS_RDONLY | MS_NOSUID | MS_NODEV
@@ -714,28 +1011,54 @@ def _visible_places(stdlib, packages):
     return {path: place for path, place in places.items() if os.path.exists(path)}
 
 
-def _bind_read_only(fd, target, is_folder):
-    """Show an open file or folder of the host at a path under the new root."""
+def _bind(fd, target, is_folder):
+    """Show an open file or folder of the host at a path under the new root.
+
+    The host may have mounts of its own below the folder (GPU containers mount driver libraries).
+    They come along: the kernel lets nobody but root bind a folder without them.
+    """
     if is_folder:
         os.mkdir(target)
     else:
         os.close(os.open(target, os.O_CREAT))
-    _mount(f"/proc/self/fd/{fd}", target, None, MS_BIND)
-    # A second mount makes it read-only. The kernel lets no one drop these flags if the host's own
-    # mount has them.
-    locked = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME
-    kept = os.statvfs(target).f_flag & locked
-    _mount("none", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | kept)
+    _mount(f"/proc/self/fd/{fd}", target, None, MS_BIND | MS_REC)
 
 
-def _landlock():
-    """Without a mount namespace: leave only the libraries readable.
+def _make_read_only(root, proc):
+    """Make every mount below the new root read-only. proc: an open /proc."""
+    with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc), "rb") as file:
+        places = [line.split()[4] for line in file]
+    # The kernel writes blanks and backslashes in paths as octal numbers, such as \040.
+    places = [place.decode("unicode_escape").encode("latin-1") for place in places]
+    places = [place for place in places if place.startswith(root.encode() + b"/")]
+    for place in places:
+        try:
+            # A second mount makes it read-only. The kernel lets no one drop these flags if the
+            # host's own mount has them.
+            locked = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME
+            kept = os.statvfs(place).f_flag & locked
+            flags = MS_BIND | MS_REMOUNT | MS_RDONLY | kept
+            _checked(libc.mount(b"none", place, None, flags, None))
+        except OSError:
+            continue  # perhaps another mount hides this one
+    for place in places:
+        try:
+            writable = not os.statvfs(place).f_flag & MS_RDONLY
+        except OSError:
+            continue  # nobody gets there
+        if writable:
+            raise OSError(f"{os.fsdecode(place)} cannot be made read-only")
 
-    Returns the protections that are missing, as words.
+
+def _landlock_ruleset(packages):
+    """Landlock's rules for leaves without a mount namespace, as an open ruleset.
+
+    They leave the libraries readable and refuse all other files. packages: the folder with
+    PACKAGES, or "". Raises OSError("no Landlock...") where the kernel has none.
     """
     abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     if abi < 1:
-        return "; no Landlock either: files that this user can read can be read"
+        raise OSError("no Landlock on this host")
 
     # Refuse all that this version of the interface can refuse. It knows 13 rights to files in
     # version 1; versions 2, 3 and 5 each added one.
@@ -758,58 +1081,85 @@ def _landlock():
     ruleset = _checked(libc.syscall(LANDLOCK_CREATE_RULESET, attributes, size, 0))
 
     # Allow to read folders, and to read and write the two devices.
-    for path in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/dev/null", "/dev/urandom"):
+    places = [os.path.dirname(os.__file__), "/usr/lib", "/lib", "/dev/null", "/dev/urandom"]
+    if packages:
+        places += [f"{packages}/{name}" for name in PACKAGES]
+    for path in places:
+        if not os.path.exists(path):
+            continue
         fd = os.open(path, os.O_PATH)
+        allowed = LANDLOCK_READ_FILE
         if os.path.isdir(path):
-            allowed = LANDLOCK_READ_FILE | LANDLOCK_READ_DIR
-        else:
-            allowed = LANDLOCK_READ_FILE | LANDLOCK_WRITE_FILE
+            allowed |= LANDLOCK_READ_DIR
+        elif path.startswith("/dev/"):
+            allowed |= LANDLOCK_WRITE_FILE
         rule = struct.pack("=Qi", allowed, fd)
         _checked(libc.syscall(LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0))
         os.close(fd)
-    _checked(libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0))
-    os.close(ruleset)
-    return ""
+    return ruleset
+
+
+# What the zygote prepares for its leaves. proc: an open /proc, to make leaves process 1 of new
+# namespaces (mode "full"); None in the other modes. ruleset: Landlock's rules, or None. rows: the
+# filter for system calls, in memory that C can read. counted: does the zygote have to count the
+# threads of its leaves?
+Cell = collections.namedtuple("Cell", "proc ruleset rows counted")
 
 
 def _zygote_main(control_fd, mode, packages):
     """Isolate this process, report to the caller, then serve."""
+    global BASE_BYTES
     control = socket.socket(fileno=control_fd)
+    if mode != "full":
+        _preload_for_leaves(packages)
+    BASE_BYTES = _address_space() + (48 << 20)
     _preload()
-    _lower_limit(resource.RLIMIT_CORE, 0)
-    _lower_limit(resource.RLIMIT_MEMLOCK, 0)
+    try:
+        # If the host runs out of memory, programs are killed first, and not the trainer.
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:
+        pass  # /proc is read-only here
+    # Hard limits, which no program can raise.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
     # Deep recursion through C needs a large stack.
     _lower_limit(resource.RLIMIT_STACK, 120 << 20)
+    lacks = ""
     try:
         # Nothing below this process can gain privileges by an exec.
         _checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        if mode == "full":
-            proc = _isolate(packages)
-            missing = ""
-        else:
-            proc = None
-            missing = mode + _landlock()
+        proc = _isolate(packages) if mode == "full" else None
+        ruleset = _landlock_ruleset(packages) if mode == "landlock" else None
         if os.geteuid() == 0:
-            # Root escapes RLIMIT_NPROC, and the caller is root too: become somebody else.
+            # Root escapes limits, and the caller is root too: become somebody else.
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
-            # Become dumpable again, else /proc/self belongs to root.
-            libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
-        if mode == "full":
-            # Fork a leaf that ends at once, to see whether this host lets us.
-            pid = _checked(_fork_leaf(-1, -1, proc))
-            _, wait_status = os.waitpid(pid, 0)
-            if wait_status != 0:
-                raise OSError("a leaf could not be set up")
+        # In namespaces, every leaf has to write its user id into /proc/self, which belongs to root
+        # unless this process is dumpable. Without them, programs of the same user would then be
+        # able to open the memory of this process.
+        libc.prctl(PR_SET_DUMPABLE, int(mode == "full"), 0, 0, 0)
+        if mode == "landlock" and not os.access(os.__file__, os.R_OK):
+            folder = os.path.dirname(os.__file__)
+            lacks = f"programs can import the usual modules only: {folder} is closed to them"
+        code = _seccomp_filter(MACHINE, *REFUSED_IN_MODE[mode])
+        rows = (ctypes.c_char * len(code)).from_buffer_copy(code)
+        counted = mode != "full" or not _threads_are_per_namespace()
+        cell = Cell(proc, ruleset, rows, counted)
+        # Fork a leaf that ends at once, to see whether this host lets us.
+        pid = _checked(_fork_leaf(-1, -1, cell))
+        _, wait_status = os.waitpid(pid, 0)
+        if wait_status != 0:
+            raise OSError("a leaf could not be set up")
     except OSError as error:
         control.send(str(error).encode())
         return
     # Children share the pages of all objects made so far: the collector leaves them alone.
     gc.collect()
     gc.freeze()
-    control.send(("ready " + missing).strip().encode())
-    _serve(control, proc)
+    control.send(f"ready {lacks}".strip().encode())
+    _serve(control, cell)
 
 
 def _lower_limit(limit, value):
@@ -825,7 +1175,7 @@ def _lower_limit(limit, value):
 RunningLeaf = collections.namedtuple("RunningLeaf", "pid sock pidfd")
 
 
-def _serve(control, proc):
+def _serve(control, cell):
     """Fork a leaf for each pair of descriptors received from the caller.
 
     Ends when the caller is gone and no leaf is left.
@@ -837,7 +1187,13 @@ def _serve(control, proc):
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while leaves or listening:
-        ready = {fd for fd, _ in poll.poll()}
+        if cell.counted and leaves:
+            ready = {fd for fd, _ in poll.poll(1000 * COUNT_EVERY)}
+            for fd, leaf in leaves.items():
+                if fd == leaf.pidfd and _num_threads(leaf.pid, cell.proc) > MAX_THREADS:
+                    os.kill(leaf.pid, signal.SIGKILL)
+        else:
+            ready = {fd for fd, _ in poll.poll()}
         for fd in ready & leaves.keys():
             if fd not in leaves:
                 continue  # closed a moment ago, together with its pidfd
@@ -856,7 +1212,7 @@ def _serve(control, proc):
         if control.fileno() in ready:
             message, fds, *_ = socket.recv_fds(control, 1, 2)
             if message:
-                leaf = _new_leaf(*fds, proc)
+                leaf = _new_leaf(*fds, cell)
                 if leaf is not None:
                     leaves[leaf.sock.fileno()] = leaf
                     leaves[leaf.pidfd] = leaf
@@ -865,6 +1221,28 @@ def _serve(control, proc):
             else:  # the caller is gone
                 poll.unregister(control)
                 listening = False
+
+
+def _num_threads(pid, proc):
+    """Threads of a process, 0 if it cannot be told. proc: an open /proc, or None."""
+    try:
+        path = f"/proc/{pid}/stat" if proc is None else f"{pid}/stat"
+        fd = os.open(path, os.O_RDONLY, dir_fd=proc)
+        line = os.read(fd, 4096)
+        os.close(fd)
+        # The name of the process comes first, in brackets, and may hold anything.
+        return int(line.rpartition(b")")[2].split()[17])
+    except OSError:
+        return 0
+
+
+def _threads_are_per_namespace():
+    """True if the kernel's limit of processes counts those of the leaf's user namespace alone.
+
+    Before Linux 5.14 it counts all processes of the user, whatever their namespace.
+    """
+    major, minor = re.match(r"(\d+)\.(\d+)", os.uname().release).groups()
+    return (int(major), int(minor)) >= (5, 14)
 
 
 def _reap(leaf):
@@ -877,9 +1255,9 @@ def _reap(leaf):
         pass
 
 
-def _new_leaf(sock_fd, output_fd, proc):
+def _new_leaf(sock_fd, output_fd, cell):
     """Fork a leaf on the caller's descriptors; None if that failed."""
-    pid = _fork_leaf(sock_fd, output_fd, proc)
+    pid = _fork_leaf(sock_fd, output_fd, cell)
     os.close(output_fd)
     sock = socket.socket(fileno=sock_fd)
     if pid < 0:
@@ -908,30 +1286,32 @@ def _fork(namespaces):
     return libc.syscall(MACHINE.clone, flags, 0, 0, tid_address, tid_address)
 
 
-def _fork_leaf(sock, output, proc):
+def _fork_leaf(sock, output, cell):
     """Fork a leaf and return its pid, or -1.
 
-    proc: an open /proc, to make the leaf process 1 of new namespaces; None to do without.
     sock, output: descriptors for _leaf_main; sock -1: end at once, with exit code 0 if all is well.
     """
     uid = os.geteuid()
     gid = os.getegid()
-    isolated = proc is not None
+    isolated = cell.proc is not None
     pid = _fork(LEAF_NAMESPACES if isolated else 0)
     if pid == 0:
         exit_code = 1
         try:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the zygote
             if isolated:
-                _write_maps(proc, uid, gid)
+                _write_maps(cell.proc, uid, gid)
                 options = b"nr_inodes=256,size=%d" % (2 * OUTPUT_BYTES)
                 _mount("tmpfs", "/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, options)
                 # This process calls itself 1. The host's /proc has the pid that the caller sees.
-                visible_pid = int(os.readlink("self", dir_fd=proc))
+                visible_pid = int(os.readlink("self", dir_fd=cell.proc))
             else:
                 visible_pid = os.getpid()
+            # Every leaf gets Landlock's rules for itself, so that it can reach no other leaf.
+            if cell.ruleset is not None:
+                _checked(libc.syscall(LANDLOCK_RESTRICT_SELF, cell.ruleset, 0))
             if sock >= 0:
-                exit_code = _leaf_main(sock, output, visible_pid, isolated)
+                exit_code = _leaf_main(sock, output, visible_pid, cell)
             else:
                 exit_code = 0
         finally:
@@ -943,13 +1323,16 @@ def _fork_leaf(sock, output, proc):
 
 # The leaf's socket to the caller, until it is closed.
 SOCKET_FD = 3
+# A leaf's memory limit is memory_mb on top of this: what the interpreter holds, and 48 MiB.
+BASE_BYTES = 48 << 20
 
 
-def _leaf_main(sock, output, pid, isolated):
+def _leaf_main(sock, output, pid, cell):
     """Become the program: take over descriptors and limits, seal this process, run the program.
 
     pid: as the caller sees it. Returns the exit code.
     """
+    isolated = cell.proc is not None
     os.dup2(output, 1)
     os.dup2(sock, SOCKET_FD)
     os.closerange(SOCKET_FD + 1, 1 << 12)
@@ -987,10 +1370,11 @@ def _leaf_main(sock, output, pid, isolated):
 
     memory_bytes = BASE_BYTES + (memory_mb << 20)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
+    if not cell.counted:
+        resource.setrlimit(resource.RLIMIT_NPROC, (MAX_THREADS, MAX_THREADS))
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT_BYTES, OUTPUT_BYTES))
-    _seal()
+    _seal(cell.rows)
     random.seed(0)
     return _run_program(source, call)
 
@@ -1101,25 +1485,34 @@ def _receive():
     return _read(read, size)
 
 
-def _seal():
-    """Drop every capability, then refuse system calls for good."""
+def _seal(rows):
+    """Drop every capability, then refuse system calls for good. rows: the filter."""
     header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
     _checked(libc.capset(header, bytes(24)))
-    _checked(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_PROGRAM, 0, 0))
+    # A crash then writes no core, and no other process may open this one's memory.
+    _checked(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
+    # The kernel's struct sock_fprog: the number of rows (8 bytes each), and where they are.
+    program = struct.pack("HxxxxxxQ", len(rows) // 8, ctypes.addressof(rows))
+    _checked(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
 
 
-def _seccomp_filter(machine):
+# Operations of classic BPF: load, if_equal, if_at_least, if_any_bit, end. A jump skips so many rows
+# if its test holds, so many (at most 255) if not.
+BPF_OPERATIONS = (0x20, 0x15, 0x35, 0x45, 0x06)
+
+
+def _seccomp_filter(machine, *refused_calls):
     """The leaf's rules for system calls: a program in classic BPF, as bytes.
 
-    Allowed is every call except: starting a process, changing the limits of another process,
-    changing the death signal, and REFUSED_CALLS. These get EPERM; clone3 gets ENOSYS, so that libc
+    refused_calls: tables of calls, as REFUSED_CALLS. Allowed is every call except these, those that
+    start a process, the wrong arguments in DECIDED_BY_ARGUMENT (all get EPERM), and calls newer
+    than NEWEST_CALL (they get ENOSYS, as on an older kernel). clone3 gets ENOSYS, too, so that libc
     falls back to clone, whose flags BPF can read.
     """
-    # Operations. A jump skips so many rows if its test holds, so many if not.
-    load, if_equal, if_at_least, if_any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
-    # Offsets in the kernel's struct seccomp_data. The first argument is 64 bits, of which the lower
-    # half counts here.
-    call_number, architecture, first_argument = 0, 4, 16
+    load, if_equal, if_at_least, if_any_bit, end = BPF_OPERATIONS
+    # Offsets in the kernel's struct seccomp_data. An argument is 64 bits, of which the lower half
+    # counts here.
+    call_number, architecture, arguments = 0, 4, 16
 
     # One row: (operation, rows to skip if true, rows to skip if false, constant).
     rows = [
@@ -1131,47 +1524,67 @@ def _seccomp_filter(machine):
         # On x86_64 every call has an x32 twin with this bit set.
         (if_at_least, 0, 1, 0x40000000),
         (end, 0, 0, SECCOMP_RET_EPERM),
+        (if_at_least, 0, 1, NEWEST_CALL + 1),
+        (end, 0, 0, SECCOMP_RET_ENOSYS),
         (if_equal, 0, 1, machine.clone3),
         (end, 0, 0, SECCOMP_RET_ENOSYS),
         # clone may start a thread, but no process.
         (if_equal, 0, 4, machine.clone),
-        (load, 0, 0, first_argument),
+        (load, 0, 0, arguments),
         (if_any_bit, 0, 1, CLONE_THREAD),
         (end, 0, 0, SECCOMP_RET_ALLOW),
         (end, 0, 0, SECCOMP_RET_EPERM),
-        # prlimit64 only for process 0, which means the calling one.
-        (if_equal, 0, 4, machine.prlimit64),
-        (load, 0, 0, first_argument),
-        (if_equal, 0, 1, 0),
-        (end, 0, 0, SECCOMP_RET_ALLOW),
-        (end, 0, 0, SECCOMP_RET_EPERM),
-        # prctl for everything but the death signal: a leaf dies with its zygote.
-        (if_equal, 0, 4, machine.prctl),
-        (load, 0, 0, first_argument),
-        (if_equal, 0, 1, PR_SET_PDEATHSIG),
-        (end, 0, 0, SECCOMP_RET_EPERM),
-        (end, 0, 0, SECCOMP_RET_ALLOW),
     ]
-    refused = [numbers[machine.column] for numbers in REFUSED_CALLS.values()]
-    refused = sorted(number for number in refused if number is not None)
+    for *numbers, argument, rule, values in DECIDED_BY_ARGUMENT:
+        if rule == "allowed":
+            listed, other = SECCOMP_RET_ALLOW, SECCOMP_RET_EPERM
+        else:
+            listed, other = SECCOMP_RET_EPERM, SECCOMP_RET_ALLOW
+        rows.append((if_equal, 0, len(values) + 3, numbers[machine.column]))
+        rows.append((load, 0, 0, arguments + 8 * argument))
+        # A listed value jumps over the values behind it, and over the row for all others.
+        for i, value in enumerate(values):
+            rows.append((if_equal, len(values) - i, 0, value))
+        rows.append((end, 0, 0, other))
+        rows.append((end, 0, 0, listed))
+    refused = []
+    for table in refused_calls:
+        for numbers in table.values():
+            if numbers[machine.column] is not None:
+                refused.append(numbers[machine.column])
+    rows += _search(sorted(refused))
+    return b"".join(struct.pack("HBBI", *row) for row in rows)
+
+
+def _search(refused):
+    """Rows that refuse these numbers of calls, which are sorted, and allow all others.
+
+    A binary search: the kernel runs the filter for every call that exists when a leaf installs it.
+    """
+    _, if_equal, if_at_least, _, end = BPF_OPERATIONS
+    if len(refused) > 8:
+        middle = len(refused) // 2
+        below = _search(refused[:middle])
+        rest = _search(refused[middle:])
+        return [(if_at_least, len(below), 0, refused[middle]), *below, *rest]
+    rows = []
     # A refused call jumps to the last row: over the refused calls behind it, and over "allow".
     for i, number in enumerate(refused):
         rows.append((if_equal, len(refused) - i, 0, number))
     rows.append((end, 0, 0, SECCOMP_RET_ALLOW))
     rows.append((end, 0, 0, SECCOMP_RET_EPERM))
-    return b"".join(struct.pack("HBBI", *row) for row in rows)
+    return rows
 
 
-# The filter, and the struct sock_fprog that points to it: its number of rows (8 bytes each) and its
-# address. The buffer has to live as long as the pointer.
-SECCOMP_BUFFER = ctypes.create_string_buffer(_seccomp_filter(MACHINE) if MACHINE else b"")
-SECCOMP_PROGRAM = struct.pack(
-    "HxxxxxxQ", len(SECCOMP_BUFFER) // 8, ctypes.addressof(SECCOMP_BUFFER)
-)
+# The calls that are refused in each mode.
+REFUSED_IN_MODE = {
+    "full": [REFUSED_CALLS],
+    "landlock": [REFUSED_CALLS, REFUSED_BESIDE_LANDLOCK],
+    "bare": [REFUSED_CALLS, REFUSED_BESIDE_LANDLOCK, REFUSED_WITHOUT_LANDLOCK],
+}
+
 atexit.register(close)
 os.register_at_fork(after_in_child=_forget)
 
 if __name__ == "__main__":
-    # A leaf's memory limit is memory_mb on top of this: what the interpreter holds, and 48 MiB.
-    BASE_BYTES = _address_space() + (48 << 20)
     _zygote_main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
