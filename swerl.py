@@ -39,6 +39,7 @@ from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from verifiers import sandbox
 from verifiers.patch_effect import only_removes, same_code, stops_parsing
 from verifiers.patch_judge import ask_judge
 from verifiers.patches import (
@@ -412,6 +413,9 @@ def make_reward(cfg):
     """(submit, collect): start a rollout's verdict in the background; wait for all verdicts."""
     # Many threads can wait for an endpoint. Similarity is computed here, and its threads take turns
     # with the sampler, so they are few.
+    if cfg.eval_data:
+        # The held-out metric runs programs: a host that cannot hold them says so before training.
+        sandbox.run("pass")
     num_threads = cfg.reward_workers
     if cfg.judge == "lexical":
         num_threads = min(num_threads, LEXICAL_THREADS)
