@@ -411,11 +411,11 @@ LEXICAL_THREADS = 4  # threads per rank that compute similarity
 
 def make_reward(cfg):
     """(submit, collect): start a rollout's verdict in the background; wait for all verdicts."""
-    # Many threads can wait for an endpoint. Similarity is computed here, and its threads take turns
-    # with the sampler, so they are few.
     if cfg.eval_data:
         # The held-out metric runs programs: a host that cannot hold them says so before training.
         sandbox.run("pass")
+    # Many threads can wait for an endpoint. Similarity is computed here, and its threads take turns
+    # with the sampler, so they are few.
     num_threads = cfg.reward_workers
     if cfg.judge == "lexical":
         num_threads = min(num_threads, LEXICAL_THREADS)
