@@ -5,6 +5,7 @@ the golden change. The judge is a local stand-in for an endpoint; no model is ne
 """
 
 import difflib
+import gc
 import http.server
 import json
 import math
@@ -13,6 +14,7 @@ import re
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -1126,3 +1128,31 @@ def test_two_golden_programs_are_not_one_to_run():
         swerl.metric(types.SimpleNamespace(row=row, text=block("a.py", "print(1)", "print(2)")))
         == 0.0
     )
+
+
+class Litter:
+    """Garbage whose collection lets other threads run, in the middle of whatever made it due."""
+
+    def __init__(self):
+        self.cycle = self
+
+    def __del__(self):
+        time.sleep(1e-5)
+
+
+def test_verdicts_in_several_threads_parse_one_at_a_time():
+    """Python 3.11 raises SystemError where a collection lets two threads parse at once."""
+    source = "def f(a):\n    return ((a + 1) * [x for x in (a, b)] if a else {1: (2, 3)})\n" * 40
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+
+    def parse_many(_):
+        for _ in range(60):
+            Litter()
+            assert patch_effect.parse(source) is not None
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(parse_many, range(4)))
+    finally:
+        gc.set_threshold(*before)

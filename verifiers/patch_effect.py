@@ -8,6 +8,7 @@ import ast
 import functools
 import io
 import re
+import threading
 import tokenize
 import warnings
 from collections import Counter
@@ -19,10 +20,16 @@ FILE_NAME = "<candidate>"
 warnings.filterwarnings("ignore", module=FILE_NAME)
 
 
+# Python 3.11 counts the depth of all trees under construction in one place. If the garbage collector
+# lets another thread run meanwhile, which parses as well, both raise SystemError.
+ONE_PARSER = threading.Lock()
+
+
 def parse(source):
     """Return the syntax tree of Python source, or None if this Python does not read it."""
     try:
-        return ast.parse(source.removeprefix("\ufeff"), FILE_NAME)
+        with ONE_PARSER:
+            return ast.parse(source.removeprefix("\ufeff"), FILE_NAME)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
