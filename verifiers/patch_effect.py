@@ -20,8 +20,8 @@ FILE_NAME = "<candidate>"
 warnings.filterwarnings("ignore", module=FILE_NAME)
 
 
-# Python 3.11 counts the depth of all trees under construction in one place. If the garbage collector
-# lets another thread run meanwhile, which parses as well, both raise SystemError.
+# Python 3.11 counts the depth of all trees under construction in one place. If the garbage
+# collector lets another thread run meanwhile, which parses as well, both raise SystemError.
 ONE_PARSER = threading.Lock()
 
 
