@@ -142,8 +142,10 @@ def load_rows(cfg, path=None, limit=0):
     troubles = check_golds(golds, cfg.reward_workers, f"data {path}", cfg.out_dir)
     kept = []
     for row, trouble in zip(distinct, troubles, strict=True):
+        if trouble:
+            row = {**row, "as_text": True}
         if trouble is not None:
-            kept.append({**row, "as_text": trouble != ""})
+            kept.append(row)
     if len(kept) < len(rows):
         repeated, refused = len(rows) - len(distinct), len(distinct) - len(kept)
         print0(
