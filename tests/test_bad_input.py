@@ -139,8 +139,8 @@ def free_port():
 
 
 def contents(folder):
-    """{path: (bytes, date)} of all files; locks are there to be taken."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    """{path: (bytes, date)} of all files; hidden ones are a lock and a cache."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("."))
     return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 

@@ -862,7 +862,7 @@ def check_golds(golds, num_workers, name, folder=""):
     """
     troubles = None
     if ranks()[0] == 0:
-        path = os.path.join(folder, f"golds_{checksum_of(golds)}.json")
+        path = os.path.join(folder, f".golds_{checksum_of(golds)}.json")
         if os.path.exists(path):
             with open(path) as f:
                 troubles = json.load(f)
