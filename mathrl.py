@@ -15,10 +15,7 @@ leaves the language of the prompt. Completions may grow to 24K, 32K, 40K tokens 
     torchrun --nproc_per_node=8 mathrl.py --init_from=out/ifrl/final --out_dir=out/mathrl
 
 4.1.2 is a section of the paper, T17 its table 17, G1 a choice where it is silent (docs/paper.md).
-Deviations: D1 language is told by Unicode scripts; D14 equality by math-verify, the answer read as
-LaTeX only; D15 where the gold is a number, only a number can equal it; D26 what is not read is not
-equal; D27 a gold that cannot be compared soundly is compared as text; D28 a copy of the problem's
-formula earns 0.
+Deviations: D1 language by Unicode scripts; D14, D15, D26, D27, D28 what equals the gold answer.
 """
 
 import math
@@ -43,10 +40,10 @@ from lib.prompts import count_correct, encode_prompts, load_history, next_prompt
 from verifiers.answers import (
     answer_pool,
     boxed_response,
-    check_golds,
     compare,
     count_boxes,
     last_box,
+    sound_rows,
 )
 from verifiers.language import language_ok
 from verifiers.pool import in_background
@@ -136,22 +133,10 @@ def load_rows(cfg, path=None, limit=0):
     rows = load_table(path, normalize, limit)
     # DAPO repeats its problems; the last copy of each is kept.
     distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
-
-    # Drop what the verifier cannot read; what it misreads is compared as text only [D27].
-    golds = [row["answer"] for row in distinct]
-    troubles = check_golds(golds, cfg.reward_workers, f"data {path}", cfg.out_dir)
-    kept = []
-    for row, trouble in zip(distinct, troubles, strict=True):
-        if trouble:
-            row = {**row, "as_text": True}
-        if trouble is not None:
-            kept.append(row)
-    if len(kept) < len(rows):
-        repeated, refused = len(rows) - len(distinct), len(distinct) - len(kept)
-        print0(
-            f"data {path}: dropped {repeated} repeated problems, "
-            f"{refused} answers that do not verify"
-        )
+    if len(distinct) < len(rows):
+        print0(f"data {path}: dropped {len(rows) - len(distinct)} repeated problems")
+    # An answer that the verifier misreads is compared as text only [D27].
+    kept = sound_rows(distinct, cfg.reward_workers, f"data {path}", cfg.out_dir)
     if not kept:
         fail(f"data {path}: no answer that the verifier can read.")
     return kept

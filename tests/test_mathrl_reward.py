@@ -799,9 +799,9 @@ def test_golds_are_checked_once_for_a_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(answers, "trouble_of", noting)
     golds = ["34", r"\frac{1}{2}", r"\frac{"]
-    first = answers.check_golds(golds, 2, "data x", str(tmp_path))
+    first = answers.check_golds(golds, 2, str(tmp_path))
     assert first == ["", "", None] and sorted(checked) == sorted(golds)
-    assert answers.check_golds(golds, 2, "data x", str(tmp_path)) == first and len(checked) == 3
-    answers.check_golds([*golds, "35"], 2, "data x", str(tmp_path))
+    assert answers.check_golds(golds, 2, str(tmp_path)) == first and len(checked) == 3
+    answers.check_golds([*golds, "35"], 2, str(tmp_path))
     assert len(checked) == 7
-    assert answers.check_golds(golds, 2, "data x", str(tmp_path / "none")) == first
+    assert answers.check_golds(golds, 2, str(tmp_path / "none")) == first

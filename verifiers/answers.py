@@ -2,7 +2,7 @@
 
     last_box(text)                the content of the last \\boxed{} of a response
     compare(gold, answer)         "ok", "wrong", "timeout" or "infra"
-    check_golds(golds, n)         which golds are dropped, which are compared as text only
+    sound_rows(rows, n)           drops golds it cannot read, marks those to compare as text
     answer_pool(n)                threads with a child process each, in which same_answer may run
 
 An answer is read in three steps. Its text gets one spelling (verifiers/answer_forms.py). Words and
@@ -853,8 +853,34 @@ def compare(gold, answer, prompt=None, as_text=False):
 
 
 # ---- 6. Golds that cannot be compared ------------------------------------------------------------
-def check_golds(golds, num_workers, name, folder=""):
-    """What each gold is good for [D27], as rank 0 finds it: no rank trains on other rows.
+def sound_rows(rows, num_workers, name, folder=""):
+    """The rows whose "answer" the verifier can read; those it misreads get "as_text": True [D27].
+
+    Dropped is a gold that does not verify against itself. A gold that would also let wrong answers
+    pass is compared as text only. Both are counted and printed, with `name` in front.
+    """
+    golds = [row["answer"] for row in rows]
+    troubles = check_golds(golds, num_workers, folder)
+    as_text = [(gold, trouble) for gold, trouble in zip(golds, troubles, strict=True) if trouble]
+    kept = []
+    for row, trouble in zip(rows, troubles, strict=True):
+        if trouble:
+            row = {**row, "as_text": True}
+        if trouble is not None:
+            kept.append(row)
+    if len(kept) < len(rows):
+        print0(f"{name}: dropped {len(rows) - len(kept)} answers that do not verify")
+    if as_text:
+        gold, trouble = as_text[0]
+        print0(
+            f"{name}: {len(as_text)} answers are compared as text only, "
+            f'the first of them "{gold}": {trouble}'
+        )
+    return kept
+
+
+def check_golds(golds, num_workers, folder=""):
+    """What each gold is good for, as rank 0 finds it: no rank trains on other rows.
 
     None: it does not verify against itself. A sentence: why it is compared as text only. "": it is
     sound. They are checked in parallel. The results are kept in `folder` if it is there, so that a
@@ -872,15 +898,7 @@ def check_golds(golds, num_workers, name, folder=""):
                 with open(path + ".tmp", "w") as f:
                     json.dump(troubles, f)
                 os.replace(path + ".tmp", path)
-    troubles = all_gather(troubles)[0]
-    as_text = [(gold, trouble) for gold, trouble in zip(golds, troubles, strict=True) if trouble]
-    if as_text:
-        gold, trouble = as_text[0]
-        print0(
-            f"{name}: {len(as_text)} answers are compared as text only, "
-            f'the first of them "{gold}": {trouble}'
-        )
-    return troubles
+    return all_gather(troubles)[0]
 
 
 def checksum_of(golds):
