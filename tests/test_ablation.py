@@ -50,7 +50,7 @@ def load_rows(cfg, path=None, limit=0):
     return load_table(path or cfg.data, normalize, limit)
 """,
     "verdict": '''
-def verdict(response, answer, prompt=None):
+def verdict(response, answer, prompt=None, as_text=False):
     """(reward, status): the last box uses every number once, and makes the target."""
     expression = last_box(response.rpartition("</think>")[2])
     if expression is None or not re.fullmatch(r"\\d+([+-]\\d+)*", expression):
