@@ -111,6 +111,8 @@ def normalize(row, where):
     ids, kwargs, prompt = read_constraints(row, where)
     messages = []
     for turn in as_messages(prompt):
+        if turn.get("tool_calls"):
+            raise BadRow("a turn that calls a tool")
         messages.append({"role": turn["role"], "content": turn["content"]})
     # IF-RL samples its own replies, so a reply at the end of the row is taken off.
     if messages and messages[-1]["role"] == "assistant":

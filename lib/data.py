@@ -301,11 +301,15 @@ def has_role(turn):
 
 
 def text_of_parts(parts):
-    """The texts of a message's parts, a line each; images and other parts are left out."""
+    """The texts of a message's parts, a line each. BadRow: a part is an image or other content.
+
+    Such a prompt without its image asks for what nobody can answer, so its row is dropped, counted.
+    """
     texts = []
     for part in parts:
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise BadRow("a message has a part that is not text")
+        texts.append(part["text"])
     return "\n".join(texts)
 
 

@@ -1339,3 +1339,21 @@ def test_a_row_s_index_is_its_place_after_long_prompts_have_gone(tokenizer):
     ]
     kept = prompts.encode_prompts(rows, tokenizer, mathrl.Config(max_prompt_tokens=100))
     assert [row["index"] for row in kept] == [0, 1] and kept[1]["messages"][0]["content"] == "Ho"
+
+
+def test_a_prompt_that_is_not_all_text_is_dropped_not_shortened():
+    """Without its image or its tool call a prompt asks another question."""
+    text, image = {"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": "i"}
+    for part in (image, {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": None}):
+        with pytest.raises(data.BadRow, match="a part that is not text"):
+            data.as_messages([{"role": "user", "content": [text, part]}])
+    joined = data.as_messages([{"role": "user", "content": [text, text]}])
+    assert joined[0]["content"] == "What is this?\nWhat is this?"
+
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": {}}]}
+    prompt = [USER, call, USER]
+    row = {"instruction_id_list": [TITLE], "kwargs": [{}]}
+    assert ifrl.normalize(row | {"prompt": [USER]}, "row 1")["messages"] == [USER]
+    for stage, raw in ((ifrl, row), (rlhf, {})):
+        with pytest.raises(data.BadRow, match="a turn that calls a tool"):
+            stage.normalize(raw | {"prompt": prompt}, "row 1")
