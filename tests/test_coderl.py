@@ -783,7 +783,18 @@ def test_comparisons_hold_on_twenty_thousand_pairs(a, b, x, y):
 )
 def test_extraction_takes_any_text(text):
     code = coderl.extract_code(text.rpartition("</think>")[2])
-    assert code is None or code in text
+    # The code is a piece of the text, but for the indent of its lines.
+    assert code is None or without_margins(code) in without_margins(text)
+
+
+def without_margins(text):
+    return "\n".join(line.strip() for line in text.split("\n"))
+
+
+def test_a_blank_line_of_a_string_keeps_its_spaces():
+    program = 'x = """a\n  \nb"""\n'
+    assert coderl.extract_code(f"```python\n{program}```") == program
+    assert coderl.extract_code("- so:\n  ```python\n  a = 1\n  b = 2\n  ```") == "a = 1\nb = 2\n"
 
 
 @pytest.mark.parametrize(

@@ -134,13 +134,22 @@ def closed(body, block):
             if not any(open_quotes) and "#" not in before:
                 body = code
             break
-    return textwrap.dedent(body)
+    return without_indent(body)
 
 
 def unclosed(body, block):
     """The code of a block without a closing line: up to a fence behind code ("print(1)```")."""
     code, _, _ = body.partition(block.fence[:3])
-    return textwrap.dedent(code)
+    return without_indent(code)
+
+
+def without_indent(code):
+    """The code without the indent that all its lines share, as in a list item.
+
+    Code that starts at the margin stays as it is: dedent would empty its strings' blank lines.
+    """
+    is_indented = code.lstrip("\r\n")[:1] in (" ", "\t")
+    return textwrap.dedent(code) if is_indented else code
 
 
 # ---- 2. Comparison [D17] -------------------------------------------------------------------------
