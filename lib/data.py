@@ -4,6 +4,7 @@ A stage brings its own normalize(row, where), which turns a row of any known sch
 normal form or raises BadRow. `where` names the row in messages, like "out/toy/math.jsonl row 17".
 """
 
+import csv
 import io
 import itertools
 import json
@@ -14,7 +15,7 @@ from lib.common import print0
 from lib.guard import fail
 from model import ROLES
 
-FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz")
+FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz")
 
 
 class BadRow(ValueError):
@@ -118,6 +119,12 @@ def read_file(file, cursor=(0, 0, 0.0)):
                     yield f"{file} row {num_rows}", row, [num_rows, 0, share]
                 return
 
+            if file.endswith(".csv"):
+                for row, offset in read_csv(f, offset):
+                    num_rows += 1
+                    yield f"{file} row {num_rows}", row, [num_rows, offset, offset / size]
+                return
+
             # From the start, wherever the cursor is: what is left of a file of lines could be one
             # JSON value by itself.
             if file.endswith(".json"):
@@ -144,7 +151,7 @@ def read_file(file, cursor=(0, 0, 0.0)):
                     share = offset / size
                 yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
     # The errors of pyarrow are ValueErrors or OSErrors.
-    except (ValueError, RecursionError, OSError, ImportError) as error:
+    except (ValueError, RecursionError, OSError, ImportError, csv.Error) as error:
         if isinstance(error, json.JSONDecodeError):
             text = f"not valid JSON ({error.msg} at column {error.colno})"
         else:
@@ -170,6 +177,34 @@ def read_parquet(f, skip):
                 num_rows += 1
                 if num_rows > skip:
                     yield row, num_rows / total
+
+
+def read_csv(f, offset):
+    """Yield ({column: text}, bytes read) of an open .csv file, from a number of bytes on.
+
+    The first line names the columns. A quoted field may hold commas, quotes and line breaks.
+    """
+    reader = io.BufferedReader(f, 1 << 20)
+    bytes_read = 0
+
+    def lines():
+        nonlocal bytes_read
+        for line in iter(reader.readline, b""):
+            encoding = "utf-8" if bytes_read else "utf-8-sig"  # a file may begin with a mark
+            bytes_read += len(line)
+            yield line.decode(encoding)
+
+    csv.field_size_limit(1 << 30)  # the default of 128 KB is less than some fields have
+    columns = next(csv.reader(lines(), strict=True), [])
+    if offset:
+        reader.seek(offset)
+        bytes_read = offset
+    for fields in csv.reader(lines(), strict=True):
+        if not fields:
+            continue  # an empty line
+        if len(fields) != len(columns):
+            raise ValueError(f"{len(fields)} fields, but the first line names {len(columns)}")
+        yield dict(zip(columns, fields)), bytes_read
 
 
 def read_json(f):

@@ -8,6 +8,7 @@ The rows are written by hand in the schemas of the sets, and no hub is asked. St
 the rows depends on the files and the cursor alone.
 """
 
+import csv
 import gzip
 import importlib
 import json
@@ -938,7 +939,10 @@ def test_a_corrupted_row_is_dropped_under_its_reason_and_alone_it_stops_the_run(
         (b"PAR1 but not really", "parquet", "row 0: ArrowInvalid"),
         (b"", "parquet", "row 0: ArrowInvalid"),
         (b"not packed", "jsonl.gz", "BadGzipFile"),
-        (b"a,b\n1,2\n", "csv", "expected a file that ends in"),
+        (b"", "csv", "the file is empty"),
+        (b"a,b\n1\n", "csv", "row 0: ValueError: 1 fields, but the first line names 2"),
+        (b'a,b\n1,"cut o', "csv", "row 0: Error: unexpected end of data"),
+        (b"a,b\n1,2\n", "tsv", "expected a file that ends in"),
     ],
 )
 def test_a_broken_file_is_one_sentence_in_every_stage(
@@ -971,6 +975,30 @@ def test_reading_on_from_any_cursor_gives_the_rows_that_follow(ending, tmp_path)
         assert [r for _, r, _ in data.read_file(path, json.loads(json.dumps(cursor)))] == rows[
             row["n"] + 1 :
         ]
+
+
+def test_a_csv_file_as_published_is_read_on_from_any_cursor(tmp_path):
+    """A mark at the start, quotes, commas and line breaks inside fields, an empty line, CRLF."""
+    rows = [
+        {"Question": "Which gas,\nof these?", "Correct Answer": 'the "noble" one\n'},
+        {"Question": "a\r\nb", "Correct Answer": "\u00e9" * 200_000},
+        {"Question": " 1", "Correct Answer": ""},
+    ]
+    path = tmp_path / "rows.csv"
+    with open(path, "w", newline="", encoding="utf-8-sig") as f:
+        table = csv.DictWriter(f, ["Question", "Correct Answer"])
+        table.writeheader()
+        table.writerow(rows[0])
+        f.write("\r\n")
+        table.writerows(rows[1:])
+    read = list(data.read_file(str(path)))
+    assert [(where, row) for where, row, _ in read] == [
+        (f"{path} row {n}", row) for n, row in enumerate(rows, 1)
+    ]
+    assert read[-1][2] == [3, path.stat().st_size, 1.0]
+    for n, (_, _, cursor) in enumerate(read, 1):
+        rest = [row for _, row, _ in data.read_file(str(path), json.loads(json.dumps(cursor)))]
+        assert rest == rows[n:]
 
 
 def test_lines_in_a_file_called_json_are_read_on_from_any_cursor(tmp_path):
@@ -1053,7 +1081,7 @@ def test_a_hub_id_becomes_the_files_of_its_training_split(monkeypatch):
                 "validation": ["hf://x/v.jsonl"],
             }
         },
-        "a/none": {"default": {"train": ["hf://x/data.csv"]}},
+        "a/none": {"default": {"train": ["hf://x/data.txt"]}},
     }
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: list(hub[name]))
     monkeypatch.setattr(
