@@ -1,4 +1,4 @@
-"""SFT: stage 1 of the cascade (paper 3 and 4.1), and the first of its scripts to read.
+"""SFT: stage 1 of the cascade (paper 3 and D.1), and the first of its scripts to read.
 
 Next-token prediction on conversations, with the loss on the assistant's turns that follow the last
 user turn. One step of main():

@@ -754,8 +754,8 @@ def load_swebench_files(path, outside):
 # Judge: the official harness, in the environment of --verifier_python; it needs docker.
 # Trap: the harness takes one patch an instance, and keeps what it found under the same names. So it
 #     runs once for each sample number, under a name that depends on the patches.
-SHOWN_FILES = 4  # paper 7.1: at least four files
-SHOWN_CHARS = 32 * K * 3  # paper 7.1: 32K tokens, at three characters a token
+SHOWN_FILES = 4  # paper 4.7.1: at least four files
+SHOWN_CHARS = 32 * K * 3  # appendix B: 32K tokens for 8B, at three characters a token
 
 
 def count_votes(outside):

@@ -74,7 +74,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     top_p: TopP = 1.0  # of sampling only
     top_k: int = 0  # of sampling only; 0: off
 
-    lr: PositiveFloat = 2e-6  # learning rate of AdamW; Cascade 2 table 8
+    lr: PositiveFloat = 2e-6  # learning rate of AdamW; Cascade 2 section 4.4 (table 8: 3e-6)
     final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay
     warmup_steps: int = 30  # steps of linear warm-up of the learning rate; Cascade 2 section 4.4
     beta1: Beta = 0.9  # of AdamW

@@ -45,7 +45,7 @@ def table_of(scores):
     return lambda messages, answers: [scores[answer] for answer in answers]
 
 
-# ---- SFT (3.1, 4.1) ------------------------------------------------------------------------------
+# ---- SFT (3.1, D.1) ------------------------------------------------------------------------------
 def test_4_1_cosine_schedule_as_printed():
     """Table 14: the cosine runs over 100K steps. After the 20K steps of stage 1 the rate is still
     90% of its start, (1 + cos(pi / 5)) / 2."""
