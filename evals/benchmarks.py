@@ -799,6 +799,7 @@ def load_swebench(path, outside):
                 swerl.PROMPT.format(issue=row["problem_statement"], files=shown)
             ),
             "files": files,
+            "issue": row["problem_statement"],
             "instance_id": row["instance_id"],
         }
 

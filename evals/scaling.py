@@ -1,23 +1,37 @@
 """Spends many samples on one problem, in three ways.
 
-Majority vote over patches (paper 7.4):
-    python -m evals.scaling --model=out/toy/swerl/final --vote=out/toy/data/swe_test.jsonl
+Majority vote over patches, best@k (paper 3.3.1, 7.4). After --tasks=swebench_files, evaluate.py
+samples k patches an issue from the files that the model itself found, and grades each by the
+official harness. This elects one of the k without looking at the grades:
+    python evaluate.py --model=M --results=R/results.jsonl --stage=S --tasks=swebench --samples=32
+        --repos=clones --verifier_python=.venv-swe/bin/python
+    python -m evals.scaling --model=M --vote=princeton-nlp/SWE-bench_Verified@test --samples=32
+        --candidates=R/samples/S --repos=clones --check=COMMAND
 The submit-and-learn loop for contest problems (paper 5.1):
-    python -m evals.scaling --model=... --ioi=problems.jsonl --rounds=50 --max_new_tokens=131072
+    python -m evals.scaling --model=M --ioi=problems.jsonl --max_new_tokens=131072 --rope_factor=4
 Answers of a teacher that name the right files, as SFT data (paper 3.3.2):
-    python -m evals.scaling --model=... --localise=nebius/SWE-rebench --repos=clones --out=loc.jsonl
+    python -m evals.scaling --model=M --localise=nebius/SWE-rebench --repos=clones --out=loc.jsonl
 
+--vote without --candidates takes rows of swerl.py, shows the files of their golden patches, samples
+the patches itself and scores them as swerl.py's held-out metric does.
+The repository's tests need its container, so the user brings the command: --check=COMMAND is run as
+`COMMAND instance_id` and gets {"patch": git diff, "scripts": [...]} on standard input. It applies
+the patch and prints {"regression": how many of the repository's tests pass, "scripts": [whether
+each ends without an error]}. Without --check a patch only has to parse.
 A row of --ioi is {"name", "statement", "samples": tests, "subtasks": [{"name", "points",
-"statement", "tests", "partial"}]}, with tests as {"inputs", "outputs"}.
-The repository tests of --vote need the repository's container, so the user brings the command:
---check=COMMAND is run as `COMMAND instance_id` and gets {"patch": git diff, "scripts": [...]} on
-standard input. It applies the patch and prints {"regression": how many of the repository's tests
-pass, "scripts": [whether each ends without an error]}. Without --check a patch only has to parse.
-Deviation from the paper: tail confidence is the mean log-prob of the drawn tokens, not of the top
-20 tokens at each position.
+"statement", "tests"}]}, with tests as {"inputs", "outputs"}. With the contest's own graders,
+--grader=COMMAND is run as `COMMAND name subtask`, or as `COMMAND name samples`, and gets a C++
+program on standard input. It prints {"score": share of the subtask's points, 0 to 1, "verdict":
+text for the model}; rows then need neither samples nor tests, and a subtask with "partial": true
+may earn a part of its points.
+
+Deviations from the paper, numbered as in docs/paper.md: D71 scripts that reproduce an issue are
+written without seeing patches, and judged by how they end; D72 tail confidence is the mean log-prob
+of the drawn tokens; D73 without --grader programs are Python, and a subtask is all or nothing.
 """
 
 import contextlib
+import glob
 import json
 import os
 import shlex
@@ -33,25 +47,32 @@ import coderl
 import swerl
 from engine import Rollout, make_engine, request_seed
 from evals import benchmarks
+from evals.results import kept_lines
 from lib import data
 from lib.common import finish, init_distributed
 from lib.flags import PositiveFloat, PositiveInt, TopP, parse_config
-from lib.guard import fail
-from model import Qwen3, load_tokenizer, render_chat
+from lib.guard import fail, one_sentence
+from model import Qwen3, load_tokenizer, max_positions, read_config, render_chat
 from verifiers import patch_effect, patches
+
+ORIGINAL_POSITIONS = 32768  # of Qwen3, which YaRN stretches
 
 
 @dataclass
 class Config:
     model: str = ""  # checkpoint folder
-    vote: str = ""  # rows of swerl.py: sample patches, take the majority's
-    check: str = ""  # command that tests a patch in the repository's container, see above
-    # With --check: how many scripts the model writes that fail while the bug is there. Paper 3.3.1
-    # has 10, paper 7.4 has 40.
-    reproductions: int = 10
+    vote: str = ""  # SWE-bench, or rows of swerl.py: of the patches take the majority's
+    # --vote: folder of evaluate.py's samples of swebench_files and swebench. "": patches are
+    # sampled here, for prompts that show the golden files
+    candidates: str = ""
+    check: str = ""  # --vote: command that tests a patch in the repository's container, see above
+    # With --check: how many scripts the model writes that fail while the bug is there. Paper 7.4
+    # has 40, paper 3.3.1 has 10.
+    reproductions: PositiveInt = 40
     ioi: str = ""  # contest problems, see above
+    grader: str = ""  # --ioi: command that judges a program as the contest does, see above
     localise: str = ""  # rows of SWE-bench's form: which files have to change, for SFT
-    repos: str = ""  # --localise: folder of git clones named owner__name
+    repos: str = ""  # --vote, --localise: folder of git clones named owner__name
     out: str = ""  # --localise: file for the rows of sft.py
     # Completions of a problem (paper: 32), or candidates of a subtask in a round (paper: 20).
     samples: PositiveInt = 20
@@ -128,7 +149,7 @@ REPRODUCE = (
 
 
 def reproduction_scripts(row, n, sample, count):
-    """Return the distinct scripts among `count` that the model writes for the issue."""
+    """Return the distinct scripts among `count` that the model writes for the issue [D71]."""
     messages = as_messages(REPRODUCE.format(format=coderl.FORMAT, issue=row["issue"]))
     scripts = []
     for r in sample([messages] * count, (n, 1), row):
@@ -165,68 +186,112 @@ def survivors(texts, row, scripts, check):
     return {i for i, diff in enumerate(diffs) if diff and tests_passed[diff] == most}
 
 
-def is_check_result(result, scripts):
-    """True if the user's command printed what the docstring above asks for."""
-    try:
-        counts_tests = isinstance(result["regression"], int)
-        return counts_tests and len(result["scripts"]) == len(scripts)
-    except (KeyError, TypeError):
-        return False
+def ask_command(flag, command, arguments, given, is_valid, expected):
+    """Return the JSON that a user's command prints for a text on its standard input.
 
-
-def run_check(command, row, patch, scripts):
-    """Return what the user's command says of a patch."""
+    flag: the flag that names the command. is_valid(result): whether it is what was expected.
+    """
     done = subprocess.run(
-        [*shlex.split(command), row["instance_id"]],
-        input=json.dumps({"patch": patch, "scripts": scripts}),
+        [*shlex.split(command), *arguments],
+        input=given,
         capture_output=True,
         text=True,
         check=False,
     )
-    result = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         result = json.loads(done.stdout)
-    if not is_check_result(result, scripts):
-        output = done.stderr.strip() or done.stdout.strip() or "nothing"
-        said = output.splitlines()[-1][:200]
-        fail(
-            f'--check: on {row["instance_id"]} it ended with {done.returncode} and said "{said}"; '
-            f'expected {{"regression": number, "scripts": [{len(scripts)} booleans]}}.',
-            note="Votes so far stand above.",
-        )
-    return result
+        if is_valid(result):
+            return result
+    output = done.stderr.strip() or done.stdout.strip() or "nothing"
+    said = output.splitlines()[-1][:200]
+    fail(
+        f'{flag}: on {" ".join(arguments)} it ended with {done.returncode} and said "{said}"; '
+        f"expected {expected}.",
+        note="What was found so far stands above.",
+    )
+
+
+def run_check(command, row, patch, scripts):
+    """Return what the user's command says of a patch: {"regression", "scripts"}."""
+
+    def is_valid(result):
+        counts_tests = isinstance(result["regression"], int)
+        return counts_tests and len(result["scripts"]) == len(scripts)
+
+    given = json.dumps({"patch": patch, "scripts": scripts})
+    expected = f'{{"regression": number, "scripts": [{len(scripts)} booleans]}}'
+    return ask_command("--check", command, [row["instance_id"]], given, is_valid, expected)
+
+
+def sampled_candidates(cfg, sample):
+    """Yield (row, texts, scores) of rows of swerl.py, whose prompts show the golden files."""
+    rows = swerl.load_rows(swerl.Config(data=cfg.vote, repos=cfg.repos, min_prompt_tokens=0))
+    for n, row in enumerate(rows[: cfg.limit or None], 1):
+        rollouts = sample([row["messages"]] * cfg.samples, n, row)
+        # Where the prompt left no room to answer there is no patch, which scores 0.
+        scores = [swerl.metric(r) for r in rollouts] or [0.0]
+        if None in scores:
+            fail(f"row {n}: the sandbox failed.", note="Votes so far stand above.")
+        yield row, [r.text for r in rollouts], scores
+
+
+def graded_candidates(cfg):
+    """Yield (row, texts, scores) of SWE-bench: patches that evaluate.py has sampled and graded.
+
+    Their prompts show the files that the model found itself, and the scores are the harness's.
+    """
+    outside = {"samples": cfg.candidates, "repos": cfg.repos}
+    rows, *_ = benchmarks.load_swebench(cfg.vote, outside)
+    # {problem: {number of the sample: its line}}
+    kept = {}
+    pattern = os.path.join(glob.escape(cfg.candidates), "swebench_think_sampled.rank*.jsonl")
+    for line in kept_lines(pattern):
+        if "score" in line:
+            kept.setdefault(line["problem"], {})[line["sample"]] = line
+    for problem, row in enumerate(rows[: cfg.limit or None]):
+        lines = [kept.get(problem, {}).get(k) for k in range(cfg.samples)]
+        num_graded = sum(line is not None for line in lines)
+        if num_graded < cfg.samples:
+            fail(
+                f"--candidates={cfg.candidates}: {row['instance_id']} has {num_graded} graded "
+                f"patches of {cfg.samples}: run evaluate.py --tasks=swebench "
+                f"--samples={cfg.samples}, or pass --samples.",
+                note="Votes so far stand above.",
+            )
+        if lines[0]["prompt"] != row["messages"][-1]["content"]:
+            fail(
+                f"--candidates={cfg.candidates}: the patches for {row['instance_id']} were sampled "
+                "for another prompt than --vote, --repos and the samples of swebench_files make.",
+                note="Votes so far stand above.",
+            )
+        yield row, [line["text"] for line in lines], [line["score"] for line in lines]
 
 
 def run_vote(cfg, sample):
-    """Print and return the mean scores of one sample, of the majority's and of the best one."""
-    rows = swerl.load_rows(swerl.Config(data=cfg.vote, min_prompt_tokens=0))
-    if cfg.limit:
-        rows = rows[: cfg.limit]
+    """Print and return the mean scores: of one sample, of the elected one and of the best one.
+
+    The elected one's is the paper's best@k, and the best one's is pass@k.
+    """
 
     def check(row, patch, scripts):
         return run_check(cfg.check, row, patch, scripts)
 
-    sums = np.zeros(3)
-    for n, row in enumerate(rows, 1):
-        rollouts = sample([row["messages"]] * cfg.samples, n, row)
-        texts = [r.text for r in rollouts]
+    candidates = graded_candidates(cfg) if cfg.candidates else sampled_candidates(cfg, sample)
+    sums, k = np.zeros(3), cfg.samples
+    for n, (row, texts, scores) in enumerate(candidates, 1):
         eligible = None
         if cfg.check:
             scripts = reproduction_scripts(row, n, sample, cfg.reproductions)
             eligible = survivors(texts, row, scripts, check)
-        scores = [swerl.metric(r) for r in rollouts]
         chosen = vote(texts, row["files"], eligible)
-        if None in scores:
-            fail(f"row {n}: the sandbox failed.", note="Votes so far stand above.")
         sums += [np.mean(scores), 0.0 if chosen is None else scores[chosen], max(scores)]
-        if n % 10 == 0 or n == len(rows):
-            mean, voted, best = 100 * sums / n
-            print(
-                f"{n:4d} problems | one sample {mean:.1f} | majority of {cfg.samples} {voted:.1f} "
-                f"| any of {cfg.samples} {best:.1f}",
-                flush=True,
-            )
-    return sums / len(rows)
+        mean, voted, best = 100 * sums / n
+        print(
+            f"{n:4d} problems | one sample {mean:.1f} | best@{k}, elected {voted:.1f} "
+            f"| pass@{k} {best:.1f}",
+            flush=True,
+        )
+    return sums / n
 
 
 # ---- 2. Submit and learn -------------------------------------------------------------------------
@@ -235,6 +300,11 @@ TAIL = 2048  # tokens at the end of a completion whose confidence ranks candidat
 # the best ones where a subtask gives partial points.
 KEPT_FAILURES = 5
 KEPT_BEST = 3
+# With --grader: the graders of a contest compile C++.
+CPP_FORMAT = (
+    "Please place the whole C++17 program in the following format:\n"
+    "```cpp\n// Your solution code here\n```"
+)
 
 
 @dataclass
@@ -242,49 +312,93 @@ class Submission:
     """A program that did not solve its subtask."""
 
     code: str
-    share: float  # of the subtask's tests that it passed
-    verdicts: str  # "3 ok, 1 wrong"
+    share: float  # of the subtask's points that it earned
+    verdict: str  # "3 ok, 1 wrong", or what the contest's grader said
+
+
+def sandbox_judge(code, problem, subtask):
+    """Return (share of the points, verdict) of a Python program by the tests of the row [D73].
+
+    As at the IOI a subtask is worth what its worst test is worth; here a test is passed or not.
+    subtask None: the samples
+    """
+    if subtask is None:
+        verdicts = coderl.run_tests(code, problem["samples"], stop=True)
+    else:
+        verdicts = coderl.run_tests(code, subtask["tests"])
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).items())
+    return float(set(verdicts) == {"ok"}), counts
+
+
+def command_judge(command):
+    """Return a judge like sandbox_judge that asks the user's command, see above."""
+
+    def is_valid(result):
+        return 0 <= result["score"] <= 1 and isinstance(result["verdict"], str)
+
+    def judge(code, problem, subtask):
+        arguments = [problem["name"], "samples" if subtask is None else subtask["name"]]
+        expected = '{"score": 0 to 1, "verdict": text}'
+        result = ask_command("--grader", command, arguments, code, is_valid, expected)
+        return float(result["score"]), result["verdict"]
+
+    return judge
 
 
 def confidence(rollout):
-    """Return the mean log-prob of the last tokens: how sure the model was of its program."""
+    """Return the mean log-prob of the last tokens: how sure the model was of its program [D72]."""
     if not len(rollout.sampler_logprobs):
         return -float("inf")
     return float(np.mean(rollout.sampler_logprobs[-TAIL:]))
 
 
-def attempt_prompt(problem, subtask, submissions, solved):
+def attempt_prompt(problem, subtask, submissions, solved, language="python"):
     """Return the prompt of an attempt at a subtask.
 
-    It shows the problem, the subtask, what was submitted for it with verdicts, and the programs
-    that solved other subtasks, solved: {name: program}.
+    It shows the problem, the subtask, the programs that solved other subtasks, {name: program}, and
+    last what was submitted for this one, with verdicts: the order of the paper's prompt (C.3).
     """
     if subtask.get("partial"):
         shown = sorted(submissions, key=lambda submission: -submission.share)[:KEPT_BEST]
     else:
         shown = submissions[-KEPT_FAILURES:]
+    wanted = f"Write Python code to solve the problem. {coderl.FORMAT}"
+    if language == "cpp":
+        wanted = f"Write C++17 code to solve the problem. {CPP_FORMAT}"
     parts = [
-        f"Write Python code to solve the problem. {coderl.FORMAT}",
+        wanted,
         problem["statement"],
         f"Solve this subtask: {subtask.get('statement') or subtask['name']}",
     ]
+    for name, code in solved.items():
+        parts.append(f"This solved subtask {name}, which may help:\n```{language}\n{code}```")
     for submission in shown:
         parts.append(
-            f"An earlier submission earned {100 * submission.share:.0f}% ({submission.verdicts}):\n"
-            f"```python\n{submission.code}```"
+            f"An earlier submission earned {100 * submission.share:.0f}% ({submission.verdict}):\n"
+            f"```{language}\n{submission.code}```"
         )
-    for name, code in solved.items():
-        parts.append(f"This solved subtask {name}, which may help:\n```python\n{code}```")
     return "\n\n".join(parts)
+
+
+def program_of(rollout, language):
+    """Return the program of a completion, or None."""
+    if "</think>" not in rollout.text:
+        return None
+    answer = answer_of(rollout.text)
+    if language == "python":
+        return coderl.extract_code(answer)
+    programs = benchmarks.CPP_BLOCK.findall(answer)
+    return programs[-1] if programs else None
 
 
 class Contest:
     """One problem while it is being solved: what was submitted, and what it has earned so far."""
 
-    def __init__(self, problem, submit):
-        """submit(code, tests, stop=False) -> verdicts of the tests, "ok" among them"""
+    def __init__(self, problem, judge, language):
+        """judge: sandbox_judge, or one like it. language: of its programs, python or cpp"""
         self.problem = problem
-        self.submit = submit
+        self.judge = judge
+        self.language = language
         self.num_submissions = 0
         self.solved = {}  # {subtask: the program that solved it}
         self.share = {subtask["name"]: 0.0 for subtask in problem["subtasks"]}
@@ -304,15 +418,12 @@ class Contest:
         are dropped; of the rest the one that the model was surest of is taken.
         """
         submitted = {submission.code for submission in self.failures[subtask["name"]]}
-        codes = []
-        for r in rollouts:
-            closed = "</think>" in r.text
-            codes.append(coderl.extract_code(answer_of(r.text)) if closed else None)
+        codes = [program_of(r, self.language) for r in rollouts]
 
         def passes_samples(code):
             if not code or code in submitted:
                 return False
-            return set(self.submit(code, self.problem["samples"], stop=True)) == {"ok"}
+            return self.judge(code, self.problem, None)[0] == 1
 
         passed = list(self.pool.map(passes_samples, codes))
         fit = [i for i in range(len(codes)) if passed[i]]
@@ -320,33 +431,35 @@ class Contest:
             return None
         return codes[max(fit, key=lambda i: confidence(rollouts[i]))]
 
-    def judge(self, code, subtask):
-        """Judge a submission on every subtask, as at the contest; remember a failure on its own."""
+    def submit(self, code, subtask):
+        """Judge a program on every subtask, as at the contest; remember a failure on its own."""
         self.num_submissions += 1
         for other in self.problem["subtasks"]:
             name = other["name"]
-            verdicts = self.submit(code, other["tests"])
-            passed = verdicts.count("ok") / len(verdicts)
-            earned = passed if other.get("partial") or passed == 1 else 0.0
+            share, verdict = self.judge(code, self.problem, other)
+            earned = share if other.get("partial") or share == 1 else 0.0
             self.share[name] = max(self.share[name], earned)
-            if passed == 1:
+            if share == 1:
                 self.solved.setdefault(name, code)
             elif other is subtask:
-                counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).items())
-                self.failures[name].append(Submission(code, passed, counts))
+                self.failures[name].append(Submission(code, share, verdict))
 
 
-def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
+def solve(problem, sample, cfg, number=0):
     """Return (points, submissions) of a problem.
 
     In each round every open subtask gets cfg.samples candidates, and one candidate is submitted.
     Its verdicts are shown to the model in the next round.
     """
-    contest = Contest(problem, submit)
+    contest = Contest(problem, sandbox_judge, "python")
+    if cfg.grader:
+        contest = Contest(problem, command_judge(cfg.grader), "cpp")
     for turn in range(cfg.rounds):
         for subtask in contest.open_subtasks():
             name = subtask["name"]
-            prompt = attempt_prompt(problem, subtask, contest.failures[name], contest.solved)
+            prompt = attempt_prompt(
+                problem, subtask, contest.failures[name], contest.solved, contest.language
+            )
             messages = as_messages(prompt)
             rollouts = sample(
                 [messages] * cfg.samples,
@@ -355,7 +468,7 @@ def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
             )
             code = contest.most_confident(subtask, rollouts)
             if code is not None and contest.num_submissions < cfg.rounds:
-                contest.judge(code, subtask)
+                contest.submit(code, subtask)
         print(
             f"{problem['name']} round {turn + 1}/{cfg.rounds} | "
             f"{contest.num_submissions} submissions | {contest.points():g} points | "
@@ -367,13 +480,35 @@ def solve(problem, sample, cfg, submit=coderl.run_tests, number=0):
     return contest.points(), contest.num_submissions
 
 
+def check_problem(problem, where, grader):
+    """End the process if a problem of --ioi lacks a field, before anything is sampled."""
+    fields = {"name": str, "statement": str, "subtasks": list}
+    of_subtask = {"name": str, "points": (int, float)}
+    if not grader:
+        fields["samples"] = dict
+        of_subtask["tests"] = dict
+
+    def require(row, place, kinds):
+        present = {key: value for key, value in row.items() if value is not None}
+        for name, kind in kinds.items():
+            data.required_field(present, place, name, kind)
+
+    require(problem, where, fields)
+    for subtask in problem["subtasks"]:
+        require(subtask, f"{where} subtasks", of_subtask)
+        if subtask.get("partial") and not grader:
+            fail(
+                f"data {where}: subtask {subtask['name']} has partial points, which only the "
+                "contest's own grader can give: pass --grader.",
+                note="Nothing was sampled.",
+            )
+
+
 def run_contests(cfg, sample):
     """Solve every problem of --ioi and print the sum of the points."""
     problems = data.read_rows(cfg.ioi, cfg.limit)
     for where, problem in problems:
-        present = {key: value for key, value in problem.items() if value is not None}
-        for name, kind in (("statement", str), ("samples", dict), ("subtasks", list)):
-            data.required_field(present, where, name, kind)
+        check_problem(problem, where, cfg.grader)
     results = [solve(problem, sample, cfg, number=n) for n, (_, problem) in enumerate(problems)]
     points = sum(points for points, _ in results)
     submissions = sum(submissions for _, submissions in results)
@@ -417,7 +552,8 @@ def run_localise(cfg, sample):
 
 
 # ---- 4. main -------------------------------------------------------------------------------------
-def main(cfg):
+def check_flags(cfg):
+    """End the process with one sentence if the flags cannot be meant; return the positions."""
     has_task = cfg.vote or cfg.ioi or (cfg.localise and cfg.out)
     if not has_task or not os.path.exists(os.path.join(cfg.model, "config.json")):
         fail(
@@ -425,6 +561,25 @@ def main(cfg):
             "needed.",
             note="Nothing was sampled.",
         )
+    with one_sentence(f"--model={cfg.model}", note="Nothing was sampled."):
+        positions = max_positions(read_config(cfg.model))
+    if cfg.rope_factor > 1:
+        positions = int(cfg.rope_factor * ORIGINAL_POSITIONS)
+    if cfg.max_new_tokens > positions:
+        advice = "pass fewer tokens"
+        if cfg.max_new_tokens > ORIGINAL_POSITIONS:
+            factor = -(-cfg.max_new_tokens // ORIGINAL_POSITIONS)  # rounded up
+            advice = f"pass --rope_factor={factor}, or fewer tokens"
+        fail(
+            f"--max_new_tokens={cfg.max_new_tokens}, but {cfg.model} has {positions} positions: "
+            f"{advice}.",
+            note="Nothing was sampled.",
+        )
+    return positions
+
+
+def main(cfg):
+    positions = check_flags(cfg)
     # A day, because long completions keep a process busy for hours.
     _, _, device = init_distributed(cfg.seed, 24 * 3600)
     tokenizer = load_tokenizer(cfg.model)
@@ -441,7 +596,13 @@ def main(cfg):
             prompt_ids = render_chat(tokenizer, messages, True)[0]
             seed = request_seed(cfg.seed, 3, *numbers, k)
             rollouts.append(Rollout(row=row, group=0, prompt_ids=prompt_ids, seed=seed))
-        engine.generate(rollouts, cfg.max_new_tokens, cfg.temperature, cfg.top_p)
+        # Prompt and completion share the positions. All conversations of a call are the same.
+        longest_prompt = max(len(r.prompt_ids) for r in rollouts)
+        room = min(cfg.max_new_tokens, positions - longest_prompt)
+        if room < 1:
+            print(f"a prompt of {longest_prompt} tokens fills all {positions} positions: skipped")
+            return []
+        engine.generate(rollouts, room, cfg.temperature, cfg.top_p)
         return rollouts
 
     if cfg.vote:

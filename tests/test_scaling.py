@@ -1,18 +1,20 @@
 """Guards: the vote takes the patch that most samples agree on, and the contest loop learns.
 
 It submits one program a round, remembers its verdicts, and stops at the limit of submissions.
-Programs really run; only what the model would write is scripted.
+Programs, and the commands that a user brings, really run; only what the model would write is
+scripted.
 """
 
 import json
+import re
 import sys
 
 import pytest
-from test_benchmarks import make_swebench
+from test_benchmarks import make_swebench, write_jsonl
 
 import sft
 from engine import Rollout, TorchEngine, request_seed
-from evals import scaling
+from evals import benchmarks, scaling
 from lib import data
 from model import Qwen3, load_tokenizer, render_chat
 
@@ -129,6 +131,130 @@ def test_scripts_that_reproduce_are_the_distinct_ones_the_model_writes():
     assert scaling.reproduction_scripts(row, 1, sample, 3) == ["assert f(1) == 2\n"]
 
 
+# ---- best@k of SWE-bench -------------------------------------------------------------------------
+def edit(text):
+    return (
+        "<think>x</think>\n### calc.py\n<<<<<<< SEARCH\n    return a - b\n=======\n"
+        f"    return {text}\n>>>>>>> REPLACE"
+    )
+
+
+# Five samples of one issue, with the harness's scores. Three change nothing but a comment, two
+# agree. The thought of the last one is not closed.
+PATCHES = [
+    (edit("a - b  # one"), 0.0),
+    (edit("a - b  # two"), 0.0),
+    (edit("a - b  # three"), 0.0),
+    (edit("a + b"), 1.0),
+    (edit("a + b  # sum"), 1.0),
+    ("<think>" + edit("a * b").removeprefix("<think>x</think>"), 0.0),
+]
+
+
+def make_candidates(tmp_path, sampled=PATCHES, num_graded=6, prompt=None):
+    """Write SWE-bench of one issue and what evaluate.py leaves of it; return the flags of --vote.
+
+    The samples of swebench_files name calc.py and other.py, which is not in the golden patch.
+    """
+    write_jsonl(tmp_path / "swebench.jsonl", [make_swebench(tmp_path)])
+    cfg = scaling.Config(
+        vote=str(tmp_path / "swebench.jsonl"),
+        candidates=str(tmp_path / "samples"),
+        repos=str(tmp_path),
+        samples=len(sampled),
+    )
+    outside = {"samples": cfg.candidates, "repos": cfg.repos}
+    (row,), *_ = benchmarks.load_swebench(cfg.vote, outside)
+    assert list(row["files"]) == ["calc.py", "other.py"]
+    lines = []
+    for k, (text, score) in enumerate(sampled):
+        line = {"problem": 0, "sample": k, "text": text, "key": str(k)}
+        line["prompt"] = prompt or row["messages"][-1]["content"]
+        if k < num_graded:
+            line["score"] = score
+        lines.append(line)
+    # The samples of one issue lie in the files of two ranks.
+    write_jsonl(tmp_path / "samples" / "swebench_think_sampled.rank0.jsonl", lines[::2])
+    write_jsonl(tmp_path / "samples" / "swebench_think_sampled.rank1.jsonl", lines[1::2])
+    return cfg
+
+
+def test_best_at_k_elects_from_the_localised_patches_and_takes_the_harness_verdict(
+    tmp_path, capsys
+):
+    cfg = make_candidates(tmp_path)
+
+    def sample(conversations, key, row):
+        raise AssertionError("nothing has to be sampled without --check")
+
+    mean, elected, best = scaling.run_vote(cfg, sample)
+    assert (mean, elected, best) == (pytest.approx(2 / 6), 1.0, 1.0)
+    assert "best@6, elected 100.0 | pass@6 100.0" in capsys.readouterr().out
+
+
+# A user's --check of calc.py: a product breaks the repository's tests.
+CALC_CHECK = """
+import json
+import sys
+
+given = json.load(sys.stdin)
+with open(sys.argv[1], "a") as f:
+    f.write(given["patch"] + chr(10))
+regression = 4 if "a * b" in given["patch"] else 5
+print(json.dumps({"regression": regression, "scripts": [False] * len(given["scripts"])}))
+"""
+
+
+def test_7_4_forty_scripts_and_the_repositorys_tests_say_who_may_be_elected(tmp_path):
+    majority = [(edit("a * b"), 0.0), (edit("a * b  # times"), 0.0), (edit("a + b"), 1.0)]
+    cfg = make_candidates(tmp_path, majority)
+    assert scaling.run_vote(cfg, None)[1] == 0.0
+
+    (tmp_path / "check.py").write_text(CALC_CHECK)
+    cfg.check = f"{sys.executable} {tmp_path / 'check.py'} {tmp_path / 'calls'}"
+    asked = []
+
+    def sample(conversations, key, row):
+        asked.extend(messages[0]["content"] for messages in conversations)
+        text = "</think>```python\nassert 0\n```"
+        return [Rollout(row=row, group=0, prompt_ids=[], seed=0, text=text) for _ in conversations]
+
+    assert scaling.run_vote(cfg, sample)[1] == 1.0
+    assert len(asked) == 40
+    assert "add subtracts" in asked[0]
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("diff --git") == 3
+
+
+def test_candidates_that_are_not_those_of_the_rows_are_refused(tmp_path, capsys):
+    for folder, change, said in (
+        ("few", {"num_graded": 4}, "has 4 graded patches of 6"),
+        ("other", {"prompt": "another"}, "for another prompt"),
+    ):
+        (tmp_path / folder).mkdir()
+        cfg = make_candidates(tmp_path / folder, **change)
+        with pytest.raises(SystemExit) as stop:
+            scaling.run_vote(cfg, None)
+        assert stop.value.code == 2
+        printed = capsys.readouterr().err
+        assert said in printed
+        assert "me__calc-1" in printed
+
+
+def test_clones_reach_the_rows_of_swerl(tmp_path):
+    """A row of SWE-Gym's form, whose files are in a clone, has a vote: --repos is handed on."""
+    write_jsonl(tmp_path / "gym.jsonl", [make_swebench(tmp_path)])
+    cfg = scaling.Config(vote=str(tmp_path / "gym.jsonl"), repos=str(tmp_path), samples=2)
+
+    def sample(conversations, key, row):
+        row["think"] = True
+        texts = (edit("a + b"), edit("a * b"))
+        return [Rollout(row=row, group=0, prompt_ids=[], seed=0, text=text) for text in texts]
+
+    mean, _, best = scaling.run_vote(cfg, sample)
+    assert (mean, best) == (0.5, 1.0)
+
+
 # ---- Submit and learn ----------------------------------------------------------------------------
 PROBLEM = {
     "name": "sum",
@@ -189,8 +315,10 @@ def test_a_submission_scores_every_subtask_and_the_rest_learns_from_it():
     # Round 1, subtask all: the confident candidate fails the tests, and the solved subtask helps.
     assert "This solved subtask small" in prompts[1]
     assert SMALL in prompts[1]
-    # Round 2: the verdict is fed back, and the solved subtask is left alone.
-    assert "earned 50% (1 ok, 1 wrong)" in prompts[2]
+    # Round 2: the verdict is fed back, and the solved subtask is left alone. C.3: the history comes
+    # last.
+    assert "earned 0% (1 ok, 1 wrong)" in prompts[2]
+    assert prompts[2].index("This solved subtask small") < prompts[2].index("earned 0%")
     assert len(prompts) == 3
 
 
@@ -208,13 +336,112 @@ def test_the_limit_of_submissions_holds_and_the_same_program_is_not_submitted_tw
     assert scaling.solve(PROBLEM, sample, config()) == (0, 3)
 
 
-def test_partial_subtasks_keep_their_share_and_show_the_best():
-    problem = PROBLEM | {"subtasks": [PROBLEM["subtasks"][1] | {"partial": True}]}
-    sample, prompts = scripted(
-        [(SMALL, -0.1)] * 2, [("print(2)", -0.1)] * 2, [("print(2 )", -0.1)] * 2
-    )
-    assert scaling.solve(problem, sample, config()) == (35, 3)
-    assert prompts[2].index("earned 50%") < prompts[2].index("earned 0%")
+# A contest's grader: it writes down what it was asked, and takes a C++ program for the share that
+# stands in it.
+GRADER = """
+import json
+import re
+import sys
+
+code = sys.stdin.read()
+with open(sys.argv[1], "a") as f:
+    f.write(" ".join(sys.argv[2:]) + chr(10))
+score = float(re.search(r"share ([0-9.]+)", code)[1])
+if sys.argv[3] == "samples":
+    score = 1
+print(json.dumps({"score": score, "verdict": f"{score} of the points"}))
+"""
+
+
+def scripted_cpp(*turns):
+    """As scripted(), for turns of shares that the program of each candidate will earn."""
+    prompts = []
+    remaining = iter(turns)
+
+    def sample(conversations, key, row):
+        prompts.append(row["messages"][0]["content"])
+        rollouts = []
+        for share in next(remaining):
+            text = f"<think>x</think>\n```cpp\n// share {share}\n```"
+            r = Rollout(row=row, group=0, prompt_ids=[], seed=0, text=text)
+            r.sampler_logprobs = [-0.1]
+            rollouts.append(r)
+        return rollouts
+
+    return sample, prompts
+
+
+def test_partial_points_are_the_graders_and_the_best_are_shown(tmp_path):
+    (tmp_path / "grader.py").write_text(GRADER)
+    grader = f"{sys.executable} {tmp_path / 'grader.py'} {tmp_path / 'asked'}"
+    subtasks = [
+        {"name": "all", "points": 70, "partial": True},
+        {"name": "exact", "points": 30},
+    ]
+    problem = {"name": "triples", "statement": "Find all triples.", "subtasks": subtasks}
+    scaling.check_problem(problem, "ioi.jsonl row 1", grader)
+    # Each round tries both subtasks. Half of "all" is half of its points, half of "exact" nothing.
+    shares = [(0.25,), (0.1,), (0.5,), (0.2,), (0.0,), (0.3,)]
+    sample, prompts = scripted_cpp(*shares)
+    cfg = scaling.Config(samples=1, rounds=6, grader=grader)
+    assert scaling.solve(problem, sample, cfg) == (70 * 0.5, 6)
+    assert "C++17" in prompts[0]
+    # The third attempt at "all" sees its best submission first.
+    assert prompts[4].index("earned 50%") < prompts[4].index("earned 25%")
+    asked = (tmp_path / "asked").read_text().split("\n")
+    assert asked[:3] == ["triples samples", "triples all", "triples exact"]
+
+
+@pytest.mark.parametrize(
+    "program, said",
+    [
+        ("print(3)", '"3"'),
+        ("import sys; sys.exit('no isolate')", '"no isolate"'),
+        ('print(\'{"score": 30, "verdict": ""}\')', "0 to 1"),
+    ],
+)
+def test_a_grader_that_does_not_answer_is_one_sentence(program, said, tmp_path, capsys):
+    (tmp_path / "grader.py").write_text(program)
+    judge = scaling.command_judge(f"{sys.executable} {tmp_path / 'grader.py'}")
+    with pytest.raises(SystemExit) as stop:
+        judge("int main() {}", {"name": "triples"}, None)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "--grader: on triples samples" in printed
+
+
+def test_a_problem_that_cannot_be_judged_is_refused_before_sampling(capsys):
+    partial = PROBLEM | {"subtasks": [PROBLEM["subtasks"][0] | {"partial": True}]}
+    untested = PROBLEM | {"subtasks": [{"name": "small", "points": 30}]}
+    for problem, said in ((partial, "pass --grader"), (untested, 'no "tests" field')):
+        with pytest.raises(SystemExit):
+            scaling.check_problem(problem, "ioi.jsonl row 1", "")
+        assert said in capsys.readouterr().err
+    scaling.check_problem(PROBLEM, "ioi.jsonl row 1", "")
+
+
+def test_the_docstrings_ioi_command_has_the_positions_it_needs(tmp_path, capsys):
+    """The cascade's own checkpoint has 65,536: the sentence names the factor that it lacks."""
+    config = {"model_type": "qwen3", "max_position_embeddings": 65536}
+    config["rope_scaling"] = {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 32768,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (command,) = re.findall(r"--ioi=\S+ (.*)", scaling.__doc__)
+    flags = dict(flag.removeprefix("--").split("=") for flag in command.split())
+    tokens = int(flags["max_new_tokens"])
+    factor = float(flags["rope_factor"])
+    cfg = scaling.Config(model=str(tmp_path), ioi="x", max_new_tokens=tokens, rope_factor=factor)
+    assert scaling.check_flags(cfg) == tokens == 128 * 1024
+    cfg.rope_factor = 0.0
+    with pytest.raises(SystemExit) as stop:
+        scaling.check_flags(cfg)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "has 65536 positions: pass --rope_factor=4" in printed
 
 
 def test_only_the_last_failures_are_shown():
@@ -230,7 +457,7 @@ def test_the_vote_runs_on_a_checkpoint(taught, world, capsys):
     mean, voted, best = scaling.run_vote(cfg, make_sample(taught))
     assert 0 <= voted <= best <= 1
     assert mean <= best
-    assert "majority of 2" in capsys.readouterr().out
+    assert "best@2, elected" in capsys.readouterr().out
 
 
 def make_sample(folder):
