@@ -34,7 +34,14 @@ from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, Top
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
-from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from lib.prompts import (
+    count_correct,
+    encode_prompts,
+    load_history,
+    next_prompts,
+    prompts_checksum,
+    shuffled,
+)
 from verifiers import programs, sandbox
 from verifiers.language import language_ok
 from verifiers.pool import in_background
@@ -199,8 +206,8 @@ def load_rows(cfg, path=None, limit=0):
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices of the rows in this epoch's pool: all of them. Code RL has no epoch-wise filter."""
-    return list(range(len(rows)))
+    """Indices of this epoch's rows, in order: all of them. Code RL has no epoch-wise filter."""
+    return shuffled(range(len(rows)), cfg.seed, epoch)
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------

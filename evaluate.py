@@ -135,8 +135,11 @@ def stage_task(script, modes, **settings):
     def load(path, outside):
         stage = import_stage(script)
         values = {"data": path}
-        if "reward_workers" in {field.name for field in dataclasses.fields(stage.Config)}:
-            values["reward_workers"] = 2
+        known = {field.name for field in dataclasses.fields(stage.Config)}
+        # think_share: RLHF loads each prompt once for either mode; here each mode is set in turn.
+        for name, value in {"reward_workers": 2, "think_share": 1.0}.items():
+            if name in known:
+                values[name] = value
         values.update(settings)
         cfg = stage.Config(**values)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
@@ -177,7 +180,8 @@ def load_chat(path, outside):
     def metric(rollout):
         return rollout.reward
 
-    return rlhf.load_rows(rlhf.Config(data=path)), (submit, collect), metric
+    rows = rlhf.load_rows(rlhf.Config(data=path, think_share=1.0))  # each prompt once
+    return rows, (submit, collect), metric
 
 
 TASKS = {

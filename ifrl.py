@@ -44,7 +44,14 @@ from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, Top
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
-from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from lib.prompts import (
+    count_correct,
+    encode_prompts,
+    load_history,
+    next_prompts,
+    prompts_checksum,
+    shuffled,
+)
 from verifiers.constraint_guards import objection
 from verifiers.constraint_workers import in_processes
 from verifiers.constraints import CHECKS, IFEVAL, check, clean_kwargs, unusable
@@ -190,11 +197,11 @@ def load_rows(cfg, path=None, limit=0):
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices of the rows in this epoch's pool: all rows.
+    """Indices of this epoch's rows, in order: all of them.
 
     Dynamic sampling replaces the prompts that are too easy or too hard.
     """
-    return list(range(len(rows)))
+    return shuffled(range(len(rows)), cfg.seed, epoch)
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------

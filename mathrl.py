@@ -36,7 +36,14 @@ from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, Top
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
-from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from lib.prompts import (
+    count_correct,
+    encode_prompts,
+    load_history,
+    next_prompts,
+    prompts_checksum,
+    shuffled,
+)
 from verifiers.answers import (
     answer_pool,
     boxed_response,
@@ -143,7 +150,7 @@ def load_rows(cfg, path=None, limit=0):
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices of the rows in this epoch's pool: the filter of paper 4.5.2, drawn from the full set.
+    """Indices of this epoch's rows, in order: the filter of paper 4.5.2, drawn from the full set.
 
     history: {row index: (num_correct, num_rollouts)} when the row was last sampled. A row that
     all or none of them solved stays with chance readmit_easy or readmit_hard only.
@@ -160,7 +167,7 @@ def select_rows(rows, epoch, history, cfg):
             chance = cfg.readmit_hard
         if draw.random() < chance:
             pool.append(index)
-    return pool or list(range(len(rows)))
+    return shuffled(pool or range(len(rows)), cfg.seed, epoch)
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Reward: the scalar score of a Bradley-Terry reward model, which reads question a
 thinking. A reply that never closes its thinking earns the lowest score of the batch, one in another
 language 10 less. Without --rm the reward model is trained first, on the pairs of --rm_data, and
 kept in out_dir/rm; --rm takes any Hugging Face sequence classifier or the URL of a scoring
-endpoint. Half of the prompts of a unified run are answered in think mode, half in no_think (4.3.2).
+endpoint. Half of every batch of a unified run is answered in think mode, half in no_think (4.3.2).
 A good run prints a pair accuracy of the reward model well over 0.7, and then a reward that rises
 while len and trunc stay put.
 
@@ -18,6 +18,7 @@ not punished for it.
 
 import functools
 import math
+import operator
 import os
 import statistics
 import time
@@ -34,7 +35,14 @@ from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, Top
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
-from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from lib.prompts import (
+    count_correct,
+    encode_prompts,
+    load_history,
+    next_prompts,
+    prompts_checksum,
+    shuffled,
+)
 from model import Qwen3
 from verifiers.language import language_ok
 from verifiers.pool import timed
@@ -77,7 +85,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     top_k: int = 0  # of sampling only; 0: off
     # False: completions that are cut off are trained on, which teaches brevity; paper 4.3.2
     overlong_filter: bool = False
-    # share of the prompts that are answered in think mode; 1.0 for thinking models; paper 4.3.2
+    # share of every batch that is answered in think mode; 1.0 for thinking models; paper 4.3.2
     think_share: Share = 0.5
 
     lr: PositiveFloat = 2e-6  # learning rate of AdamW; paper T15
@@ -124,19 +132,54 @@ def normalize(row, where):
 
 
 def load_rows(cfg, path=None, limit=0):
-    """Rows of cfg.data (or path), with think_share of them, evenly spread, in think mode."""
+    """Rows of cfg.data (or path). A unified run has two of each prompt, one for either mode.
+
+    The first half of the rows has every prompt once, think_share of them in think mode.
+    """
     rows = load_table(path or cfg.data, normalize, limit)
-    # The mode is the prompt's, so all its completions share it (G8). A row gets think mode
-    # where the rounded-down number of such rows grows: every second row for a share of 0.5.
-    for i, row in enumerate(rows):
-        num_before = math.floor(i * cfg.think_share)
-        row["think"] = math.floor((i + 1) * cfg.think_share) > num_before
+    for number, row in enumerate(rows):
+        row["number"] = number  # of the prompt
+        row["think"] = thinks_at(number, cfg.think_share)
+    if 0 < cfg.think_share < 1:
+        rows += [row | {"think": not row["think"]} for row in rows]
     return rows
 
 
+def thinks_at(turn, share):
+    """Whether the mode of this turn is think: a share of the turns, spread evenly.
+
+    It is where the rounded-down number of such turns grows, e.g. at every second one for 0.5.
+    """
+    return math.floor((turn + 1) * share) > math.floor(turn * share)
+
+
 def select_rows(rows, epoch, history, cfg):
-    """Indices of the rows in this epoch's pool: all of them."""
-    return list(range(len(rows)))
+    """Indices of this epoch's rows, in order: each prompt once, in one of its modes.
+
+    Prompts alternate from epoch to epoch, so that each is seen in both modes. The order alternates
+    as well, so that half of every batch is in think mode (paper 4.3.2), or think_share of it.
+    """
+    # {number of a prompt: {mode: index of its row}}. A mode can be missing: a prompt can name its
+    # own (" /think" at its end), or be just too long in one of them.
+    modes_of = {}
+    for row in rows:
+        modes_of.setdefault(row["number"], {})[row["think"]] = row["index"]
+
+    # Each mode gets its prompts, in random order.
+    by_mode = {True: [], False: []}
+    for number in shuffled(list(modes_of), cfg.seed, epoch):
+        think = thinks_at(number + epoch, cfg.think_share)
+        if think not in modes_of[number]:
+            think = not think
+        by_mode[think].append(modes_of[number][think])
+
+    # The two lists are merged evenly: entry k of n stands at (k + 1/2) / n of the epoch.
+    places = []
+    for indices in by_mode.values():
+        for k, index in enumerate(indices):
+            places.append(((k + 0.5) / len(indices), index))
+    places.sort(key=operator.itemgetter(0))  # stable: think comes first where both share a place
+    return [index for _, index in places]
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------

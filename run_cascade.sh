@@ -269,15 +269,18 @@ real() {
         --data="$stage2,$stage2:science,$swe,$swe" --think_only=$thinking \
         --num_steps=$sft2_steps --lr=$sft2_lr --max_seq_len=32768 --micro_batch_tokens=32768
 
-    # RLHF: replies that a reward model prefers. The unified models train on half of the prompts with thinking
-    # and on half without, the thinking models on all with thinking.
+    # RLHF: replies that a reward model prefers. Half of every batch of the unified models thinks, all of the
+    # thinking models' does. A reward model that is trained here is as small as the policy, so the paper's
+    # stabilisers for small ones are on (6.3, T10); with the 72B of RM= they are off, as in the paper's runs.
+    local rlhf_rm="--kl_coef=1e-3 --sequence_level=true --shape_reward=true"
+    if [ -n "${RM:-}" ]; then rlhf_rm=--rm=$RM; fi
     stage rlhf $LAUNCH rlhf.py \
         --init_from="$OUT/sft2/final" --out_dir="$OUT/rlhf" \
-        --data=$hub-RL-RLHF ${RM:+--rm="$RM"} \
+        --data=$hub-RL-RLHF $rlhf_rm \
         --num_steps=$rlhf_steps --think_share=$rlhf_think_share
 
-    # IF-RL: first the 25 constraints of IFEval, then 29 further ones. The unified models train without
-    # thinking, and the rules alone decide. For the thinking models the reward model has a say as well.
+    # IF-RL: first the 25 constraints of IFEval, then the 29 of IF-RLVR's set (4.4.1). The unified models train
+    # without thinking, and the rules alone decide. For the thinking models the reward model has a say as well.
     local ifrl_rm=""
     if [ "$thinking" = true ]; then ifrl_rm=--rm=${RM:-$OUT/rlhf/rm}; fi
     stage ifrl1 $LAUNCH ifrl.py \
@@ -286,7 +289,7 @@ real() {
         --num_steps=$ifrl1_steps
     stage ifrl2 $LAUNCH ifrl.py \
         --init_from="$OUT/ifrl1/final" --out_dir="$OUT/ifrl2" \
-        --data=nvidia/Nemotron-RL-instruction_following --taxonomy=iftrain --think=$thinking $ifrl_rm \
+        --data=allenai/IF_multi_constraints_upto5 --taxonomy=iftrain --think=$thinking $ifrl_rm \
         --num_steps=$ifrl2_steps --max_new_tokens=$ifrl2_tokens --overlong_filter=$ifrl2_filter
 
     # Math RL: the length grows from 24K to 32K to 40K tokens (14B: from 28K to 40K). Only the first length
@@ -309,7 +312,8 @@ real() {
         --max_new_tokens=40960 --overlong_filter=false --rope_factor=2
 
     # Code RL: contest problems, with reward 1 for a program that passes all its tests. The unified models
-    # start with 44K tokens at temperature 1.
+    # start with 44K tokens at temperature 1; the paper does not say at which step they change (G11). Its
+    # problems were curated (D16): extras/decontaminate.py takes those out of a set that SFT or a test has.
     local before_coderl=mathrl3
     if [ "$coderl1_steps" != none ]; then
         before_coderl=coderl1

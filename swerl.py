@@ -1,6 +1,7 @@
 """SWE RL: stage 6 of the cascade (paper 4.7). Agentless repair: the reward runs no program.
 
-The prompt holds an issue and whole files, and the answer is a list of SEARCH/REPLACE edits.
+The prompt holds an issue and whole files, and the answer is a list of SEARCH/REPLACE edits. A row
+that brings the paper's prompt with its files, as NVIDIA's set does, is asked that prompt.
 
 Reward (paper eq. 2): -1 if the edits do not parse or apply, 1 if they make exactly the golden
 change, 0 if they change nothing, else a judge's P(YES): its probability that the issue is resolved.
@@ -38,7 +39,14 @@ from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, Top
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
-from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from lib.prompts import (
+    count_correct,
+    encode_prompts,
+    load_history,
+    next_prompts,
+    prompts_checksum,
+    shuffled,
+)
 from verifiers import sandbox
 from verifiers.patch_effect import only_removes, same_code, stops_parsing
 from verifiers.patch_judge import ask_judge
@@ -161,14 +169,20 @@ def normalize(row, where, cfg):
 
     # Files that the golden patch creates are not there to be shown.
     golden = [path for path in golden_diffs if path in files]
-    shown = choose_files(files, golden, cfg, draw)
-    listing = "\n\n".join(f"### {path}\n```\n{text}\n```" for path, text in shown.items())
-    prompt = PROMPT.format(issue=issue, files=listing)
-    if len(prompt) < cfg.min_prompt_tokens * cfg.chars_per_token:
+    messages, shown = own_prompt(row, files, golden)
+    is_own = bool(messages)
+    if not is_own:
+        shown = choose_files(files, golden, cfg, draw)
+        listing = "\n\n".join(f"### {path}\n```\n{text}\n```" for path, text in shown.items())
+        prompt = PROMPT.format(issue=issue, files=listing)
+        messages = [{"role": "user", "content": prompt}]
+    length = sum(len(turn["content"]) for turn in messages)
+    if length < cfg.min_prompt_tokens * cfg.chars_per_token:
         raise BadRow("prompt shorter than min_prompt_tokens")
     normal = {
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": messages,
         "think": True,
+        "own_prompt": is_own,
         "issue": issue,
         "files": shown,
         "instance_id": str(row.get("instance_id", "")),
@@ -188,6 +202,25 @@ def find_issue(row, where):
     if match := ISSUE.search(issue):
         issue = match[match.lastindex]  # the text between the marks, of either kind
     return issue.strip()
+
+
+def own_prompt(row, files, golden):
+    """(chat turns, {path: text} of the files that they show) of a row that brings its own prompt.
+
+    NVIDIA's set does: `prompt` holds the paper's question (C.2) with its files, and the bare issue
+    stands in a field of its own. Returns ([], {}) for a row without one, and for a prompt that does
+    not show the whole text of every file that the golden patch changes.
+    """
+    if not (row.get("original_prompt") or row.get("problem_statement")) or not row.get("prompt"):
+        return [], {}
+    turns = [
+        {"role": turn["role"], "content": turn["content"]} for turn in as_messages(row["prompt"])
+    ]
+    text = "\n".join(turn["content"] for turn in turns)
+    shown = {path: code for path, code in files.items() if code.strip() and code.strip() in text}
+    if turns[-1]["role"] != "user" or not set(golden) <= set(shown):
+        return [], {}
+    return turns, shown
 
 
 def source_files(row, where, cfg, draw):
@@ -294,16 +327,20 @@ def choose_files(files, golden, cfg, draw):
 
 def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path) in the normal form; what was dropped is printed by reason."""
+    path = path or cfg.data
 
     def normalize_row(row, where):
         return normalize(row, where, cfg)
 
-    return load_table(path or cfg.data, normalize_row, limit)
+    rows = load_table(path, normalize_row, limit)
+    num_own = sum(row["own_prompt"] for row in rows)
+    print0(f"data {path}: {num_own} of {len(rows)} prompts are the rows' own, the others ours")
+    return rows
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices of the rows in this epoch's pool: all of them."""
-    return list(range(len(rows)))
+    """Indices of this epoch's rows, in order: all of them."""
+    return shuffled(range(len(rows)), cfg.seed, epoch)
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------

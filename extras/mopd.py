@@ -47,7 +47,14 @@ from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, Top
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
-from lib.prompts import count_correct, encode_prompts, load_history, next_prompts, prompts_checksum
+from lib.prompts import (
+    count_correct,
+    encode_prompts,
+    load_history,
+    next_prompts,
+    prompts_checksum,
+    shuffled,
+)
 from model import Qwen3, load_tokenizer
 from verifiers.pool import timed
 
@@ -126,8 +133,8 @@ def load_domain(domain, cfg, limit):
 
 
 def select_rows(rows, epoch, history, cfg):
-    """Indices of the rows in this epoch's pool: all rows, so a large domain comes often [D24]."""
-    return list(range(len(rows)))
+    """Indices of this epoch's rows, in order: all, so a large domain comes often [D24]."""
+    return shuffled(range(len(rows)), cfg.seed, epoch)
 
 
 # ---- 3. Reward -----------------------------------------------------------------------------------

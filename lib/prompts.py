@@ -51,20 +51,24 @@ def prompts_checksum(rows):
     return crc
 
 
+def shuffled(items, seed, epoch):
+    """The items in a random order, which is another one in every epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(items))
+    return [items[i] for i in order]
+
+
 def next_prompts(rows, state, cfg, select_rows):
     """Row indices of the next step; moves the position in `state` on.
 
-    An epoch is a walk through a permutation of the pool that select_rows picks for it. A step
-    that reaches the end of an epoch goes on in the next one.
+    An epoch is a walk through the pool that select_rows picks for it, in the order that it gives.
+    A step that reaches the end of an epoch goes on in the next one.
     """
     chosen = []
     while len(chosen) < cfg.prompts_per_step:
         if state["position"] >= len(state["pool"]):
             epoch = state["epoch"]
             history = {int(index): counts for index, counts in state["history"].items()}
-            pool = select_rows(rows, epoch, history, cfg)
-            order = np.random.default_rng([cfg.seed, epoch]).permutation(len(pool))
-            state["pool"] = [pool[i] for i in order]
+            state["pool"] = select_rows(rows, epoch, history, cfg)
             state["position"] = 0
             state["epoch"] = epoch + 1
         missing = cfg.prompts_per_step - len(chosen)

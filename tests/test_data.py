@@ -641,7 +641,10 @@ def load(clones, monkeypatch):
             "ifrl": (ifrl, {}),
             "mathrl": (mathrl, {"reward_workers": 1}),
         }[stage]
-        return module.load_rows(module.Config(data=path, **changes))
+        rows = module.load_rows(module.Config(data=path, **changes))
+        for row in rows:
+            row.pop("number", None)  # RLHF numbers its prompts
+        return rows
 
     return load
 
@@ -1140,9 +1143,8 @@ def test_a_row_whose_field_is_null_is_dropped_and_not_the_end_of_a_run(
     stage, good, null, tmp_path, capsys
 ):
     (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(null) + "\n")
-    cfg = stage.Config(
-        data=str(tmp_path / "rows.jsonl"), **({"min_prompt_tokens": 0} if stage is swerl else {})
-    )
+    one_row_each = {swerl: {"min_prompt_tokens": 0}, rlhf: {"think_share": 1.0}}
+    cfg = stage.Config(data=str(tmp_path / "rows.jsonl"), **one_row_each.get(stage, {}))
     assert len(stage.load_rows(cfg)) == 1 and "dropped 1 of 2 rows" in capsys.readouterr().out
 
 
@@ -1238,7 +1240,7 @@ def test_the_smallest_rows_of_a_page_are_rows_of_their_stages(page, tmp_path, to
             loaded = reward_model.load_pairs(str(path), tokenizer, rlhf.Config())
         else:
             module = importlib.import_module(stage)
-            knobs = {"min_prompt_tokens": 0} if stage == "swerl" else {}
+            knobs = {"swerl": {"min_prompt_tokens": 0}, "rlhf": {"think_share": 1.0}}.get(stage, {})
             loaded = module.load_rows(module.Config(data=str(path), **knobs))
         assert len(loaded) == 1, (stage, row)
 

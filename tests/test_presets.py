@@ -120,7 +120,11 @@ def rlhf(steps, share):
             rm_samples_per_step=256,
             rm_lr=2e-6,
             rm_epochs=1,
-            kl_coef=0.0,
+            data="nvidia/Nemotron-Cascade-RL-RLHF",
+            # Without RM= the reward model is small: the stabilisers of 6.3 and T10.
+            kl_coef=1e-3,
+            sequence_level=True,
+            shape_reward=True,
         )
     ]
 
@@ -140,6 +144,7 @@ def ifrl(steps1, steps2, think):
     return [
         row(
             "ifrl",
+            data="nvidia/Nemotron-Cascade-RL-Instruction-Following",
             taxonomy="ifeval",
             num_steps=steps1,
             max_new_tokens=8 * K,
@@ -148,6 +153,7 @@ def ifrl(steps1, steps2, think):
         ),
         row(
             "ifrl",
+            data="allenai/IF_multi_constraints_upto5",  # paper 4.4.1, its reference 80
             taxonomy="iftrain",
             num_steps=steps2,
             max_new_tokens=(16 if think else 8) * K,
@@ -333,6 +339,8 @@ def test_servers_and_flags_of_the_environment_reach_their_stages(preset, num_sta
         # IF-RL of the unified models has no reward model.
         reads_rm = " rlhf.py" in line or (" ifrl.py" in line and thinking)
         assert ("--rm=http://r" in line) == reads_rm
+        # The paper's reward model of 72B needs no stabilisers.
+        assert "--kl_coef" not in line and "--shape_reward" not in line
     scores = [line for line in lines if " evaluate.py" in line]
     assert scores
     for line in scores:

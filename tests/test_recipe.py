@@ -118,15 +118,66 @@ def test_3_3_1_tool_calling_conversation_trains_calls_and_answer_but_not_the_too
 # ---- RLHF (4.3) ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "share, modes",
-    [(0.5, "ntntntntnt"), (1.0, "tttttttttt"), (0.0, "nnnnnnnnnn"), (0.2, "nnnntnnnnt")],
+    [
+        (0.5, "ntntntntnt" + "tntntntntn"),  # every prompt once, then once in its other mode
+        (1.0, "tttttttttt"),
+        (0.0, "nnnnnnnnnn"),
+        (0.2, "nnnntnnnnt" + "ttttnttttn"),
+    ],
 )
-def test_4_3_2_half_of_the_prompts_of_a_unified_run_are_answered_in_each_mode(
-    share, modes, tmp_path
-):
+def test_4_3_2_a_unified_run_has_every_prompt_in_both_modes(share, modes, tmp_path):
     prompts = [{"prompt": f"Q{i}"} for i in range(10)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     rows = rlhf.load_rows(rlhf.Config(data=str(tmp_path / "p.jsonl"), think_share=share))
     assert "".join("nt"[row["think"]] for row in rows) == modes
+    assert [row["number"] for row in rows] == [*range(10)] * (len(modes) // 10)
+
+
+def rows_in_both_modes(num_prompts):
+    modes = [(number, think) for think in (False, True) for number in range(num_prompts)]
+    return [{"number": n, "think": t, "index": i} for i, (n, t) in enumerate(modes)]
+
+
+@pytest.mark.parametrize("num_prompts", [1000, 1001])
+def test_4_3_2_half_of_every_batch_is_in_each_mode(num_prompts):
+    """128 of 256 in each of 50 batches (13 epochs), also in those that end an epoch; every prompt
+    is seen once an epoch, in one mode and then in the other."""
+    rows = rows_in_both_modes(num_prompts)
+    cfg = rlhf.Config(prompts_per_step=256, seed=3)
+    state = {"epoch": 0, "position": 0, "pool": [], "history": {}}
+    walk = []
+    for _ in range(50):
+        batch = rlhf.next_prompts(rows, state, cfg, rlhf.select_rows)
+        assert sum(rows[i]["think"] for i in batch) == 128
+        walk += batch
+    num_epochs = len(walk) // num_prompts
+    for epoch in range(num_epochs):
+        seen = [rows[i] for i in walk[epoch * num_prompts :][:num_prompts]]
+        assert sorted(row["number"] for row in seen) == [*range(num_prompts)]
+        for row in seen:
+            assert row["think"] == ((row["number"] + epoch) % 2 == 1)
+    # The prompts themselves are shuffled, anew in every epoch.
+    numbers = [rows[i]["number"] for i in walk]
+    assert numbers[:num_prompts] != sorted(numbers[:num_prompts])
+    assert numbers[:num_prompts] != numbers[num_prompts : 2 * num_prompts]
+
+
+def test_4_3_2_other_shares_and_prompts_of_one_mode():
+    """A quarter of every batch thinks for think_share 0.25. A prompt that names its own mode, or is
+    too long in the other, keeps the one that it has, and no prompt is left out."""
+    rows = rows_in_both_modes(1000)
+    cfg = rlhf.Config(think_share=0.25, seed=3)
+    for epoch in range(4):
+        pool = rlhf.select_rows(rows, epoch, {}, cfg)
+        shares = [sum(rows[i]["think"] for i in pool[k : k + 100]) for k in range(0, 1000, 100)]
+        assert shares == [25] * 10
+    # Without the rows 0 to 9, the prompts 0 to 9 can only think.
+    rows = rows[10:]
+    for index, row in enumerate(rows):
+        row["index"] = index
+    pool = rlhf.select_rows(rows, 0, {}, rlhf.Config(seed=3))
+    assert sorted(rows[i]["number"] for i in pool) == [*range(1000)]
+    assert all(rows[i]["think"] for i in pool if rows[i]["number"] < 10)
 
 
 def test_4_3_2_answer_only_scoring_and_the_language_rule(monkeypatch):
@@ -233,7 +284,7 @@ def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_
         share = 0.10 if i % 2 else 0.01
         if draw.random() < share or i >= 2000:
             expected.append(i)
-    assert pool == expected
+    assert sorted(pool) == expected
     unsolved = sum(i % 2 for i in pool if i < 2000)
     solved = sum(1 - i % 2 for i in pool if i < 2000)
     print(

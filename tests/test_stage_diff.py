@@ -39,6 +39,7 @@ EXPECTED = {
         "changed": {"normalize", "grpo_loss"},
         "absent": {"verdict", "reward", "judge"},
         "own": {
+            "thinks_at",
             "answer_of",
             "find_mixed",
             "status_of",
@@ -78,6 +79,7 @@ EXPECTED = {
         "absent": {"judge"},
         "own": {
             "find_issue",
+            "own_prompt",
             "source_files",
             "read_files",
             "read_commit",

@@ -183,8 +183,8 @@ def make_request(url, model, question):
 def read_answer(reply):
     """Return (P(YES), P(NO)) of a completion's first token.
 
-    A token counts for a word that begins with it: "Y" and " YES" are YES. A token that is no text,
-    or whose log-prob is no log of a probability, counts for none.
+    A token counts for a word that begins with its letters, in any spelling: "Y", " Yes" and "YES</"
+    are YES. A token that is no text, or whose log-prob is no log of a probability, counts for none.
     """
     top_tokens = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     yes, no = 0.0, 0.0
@@ -193,11 +193,13 @@ def read_answer(reply):
         # By rounding, the log of a probability can be a little over 0.
         if not isinstance(token, str) or not isinstance(logprob, float | int) or not logprob < 0.01:
             continue
-        token = token.strip()
+        # Tokenizers mark a leading blank in their own ways, and a token can hold the next tag.
+        letters = re.search("[a-z]+", token, re.I)
+        word = letters[0].upper() if letters else ""
         probability = math.exp(min(logprob, 0.0))
-        # A blank token begins every word, so it counts for none.
-        if token and "YES".startswith(token):
+        # A token without letters begins every word, so it counts for none.
+        if word and "YES".startswith(word):
             yes += probability
-        if token and "NO".startswith(token):
+        if word and "NO".startswith(word):
             no += probability
     return yes, no
