@@ -397,7 +397,7 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """-(sum of ratio * advantage over this micro-batch's completion tokens) / counts["tokens"].
 
     Token-level policy gradient, paper eq. 1. The denominator is the number of completion tokens of
-    the whole batch, on all ranks (6.3), so the result does not depend on how the batch was cut.
+    the whole batch, on all ranks (6.3; G8), so the result does not depend on how the batch was cut.
     """
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]

@@ -12,7 +12,8 @@ prompts with IFEval's 25 constraints only, then prompts with any of 29 further c
     torchrun --nproc_per_node=8 ifrl.py --init_from=out/rlhf/final --taxonomy=ifeval
 
 In a good run the reward rises while len stays. If under_20_words rises, the policy farms the
-constraints that a short reply follows by itself. refused_by_guards is the share of the replies that
+constraints that a short reply follows by itself. A reply that is cut off is judged as it stands
+(G15), and no reply for its language (G14). refused_by_guards is the share of the replies that
 follow their constraints by the letter alone.
 
 Deviations from the paper, numbered as in docs/paper.md: D9 256 prompts a step; D10 z over all
@@ -94,7 +95,8 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     # completions that are cut off are not trained on (G5); paper T16: only in the thinking
     # model's iftrain run
     overlong_filter: bool = False
-    # dynamic sampling: rounds of fresh prompts for groups of equal rewards; 0: off; paper 4.4.2
+    # dynamic sampling: most rounds of fresh prompts for groups of equal rewards (G16); 0: off;
+    # paper 4.4.2
     max_refill_rounds: int = 4
 
     lr: PositiveFloat = 2e-6  # learning rate of AdamW; paper T16
@@ -496,7 +498,7 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """-(sum of ratio * advantage over this micro-batch's completion tokens) / counts["tokens"].
 
     Token-level policy gradient, paper eq. 1. The denominator is the number of completion tokens of
-    the whole batch, on all ranks (6.3), so the result does not depend on how the batch was cut.
+    the whole batch, on all ranks (6.3; G8), so the result does not depend on how the batch was cut.
     """
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]

@@ -15,7 +15,8 @@ leaves the language of the prompt. Completions may grow to 24K, 32K, 40K tokens 
     torchrun --nproc_per_node=8 mathrl.py --init_from=out/ifrl/final --out_dir=out/mathrl
 
 4.1.2 is a section of the paper, T17 its table 17, G1 a choice where it is silent (docs/paper.md).
-Deviations: D1 language by Unicode scripts; D14, D15, D26, D27, D28 what equals the gold answer.
+Deviations: D1 language by Unicode scripts; D14, D15, D26, D27, D28 what equals the gold answer; D39
+the instruction is in our own words.
 """
 
 import math
@@ -93,7 +94,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-INSTRUCTION = (
+INSTRUCTION = (  # [D39]
     "Solve the problem step by step. Put the final answer, and nothing else, inside \\boxed{}.\n\n"
 )
 # DAPO-Math-17k wraps its problems in an instruction of its own, which asks for "Answer:".
@@ -330,7 +331,7 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """-(sum of ratio * advantage over this micro-batch's completion tokens) / counts["tokens"].
 
     Token-level policy gradient, paper eq. 1. The denominator is the number of completion tokens of
-    the whole batch, on all ranks (6.3), so the result does not depend on how the batch was cut.
+    the whole batch, on all ranks (6.3; G8), so the result does not depend on how the batch was cut.
     """
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]

@@ -156,8 +156,9 @@ def thinks_at(turn, share):
 def select_rows(rows, epoch, history, cfg):
     """Indices of this epoch's rows, in order: each prompt once, in one of its modes.
 
-    Prompts alternate from epoch to epoch, so that each is seen in both modes. The order alternates
-    as well, so that half of every batch is in think mode (paper 4.3.2), or think_share of it.
+    Prompts alternate from epoch to epoch, so that each is seen in both modes (G17). The order
+    alternates as well, so that half of every batch, or think_share of it, is in think mode (paper
+    4.3.2).
     """
     # {number of a prompt: {mode: index of its row}}. A mode can be missing: a prompt can name its
     # own (" /think" at its end), or be just too long in one of them.

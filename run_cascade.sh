@@ -17,7 +17,7 @@
 #   LAUNCH     the launcher of every stage, instead of torchrun on this machine (README, Real sizes)
 #   FLAGS      further flags for every stage, e.g. --shard=hybrid
 #   DRY_RUN    1: print the commands instead of running them
-#   KEEP_BEST  1: when a stage breaks a gate, go on from its best checkpoint instead of stopping
+#   KEEP_BEST  1: when a stage breaks a gate, go on from its best checkpoint instead of stopping (G12)
 #   PIP_EXTRA_INDEX_URL   where pip finds the CPU builds of PyTorch
 # Only for the real sizes:
 #   BASE       folder of a Qwen3 base model
@@ -279,8 +279,9 @@ real() {
         --data=$hub-RL-RLHF $rlhf_rm \
         --num_steps=$rlhf_steps --think_share=$rlhf_think_share
 
-    # IF-RL: first the 25 constraints of IFEval, then the 29 of IF-RLVR's set (4.4.1). The unified models train
-    # without thinking, and the rules alone decide. For the thinking models the reward model has a say as well.
+    # IF-RL: first the 25 constraints of IFEval, then the 29 of IF-RLVR's set (4.4.1). The unified models
+    # train without thinking, and the rules alone decide. For the thinking models the reward model has a say
+    # as well.
     local ifrl_rm=""
     if [ "$thinking" = true ]; then ifrl_rm=--rm=${RM:-$OUT/rlhf/rm}; fi
     stage ifrl1 $LAUNCH ifrl.py \
@@ -293,7 +294,8 @@ real() {
         --num_steps=$ifrl2_steps --max_new_tokens=$ifrl2_tokens --overlong_filter=$ifrl2_filter
 
     # Math RL: the length grows from 24K to 32K to 40K tokens (14B: from 28K to 40K). Only the first length
-    # leaves out answers that were cut off; later they earn 0. YaRN is on once 32K can be passed.
+    # leaves out answers that were cut off; later they earn 0. YaRN is on once 32K can be
+    # passed (G10).
     local before_mathrl3=mathrl1
     stage mathrl1 $LAUNCH mathrl.py \
         --init_from="$OUT/ifrl2/final" --out_dir="$OUT/mathrl1" \

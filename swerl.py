@@ -12,7 +12,8 @@ Prompts grow over two runs: 16K, 24K tokens (run_cascade.sh).
 Deviations from the paper, numbered as in docs/paper.md: D20 without --judge=http://judge:8000/v1
 the judge is lexical similarity; D21 what else earns -1; D22 comments and layout are no change; D23
 files are fitted into the prompt by their characters; D31 a file that no longer parses earns -1; D32
-a candidate on which the judge falls silent is a NO.
+a candidate on which the judge falls silent is a NO; D38 a row's own prompt comes first; D39 prompts
+are in our own words.
 """
 
 import json
@@ -80,7 +81,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     seed: int = 0  # of sampling and of the order of prompts
 
     # share of prompts that also show files that the golden patch leaves alone; the paper mixes
-    # prompts with and without such files (4.7.1)
+    # prompts with and without such files (4.7.1; G13)
     noisy_share: Share = 0.5
     max_files: PositiveInt = 5  # a prompt that shows such files shows at most so many in all
     chars_per_token: PositiveFloat = 3.0  # characters of code a token has, a low estimate [D23]
@@ -124,6 +125,7 @@ EXAMPLE = BLOCK.format(
     old="lines as they stand in the file, indentation included, enough of them to occur only once",
     new="lines that take their place",
 )
+# The question in our own words [D39].
 PROMPT = f"""An issue was filed against a repository. Repair the code.
 
 --- ISSUE ---
@@ -169,7 +171,7 @@ def normalize(row, where, cfg):
 
     # Files that the golden patch creates are not there to be shown.
     golden = [path for path in golden_diffs if path in files]
-    messages, shown = own_prompt(row, files, golden)
+    messages, shown = own_prompt(row, files, golden)  # [D38]
     is_own = bool(messages)
     if not is_own:
         shown = choose_files(files, golden, cfg, draw)
@@ -649,7 +651,7 @@ def grpo_loss(logprobs_T, old_logprobs_T, batch, counts, cfg):
     """-(sum of ratio * advantage over this micro-batch's completion tokens) / counts["tokens"].
 
     Token-level policy gradient, paper eq. 1. The denominator is the number of completion tokens of
-    the whole batch, on all ranks (6.3), so the result does not depend on how the batch was cut.
+    the whole batch, on all ranks (6.3; G8), so the result does not depend on how the batch was cut.
     """
     scored_M = batch["loss_index"]
     advantages_M = batch["advantages_T"][scored_M]

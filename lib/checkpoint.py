@@ -257,6 +257,8 @@ def read_run_json(folder):
 def load_policy(cfg, world, device):
     """(tokenizer, model sharded over the ranks, checkpoint that the run resumes from or "").
 
+    A run that does not resume starts from weights alone, without the optimizer's state (G9).
+
     Prints first how much memory and time the run will take.
     """
     resume = latest_checkpoint(cfg.out_dir)

@@ -498,6 +498,19 @@ def test_the_deviations_have_one_numbering_and_the_code_cites_it():
     assert [(name, number) for name, number in sorted(cited) if number not in explained] == []
 
 
+def test_every_gap_is_cited_where_it_is_filled():
+    """docs/paper.md lists G1, G2, ... once each; code or script cites each, and no other one."""
+    text = (ROOT / "docs" / "paper.md").read_text()
+    listed = [int(number) for number in re.findall(r"^\| G(\d+) \|", text, re.MULTILINE)]
+    assert listed == list(range(1, len(listed) + 1))
+    assert f"[G1 to G{len(listed)}](#gaps)" in text
+    cited = set()
+    for path in tracked(".py", ".sh"):
+        for inside in re.findall(r"\(([^()]*\bG\d+[^()]*)\)", path.read_text()):
+            cited |= {int(number) for number in re.findall(r"\bG(\d+)\b", inside)}
+    assert cited == set(listed)
+
+
 def test_the_places_of_the_deviations_are_there():
     """A "Where:" paragraph of docs/paper.md names files, and before each file names that occur in
     that file."""
