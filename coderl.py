@@ -63,7 +63,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     num_steps: PositiveInt = 90  # 60 + 30 steps, thinking models 64; paper T19
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load
     max_new_tokens: PositiveInt = 45056  # 44K, then 48K; 14B: 56K; paper T19
-    rope_factor: float = 2.0  # YaRN factor: prompt and completion pass 32K tokens
+    rope_factor: float = 0.0  # YaRN factor, 2.0 above 32K tokens; 0: as in the checkpoint
     temperature: PositiveFloat = 1.0  # of sampling and of the loss; paper T19: 1.0, 0.8
     top_p: TopP = 0.95  # of sampling only (G4); paper T19
     top_k: int = 0  # of sampling only; 0: off

@@ -45,7 +45,7 @@ from lib.checkpoint import lock
 from lib.common import all_gather, finish, init_distributed
 from lib.flags import Share, parse_config
 from lib.guard import fail, one_sentence
-from model import Qwen3, load_tokenizer, render_chat
+from model import Qwen3, find_file, load_tokenizer, render_chat
 
 
 @dataclass
@@ -544,13 +544,19 @@ def stream(engine, tokenizer, r, room, temperature, top_p):
     sampling.start()
     shown = 0
     while shown < len(r.text) or sampling.is_alive():
-        sampling.join(0.03)
+        try:
+            sampling.join(0.03)
+        except KeyboardInterrupt:
+            # The sampler lets a rollout go that has a finish reason. What was said stays said.
+            r.finish_reason = "interrupt"
+            sampling.join()
+            r.text = tokenizer.decode(r.completion_ids, skip_special_tokens=False)
         # r.text is set when the reply has ended. Until then half a character, which decodes to
         # U+FFFD, waits for its other half.
         text = r.text or tokenizer.decode(list(r.completion_ids)).rstrip("\ufffd")
         print(text[shown:], end="", flush=True)
         shown = len(text)
-    print("" if r.finish_reason == "stop" else " [cut off]")
+    print({"stop": "", "interrupt": " [stopped]"}.get(r.finish_reason, " [cut off]"))
 
 
 def chat(model, engine, tokenizer, cfg):
@@ -610,11 +616,8 @@ def check_flags(names, cfg):
             f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).",
             note="Nothing was measured.",
         )
-    if not os.path.exists(os.path.join(cfg.model, "config.json")):
-        fail(
-            f"--model={cfg.model}: no checkpoint there (config.json is missing).",
-            note="Nothing was measured.",
-        )
+    with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
+        find_file(cfg.model, "config.json")
     unknown = [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]
     if unknown:
         fail(

@@ -17,7 +17,6 @@ to ask the model:
 import json
 import math
 import os
-import shutil
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -33,6 +32,8 @@ from kernels.linear_logprob import linear_logprob
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.swiglu import swiglu
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------
@@ -75,30 +76,81 @@ QWEN3_SIZES = {
 }
 
 
+# Fields of other models' config.json that would change the computation, and what dense Qwen3 has
+# there. Another value is refused by its name: passed over, it would give other logits in silence.
+FIXED_FIELDS = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1,),
+    "quantization_config": (),
+    "auto_map": (),  # code of the folder's own
+}
+# The fields of YaRN that rope_tables reads.
+YARN_FIELDS = (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+)
+# Fields beside them that change nothing with these values.
+NEUTRAL_ROPE_FIELDS = {"truncate": (True,), "partial_rotary_factor": (1,)}
+
+
 def read_config(folder) -> Qwen3Config:
-    """Qwen3Config of folder/config.json. ValueError if the folder holds another architecture."""
-    with open(os.path.join(folder, "config.json")) as f:
+    """Qwen3Config of folder/config.json. ValueError names the field that is not dense Qwen3's."""
+    path = find_file(folder, "config.json")
+    with open(path) as f:
         raw = json.load(f)
     if raw.get("model_type") != "qwen3":
-        raise ValueError(
-            f"{folder}/config.json: model_type is {raw.get('model_type')!r}, expected 'qwen3'"
-        )
+        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen3'")
+    check_fixed_fields(raw, path)
+    # transformers would fill a gap with defaults of its own, which are no Qwen3's.
+    required = Qwen3Config.__dataclass_fields__.keys() - {"rope_theta", "rope_scaling"}
+    known = {name: raw[name] for name in required if raw.get(name) is not None}
+    missing = sorted(required - known.keys() - {"tie_word_embeddings"})
+    if missing:
+        raise ValueError(f"{path}: no {missing[0]}")
+    known["rope_theta"], known["rope_scaling"] = read_rope(raw, path)
+    return Qwen3Config(**known)
+
+
+def check_fixed_fields(raw, path):
+    """ValueError if a field of a config.json asks for what dense Qwen3 does not have."""
+    for name, value in raw.items():
+        if value is None:
+            continue
+        if "softcap" in name or value not in FIXED_FIELDS.get(name, (value,)):
+            raise ValueError(f"{path}: {name} {value!r} is not supported: no dense Qwen3 has it")
+    if set(raw.get("layer_types") or []) - {"full_attention"}:
+        raise ValueError(f"{path}: layer_types other than full_attention are not supported")
+
+
+def read_rope(raw, path):
+    """(rope_theta, rope_scaling) of a config.json. ValueError names a field that is not read."""
     # transformers 4 writes rope_scaling and rope_theta, transformers 5 writes rope_parameters.
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    rope_theta = rope.pop("rope_theta", raw.get("rope_theta", 1e6))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.pop("rope_theta", raw.get("rope_theta"))
+    if theta is None:
+        raise ValueError(f"{path}: no rope_theta")
+    old_name = rope.pop("type", None)
+    rope_type = rope.pop("rope_type", None) or old_name or "default"
     if rope_type not in ("default", "yarn"):
-        raise ValueError(
-            f"{folder}/config.json: rope_type {rope_type!r} is not supported (default and yarn are)"
-        )
-    if raw.get("attention_bias") or raw.get("use_sliding_window"):
-        raise ValueError(
-            f"{folder}/config.json: attention_bias and sliding windows are not part of dense Qwen3"
-        )
-    known = {name: raw[name] for name in Qwen3Config.__dataclass_fields__ if name in raw}
-    known["rope_theta"] = rope_theta
-    known["rope_scaling"] = rope if rope_type == "yarn" else {}
-    return Qwen3Config(**known)
+        raise ValueError(f"{path}: rope_type {rope_type!r} is not supported (default and yarn are)")
+    for name, value in rope.items():
+        neutral = value is None or value in NEUTRAL_ROPE_FIELDS.get(name, ())
+        if name not in YARN_FIELDS and not neutral:
+            raise ValueError(f"{path}: {name} {value!r} of RoPE is not supported")
+    if rope_type == "default":
+        return theta, {}
+    if not isinstance(rope.get("factor"), (int, float)):
+        raise ValueError(f"{path}: YaRN without a factor")
+    scaling = {name: rope[name] for name in YARN_FIELDS if rope.get(name) is not None}
+    scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+    return theta, {"rope_type": "yarn", **scaling}
 
 
 def hf_config(config: Qwen3Config) -> dict:
@@ -120,6 +172,8 @@ def hf_config(config: Qwen3Config) -> dict:
         "use_sliding_window": False,
         "use_cache": True,
         "initializer_range": 0.02,
+        # Without a version transformers takes the tokenizer for an old, faulty one of Mistral's.
+        "transformers_version": "4.57.1",
         "dtype": "bfloat16" if config.hidden_size >= 1024 else "float32",
     }
 
@@ -131,6 +185,16 @@ def max_positions(config):
         return config.max_position_embeddings
     stretched = int(scaling["factor"] * scaling.get("original_max_position_embeddings", 0))
     return max(config.max_position_embeddings, stretched)
+
+
+def original_positions(config):
+    """Tokens of the context that the model was trained on, before YaRN stretched it."""
+    if config.rope_scaling:
+        return config.rope_scaling["original_max_position_embeddings"]
+    # The chat models of Qwen3 say 40,960: 32,768 for the reply, and the rest for the prompt.
+    if config.max_position_embeddings == 40960:
+        return 32768
+    return config.max_position_embeddings
 
 
 # ---- 2. Architecture -----------------------------------------------------------------------------
@@ -302,6 +366,8 @@ class Qwen3(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
+        # Of the folder that the model was loaded from, which may be gone when the model is saved.
+        self.tokenizer_files = {}
         # (cos, sin) in fp32, made at first use: never cast by mixed precision, never in a
         # checkpoint.
         self.rope = None
@@ -444,42 +510,46 @@ class Qwen3(nn.Module):
         """Load a Hugging Face folder. ValueError names a tensor that is missing, unknown or
         misshapen.
 
-        rope_factor > 1 switches YaRN on over the original context of 32,768 tokens. The paper
-        evaluates with 2 (4.5.2, appendix B), and 14B on SWE-bench with 3 (4.7.1, appendix B).
+        rope_factor > 1 switches YaRN on over the original context, 32,768 tokens in Qwen3. The
+        paper evaluates with 2 (4.5.2, appendix B), and 14B on SWE-bench with 3 (4.7.1, appendix B).
         """
         config = read_config(folder)
         if rope_factor > 1:
-            if config.rope_scaling:
-                # The folder was stretched before. Start again from the original length.
-                config.max_position_embeddings = 32768
+            original = original_positions(config)
+            config.max_position_embeddings = original
             config.rope_scaling = {
                 "rope_type": "yarn",
                 "factor": rope_factor,
-                "original_max_position_embeddings": 32768,
+                "original_max_position_embeddings": original,
             }
         with torch.device("meta"):
             model = cls(config)
         wanted = dict(model.named_parameters())
         state = {}
-        for file in sorted(os.listdir(folder)):
-            if not file.endswith(".safetensors"):
-                continue
-            with safe_open(
-                os.path.join(folder, file), framework="pt", device=str(device)
-            ) as tensors:
+        tied_head = None
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():
                     if name == "lm_head.weight" and config.tie_word_embeddings:
-                        continue  # a saved copy of the tied embedding
+                        tied_head = tensors.get_tensor(name).to(dtype)
+                        continue
                     if name not in wanted:
-                        raise ValueError(f"{folder}/{file}: unknown tensor {name}")
+                        raise ValueError(f"{file}: unknown tensor {name}")
                     state[name] = tensors.get_tensor(name).to(dtype)
                     found, expected = tuple(state[name].shape), tuple(wanted[name].shape)
                     if found != expected:
-                        raise ValueError(f"{folder}/{file}: {name} is {found}, expected {expected}")
+                        raise ValueError(f"{file}: {name} is {found}, expected {expected}")
         missing = sorted(wanted.keys() - state.keys())
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+        # A saved head beside a tied embedding is a copy of it, or else it was trained by itself.
+        if tied_head is not None and not torch.equal(tied_head, state[EMBEDDING]):
+            raise ValueError(
+                f"{folder}: lm_head.weight is not {EMBEDDING}, although config.json says "
+                "tie_word_embeddings: set that to false, or remove the tensor"
+            )
         model.load_state_dict(state, strict=True, assign=True)
+        model.tokenizer_files = tokenizer_files(folder)
         return model
 
     def save_pretrained(self, folder, state_dict=None):
@@ -495,6 +565,57 @@ class Qwen3(nn.Module):
         state = state_dict or self.state_dict()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_torch_state_dict(state, folder, max_shard_size="5GB")
+
+
+def find_file(folder, name):
+    """Path of a file of a Hugging Face folder. ValueError: it is missing, and what would help."""
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+        return path
+    if os.path.isdir(folder):
+        raise ValueError(f"no checkpoint there ({name} is missing)")
+    owner, slash, model = str(folder).partition("/")
+    hint = ""
+    if owner and slash and model and "/" not in model and not os.path.isdir(owner):
+        hint = f"; for a model of the hub: hf download {folder} --local-dir models/{model}"
+    raise ValueError(f"no such folder{hint}")
+
+
+def weight_files(folder):
+    """Paths of the safetensors files of a folder: the set of weights that transformers would read.
+
+    ValueError if a file is missing, or if a tensor stands in two files: then it is open which set
+    was meant.
+    """
+    found = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if "model.safetensors" in found:
+        chosen = ["model.safetensors"]
+    elif os.path.exists(index):
+        with open(index) as f:
+            chosen = sorted(set(json.load(f)["weight_map"].values()))
+    else:
+        chosen = found
+    if not chosen:
+        others = [name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".gguf"))]
+        there = f"; {min(others)} is no safetensors file: convert it first" if others else ""
+        raise ValueError(f"{folder}: no weights there, no file that ends in .safetensors{there}")
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(f"{folder}: adapter_config.json: merge the adapter into the weights first")
+    for name in chosen:
+        find_file(folder, name)
+
+    file_of = {}
+    for name in [*chosen, *(name for name in found if name not in chosen)]:
+        with safe_open(os.path.join(folder, name), framework="pt") as tensors:
+            for tensor in tensors.keys():
+                if tensor in file_of:
+                    raise ValueError(
+                        f"{folder}: two sets of weights: {tensor} is in {file_of[tensor]} "
+                        f"and in {name}; remove one"
+                    )
+                file_of[tensor] = name
+    return [os.path.join(folder, name) for name in chosen]
 
 
 # ---- 4. Tokenizer and chat -----------------------------------------------------------------------
@@ -531,61 +652,89 @@ def chat_template():
         return f.read()
 
 
+# The files of a folder that belong to its tokenizer; generation_config.json has its stop tokens.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+
+
 def load_tokenizer(folder) -> Tokenizer:
     """The folder's fast tokenizer. ValueError if it is missing or no Qwen3 (ChatML) tokenizer."""
-    path = os.path.join(folder, "tokenizer.json")
-    if not os.path.exists(path):
-        raise ValueError("no checkpoint there (tokenizer.json is missing)")
+    path = find_file(folder, "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
     # Special tokens written inside a text stay text, so that no content can close a turn.
     tokenizer.encode_special_tokens = True
     for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         if tokenizer.token_to_id(name) is None:
             raise ValueError(f"{path}: no token {name}; a Qwen3 (ChatML) tokenizer is expected")
+    tokenizer.own_stops = own_stops(tokenizer_files(folder))
     return tokenizer
 
 
+def tokenizer_files(folder):
+    """{name: bytes} of the tokenizer files that a folder has."""
+    files = {}
+    for name in TOKENIZER_FILES:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            with open(path, "rb") as f:
+                files[name] = f.read()
+    return files
+
+
+def own_stops(files):
+    """The stop tokens that a folder's generation_config.json names: one id, a list, or none."""
+    stops = json.loads(files.get("generation_config.json", "{}")).get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [stops]
+    return [token for token in stops if isinstance(token, int)]
+
+
 def stop_ids(tokenizer):
-    """Two stop tokens: Qwen3's own config files disagree about the one of base models."""
-    return [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+    """Tokens that end a completion: the two of Qwen3, whose own config files disagree about the one
+    of base models, and those that the folder of the tokenizer names."""
+    stops = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+    return list(dict.fromkeys(stops + getattr(tokenizer, "own_stops", [])))
 
 
-def save_tokenizer(source, folder):
-    """Copy the tokenizer of `source` to `folder`, with our chat template and stop tokens."""
-    os.makedirs(folder, exist_ok=True)
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-    ):
-        path = os.path.join(source, name)
-        if os.path.exists(path) and not os.path.samefile(source, folder):
-            shutil.copy(path, folder)
-    template = chat_template()
-    path = os.path.join(folder, "tokenizer_config.json")
+def save_tokenizer(source, folder, template=None):
+    """Write the tokenizer of `source` to `folder`, with our chat template and stop tokens.
+
+    source: a folder, or the tokenizer_files of one. The sampling settings are those of the
+    Cascade model cards, so that a server samples by them.
+    """
+    files = source if isinstance(source, dict) else tokenizer_files(source)
+    template = template or chat_template()
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if os.path.exists(path):
-        with open(path) as f:
-            config = json.load(f)
+    config |= json.loads(files.get("tokenizer_config.json", "{}"))
     config["chat_template"] = template
     config["eos_token"] = "<|im_end|>"
     config["pad_token"] = "<|endoftext|>"
     config["bos_token"] = None
-    with open(path, "w") as f:
-        json.dump(config, f, indent=2)
-    with open(os.path.join(folder, "chat_template.jinja"), "w") as f:
-        f.write(template)
 
-    tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    tokenizer.own_stops = own_stops(files)
     generation = {
         "eos_token_id": stop_ids(tokenizer),
         "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
         "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.95,
     }
-    with open(os.path.join(folder, "generation_config.json"), "w") as f:
-        json.dump(generation, f, indent=2)
+    written = {
+        **files,
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        "generation_config.json": json.dumps(generation, indent=2).encode(),
+        "chat_template.jinja": template.encode(),
+    }
+    os.makedirs(folder, exist_ok=True)
+    for name, content in written.items():
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(content)
 
 
 def render_turns(messages, think, tools=None):

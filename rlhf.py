@@ -32,7 +32,7 @@ from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.data import BadRow, as_messages, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
-from lib.guard import check_step, fail
+from lib.guard import check_step, fail, one_sentence
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import (
@@ -352,7 +352,8 @@ def metric(rollout):
 def reference_model(folder, rope_factor, device):
     """The frozen policy this stage started from, whatever checkpoint it was resumed from."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor)
+    with one_sentence(f"--init_from={folder}, the reference of the KL term"):
+        model = Qwen3.from_pretrained(folder, dtype=dtype, device=device, rope_factor=rope_factor)
     return model.requires_grad_(False)
 
 

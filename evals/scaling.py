@@ -52,10 +52,15 @@ from lib import data
 from lib.common import finish, init_distributed
 from lib.flags import PositiveFloat, PositiveInt, TopP, parse_config
 from lib.guard import fail, one_sentence
-from model import Qwen3, load_tokenizer, max_positions, read_config, render_chat
+from model import (
+    Qwen3,
+    load_tokenizer,
+    max_positions,
+    original_positions,
+    read_config,
+    render_chat,
+)
 from verifiers import patch_effect, patches
-
-ORIGINAL_POSITIONS = 32768  # of Qwen3, which YaRN stretches
 
 
 @dataclass
@@ -555,20 +560,22 @@ def run_localise(cfg, sample):
 def check_flags(cfg):
     """End the process with one sentence if the flags cannot be meant; return the positions."""
     has_task = cfg.vote or cfg.ioi or (cfg.localise and cfg.out)
-    if not has_task or not os.path.exists(os.path.join(cfg.model, "config.json")):
+    if not has_task:
         fail(
             "--model=folder and one of --vote=file, --ioi=file, --localise=file --out=file are "
             "needed.",
             note="Nothing was sampled.",
         )
     with one_sentence(f"--model={cfg.model}", note="Nothing was sampled."):
-        positions = max_positions(read_config(cfg.model))
+        config = read_config(cfg.model)
+    positions, original = max_positions(config), original_positions(config)
     if cfg.rope_factor > 1:
-        positions = int(cfg.rope_factor * ORIGINAL_POSITIONS)
+        positions = int(cfg.rope_factor * original)
     if cfg.max_new_tokens > positions:
         advice = "pass fewer tokens"
-        if cfg.max_new_tokens > ORIGINAL_POSITIONS:
-            factor = -(-cfg.max_new_tokens // ORIGINAL_POSITIONS)  # rounded up
+        # YaRN is for Qwen3's context; a shorter one is that of a small model.
+        if cfg.max_new_tokens > original >= 32768:
+            factor = -(-cfg.max_new_tokens // original)  # rounded up
             advice = f"pass --rope_factor={factor}, or fewer tokens"
         fail(
             f"--max_new_tokens={cfg.max_new_tokens}, but {cfg.model} has {positions} positions: "
@@ -582,11 +589,12 @@ def main(cfg):
     positions = check_flags(cfg)
     # A day, because long completions keep a process busy for hours.
     _, _, device = init_distributed(cfg.seed, 24 * 3600)
-    tokenizer = load_tokenizer(cfg.model)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Qwen3.from_pretrained(
-        cfg.model, device=device, dtype=dtype, rope_factor=cfg.rope_factor
-    )
+    with one_sentence(f"--model={cfg.model}", note="Nothing was sampled."):
+        tokenizer = load_tokenizer(cfg.model)
+        model = Qwen3.from_pretrained(
+            cfg.model, device=device, dtype=dtype, rope_factor=cfg.rope_factor
+        )
     engine = make_engine(cfg.engine, model, tokenizer)
 
     def sample(conversations, key, row):

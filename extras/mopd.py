@@ -41,10 +41,17 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import Rollout, make_engine, request_seed, sampler_correction
-from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
+from lib.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_policy,
+    lock,
+    mark_final,
+    save_checkpoint,
+)
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
-from lib.guard import check_step, fail
+from lib.guard import check_step, fail, one_sentence
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
 from lib.prompts import (
@@ -55,7 +62,7 @@ from lib.prompts import (
     prompts_checksum,
     shuffled,
 )
-from model import Qwen3, load_tokenizer
+from model import Qwen3, find_file, load_tokenizer
 from verifiers.pool import timed
 
 
@@ -120,8 +127,8 @@ def load_domain(domain, cfg, limit):
             f"--data: {domain!r} is not STAGE:DATA:TEACHER, "
             "e.g. mathrl:math.jsonl:out/mathrl/final."
         )
-    if not os.path.exists(os.path.join(teacher, "config.json")):
-        fail(f"--data: teacher {teacher} of {data} is no checkpoint (config.json is missing).")
+    with one_sentence(f"--data: teacher {teacher} of {data}"):
+        find_file(teacher, "config.json")
     module = importlib.import_module(stage)
     flags = {"data": data, "max_prompt_tokens": cfg.max_prompt_tokens}
     if stage == "swerl":
@@ -202,11 +209,14 @@ def monitor(rollouts):
 
 def self_test(rows, cfg):
     """Before training: every teacher has the student's tokenizer, so token ids mean the same."""
-    vocabulary = load_tokenizer(cfg.init_from).get_vocab()
+    # A run that goes on needs init_from no more: it may be gone.
+    student = latest_checkpoint(cfg.out_dir) or cfg.init_from
+    with one_sentence(f"--init_from={student}"):
+        vocabulary = load_tokenizer(student).get_vocab()
     for folder in sorted({row["teacher"] for row in rows}):
         if load_tokenizer(folder).get_vocab() != vocabulary:
             fail(
-                f"teacher {folder} has another tokenizer than {cfg.init_from}: "
+                f"teacher {folder} has another tokenizer than {student}: "
                 "its log-probs would be of other tokens."
             )
 

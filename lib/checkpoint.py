@@ -26,7 +26,7 @@ import torch
 from lib.common import all_gather, print0, ranks, shard
 from lib.guard import fail, first_line, one_sentence
 from lib.plan import check_memory, longest_sequence
-from model import Qwen3, load_tokenizer, save_tokenizer
+from model import Qwen3, load_tokenizer, original_positions, save_tokenizer
 
 
 # ---- The folder of a run -------------------------------------------------------------------------
@@ -172,9 +172,8 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
         all_gather(None)
         if rank == 0:
             model.save_pretrained(folder, weights)
-            # The tokenizer is that of init_from: a checkpoint that the run resumed from may be
-            # pruned by now.
-            save_tokenizer(cfg.init_from, folder)
+            # The tokenizer's files were read with the weights: the folder may be gone by now.
+            save_tokenizer(model.tokenizer_files, folder)
             run = {
                 "step": step,
                 "config": dataclasses.asdict(cfg),
@@ -273,16 +272,19 @@ def load_policy(cfg, world, device):
                 f"the model only {model.config.vocab_size}"
             )
 
-    # The model knows only the positions it was trained on. YaRN stretches Qwen3's 32768 by the
-    # rope factor.
+    # The model knows only the positions it was trained on, which YaRN stretches by the rope factor.
     longest = longest_sequence(cfg)
     if longest > model.max_positions():
         is_sft = hasattr(cfg, "max_seq_len")
         flags = "--max_seq_len" if is_sft else "--max_prompt_tokens + --max_new_tokens"
-        rope_factor = max(2, math.ceil(longest / 32768))
+        original = original_positions(model.config)
+        # YaRN is for Qwen3's context; a shorter one is that of a small model.
+        stretch = ""
+        if original >= 32768:
+            stretch = f", or pass --rope_factor={max(2, math.ceil(longest / original))}"
         fail(
             f"{flags} is {longest}, over the {model.max_positions()} positions of {folder}: "
-            f"pass --rope_factor={rope_factor}."
+            f"lower it{stretch}."
         )
     model.gradient_checkpointing = device.type == "cuda"
     return tokenizer, shard(model, device, cfg.shard), resume

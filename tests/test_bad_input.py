@@ -183,7 +183,7 @@ FLAGS = [
     ("sft.py", {"samples_per_step": -1}, "--samples_per_step=-1: expected"),
     ("sft.py", {"schedule_steps": 0}, "--schedule_steps=0: expected"),
     ("mathrl.py", {"engine": "warp"}, "--engine=warp: expected auto, torch or vllm"),
-    ("sft.py", {"max_seq_len": 5000}, "--max_seq_len is 5000, over the 1024 positions"),
+    ("sft.py", {"max_seq_len": 5000}, "base: lower it. Nothing was trained."),
     (
         "mathrl.py",
         {"max_new_tokens": 5000},
@@ -197,7 +197,7 @@ FLAGS = [
         "--tasks: maths unknown (has: chat, if, math",
     ),
     ("evaluate.py", {"model": "W/base", "modes": "thinking"}, "--modes: thinking unknown"),
-    ("evaluate.py", {"model": "nowhere"}, "--model=nowhere: no checkpoint there"),
+    ("evaluate.py", {"model": "nowhere"}, "--model=nowhere: no such folder"),
     (
         "evaluate.py",
         {"model": "W/base", "max_new_tokens": 4096, "tasks": "math"},
@@ -212,7 +212,7 @@ FLAGS = [
     (
         "extras/mopd.py",
         {"data": "mathrl:W/math_dev.jsonl:nowhere"},
-        "is no checkpoint (config.json is missing)",
+        "math_dev.jsonl: no such folder. Nothing was trained.",
     ),
 ]
 GOOD = {"problem": "What is 1 + 1?", "answer": "2"}
@@ -379,7 +379,7 @@ def narrow(folder):
 
 
 MODELS = {
-    "no_folder": (shutil.rmtree, "tokenizer.json is missing"),
+    "no_folder": (shutil.rmtree, "T/model: no such folder"),
     "no_config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config_is_no_json": (cut("config.json", 20), "JSONDecodeError"),
     "another_architecture": (
@@ -388,13 +388,21 @@ MODELS = {
     ),
     "attention_bias": (
         edit_json("config.json", attention_bias=True),
-        "attention_bias and sliding windows are not part of dense Qwen3",
+        "attention_bias True is not supported",
     ),
     "another_rope": (
         edit_json("config.json", rope_scaling={"rope_type": "llama3"}),
         "rope_type 'llama3' is not supported",
     ),
-    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "tensors are missing, first"),
+    "no_weights": (lambda f: (f / "model.safetensors").unlink(), "no weights there"),
+    "weights_of_pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin is no safetensors file",
+    ),
+    "two_sets_of_weights": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "old.safetensors"),
+        "two sets of weights",
+    ),
     "weights_cut_off": (cut("model.safetensors", 50_000), "SafetensorError"),
     "weights_are_no_safetensors": (
         lambda f: (f / "model.safetensors").write_bytes(b"pickle" * 100),
@@ -437,8 +445,12 @@ def test_models_and_tokenizers(wrong, server, world, tmp_path):
     "flags, message",
     [
         ({"init_from": "nowhere"}, "reward model from nowhere"),
-        ({"rm_init_from": "nowhere"}, "reward model from nowhere"),
-        ({"rm": "nowhere"}, "--rm=nowhere: no reward model there"),
+        ({"rm_init_from": "nowhere"}, "reward model from nowhere: no such folder"),
+        (
+            {"init_from": "Qwen/Qwen3-0.6B"},
+            "hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B",
+        ),
+        ({"rm": "nowhere"}, "--rm=nowhere: no such folder"),
         ({"rm": "W/base"}, "Qwen3ForCausalLM is no sequence classifier"),
         ({"rm": "T/rm"}, "--rm=T/rm: "),
         (

@@ -7,8 +7,10 @@ a task that nobody listed is measured like the others.
 import contextlib
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -17,7 +19,7 @@ from conftest import ROOT, run_python
 
 import evaluate
 from bench.paper_table import PAPER, THINKING
-from engine import Rollout
+from engine import Rollout, TorchEngine
 from evals import plots, results
 from lib import checkpoint
 from model import Qwen3, load_tokenizer
@@ -595,6 +597,7 @@ LAUNCHER = """
 import json
 import os
 import sys
+import threading
 
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_evaluate import cell
@@ -739,6 +742,34 @@ def test_chat_streams_switches_modes_and_remembers_the_conversation(world, monke
     assert shown.count("Reply 1.") == 1
     assert shown.count("Plain \u00e9.") == 2
     assert sum(1 for text in partial if text) > 8
+
+
+def test_ctrl_c_stops_a_reply_and_not_the_chat(world, monkeypatch, capsys):
+    """The sampler lets the reply go, and what was said of it stays in the conversation."""
+    tokenizer, model = load_tokenizer(world / "base"), Qwen3.from_pretrained(world / "base")
+    engine = TorchEngine(model, tokenizer)
+    engine.stops = []  # a reply that would go on to the end of the context
+    replies = []
+    generate = engine.generate
+
+    def interrupted(rollouts, *settings):
+        replies.extend(rollouts)
+        # Ctrl-C, as the main thread gets it while this thread samples.
+        threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+        generate(rollouts, *settings)
+
+    def no_input(prompt):
+        if replies:
+            raise EOFError
+        return "Hello"
+
+    monkeypatch.setattr(engine, "generate", interrupted)
+    monkeypatch.setattr("builtins.input", no_input)
+    evaluate.chat(model, engine, tokenizer, evaluate.Config(max_new_tokens=900))
+    (reply,) = replies
+    assert "[stopped]" in capsys.readouterr().out
+    assert 0 < len(reply.completion_ids) < 900
+    assert reply.text == tokenizer.decode(reply.completion_ids, skip_special_tokens=False)
 
 
 # ---- Ranks ---------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(world, teachers, tmp_path, 
     [
         ("nonsense", "is not STAGE:DATA:TEACHER"),
         ("sft:{world}/chat_rl.jsonl:{teachers}/teacher1", "is not STAGE:DATA:TEACHER"),
-        ("rlhf:{world}/chat_rl.jsonl:{teachers}/nobody", "is no checkpoint"),
+        ("rlhf:{world}/chat_rl.jsonl:{teachers}/nobody", "nobody of"),
         ("rlhf:{world}/chat_rl.jsonl.missing.jsonl:{teachers}/teacher1", "no such file"),
     ],
 )

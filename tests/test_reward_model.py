@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import ifrl
 import rlhf
-from model import Qwen3, load_tokenizer, save_tokenizer
+from model import Qwen3, load_tokenizer, tokenizer_files
 from verifiers import reward_model
 
 ASK = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -34,8 +34,8 @@ def trained(world, tmp_path_factory):
     folder, body = tmp_path_factory.mktemp("rm") / "rm", make_tiny(vocab_size=640, std=0.1)
     model = reward_model.RewardModel(body)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(3))
+    body.tokenizer_files = tokenizer_files(world / "base")
     model.save_pretrained(folder)
-    save_tokenizer(str(world / "base"), str(folder))
     return folder
 
 
@@ -53,12 +53,19 @@ def test_transformers_opens_our_reward_model_and_gives_the_same_scores(trained):
             reward_model.score_ids(reward_model.load_tokenizer(trained), ASK, a) for a in ANSWERS
         ]
         expected = [theirs(torch.tensor([x])).logits[0, 0].item() for x in ids]
-    text = tokenizer.apply_chat_template(
-        [*ASK, {"role": "assistant", "content": "4"}], tokenize=False, enable_thinking=False
+    # A server that renders the chats itself, and pads a batch, reads the same tokens.
+    chats = [[*ASK, {"role": "assistant", "content": a}] for a in ANSWERS]
+    batch = tokenizer.apply_chat_template(
+        chats, tokenize=True, padding=True, return_dict=True, return_tensors="pt"
     )
-    assert tokenizer(text, add_special_tokens=False).input_ids[: len(ids[0])] == ids[0], (
-        "a server that renders the chat itself reads the same tokens"
-    )
+    for row, mask, wanted in zip(batch.input_ids, batch.attention_mask, ids, strict=True):
+        assert row[mask.bool()].tolist() == wanted
+    assert not batch.attention_mask.all(), "no row is padded"
+    with torch.no_grad():
+        padded = theirs(**batch).logits[:, 0].tolist()
+    error = max(abs(a - b) for a, b in zip(padded, expected, strict=True)) / max(map(abs, expected))
+    print(f"relative error of the padded batch {error:.1e}, tolerance 1e-05")
+    assert error < 1e-5
     error = max(abs(a - b) for a, b in zip(ours, expected, strict=True)) / max(map(abs, expected))
     print(
         f"scores {[round(s, 4) for s in ours]}, relative error to transformers {error:.1e}, "
@@ -247,7 +254,7 @@ def test_thinking_if_rl_scores_with_a_folder_that_rlhf_wrote_and_tests_it_before
     ifrl.self_test([mine[0].row], cfg)
     with pytest.raises(SystemExit) as stop:
         ifrl.self_test([mine[0].row], ifrl.Config(think=True, rm=str(tmp_path)))
-    assert stop.value.code == 2 and "no reward model there" in capsys.readouterr().err
+    assert stop.value.code == 2 and "no checkpoint there" in capsys.readouterr().err
 
 
 def test_training_is_the_bradley_terry_loop_written_out(world, tmp_path):

@@ -34,19 +34,26 @@ from lib.plan import check_memory
 from model import (
     Qwen3,
     chat_template,
+    find_file,
     hf_config,
     load_tokenizer,
     read_config,
     render_chat,
     save_tokenizer,
+    weight_files,
 )
+
+# In front of the chat template of a reward model: clients that render the chat themselves have to
+# read what score_ids gives, which is in no_think mode and ends with the answer's <|im_end|>.
+SCORED_CHAT = "{%- set enable_thinking = false -%}{%- set ends_with_answer = true -%}"
 
 
 # ---- The model -----------------------------------------------------------------------------------
 class RewardModel(nn.Module):
     """Qwen3 body with a scalar head on the last token of each packed sequence (paper 4.2.2).
 
-    On disk it is a Qwen3ForSequenceClassification with one label, which transformers and vLLM open.
+    On disk it is a Qwen3ForSequenceClassification with one label, which transformers and vLLM open
+    and which scores there as here.
     """
 
     def __init__(self, qwen3):
@@ -65,7 +72,7 @@ class RewardModel(nn.Module):
         return F.linear(hidden_MD.float(), self.score.weight.float()).squeeze(-1)
 
     def save_pretrained(self, folder):
-        """Write the model to a folder. Every rank gathers tensor by tensor, and rank 0 writes."""
+        """Write model and tokenizer. Every rank gathers tensor by tensor, and rank 0 writes."""
         rank, _ = ranks()
         whole = {}
         for name, p in self.named_parameters():
@@ -75,13 +82,18 @@ class RewardModel(nn.Module):
         if rank != 0:
             return
 
+        os.makedirs(folder, exist_ok=True)
+        save_tokenizer(self.qwen3[0].tokenizer_files, folder, SCORED_CHAT + chat_template())
         config = hf_config(self.qwen3[0].config)
         config["architectures"] = ["Qwen3ForSequenceClassification"]
         config["num_labels"] = 1
         config["id2label"] = {"0": "score"}
         config["label2id"] = {"score": 0}
-        config["pad_token_id"] = 0
-        os.makedirs(folder, exist_ok=True)
+        # A server returns the score itself, not its sigmoid.
+        config["problem_type"] = "regression"
+        # transformers scores the last token that is not this one, so it has to be what pads.
+        tokenizer = load_tokenizer(folder)
+        config["pad_token_id"] = tokenizer.token_to_id("<|endoftext|>")
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(config, f, indent=2)
         save_file(whole, os.path.join(folder, "model.safetensors"), {"format": "pt"})
@@ -282,7 +294,6 @@ def train_reward_model(cfg, folder):
     # The folder gets its name last, so one with that name is complete.
     model.save_pretrained(folder + ".tmp")
     if rank == 0:
-        save_tokenizer(init_from, folder + ".tmp")
         os.rename(folder + ".tmp", folder)
     all_gather(None)  # the other ranks wait for rank 0
     # The policy needs the memory. FSDP's modules refer to each other, so `del` alone frees nothing.
@@ -302,10 +313,7 @@ def load_reward_model(path, device, workers=8):
     if path.startswith(("http://", "https://")):
         return load_endpoint(path, workers)
 
-    config_path = os.path.join(path, "config.json")
-    if not os.path.exists(config_path):
-        fail(f"--rm={path}: no reward model there (config.json is missing).")
-    with one_sentence(f"--rm={path}"), open(config_path) as f:
+    with one_sentence(f"--rm={path}"), open(find_file(path, "config.json")) as f:
         architecture = json.load(f)["architectures"][0]
     # transformers would give any other model a score head of random numbers.
     if not architecture.endswith("ForSequenceClassification"):
@@ -322,7 +330,8 @@ def has_our_template(folder):
     if not os.path.exists(template_path):
         return False
     with open(template_path) as f:
-        return f.read() == chat_template()
+        # The first line, since the template may have changed since the model was trained.
+        return chat_template().splitlines()[0] in f.read()
 
 
 def load_endpoint(url, workers):
@@ -346,9 +355,8 @@ def load_bradley_terry(path, device):
             model = RewardModel(Qwen3(read_config(path))).requires_grad_(False)
 
         state = {}
-        for name in sorted(os.listdir(path)):
-            if name.endswith(".safetensors"):
-                state |= load_file(os.path.join(path, name))
+        for file in weight_files(path):
+            state |= load_file(file)
         body_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         for name, tensor in state.items():
             state[name] = tensor.to(torch.float32 if name.startswith("score") else body_dtype)
