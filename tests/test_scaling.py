@@ -16,7 +16,7 @@ import sft
 from engine import Rollout, TorchEngine, request_seed
 from evals import benchmarks, scaling
 from lib import data
-from model import Qwen3, load_tokenizer, render_chat
+from model import Qwen3, Qwen3Config, hf_config, load_tokenizer, render_chat
 
 FILES = {"app.py": "def f(x):\n    return x - 1\n", "note.txt": "hi\n"}
 
@@ -423,12 +423,8 @@ def test_a_problem_that_cannot_be_judged_is_refused_before_sampling(capsys):
 
 def test_the_docstrings_ioi_command_has_the_positions_it_needs(tmp_path, capsys):
     """The cascade's own checkpoint has 65,536: the sentence names the factor that it lacks."""
-    config = {"model_type": "qwen3", "max_position_embeddings": 65536}
-    config["rope_scaling"] = {
-        "rope_type": "yarn",
-        "factor": 2.0,
-        "original_max_position_embeddings": 32768,
-    }
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768}
+    config = hf_config(Qwen3Config(max_position_embeddings=65536, rope_scaling=yarn))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (command,) = re.findall(r"--ioi=\S+ (.*)", scaling.__doc__)
     flags = dict(flag.removeprefix("--").split("=") for flag in command.split())
