@@ -35,7 +35,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
@@ -45,6 +44,7 @@ from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, Top
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import balance, collate, pack_rollouts
+from lib.progress import counted, progress
 from lib.prompts import (
     count_correct,
     encode_prompts,
@@ -424,16 +424,8 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
                 fresh.append(Rollout(rows[index], refill * wanted + group, prompt_ids, seed))
 
         # Sample. The moment a completion ends, its verifier starts, while the others still decode.
-        no_bar = None if rank == 0 else True  # None: a bar where the output is a terminal
-        with tqdm(
-            total=len(fresh), desc=f"step {step} rollout", leave=False, disable=no_bar
-        ) as bar:
-
-            def finished(r, bar=bar):
-                submit(r)
-                bar.update()
-
-            sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
+        sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
+        with counted(submit, f"step {step} rollout", len(fresh)) as finished:
             engine.generate(fresh, *sampling, on_finished=finished)
             # Verify: most verdicts are there by now, collect waits for the rest.
             collect(fresh)
@@ -532,8 +524,8 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         dummy = pack_rollouts(rollouts[:1], device)
         batches += [dummy] * (num_batches - num_real)
 
-    sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "scored": 0}
-    for i, batch in enumerate(batches):
+    sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "kl": 0.0, "scored": 0}
+    for i, batch in enumerate(progress(batches, "update")):
         is_real = i < num_real
         # Score: log-probs of the completion tokens under the policy, at the sampler's temperature.
         logprobs_T, entropy_T = model.token_logprobs(batch, temperature=cfg.temperature)
@@ -549,6 +541,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
             sums["loss"] += loss.item()
             sums["gap"] += gap_T.sum().item()
             sums["entropy"] += entropy_T.detach().sum().item()
+            sums["kl"] += batch.get("kl_sum", 0.0)  # set by a loss with a reference policy (6.3)
             sums["scored"] += len(batch["loss_index"])
 
     # Clip: average the gradients that FSDP has not averaged, then bound the norm of all of them.
@@ -569,6 +562,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
         "loss": sums["loss"],
         "gap": sums["gap"] / num_scored,
         "entropy": sums["entropy"] / num_scored,
+        "kl": sums["kl"] / num_scored,
         "grad_norm": grad_norm,
         "num_tokens": counts["tokens"],
     }
@@ -582,8 +576,9 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
         seed = request_seed(cfg.seed, 99, i)  # 99 for step: the same each time
         rollouts.append(Rollout(rows[i], i, rows[i]["prompt_ids"], seed))
     sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
-    engine.generate(rollouts, *sampling, on_finished=submit)
-    collect(rollouts)
+    with counted(submit, "evaluation", len(rollouts)) as finished:
+        engine.generate(rollouts, *sampling, on_finished=finished)
+        collect(rollouts)
     # Rows without a score do not count: no verdict, or no tests to run (SWE RL).
     scores = [metric(r) for r in rollouts if r.status != "infra"]
     scores = [score for score in scores if score is not None]
@@ -635,7 +630,7 @@ def main(cfg):
         )
 
     engine = make_engine(cfg.engine, model, tokenizer)
-    logger = Logger(cfg.out_dir, start)
+    logger = Logger(cfg, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(
         f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, "
@@ -671,7 +666,7 @@ def main(cfg):
         is_last = step == cfg.num_steps
         if cfg.eval_every and eval_rows and (step % cfg.eval_every == 0 or step == 1 or is_last):
             metrics["eval"] = evaluate(engine, eval_rows, cfg, reward_hook, rank, world)
-        logger.log(step, metrics, console_line(step, cfg.num_steps, metrics))
+        logger.log(step, metrics, console_line(step, cfg.num_steps, metrics), sampled)
         if cfg.sample_every and (step % cfg.sample_every == 0 or step == 1):
             show_sample(sampled[0])
         if step % cfg.save_every == 0 or is_last:

@@ -14,8 +14,10 @@ to ask the model:
     H head width   F mlp width   V vocabulary   M scored tokens   U tokens with distinct pasts
 """
 
+import itertools
 import json
 import math
+import operator
 import os
 from dataclasses import asdict, dataclass, field
 
@@ -858,11 +860,17 @@ def render_chat(tokenizer, messages, think, tools=None, add_generation_prompt=Tr
     return ids, mask
 
 
-def show_tokens(tokenizer, ids, mask):
-    """The text with trained tokens green and the others red. Look at it once before a long run."""
+def show_tokens(tokenizer, ids, mask, colours=True):
+    """The text with trained tokens green and the others red. Look at it once before a long run.
+
+    Without colours, as for a file, [[ and ]] stand around what is trained.
+    """
     green, red, reset = "\033[32m", "\033[31m", "\033[0m"
-    pieces = []
-    for token, trained in zip(ids, mask, strict=True):
-        colour = green if trained else red
-        pieces.append(colour + tokenizer.decode([token], skip_special_tokens=False))
-    return "".join(pieces) + reset
+    text = ""
+    for trained, pairs in itertools.groupby(zip(ids, mask, strict=True), operator.itemgetter(1)):
+        stretch = tokenizer.decode([token for token, _ in pairs], skip_special_tokens=False)
+        if colours:
+            text += f"{green if trained else red}{stretch}{reset}"
+        else:
+            text += f"[[{stretch}]]" if trained else stretch
+    return text

@@ -24,12 +24,12 @@ import itertools
 import json
 import math
 import re
+import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, ranks, start_run
@@ -38,6 +38,7 @@ from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_conf
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
 from lib.packing import shared_prefixes, split_by_budget
+from lib.progress import SILENCE_S, progress
 from model import REASONING, TOOL_ROLES, reasoning_of, render_chat, show_tokens
 
 
@@ -200,7 +201,7 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     # Tokenize: every rank reads all rows, tokenizes every world-th and gets the others' samples.
     rank, world = ranks()
     mine = []
-    for i, row in enumerate(tqdm(rows, desc="tokenize", leave=False, disable=None)):
+    for i, row in enumerate(progress(rows, "tokenize")):
         if i % world == rank:
             mine.append(encode(row, tokenizer, cfg))
     shares = all_gather(mine)
@@ -366,7 +367,7 @@ def train_step(model, optimizer, samples, cfg, device, world):
     batches += [batches[-1]] * (num_batches - num_real)
 
     loss_sum = 0.0
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(progress(batches, "update")):
         is_real = i < num_real
         # Forward and loss: -log p summed over the trained tokens, over the global denominator.
         loss = model.nll(batch) / num_tokens
@@ -410,7 +411,7 @@ def evaluate(model, samples, cfg, device, rank, world):
         num_real = len(batches) if mine else 0
         num_batches = int(all_reduce({"n": len(batches)}, "max")["n"])
         nll_sum = 0.0
-        for i in range(num_batches):
+        for i in progress(range(num_batches), f"evaluation, {category}"):
             nll = model.nll(batches[i % len(batches)])
             if i < num_real:
                 nll_sum += nll.item()
@@ -466,7 +467,7 @@ def main(cfg):
     # Read the first step now, so that trouble with the data is reported before the log is touched.
     stream = itertools.chain([next(stream)], stream)
 
-    logger = Logger(cfg.out_dir, start)
+    logger = Logger(cfg, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(
         f"{resume or cfg.init_from} -> {cfg.out_dir}: {num_params / 1e6:.1f}M parameters, "
@@ -474,7 +475,8 @@ def main(cfg):
         f"steps {start + 1}..{cfg.num_steps} of {cfg.samples_per_step}"
     )
 
-    # A console line is printed 50 times a run; steps and tokens are counted from line to line.
+    # A console line is printed 50 times a run, and at least once a minute; steps and tokens are
+    # counted from line to line.
     line_every = max(cfg.num_steps // 50, 1)
     clock = time.time()
     steps_since, tokens_since = 0, 0
@@ -484,8 +486,10 @@ def main(cfg):
         mine = sorted(samples, key=length, reverse=True)[rank::world]
         if step == 1:
             ids, mask, _ = samples[0]
-            shown = show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400])
-            print0("first conversation, trained tokens in green:\n" + shown)
+            colours = sys.stdout.isatty()
+            shown = show_tokens(tokenizer, ids.tolist()[:400], mask.tolist()[:400], colours)
+            how = "in green" if colours else "in [[ ]]"
+            print0(f"first conversation, trained tokens {how}:\n{shown}")
 
         # Update: one gradient step at this step's learning rate; stop if the step was broken.
         began = time.time()
@@ -503,7 +507,8 @@ def main(cfg):
         steps_since += 1
         tokens_since += sum(length(sample) for sample in mine) * world
         line = ""
-        if step % line_every == 0 or step == 1 or is_last:
+        silent = time.time() - clock > SILENCE_S
+        if step % line_every == 0 or silent or step == 1 or is_last:
             seconds = time.time() - clock
             line = console_line(step, cfg, metrics, seconds / steps_since, tokens_since / seconds)
             clock = time.time()

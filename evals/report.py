@@ -34,6 +34,8 @@ from evals.results import (
 from evaluate import own_skills
 from lib.checkpoint import git_hash
 from lib.flags import PositiveInt, parse_config
+from lib.logs import without_middle
+from lib.progress import span
 
 
 @dataclass
@@ -162,14 +164,6 @@ def read_stage(folder, cfg):
     }
 
 
-def without_middle(text, most):
-    """Return a text, or the beginning and the end of a long one: `most` characters together."""
-    if len(text) <= most:
-        return text
-    half = most // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
-
-
 def read_rollouts(folder, stages, cfg):
     """Read completions and verdicts of the first problems of every task, mode and stage.
 
@@ -224,15 +218,6 @@ def versions():
         except importlib.metadata.PackageNotFoundError:
             pass
     return ", ".join(found)
-
-
-def span(seconds):
-    """Write a time in the unit that suits it."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    if seconds >= 90:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.0f} s"
 
 
 def day_of(path):

@@ -75,7 +75,7 @@ def best_checkpoint(out_dir):
     with open(log) as f:
         for line in f:
             metrics = json.loads(line)
-            if "eval" in metrics:
+            if metrics.get("eval") is not None:
                 scores[f"step_{metrics['step']:06d}"] = metrics["eval"]
     # Many steps are logged, and few are saved.
     candidates = [(scores[name], name) for name in step_folders(out_dir) if name in scores]
@@ -194,7 +194,9 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
             f"{final} cannot be written ({first_line(error)}; {free:.3g} GB were left there).",
             note="The checkpoint before it is whole.",
         )
-    if rank == 0:
+    # A step that was not applied proves nothing about the weights: the checkpoints before it may be
+    # the last good ones.
+    if rank == 0 and not state.get("skipped"):
         prune(out_dir, keep)
     # No rank goes on before the folder has its name.
     all_gather(None)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lib.guard import fail, guard, one_sentence
+from lib.progress import printed
 
 
 # ---- Start ---------------------------------------------------------------------------------------
@@ -107,6 +108,7 @@ def print0(*args):
     """Print on rank 0 only."""
     if ranks()[0] == 0:
         print(*args, flush=True)
+        printed()
 
 
 def all_reduce(values, op="sum"):
@@ -228,11 +230,17 @@ def average_gradients(model):
 
 
 # ---- End -----------------------------------------------------------------------------------------
+# What has to be closed when a script ends: trackers send what they still hold.
+closers = []
+
+
 def finish():
     """End a script without interpreter teardown, where gloo's threads sometimes abort the process.
 
     Every script ends with this call.
     """
+    for close in closers:
+        close()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()

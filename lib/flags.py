@@ -72,6 +72,8 @@ class RolloutFlags(MachineFlags):
     # the run stops when a larger share of a step's rewards are infrastructure failures
     max_infra: Share = 0.02
     sample_every: int = 10  # steps between printed samples; 0: never
+    # GB of rollouts that are kept in out_dir, the newest ones, for all ranks together; 0: none
+    keep_rollouts: float = 10.0
 
 
 # ---- From the command line to a Config -----------------------------------------------------------

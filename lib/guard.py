@@ -26,6 +26,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from lib.progress import break_silence
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -173,6 +175,10 @@ def watch(signal_pipe, limit_s):
         new_position = describe_position(frames)
         if new_position != position:
             position, since = new_position, time.monotonic()
+
+        # No phase passes in silence.
+        _, _, where = position.partition(", ")  # without the rank
+        break_silence(where, time.monotonic() - since)
 
         # A rank that waits in a collective gets 5 seconds more. The rank that it waits for then
         # ends first, and the sentence of that rank names the phase that is stuck.

@@ -1,13 +1,22 @@
-"""What a run prints and writes: at every step one console line and one line of metrics.jsonl."""
+"""What a run prints and writes: at every step one console line, one line of metrics.jsonl and its
+rollouts.
+"""
 
+import collections
+import dataclasses
 import json
+import math
 import os
+import re
 import resource
+import sys
+import time
 
 import torch
 
 from lib.common import all_reduce, print0, ranks
 from lib.guard import one_sentence
+from lib.progress import span
 
 # The status of a rollout's reward, in every stage. An edit that does not apply is a "no_answer".
 STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
@@ -61,29 +70,47 @@ def console_line(step, num_steps, m):
     m: the metrics of the step.
     """
     seconds = max(m["time/gen"] + m["time/train"], 1e-9)
+    scored = not nothing_scored(m)
     fields = [
         f"step {step}/{num_steps}",
         f"reward {m['reward']:.3f}",
         f"len {m['len']:.0f}",
         f"trunc {m['trunc']:.0%}",
         f"flat {m['flat']:.0%}",
-        f"ent {m['entropy']:.2f}",
-        f"gap {m['gap']:.1e}",
+        f"ent {m['entropy']:.2f}" if scored else "ent -",
+        f"gap {m['gap']:.1e}" if scored else "gap -",
         f"grad {m['grad_norm']:.2f}",
         f"lr {m['lr']:.1e}",
         f"gen {m['time/gen']:.1f}s train {m['time/train']:.1f}s",
         f"{m['num_tokens'] / seconds / 1000:.1f}k tok/s",
         f"{peak_memory() / 2**30:.1f} GB",
     ]
+    if m.get("kl"):
+        fields.append(f"kl {m['kl']:.1e}")
     if "eval" in m:
         fields.append(f"eval {m['eval']:.3f}")
     return " | ".join(fields)
 
 
+def nothing_scored(m):
+    """True if no token of a step had a gradient: then entropy and gap, means over such tokens, say
+    nothing, and their 0 is no collapse."""
+    return m.get("entropy") == 0 and m["grad_norm"] == 0
+
+
+def without_middle(text, most):
+    """Return a text, or the beginning and the end of a long one: `most` characters together."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters ...]\n{text[-half:]}"
+
+
 def show_sample(rollout):
-    """Print a rollout of this step: the end of its prompt, its text, its reward."""
-    print0(f"  prompt: {rollout.row['messages'][-1]['content']!r}")
-    print0(f"  sample: {rollout.text!r}")
+    """Print a rollout of this step: its prompt, its text, its reward. Together they fit a screen:
+    a completion of 24K tokens would be a line of 100 KB."""
+    print0(f"  prompt: {without_middle(rollout.row['messages'][-1]['content'], 400)!r}")
+    print0(f"  sample: {without_middle(rollout.text, 1000)!r}")
     print0(f"  reward: {rollout.reward:g} ({rollout.status}, {rollout.finish_reason})")
 
 
@@ -97,15 +124,29 @@ def peak_memory():
 
 # ---- Log -----------------------------------------------------------------------------------------
 class Logger:
-    """Prints the console line and writes the metrics.jsonl line of every step, on rank 0.
+    """Prints the console line of every step on rank 0 and writes what the run leaves in out_dir:
 
-    step: the step that the run resumes from. Lines of later steps are removed from the file.
+    metrics.jsonl         the numbers of every step
+    rollouts.rank0.jsonl  what was sampled (--keep_rollouts), one file a rank
+    run.json              flags and command of the run that writes there now
+
+    step: the step that the run resumes from. What was written of later steps is removed.
     """
 
-    def __init__(self, out_dir, step):
-        self.path = os.path.join(out_dir, "metrics.jsonl")
-        if ranks()[0] == 0:
+    def __init__(self, cfg, step):
+        self.cfg = cfg
+        self.rank, world = ranks()
+        self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
+        # SFT samples nothing, and has no such flag.
+        gigabytes = cfg.keep_rollouts if hasattr(cfg, "keep_rollouts") else 0.0
+        self.rollouts = RolloutFile(cfg.out_dir, self.rank, gigabytes / world)
+        self.rollouts.cut_back(step)
+        # When the latest steps ended, for the time that is left.
+        self.began = time.monotonic()
+        self.step_ends = collections.deque([(step, self.began)], maxlen=20)
+        if self.rank == 0:
             self.cut_back(step)
+            self.describe_run(world)
 
     def cut_back(self, step):
         """Keep the lines up to `step`. A line without its end, from a killed run, goes too."""
@@ -120,18 +161,122 @@ class Logger:
             f.writelines(kept)
         os.replace(self.path + ".tmp", self.path)
 
-    def log(self, step, metrics, line=""):
-        """Write the metrics of a step, and print `line` if there is one.
+    def describe_run(self, world):
+        """Write run.json, so that a run can be read before its first checkpoint."""
+        run = {
+            "config": dataclasses.asdict(self.cfg),
+            "command": sys.argv,
+            "torch": torch.__version__,
+            "world": world,
+        }
+        path = os.path.join(self.cfg.out_dir, "run.json")
+        with open(path + ".tmp", "w") as f:
+            json.dump(run, f)
+        os.replace(path + ".tmp", path)
+
+    def log(self, step, metrics, line="", rollouts=()):
+        """Write the metrics of a step and this rank's rollouts; print `line` if there is one.
 
         Adds "memory/rss_gb" to the metrics: the host memory that this process holds now, without
-        its verifier processes.
+        its verifier processes. And "time/unix": seconds since 1970.
         """
         if os.path.exists("/proc/self/statm"):
             with open("/proc/self/statm") as f:
                 resident_pages = int(f.read().split()[1])
             metrics["memory/rss_gb"] = resident_pages * resource.getpagesize() / 2**30
-        if ranks()[0] == 0:
+        metrics["time/unix"] = round(time.time(), 3)
+        if not getattr(self.cfg, "kl_coef", 0):
+            metrics.pop("kl", None)  # no reference policy
+        if nothing_scored(metrics):
+            metrics |= {"entropy": None, "gap": None}
+
+        self.rollouts.write(step, rollouts)
+        if self.rank == 0:
             with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **metrics}) + "\n")
+                f.write(as_json({"step": step, **metrics}) + "\n")
         if line:
-            print0(line)
+            print0(f"{line} | {self.time_left(step)}")
+
+    def time_left(self, step):
+        """Elapsed time since this process began, and what the latest 20 steps say is left."""
+        now = time.monotonic()
+        first_step, first_end = self.step_ends[0]
+        self.step_ends.append((step, now))
+        seconds_per_step = (now - first_end) / max(step - first_step, 1)
+        left = seconds_per_step * (self.cfg.num_steps - step)
+        return f"{span(now - self.began)}, {span(left)} left"
+
+
+def as_json(row):
+    """A row as a line of JSON, which knows no NaN and no infinity: they become null."""
+    finite = {}
+    for name, value in row.items():
+        broken = isinstance(value, float) and not math.isfinite(value)
+        finite[name] = None if broken else value
+    return json.dumps(finite, allow_nan=False)
+
+
+class RolloutFile:
+    """The rollouts that a rank sampled, one a line, in the order of the steps.
+
+    {"step", "prompt" (its row), "sample", "reward", "status", "advantage", "tokens",
+    "finish_reason", "text"}; the first of each prompt has "question" besides, the last turn.
+
+    gigabytes: the limit of this rank, 0 keeps none. A file that has grown to half of it becomes the
+    older half, and the older half before it goes: the newest rollouts stay.
+    """
+
+    def __init__(self, out_dir, rank, gigabytes):
+        self.path = os.path.join(out_dir, f"rollouts.rank{rank}.jsonl")
+        self.older = os.path.join(out_dir, f"rollouts.rank{rank}.older.jsonl")
+        self.most_bytes = gigabytes * 1e9 / 2
+
+    def cut_back(self, step):
+        """Remove the rollouts of later steps, and a line without its end."""
+        for path in (self.path, self.older):
+            if os.path.exists(path):
+                # Steps only grow, so what goes is the end of the file.
+                with open(path, "rb+") as f:
+                    f.truncate(end_of_step(f, step))
+
+    def write(self, step, rollouts):
+        if not self.most_bytes or not rollouts:
+            return
+        with open(self.path, "a") as f:
+            group, sample = None, 0
+            for r in rollouts:
+                is_first = r.group != group
+                group, sample = r.group, 0 if is_first else sample + 1
+                f.write(as_json(as_line(step, r, sample)) + "\n")
+            size = f.tell()
+        if size > self.most_bytes:
+            os.replace(self.path, self.older)
+
+
+def as_line(step, r, sample):
+    """What is kept of a rollout, the `sample`-th of its prompt."""
+    line = {
+        "step": step,
+        "prompt": r.row["index"],
+        "sample": sample,
+        "reward": r.reward,
+        "status": r.status,
+        "advantage": r.advantage,
+        "tokens": len(r.completion_ids),
+        "finish_reason": r.finish_reason,
+        "text": r.text,
+    }
+    if sample == 0:
+        line["question"] = r.row["messages"][-1]["content"]
+    return line
+
+
+def end_of_step(f, step):
+    """Byte behind the last whole line of a file of rollouts that is not of a later step."""
+    end = 0
+    for line in f:
+        found = re.match(rb'{"step": (\d+),', line)
+        if not found or int(found[1]) > step or not line.endswith(b"\n"):
+            break
+        end += len(line)
+    return end

@@ -27,7 +27,17 @@ EXTRAS = ("extras/mopd", "extras/slow_motion")
 SCRIPTS = (*STAGES, *EXTRAS, "evaluate", "evals/report", "evals/scaling", "toy")
 PLUMBING = tuple(
     f"lib/{name}.py"
-    for name in ("guard", "common", "flags", "logs", "plan", "checkpoint", "data", "packing")
+    for name in (
+        "progress",
+        "guard",
+        "common",
+        "flags",
+        "logs",
+        "plan",
+        "checkpoint",
+        "data",
+        "packing",
+    )
 )
 ROOMS = {"verifiers", "lib", "evals", "extras", "kernels"}
 
@@ -331,7 +341,7 @@ def imports_of(path):
 
 # The house from the ground up: no module imports from a floor above its own.
 FLOORS = (
-    {"kernels", "lib.guard", "lib.common", "lib.flags", "lib.logs"},
+    {"kernels", "lib.progress", "lib.guard", "lib.common", "lib.flags", "lib.logs"},
     {"model"},
     {"lib.data", "lib.packing", "lib.plan", "lib.prompts", "lib.checkpoint"},
     {"engine", "verifiers"},

@@ -519,7 +519,7 @@ def test_the_log_is_cut_back_to_the_step_resumed_from(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"'
     )
-    logger = Logger(str(tmp_path), 2)
+    logger = Logger(Config(out_dir=str(tmp_path)), 2)
     logger.log(3, {"a": 33})
     assert [row["a"] for row in metrics(tmp_path)] == [1, 2, 33]
 

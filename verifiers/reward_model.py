@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 from lib.common import all_gather, all_reduce, average_gradients, print0, ranks, shard
 from lib.data import BadRow, as_messages, load_table, required_field
 from lib.guard import fail, one_sentence
 from lib.packing import shared_prefixes, split_by_budget
 from lib.plan import check_memory
+from lib.progress import progress
 from model import (
     Qwen3,
     chat_template,
@@ -268,9 +268,7 @@ def train_reward_model(cfg, folder):
     steps = max(cfg.rm_epochs * len(pairs) // batch_size, 1)
     print0(f"reward model: {len(pairs)} pairs, {steps} steps of {batch_size}, from {init_from}")
 
-    # tqdm decides by itself (None) whether rank 0 has a terminal to draw on.
-    hide_bar = None if rank == 0 else True
-    for step in tqdm(range(1, steps + 1), desc="reward model", leave=False, disable=hide_bar):
+    for step in progress(range(1, steps + 1), "reward model"):
         # The learning rate rises over the first 3% of the steps and falls linearly to 0 (G6).
         warmup = step / (0.03 * steps + 1)
         decay = 1 - (step - 1) / steps
