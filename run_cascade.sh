@@ -6,6 +6,8 @@
 #   bash run_cascade.sh                  the toy: a tiny model, real verifiers, about 5 minutes on 2 CPU cores
 #   BASE=folder bash run_cascade.sh 8b   a run of the paper (tables T14-T20): 8b, 8b-thinking or 14b-thinking;
 #                                        0.6b trains a smaller model with the numbers of 8b
+#   bash run_cascade.sh cards            a test of the evaluation: measure the six 8B checkpoints that NVIDIA
+#                                        released, and lay the scores beside those of their card
 #   bash run_cascade.sh setup            only install into .venv
 #
 # The same command goes on after a crash: finished stages are skipped, an interrupted one resumes.
@@ -24,7 +26,8 @@
 #   RM         folder or URL of a reward model; if unset, RLHF trains one from the policy
 #   JUDGE      URL of the judge of SWE RL; if unset, similarity to the golden patch is the reward, which the
 #              paper found worse and from which the toy learned nothing at the paper's floor
-#   TASKS      what to measure after every stage, e.g. ifeval,math500; nothing if unset
+#   TASKS      what to measure after every stage, e.g. ifeval,math500; nothing if unset;
+#              for cards the benchmarks of the card
 #   EVAL_DATA  folder with the files of these tasks
 #   LIMIT      problems of each task; all if unset
 
@@ -348,6 +351,28 @@ real() {
 }
 
 # -----------------------------------------------------------------------------
+# The card of 8B: its eleven benchmarks on the checkpoint that NVIDIA released after each stage.
+
+cards() {
+    local ids=nvidia/Nemotron-Cascade-8B-Intermediate-ckpts stage
+    local released=models/${ids#*/}/Nemotron-Cascade-8B final=models/Nemotron-Cascade-8B
+    local rows=mmlu,mmlu_pro,gpqa,arenahard,ifeval,ifbench,aime24,aime25,lcb_v5,lcb_v6
+    local TASKS=${TASKS:-$rows,swebench_files,swebench}
+
+    if [ ! -e "$released-SFT" ]; then run .venv/bin/hf download $ids --local-dir "models/${ids#*/}"; fi
+    if [ ! -e $final ]; then run .venv/bin/hf download nvidia/Nemotron-Cascade-8B --local-dir $final; fi
+
+    # Each stage and its checkpoint. No gate is checked: these models are measured, not trained.
+    for stage in sft:$released-SFT rlhf:$released-RLHF ifrl:$released-IFRL mathrl:$released-MathRL \
+        coderl:$released-CodeRL swerl:$final; do
+        if [ -e "$OUT/${stage%%:*}.scored" ]; then continue; fi
+        measure --model="${stage#*:}" --stage="${stage%%:*}" --results="$OUT/results.jsonl"
+        run touch "$OUT/${stage%%:*}.scored"
+    done
+    run .venv/bin/python bench/cards.py --run="$OUT"
+}
+
+# -----------------------------------------------------------------------------
 # Main. bench/control.sh and bench/mopd.sh source this file for its functions and stop here.
 
 if [ "${BASH_SOURCE[0]}" != "$0" ]; then return 0; fi
@@ -361,6 +386,14 @@ case $PRESET in
         toy
         run .venv/bin/python -m evals.report --run="$OUT"
         ;;
+    cards)
+        if [ "$GPUS" = 0 ]; then
+            echo "== no GPU here: these are the commands"
+            DRY_RUN=1
+        fi
+        setup
+        cards
+        ;;
     0.6b | 8b | 8b-thinking | 14b-thinking)
         if [ -z "${BASE:-}" ]; then
             echo "run_cascade.sh: set BASE to the folder of a Qwen3 base model." >&2
@@ -371,7 +404,7 @@ case $PRESET in
         if [ -n "${TASKS:-}" ]; then run .venv/bin/python -m evals.report --run="$OUT"; fi
         ;;
     *)
-        echo "usage: bash run_cascade.sh [toy|0.6b|8b|8b-thinking|14b-thinking|setup]" >&2
+        echo "usage: bash run_cascade.sh [toy|0.6b|8b|8b-thinking|14b-thinking|cards|setup]" >&2
         exit 2
         ;;
 esac

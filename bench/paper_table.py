@@ -1,12 +1,13 @@
 """Prints the paper's own scores by stage, and draws them, to stand beside ours.
 
-    python bench/paper_table.py          prints the markdown table, writes bench/paper_8b.png
+    python bench/paper_table.py    prints two tables, writes bench/paper_8b.png and paper_lcb.png
 
-Nothing here was measured by this repository. The source is Nemotron-Cascade (arXiv 2512.13607),
-tables T2 and T4-T8. IFEval is prompt-level strict, in no_think for the unified model; all other
-scores are in think mode. The paper prints no intervals, so an arrow says by how much two scores
-differ, not that the difference is beyond noise. tests/test_evaluate.py holds the gates of
-evals/results.py against these columns, with the noise that as many draws would have.
+Nothing here was measured by this repository. The source is Nemotron-Cascade (arXiv 2512.13607):
+tables T2 and T4-T8 for the stages, T1 for the final models; the model cards repeat them. IFEval is
+prompt-level strict, in no_think for the unified model; all other scores are in think mode. The
+paper prints no intervals, so an arrow says by how much two scores differ, not that the difference
+is beyond noise. tests/test_evaluate.py holds the gates of evals/results.py against these columns,
+with the noise that as many draws would have. bench/cards.py lays them beside scores of ours.
 """
 
 import os
@@ -15,7 +16,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
-from evals.plots import plot_matrix  # noqa: E402
+from evals.plots import plot_matrix, plot_stages  # noqa: E402
 from evals.report import table  # noqa: E402
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
@@ -63,6 +64,17 @@ THINKING = {
         "swebench": (34.5, 38.8, 38.4, 39.7, 39.6, 43.1),
     },
 }
+# What the cards of the final models have besides (T1; pass@32: 7.4). The paper's localisation has a
+# retrieval half that ours has not.
+FINAL = {
+    "LiveCodeBench Pro 25Q2 easy": {"8b": 65.7, "8b-thinking": 64.8, "14b-thinking": 68.9},
+    "LiveCodeBench Pro 25Q2 medium": {"8b": 6.4, "8b-thinking": 6.1, "14b-thinking": 10.5},
+    "BFCL V3": {"8b": 64.4, "14b-thinking": 67.5},
+    "SWE-bench Verified, best@32": {"8b": 43.6, "14b-thinking": 53.8},
+    "SWE-bench Verified, pass@32": {"8b": 57.7, "14b-thinking": 67.0},
+}
+# DeepSeek-R1-0528, the teacher of SFT (T1)
+TEACHER = {"lcb_v5": ("DeepSeek-R1-0528", 0.748), "lcb_v6": ("DeepSeek-R1-0528", 0.733)}
 # The benchmarks that a stage is meant to raise: bold in the table, outlined in the heat map.
 TEACHES = {
     "rlhf": ("arenahard",),
@@ -73,15 +85,31 @@ TEACHES = {
 }
 
 
-def main():
-    columns = [(name, "") for name in PAPER]
+def cells_of(columns):
+    """Return result lines without intervals, as evals/plots.py reads them: {(stage, task, ...)}."""
     cells = {}
-    for name, (_, scores) in PAPER.items():
+    for name, scores in columns.items():
         for stage, score in zip(STAGES, scores, strict=True):
             cells[stage, name, "", "sampled"] = {"score": score / 100}
+    return cells
+
+
+def draw():
+    """Write the table of 8B as a heat map, and LiveCodeBench of 14B over the stages (figure F1)."""
+    columns = [(name, "") for name in PAPER]
+    cells = cells_of({name: scores for name, (_, scores) in PAPER.items()})
     title = "NOT OURS: Nemotron-Cascade-8B as its paper reports it (arXiv 2512.13607, T2, T4-T8), %"
     plot_matrix(os.path.join(HERE, "paper_8b.png"), cells, STAGES, columns, TEACHES, title)
 
+    title = "NOT OURS: Nemotron-Cascade-14B-Thinking, from its paper (T2, T4-T8), %"
+    columns = [("lcb_v5", ""), ("lcb_v6", "")]
+    cells = cells_of(THINKING["14b-thinking"])
+    path = os.path.join(HERE, "paper_lcb.png")
+    plot_stages(path, cells, STAGES, columns, TEACHES, title, TEACHER)
+
+
+def main():
+    draw()
     rows = []
     for i, stage in enumerate(STAGES):
         row = [stage]
@@ -90,6 +118,12 @@ def main():
             row.append(f"**{scores[i]}**" if taught else scores[i])
         rows.append(row)
     print(table(["after", *PAPER], rows))
+
+    models = ("8b", *THINKING)
+    rows = []
+    for name, scores in FINAL.items():
+        rows.append([name, *(scores.get(model, "-") for model in models)])
+    print("\n" + table(["final", *models], rows))
 
 
 if __name__ == "__main__":

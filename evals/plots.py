@@ -1,4 +1,4 @@
-"""The matrix of a run, printed and drawn, and the curves of its stages."""
+"""The matrix of a run, printed and drawn, its benchmarks over the stages, and the curves."""
 
 import glob
 import itertools
@@ -8,7 +8,7 @@ import numpy as np
 
 from evals.results import base_of, columns_of, kept_lines, read_results
 
-MATRIX_TITLE = "held-out score after each stage, %, with its 95% interval (sampled)"
+SCORES_TITLE = "held-out score after each stage, %, with its 95% interval (sampled)"
 OUTLINE = "#c2570c"  # around the cells of a stage's own skill
 
 # The panels of curves_<stage>.png: keys of metrics.jsonl, and their titles. SFT has no rewards.
@@ -28,7 +28,7 @@ def skill_of(stage, own):
 
 # ---- 1. The matrix, printed ----------------------------------------------------------------------
 def draw_matrix(folder, own):
-    """Print the stage-by-skill tables of folder/results.jsonl, and draw matrix.png and the curves.
+    """Print the stage-by-skill tables of folder/results.jsonl; draw matrix.png, stages.png, curves.
 
     own: {script: the task that it teaches}
     """
@@ -38,6 +38,8 @@ def draw_matrix(folder, own):
         print_scores(cells, stages, columns, decoding, own)
     print_own_skills(cells, stages, own)
     plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns, own)
+    if len(stages) > 1:
+        plot_stages(os.path.join(folder, "stages.png"), cells, stages, columns, own)
     plot_all_curves(folder, stages)
 
 
@@ -100,7 +102,7 @@ def padded_interval(cell):
 
 
 # ---- 2. The matrix, drawn ------------------------------------------------------------------------
-def plot_matrix(path, cells, stages, columns, own, title=MATRIX_TITLE):
+def plot_matrix(path, cells, stages, columns, own, title=SCORES_TITLE):
     """Draw the sampled scores as a heat map, one row a stage.
 
     An outline marks what a stage teaches. An arrow is the change against the stage above; it is
@@ -168,7 +170,72 @@ def write_cell(axis, x, y, cell, before):
     axis.text(x, y + 0.24, half_width + arrow, fontsize=8, fontweight=weight, **style)
 
 
-# ---- 3. Curves -----------------------------------------------------------------------------------
+# ---- 3. Benchmarks over the stages ---------------------------------------------------------------
+PANELS_IN_A_ROW = 4
+
+
+def plot_stages(path, cells, stages, columns, own, title=SCORES_TITLE, references=None):
+    """Draw one panel a benchmark: its sampled score after each stage, as a line.
+
+    The dots of the stages that teach it are orange. own: {script: task, or a tuple of tasks}.
+    references: {task: (name, score)} of a dashed line, for instance another model's score
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    num_columns = min(len(columns), PANELS_IN_A_ROW)
+    num_rows = -(-len(columns) // num_columns)  # rounded up
+    size = (max(3.6 * num_columns, 8.0), 2.9 * num_rows + 0.5)  # inches
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(columns) :]:
+        axis.set_visible(False)
+    for axis, (task, mode) in zip(axes.flat, columns):
+        draw_panel(axis, cells, stages, (task, mode), own)
+        axis.set_title(f"{task} {mode}".strip(), fontsize=10)
+        if references and task in references:
+            name, score = references[task]
+            axis.axhline(100 * score, color="#777777", linestyle="--", linewidth=1, label=name)
+            axis.legend(fontsize=8, loc="lower right")
+    legend = f"{title}; orange: the skill a stage teaches"
+    figure.text(0.5, 0.01, legend, ha="center", fontsize=9, color="#555555")
+    figure.tight_layout(rect=(0, 0.2 / size[1], 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_panel(axis, cells, stages, column, own):
+    """Draw the score of one task and mode over the stages into a panel, each with its number."""
+    task, mode = column
+    measured = []
+    for x, stage in enumerate(stages):
+        cell = cells.get((stage, task, mode, "sampled"))
+        if cell:
+            measured.append((x, stage, cell))
+    xs = [x for x, _, _ in measured]
+    scores = [100 * cell["score"] for _, _, cell in measured]
+    axis.plot(xs, scores, color="#2f8f84", linewidth=1.5, zorder=1)
+    for x, stage, cell in measured:
+        skill = skill_of(stage, own)
+        taught = skill if isinstance(skill, tuple) else (skill,)
+        color = OUTLINE if task in taught else "#0b5d56"
+        # The paper's scores have no interval.
+        low, high = 100 * cell.get("low", cell["score"]), 100 * cell.get("high", cell["score"])
+        axis.vlines(x, low, high, color=color, linewidth=1.5)
+        axis.plot(x, 100 * cell["score"], "o", color=color, markersize=5, zorder=4)
+        place = {"xy": (x, high), "xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+        # On white, so that a line that rises steeply does not cross the number.
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axis.annotate(f"{100 * cell['score']:.1f}", **place, fontsize=8, bbox=behind)
+    axis.set_xticks(range(len(stages)), stages, fontsize=8)
+    axis.set_xlim(-0.4, len(stages) - 0.6)
+    axis.margins(y=0.18)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="y", alpha=0.3)
+
+
+# ---- 4. Curves -----------------------------------------------------------------------------------
 def plot_all_curves(folder, stages):
     """Draw curves_<stage>.png of every stage but SFT that was trained in this folder.
 
