@@ -654,6 +654,10 @@ def chat_template():
         return f.read()
 
 
+# In front of the chat template of a model whose SFT saw thinking conversations alone: the template
+# then refuses no_think, which the model cards of 8B-Thinking and 14B-Thinking do not support.
+ONLY_THINKS = "{%- set only_thinks = true -%}"
+
 # The files of a folder that belong to its tokenizer; generation_config.json has its stop tokens.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -703,16 +707,19 @@ def stop_ids(tokenizer):
     return list(dict.fromkeys(stops + getattr(tokenizer, "own_stops", [])))
 
 
-def save_tokenizer(source, folder, template=None):
+def save_tokenizer(source, folder, template=None, only_thinks=False):
     """Write the tokenizer of `source` to `folder`, with our chat template and stop tokens.
 
     source: a folder, or the tokenizer_files of one. The sampling settings are those of the
-    Cascade model cards, so that a server samples by them.
+    Cascade model cards, so that a server samples by them. only_thinks: the template refuses
+    no_think; it does so as well if that of the source does.
     """
     files = source if isinstance(source, dict) else tokenizer_files(source)
-    template = template or chat_template()
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= json.loads(files.get("tokenizer_config.json", "{}"))
+    only_thinks = only_thinks or str(config.get("chat_template")).startswith(ONLY_THINKS)
+    if template is None:
+        template = ONLY_THINKS + chat_template() if only_thinks else chat_template()
     config["chat_template"] = template
     config["eos_token"] = "<|im_end|>"
     config["pad_token"] = "<|endoftext|>"

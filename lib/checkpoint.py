@@ -173,7 +173,8 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
         if rank == 0:
             model.save_pretrained(folder, weights)
             # The tokenizer's files were read with the weights: the folder may be gone by now.
-            save_tokenizer(model.tokenizer_files, folder)
+            only_thinks = getattr(cfg, "think_only", False)  # a flag of sft.py
+            save_tokenizer(model.tokenizer_files, folder, only_thinks=only_thinks)
             run = {
                 "step": step,
                 "config": dataclasses.asdict(cfg),

@@ -9,9 +9,13 @@ talks to it as it was trained.
 import itertools
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from model import render_chat, render_turns, save_tokenizer, show_tokens, stop_ids
+import mathrl
+import sft
+from lib import checkpoint
+from model import Qwen3, render_chat, render_turns, save_tokenizer, show_tokens, stop_ids
 
 SYSTEM = "<|im_start|>system\nYou are a helpful and harmless assistant.<|im_end|>\n"
 WEATHER = {
@@ -296,6 +300,29 @@ def test_the_saved_template_gives_the_same_text_in_transformers(
 
 def test_thinking_is_the_mode_of_clients_that_do_not_choose(their_tokenizer):
     assert " /think<|im_end|>" in their_tokenizer.apply_chat_template([user("Hi")], tokenize=False)
+
+
+def test_a_model_that_only_thinks_refuses_no_think_and_so_do_the_stages_after_it(world, tmp_path):
+    """SFT with --think_only marks the template that it saves; every later stage keeps the mark."""
+    model = Qwen3.from_pretrained(world / "base")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    folder = tmp_path / "sft"
+    cfg = sft.Config(init_from=str(world / "base"), think_only=True)
+    after_sft = checkpoint.save_checkpoint(str(folder), 1, model, optimizer, cfg, {})
+    model = Qwen3.from_pretrained(after_sft)
+    cfg = mathrl.Config(init_from=after_sft)
+    after_rl = checkpoint.save_checkpoint(str(tmp_path / "rl"), 1, model, optimizer, cfg, {})
+
+    messages = [user("Hi /no_think"), assistant("Hello."), user("Bye")]
+    for saved in (after_sft, after_rl):
+        theirs = AutoTokenizer.from_pretrained(saved)
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        assert "user\nBye /think<|im_end|>" in text
+        # The history is shown without its thinking, as the card has it.
+        assert "user\nHi /no_think<|im_end|>" in text
+        for turns, flag in ((messages, False), ([user("Hi /no_think")], True)):
+            with pytest.raises(Exception, match="this model always thinks"):
+                theirs.apply_chat_template(turns, tokenize=False, enable_thinking=flag)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
