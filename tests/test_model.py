@@ -7,11 +7,12 @@ thing wherever it is computed: in the sampler, in the trainer, in transformers.
 """
 
 import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from transformers import Qwen3Config as TheirConfig
@@ -22,6 +23,7 @@ from model import (
     Qwen3,
     Qwen3Config,
     hf_config,
+    max_positions,
     packed_batch,
     read_config,
     rope_tables,
@@ -431,6 +433,27 @@ def test_yarn_at_the_real_head_width_is_that_of_transformers(factor):
     angle_H = torch.atan2(sin_TH[1], cos_TH[1])
     assert torch.allclose(angle_H, inv_freq, rtol=1e-5, atol=0)
     assert torch.allclose(cos_TH[0], torch.full((64,), scale))
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_yarn_is_switched_on_as_the_page_says(factor, tmp_path):
+    """The fields of bench/README.md in a config.json without YaRN give what --rope_factor gives."""
+    page = (ROOT / "bench" / "README.md").read_text()
+    fields = re.search(r"### Beyond 32K tokens.*?```json\n(.*?)```", page, re.DOTALL)[1]
+    if factor == 3.0:
+        fields = fields.replace("2.0", "3.0").replace("65536", "98304")
+    scaled_down("8b", max_position_embeddings=32768).save_pretrained(tmp_path)
+    expected = Qwen3.from_pretrained(tmp_path, rope_factor=factor).config
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | json.loads(fields)))
+
+    ours = read_config(tmp_path)
+    assert ours.rope_scaling == expected.rope_scaling and ours.rope_theta == expected.rope_theta
+    assert max_positions(ours) == max_positions(expected) == factor * 32768
+    theirs = TheirConfig.from_pretrained(tmp_path)
+    written = hf_config(expected)
+    assert theirs.rope_parameters == TheirConfig(**written).rope_parameters
+    assert theirs.max_position_embeddings == written["max_position_embeddings"]
 
 
 def test_a_stretched_checkpoint_takes_another_factor_from_the_original_length(world, tmp_path):
