@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
+from lib.chats import as_messages
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, as_messages, load_table, required_field
+from lib.data import BadRow, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -202,7 +203,7 @@ def normal_tests(row, header=""):
 
 def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path) that unit tests can judge."""
-    return load_table(path or cfg.data, normalize, limit)
+    return load_table(path or cfg.data, normalize, limit, cfg.ignore_fields)
 
 
 def select_rows(rows, epoch, history, cfg):

@@ -37,9 +37,10 @@ import numpy as np
 import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
+from lib.chats import as_messages
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, as_messages, load_table, required_field
+from lib.data import BadRow, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -186,7 +187,7 @@ def load_rows(cfg, path=None, limit=0):
             raise BadRow(f"not of taxonomy {cfg.taxonomy}")
         return {**normal, "think": cfg.think}
 
-    rows = load_table(path, normalize_and_select, limit)
+    rows = load_table(path, normalize_and_select, limit, cfg.ignore_fields)
     counts = Counter()
     for row in rows:
         counts.update(row["instruction_id_list"])

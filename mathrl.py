@@ -29,9 +29,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
+from lib.chats import as_messages
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, as_messages, first_nonempty, load_table, required_field
+from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -138,7 +139,7 @@ def find_answer(row, where):
 def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path): each problem once, only answers that the verifier can read."""
     path = path or cfg.data
-    rows = load_table(path, normalize, limit)
+    rows = load_table(path, normalize, limit, cfg.ignore_fields)
     # DAPO repeats its problems; the last copy of each is kept.
     distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
     if len(distinct) < len(rows):

@@ -27,9 +27,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
+from lib.chats import as_messages
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, as_messages, first_nonempty, load_table, required_field
+from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail, one_sentence
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -136,7 +137,7 @@ def load_rows(cfg, path=None, limit=0):
 
     The first half of the rows has every prompt once, think_share of them in think mode.
     """
-    rows = load_table(path or cfg.data, normalize, limit)
+    rows = load_table(path or cfg.data, normalize, limit, cfg.ignore_fields)
     for number, row in enumerate(rows):
         row["number"] = number  # of the prompt
         row["think"] = thinks_at(number, cfg.think_share)

@@ -21,7 +21,6 @@ by block; D5 the cosine runs over 100K steps, so the learning rate hardly decays
 
 import functools
 import itertools
-import json
 import math
 import re
 import sys
@@ -31,15 +30,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lib.chats import json_objects, read_chat, tool_calls_of, with_thought, without_tags
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, ranks, start_run
-from lib.data import BadRow, as_messages, fresh_cursors, normal_rows, read_rows, stream_rows
+from lib.data import BadRow, first_nonempty, fresh_cursors, normal_rows, read_rows, stream_rows
 from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
 from lib.packing import shared_prefixes, split_by_budget
 from lib.progress import SILENCE_S, progress
-from model import REASONING, TOOL_ROLES, reasoning_of, render_chat, show_tokens
+from lib.unread import ANSWERED, ASKED
+from model import TOOL_ROLES, render_chat, show_tokens
 
 
 # ---- 1. Config -----------------------------------------------------------------------------------
@@ -77,112 +78,64 @@ class Config(MachineFlags):  # memory, checkpoints, time limits: lib/flags.py
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-# A tool's reply that brings tags of its own: one or more <tool_response> blocks and nothing else.
-TAGGED_REPLIES = re.compile(
-    r"(\s*<tool_response>((?!</?tool_response>).)*</tool_response>\s*)+", re.S
-)
-
-
 def normalize(row, where, think_only=False):
     """One row of any known SFT set -> {"messages", "tools", "think", "category"}. BadRow drops it.
 
     Nothing in a single row stops the run: the five-millionth is read days after the first.
     """
-    if "output" in row and "messages" not in row:
-        row = from_llama_nemotron(row)
-    if "messages" not in row:
-        raise BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
-    messages = as_messages(row["messages"], "messages")
-    check_turns(messages)
-    tools = from_json(row.get("tools"), "tools")
-    for message in messages:
-        if message["role"] in TOOL_ROLES:
-            message["content"] = without_tags(message["content"])
-        message["tool_calls"] = tool_calls_of(message)
-    has_reasoning = check_reasoning(messages)
-    think = row.get("thinking")
+    turns, think = read_chat(row)
+    last_user = check_turns(turns)
+    messages = []
+    has_thought = False
+    for i, turn in enumerate(turns):
+        message, thinks = normal_turn(turn)
+        messages.append(message)
+        if message["role"] == "assistant" and i > last_user:
+            check_trained(turn, message)
+            has_thought = has_thought or thinks
+    # A mode is taught by its own rows: thoughts only in think mode, and none without one there.
     if think is None:
-        think = "<think>" in messages[-1]["content"] or has_reasoning
-    if not isinstance(think, bool):
-        raise BadRow('field "thinking" is neither true nor false')
-    if has_reasoning and not think:
+        think = has_thought
+    if think and not has_thought:
+        raise BadRow("a think conversation without a thought")
+    if has_thought and not think:
         raise BadRow("reasoning in a no_think conversation")
     if think_only and not think:
         raise BadRow("a no_think conversation")
+    tools = json_objects(row.get(first_nonempty(row, "tools", "functions")), "tools")
     category = str(row.get("category") or "all")
     return {"messages": messages, "tools": tools, "think": think, "category": category}
 
 
-def from_llama_nemotron(row):
-    """A Llama-Nemotron row as a chat: it has question and answer in fields of their own."""
-    messages = as_messages(row.get("input"), "input")
-    system = row.get("system_prompt") or ""
-    # This set switches the mode by its system prompt. Ours is the field "thinking".
-    if system and not re.fullmatch("detailed thinking (on|off)", system):
-        messages = [{"role": "system", "content": system}, *messages]
-    messages = [*messages, {"role": "assistant", "content": row["output"]}]
-    return {**row, "messages": messages, "thinking": row.get("reasoning") == "on"}
-
-
-def check_turns(messages):
-    """BadRow unless there is a user turn, and an assistant turn at the end to train on."""
-    if not messages or messages[-1]["role"] != "assistant":
+def check_turns(turns):
+    """The index of the last user turn. BadRow without one, or without an assistant turn at the
+    end."""
+    if not turns or turns[-1]["role"] != "assistant":
         raise BadRow("the last turn is not the assistant's")
-    last = messages[-1]
-    if not last["content"].strip() and not last.get("tool_calls") and not last.get("function_call"):
-        raise BadRow("the last assistant turn is empty")
-    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in turns):
         raise BadRow("no user turn")
+    return max(i for i, turn in enumerate(turns) if turn["role"] == "user")
 
 
-def check_reasoning(messages):
-    """Whether a turn that is trained on has its thinking in a field of its own.
-
-    render_turns writes that field into the text. BadRow if it is no text.
-    """
-    last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    trained = [m for m in messages[last_user + 1 :] if m["role"] == "assistant"]
-    for message in trained:
-        for name in REASONING:
-            if isinstance(message.get(name), (list, dict)):
-                raise BadRow(f'field "{name}" of a turn is not text')
-    return any(reasoning_of(message) for message in trained)
+def normal_turn(turn):
+    """({"role", "content", "tool_calls"}, whether it has a thought) of a turn."""
+    content, has_thought = turn["content"], False
+    if turn["role"] in TOOL_ROLES:
+        content = without_tags(content)
+    elif turn["role"] == "assistant":
+        content, has_thought = with_thought(turn)
+    message = {"role": turn["role"], "content": content, "tool_calls": tool_calls_of(turn)}
+    return message, has_thought
 
 
-def without_tags(content):
-    """A tool's reply without <tool_response> tags, which the chat template writes around it."""
-    if not TAGGED_REPLIES.fullmatch(content):
-        return content
-    replies = re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", content, re.S)
-    # Between two replies the tags have to stay, since the template writes only the outer ones.
-    return "\n</tool_response>\n<tool_response>\n".join(replies)
-
-
-def tool_calls_of(message):
-    """The tool calls of a turn: name and arguments each, at their top or under "function"."""
-    calls = from_json(message.get("tool_calls"), "tool_calls")
-    if message.get("function_call"):
-        calls = [*calls, *from_json([message["function_call"]], "function_call")]
-    for call in calls:
-        function = call.get("function") or call
-        is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
-        if not is_named or "arguments" not in function:
-            raise BadRow("a tool call without name and arguments")
-    return calls
-
-
-def from_json(value, name):
-    """A list of objects. A row holds it as a list or as JSON text, or has none: that is []."""
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow(f'field "{name}" is not valid JSON')
-    elif not value:
-        value = []
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise BadRow(f'field "{name}" is no list of objects')
-    return value
+def check_trained(turn, message):
+    """BadRow if an assistant turn that is trained on has no answer, or is not to be trained on."""
+    answer = message["content"].rpartition("</think>")[2]
+    if not answer.strip() and not message["tool_calls"]:
+        raise BadRow("the last assistant turn is empty")
+    for name in ("weight", "loss_weight", "train"):
+        if turn.get(name) not in (None, 1):
+            raise BadRow(f'a last turn that is not to be trained on ("{name}" is {turn[name]})')
 
 
 def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
@@ -196,7 +149,14 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
         raw_rows = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows)
     else:
         raw_rows = read_rows(path)
-    rows = normal_rows(raw_rows, functools.partial(normalize, think_only=cfg.think_only), path)
+    rows = normal_rows(
+        raw_rows,
+        functools.partial(normalize, think_only=cfg.think_only),
+        path,
+        cfg.ignore_fields,
+        ASKED | ANSWERED,
+        can_stop=not seen,
+    )
 
     # Tokenize: every rank reads all rows, tokenizes every world-th and gets the others' samples.
     rank, world = ranks()

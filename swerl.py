@@ -32,9 +32,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
+from lib.chats import as_messages
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
-from lib.data import BadRow, as_messages, first_nonempty, load_table, required_field
+from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -334,7 +335,7 @@ def load_rows(cfg, path=None, limit=0):
     def normalize_row(row, where):
         return normalize(row, where, cfg)
 
-    rows = load_table(path, normalize_row, limit)
+    rows = load_table(path, normalize_row, limit, cfg.ignore_fields)
     num_own = sum(row["own_prompt"] for row in rows)
     print0(f"data {path}: {num_own} of {len(rows)} prompts are the rows' own, the others ours")
     return rows

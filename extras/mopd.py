@@ -131,6 +131,7 @@ def load_domain(domain, cfg, limit):
         find_file(teacher, "config.json")
     module = importlib.import_module(stage)
     flags = {"data": data, "max_prompt_tokens": cfg.max_prompt_tokens}
+    flags["ignore_fields"] = cfg.ignore_fields
     if stage == "swerl":
         flags["min_prompt_tokens"] = 0  # SWE RL drops short prompts otherwise
     rows = []

@@ -12,8 +12,8 @@ import os
 import re
 
 from lib.common import print0
-from lib.guard import fail
-from model import ROLES
+from lib.guard import fail, first_line
+from lib.unread import ASKED, Watched, kind_of_field, may_be_ignored
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz")
 
@@ -307,73 +307,96 @@ def first_nonempty(row, *names):
     return present[0] if present else names[0]
 
 
-def as_messages(turns, name="prompt"):
-    """Chat messages [{"role", "content", ...}] from the forms that data sets have.
-
-    A string is a user's turn. Content that is a list of parts is joined, and null is empty text.
-    name: the field, for the reason under which a bad row is dropped.
-    """
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    if not isinstance(turns, list) or not all(has_role(turn) for turn in turns):
-        raise BadRow(f'field "{name}" is no list of chat messages with a role each')
-    if any(turn["role"] not in ROLES for turn in turns):
-        raise BadRow("a turn of an unknown role")
-    messages = []
-    for turn in turns:
-        content = turn.get("content") or ""
-        if isinstance(content, list):
-            content = text_of_parts(content)
-        messages.append(turn | {"content": content})
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise BadRow(f'field "{name}" has a message whose content is not text')
-    return messages
-
-
-def has_role(turn):
-    """Whether a turn is an object with the role of its speaker, like "user"."""
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str)
-
-
-def text_of_parts(parts):
-    """The texts of a message's parts, a line each. BadRow: a part is an image or other content.
-
-    Such a prompt without its image asks for what nobody can answer, so its row is dropped, counted.
-    """
-    texts = []
-    for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise BadRow("a message has a part that is not text")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 # ---- Normal rows ---------------------------------------------------------------------------------
-def normal_rows(items, normalize, path):
+def normal_rows(items, normalize, path, ignore_fields=None, kinds=ASKED, can_stop=True):
     """Yield normalize(row, where) of each (where, row); print at the end what was dropped and why.
 
     A run without a usable row ends here. path: the data set, for the messages.
+
+    ignore_fields: fields that may stay unread although a row means something else without them,
+    joined by commas. A row with another one (kinds: lib/unread.py) is dropped, and the run ends.
+    All unread fields are printed. None: nobody asks.
+    can_stop: if False, nothing ends the run. It is for rows that are read while a run trains.
     """
     total = 0
     dropped = {}  # reason -> where the rows are
+    unread = {}  # name of a field -> where the rows are
     for where, raw in items:
-        if not isinstance(raw, dict):
-            fail(f"data {where}: a row is {type(raw).__name__}, expected an object.")
         total += 1
         try:
-            yield normalize(raw, where)
+            if isinstance(raw, BadRow):
+                raise raw
+            if not isinstance(raw, dict):
+                raise ValueError(f"a row is {type(raw).__name__}, expected an object")
+            row = Watched(raw)
+            normal = normalize(row, where)
+            check_text(normal)
+            if ignore_fields is not None:
+                names = row.unread()
+                for name in names:
+                    unread.setdefault(name, []).append(where)
+                check_unread(names, ignore_fields, kinds)
         except BadRow as reason:
             dropped.setdefault(str(reason), []).append(where)
+            continue
         except Exception as error:  # noqa: BLE001  a row of a shape that nobody thought of
-            fail(f"data {where}: {type(error).__name__}: {error}.")
+            if can_stop:
+                fail(f"data {where}: {first_line(error)}.")
+            reason = f"it cannot be read ({type(error).__name__})"
+            dropped.setdefault(reason, []).append(where)
+            continue
+        yield normal
 
     for reason, rows in sorted(dropped.items(), key=lambda item: -len(item[1])):
         print0(f"data {path}: dropped {len(rows)} of {total} rows, {reason} (first: {rows[0]})")
-    if total == sum(len(rows) for rows in dropped.values()):
+    say_unread(unread, total, path, ignore_fields, kinds, can_stop)
+    if can_stop and total == sum(len(rows) for rows in dropped.values()):
         reasons = "; ".join(f"{len(rows)} x {reason}" for reason, rows in dropped.items())
         fail(f"data {path}: no usable row ({reasons or 'the file is empty'}).")
 
 
-def load_table(path, normalize, limit=0):
-    """Normal rows of a data set, all at once; of its first `limit` rows if that is not 0."""
-    return list(normal_rows(read_rows(path, limit), normalize, path))
+def check_text(value):
+    """BadRow if a text in a normal row has half of a surrogate pair, which no tokenizer encodes."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRow("a text with half of a surrogate pair")
+    elif isinstance(value, dict):
+        for item in value.values():
+            check_text(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_text(item)
+
+
+def check_unread(names, ignore_fields, kinds):
+    """BadRow if one of these fields, which nobody looked at, changes what the row means."""
+    for name in sorted(names):
+        kind = kind_of_field(name, kinds)
+        if kind and not may_be_ignored(name, ignore_fields):
+            raise BadRow(f'"{name}" is not read, {kind} by its name')
+
+
+def say_unread(unread, total, path, ignore_fields, kinds, can_stop):
+    """Print which fields nobody looked at, {name: where}. One that matters ends the run."""
+    most_first = sorted(unread.items(), key=lambda item: (-len(item[1]), item[0]))
+    if most_first:
+        shares = [f"{name} in {len(rows)} of {total} rows" for name, rows in most_first[:20]]
+        more = f" and {len(most_first) - 20} more" if len(most_first) > 20 else ""
+        print0(f"data {path}: not read: {', '.join(shares)}{more}")
+    for name, rows in most_first:
+        kind = kind_of_field(name, kinds)
+        if can_stop and kind and not may_be_ignored(name, ignore_fields):
+            fail(
+                f"data {path}: {name}, {kind} by its name, is in {len(rows)} of {total} rows "
+                f"(first: {rows[0]}) and nobody reads it. --ignore_fields={name} allows that."
+            )
+
+
+def load_table(path, normalize, limit=0, ignore_fields=None, kinds=ASKED):
+    """Normal rows of a data set, all at once; of its first `limit` rows if that is not 0.
+
+    ignore_fields and kinds are explained at normal_rows.
+    """
+    return list(normal_rows(read_rows(path, limit), normalize, path, ignore_fields, kinds))

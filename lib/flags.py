@@ -61,6 +61,9 @@ class MachineFlags:
     # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
     # and says where it was
     phase_timeout: float = 7200.0
+    # fields that may stay unread in rows of data although a row means something else without them,
+    # like label; commas join several (lib/unread.py)
+    ignore_fields: str = ""
 
 
 @dataclass

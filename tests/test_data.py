@@ -31,7 +31,7 @@ import rlhf
 import sft
 import swerl
 from extras import decontaminate
-from lib import data, prompts
+from lib import chats, data, prompts
 from verifiers import patches, reward_model
 
 USER, BOT = (
@@ -1376,8 +1376,8 @@ def test_a_prompt_that_is_not_all_text_is_dropped_not_shortened():
     text, image = {"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": "i"}
     for part in (image, {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": None}):
         with pytest.raises(data.BadRow, match="a part that is not text"):
-            data.as_messages([{"role": "user", "content": [text, part]}])
-    joined = data.as_messages([{"role": "user", "content": [text, text]}])
+            chats.as_messages([{"role": "user", "content": [text, part]}])
+    joined = chats.as_messages([{"role": "user", "content": [text, text]}])
     assert joined[0]["content"] == "What is this?\nWhat is this?"
 
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": {}}]}

@@ -226,8 +226,8 @@ def test_thinking_in_a_field_of_its_own_is_trained_on(name, tokenizer):
         assert row["think"] and trained == "<think>\ntwo and two\n</think>\n\n4<|im_end|>"
     with pytest.raises(data.BadRow, match="reasoning in a no_think conversation"):
         sft.normalize({"messages": turns, "thinking": False}, "row 1")
-    with pytest.raises(data.BadRow, match="of a turn is not text"):
-        sft.normalize({"messages": [turns[0], turns[1] | {name: [{"text": "x"}]}]}, "row 1")
+    with pytest.raises(data.BadRow, match="has a part that is not text"):
+        sft.normalize({"messages": [turns[0], turns[1] | {name: [{"data": "x"}]}]}, "row 1")
 
 
 def test_thinking_in_a_field_of_the_history_goes_as_all_thinking_of_the_history(tokenizer):
@@ -534,7 +534,12 @@ def test_sft_clips_its_gradient_and_applies_none_that_is_not_finite():
 
 def test_llama_nemotron_rows_without_a_mode_are_answers_without_thinking():
     row = {"input": [{"role": "user", "content": "Hi"}], "output": "Ho"}
-    assert [
-        sft.normalize(row | mode, "x")["think"]
-        for mode in ({}, {"reasoning": "off"}, {"reasoning": "on"})
-    ] == [False, False, True]
+    thinks = row | {"output": "<think>\nHm.\n</think>\n\nHo"}
+    assert [sft.normalize(row | mode, "x")["think"] for mode in ({}, {"reasoning": "off"})] == [
+        False,
+        False,
+    ]
+    assert [sft.normalize(thinks | mode, "x")["think"] for mode in ({}, {"reasoning": "on"})] == [
+        True,
+        True,
+    ]

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lib.chats import as_messages
 from lib.common import all_gather, all_reduce, average_gradients, print0, ranks, shard
-from lib.data import BadRow, as_messages, load_table, required_field
+from lib.data import BadRow, load_table, required_field
 from lib.guard import fail, one_sentence
 from lib.packing import shared_prefixes, split_by_budget
 from lib.plan import check_memory

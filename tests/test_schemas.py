@@ -1,0 +1,362 @@
+"""Guards: a row is read as its owner meant it, in whatever schema it is, or it is refused by name.
+
+One chat in six schemas trains on the same tokens. Thoughts are found wherever sets and servers keep
+them. What no code looked at is said, and what matters among it stops the run.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+import coderl
+import ifrl
+import mathrl
+import rlhf
+import sft
+from lib import chats, data
+from lib.unread import ANSWERED, ASKED, Watched, kind_of_field
+
+ALL_KINDS = ASKED | ANSWERED
+
+
+def rows_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_sft(path, ignore_fields="", can_stop=True):
+    rows = data.read_rows(path)
+    return list(
+        data.normal_rows(rows, sft.normalize, path, ignore_fields, ALL_KINDS, can_stop=can_stop)
+    )
+
+
+def asked(text, answer, **more):
+    """A chat of one question and its answer; `more` are further fields of the answer's turn."""
+    user = {"role": "user", "content": text}
+    return {"messages": [user, {"role": "assistant", "content": answer, **more}]}
+
+
+# ---- One chat in six schemas ---------------------------------------------------------------------
+def chat(n):
+    """(system, earlier question, earlier answer, question, thought, answer); "" where none is."""
+    draw = np.random.default_rng(n)
+    words = ["old", "king", "Straße", "数", "x + 1", "line\nbreak", "two", "</b>", "ends."]
+
+    def text():
+        return " ".join(draw.choice(words, 6))
+
+    system = text() if n % 3 == 0 else ""
+    earlier = (text(), text()) if n % 2 else ("", "")
+    thought = text() if n % 5 < 2 else ""
+    return system, *earlier, text(), thought, text()
+
+
+def as_chat(row, role="role", content="content", names=("user", "assistant"), thought_field=""):
+    """A list of turns. The thought stands in the text, or in a field of its own."""
+    system, earlier, reply, question, thought, answer = row
+    pairs = [("system", system)] if system else []
+    if earlier:
+        pairs += [(names[0], earlier), (names[1], reply)]
+    if thought and not thought_field:
+        answer = f"<think>\n{thought}\n</think>\n\n{answer}"
+    turns = [{role: who, content: text} for who, text in [*pairs, (names[0], question)]]
+    last = {role: names[1], content: answer}
+    if thought and thought_field:
+        last[thought_field] = thought
+    return [*turns, last]
+
+
+def messages(row):
+    return {"messages": as_chat(row)}
+
+
+def share_gpt(row):
+    turns = as_chat(row, "from", "value", ("human", "gpt"))
+    system = [turn for turn in turns if turn["from"] == "system"]
+    conversations = [turn for turn in turns if turn["from"] != "system"]
+    return {"conversations": conversations, "system": system[0]["value"] if system else ""}
+
+
+def alpaca(row):
+    system, earlier, reply, question, thought, answer = row
+    if thought:
+        answer = f"{thought}\n</think>\n\n{answer}"  # the template wrote the opening tag
+    history = [[earlier, reply]] if earlier else []
+    named = {"instruction": question, "input": "", "output": answer}
+    return {**named, "system": system, "history": history}
+
+
+def in_parts(row):
+    turns = as_chat(row, thought_field="reasoning_content")
+    for turn in turns:
+        turn["content"] = [{"type": "text", "value": turn["content"]}]
+    return {"messages": turns}
+
+
+def from_a_server(row):
+    turns = as_chat(row, thought_field="reasoning")
+    for turn in turns:
+        if turn["role"] == "system":
+            turn["role"] = "developer"
+    return {"messages": turns}
+
+
+def prompt_and_completion(row):
+    turns = as_chat(row)
+    return {"prompt": turns[:-1], "completion": turns[-1:]}
+
+
+SIX = [messages, share_gpt, alpaca, in_parts, from_a_server, prompt_and_completion]
+
+
+@pytest.mark.parametrize("schema", SIX[1:])
+def test_the_same_chats_in_six_schemas_train_on_identical_tokens(schema, tokenizer, tmp_path):
+    chats_of_the_set = [chat(n) for n in range(500)]
+    cfg = sft.Config(max_seq_len=4096)
+
+    def samples(write):
+        path = rows_of(tmp_path / f"{write.__name__}.jsonl", map(write, chats_of_the_set))
+        return sft.load_samples(path, tokenizer, cfg)
+
+    expected, found = samples(messages), samples(schema)
+    assert len(expected) == len(found) == 500
+    for (ids, mask, _), (other_ids, other_mask, _) in zip(expected, found, strict=True):
+        assert ids.tolist() == other_ids.tolist() and mask.tolist() == other_mask.tolist()
+
+
+# ---- Thoughts ------------------------------------------------------------------------------------
+def trained_text(row, tokenizer):
+    """(think, the text that is trained on) of a raw row."""
+    ids, mask, _ = sft.encode(sft.normalize(Watched(row), "row 1"), tokenizer, sft.Config())
+    think = sft.normalize(Watched(row), "row 1")["think"]
+    return think, tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
+
+
+THOUGHT = (True, "<think>\ntwo and two\n</think>\n\n4<|im_end|>")
+NONE = (False, "4<|im_end|>")
+
+
+@pytest.mark.parametrize("name", chats.THOUGHT_FIELDS)
+def test_a_thought_in_a_field_is_trained_on_under_every_name(name, tokenizer):
+    assert trained_text(asked("2 + 2?", "4", **{name: "two and two"}), tokenizer) == THOUGHT
+    parts = [{"type": "text", "text": "two and two"}]
+    assert trained_text(asked("2 + 2?", "4", **{name: parts}), tokenizer) == THOUGHT
+    assert trained_text(asked("2 + 2?", "4", **{name: None}), tokenizer) == NONE
+    # Beside the answer of a question it has the same names.
+    row = {"question": "2 + 2?", "answer": "4", name: "two and two"}
+    assert trained_text(row, tokenizer) == THOUGHT
+
+
+@pytest.mark.parametrize("opening, closing", chats.THOUGHT_MARKS)
+def test_a_thought_in_the_text_is_trained_on_whoever_wrote_its_opening_mark(
+    opening, closing, tokenizer
+):
+    for text in (
+        f"{opening}\ntwo and two\n{closing}\n\n4",
+        f"\n {opening}two and two{closing}4",
+        f"two and two\n{closing}\n\n4",
+    ):
+        think, trained = trained_text(asked("2 + 2?", text), tokenizer)
+        assert think and "".join(trained.split()) == "".join(THOUGHT[1].split())
+    # An empty thought is a reply without one.
+    for text in (f"{opening}\n\n{closing}\n\n4", f"\n\n{closing}\n\n4", f"{opening}{closing}4"):
+        assert trained_text(asked("2 + 2?", text), tokenizer) == NONE
+    for text in (f"{opening} no end", f"a{closing}b{closing}4", f"{opening}a{opening}b{closing}4"):
+        with pytest.raises(data.BadRow, match="thought"):
+            sft.normalize(asked("2 + 2?", text), "row 1")
+
+
+def test_parts_that_are_thoughts_are_trained_on_as_thoughts(tokenizer):
+    for part in (
+        {"type": "thinking", "thinking": "two and two", "signature": "x"},
+        {"type": "reasoning", "text": "two and two"},
+    ):
+        row = asked("2 + 2?", [part, {"type": "text", "text": "4"}])
+        assert trained_text(row, tokenizer) == THOUGHT
+
+
+def test_a_mode_that_the_thoughts_contradict_is_dropped():
+    """Else one mode is taught what the other one does."""
+    with pytest.raises(data.BadRow, match="a think conversation without a thought"):
+        sft.normalize({**asked("2 + 2?", "<think>\n</think>4"), "thinking": True}, "row 1")
+    with pytest.raises(data.BadRow, match="reasoning in a no_think conversation"):
+        sft.normalize({**asked("2 + 2?", "two\n</think>4"), "thinking": False}, "row 1")
+    with pytest.raises(data.BadRow, match="the last assistant turn is empty"):
+        sft.normalize(asked("2 + 2?", "<think>two and two</think>"), "row 1")
+
+
+# ---- Questions and turns -------------------------------------------------------------------------
+def question_of(row):
+    return sft.normalize(row, "row 1")["messages"][-2]["content"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Translate.", "input": "Good morning", "output": "Bonjour"},  # Alpaca
+        {"instruction": "Translate.", "context": "Good morning", "response": "Bonjour"},  # Dolly
+        {"query": "Translate.\n\nGood morning", "response": "Bonjour"},  # MetaMath
+        {"prompt": "Translate.\n\nGood morning", "completion": "Bonjour"},  # TRL
+    ],
+)
+def test_an_instruction_and_what_it_is_about_are_both_in_the_question(row):
+    assert question_of(row) == "Translate.\n\nGood morning"
+
+
+def test_a_turn_that_is_a_call_and_its_observation_are_a_tool_call_and_its_reply():
+    call = {"name": "add", "arguments": {"a": 2}}
+    turns = [
+        {"from": "human", "value": "2 + 2?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "4"},
+        {"from": "gpt", "value": "It is 4."},
+    ]
+    tools = json.dumps([{"name": "add", "parameters": {}}])
+    row = sft.normalize({"conversations": turns, "tools": tools}, "row 1")
+    roles = [message["role"] for message in row["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant"] and len(row["tools"]) == 1
+    assert row["messages"][1]["tool_calls"] == [call] and row["messages"][1]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference row"),
+        (asked("<image>\nWhat is this?", "A cat."), "an image"),
+        (asked("What is this?\n<image>", "A cat."), "an image"),
+        (asked([{"type": "image_url", "image_url": {"url": "x"}}], "A cat."), "not text"),
+        (asked("Hi", "Ho", weight=0), "not to be trained on"),
+        (asked("Hi", "Ho", loss_weight=0.0), "not to be trained on"),
+        (asked("Hi", "Ho", train=False), "not to be trained on"),
+        ({**asked("Hi", "Ho"), "messages": "no chat"}, "not valid JSON"),
+        ({"instruction": "Hi", "output": "Ho", "history": ["x"]}, "no list of pairs"),
+    ],
+)
+def test_a_row_that_sft_cannot_mean_is_dropped_with_its_reason(row, reason):
+    with pytest.raises(data.BadRow, match=reason):
+        sft.normalize(row, "row 1")
+
+
+def test_a_word_about_images_is_no_image():
+    question = "Does <image> stand before <video> in the specification?"
+    assert question_of(asked(question, "Yes.")) == question
+
+
+# ---- What nobody read ----------------------------------------------------------------------------
+def test_a_watched_row_knows_what_was_looked_at():
+    row = Watched({"a": 1, "b": {"c": 2, "d": 3}, "e": [{"f": 4, "g": 5}], "h": None, "i": []})
+    assert row.unread() == {"a", "b", "e"}
+    assert row["b"]["c"] == 2 and row.get("e")[0]["f"] == 4
+    assert "a" in row and list(row) == ["a", "b", "e", "h", "i"]  # neither is a look at it
+    assert row.unread() == {"a", "b.d", "e[].g"}
+    changed = row | {"x": 7}
+    assert changed["a"] == 1 and row.unread() == {"b.d", "e[].g"}
+    assert json.loads(json.dumps(row["b"])) == {"c": 2, "d": 3} and row.unread() == {"e[].g"}
+    assert row == {"a": 1, "b": {"c": 2, "d": 3}, "e": [{"f": 4, "g": 5}], "h": None, "i": []}
+
+
+def test_fields_that_nobody_looked_at_are_said_with_their_shares(tmp_path, capsys):
+    rows = [{**asked("Hi", f"Ho {n}"), "source": "x", "id": n if n else None} for n in range(4)]
+    path = rows_of(tmp_path / "rows.jsonl", rows)
+    assert len(read_sft(path)) == 4
+    assert f"data {path}: not read: source in 4 of 4 rows, id in 3 of 4 rows\n" in (
+        capsys.readouterr().out
+    )
+
+
+MATTERS = [  # row of SFT, the field that nobody reads, what it is
+    ({**asked("Hi", "Ho"), "label": False}, "label", "a label"),  # KTO
+    ({**asked("Hi", "Ho"), "kto_tag": True}, "kto_tag", "a label"),
+    ({"prompt": "Hi", "completion": "Ho", "label": True}, "label", "a label"),
+    ({"prompt": "Hi", "response": "Ho", "helpfulness": 0}, "helpfulness", "a label"),
+    ({**asked("Hi", "Ho"), "rejected_response": "No"}, "rejected_response", "a label"),
+    ({**asked("Hi", "Ho"), "images": ["a.png"]}, "images", "an image"),
+    ({**asked("Hi", "Ho"), "image": {"bytes": "x"}}, "image", "an image"),
+    (asked("Hi", "Ho", images=["a.png"]), "messages[].images", "an image"),
+    ({**asked("Hi", "Ho"), "instruction": "Answer."}, "instruction", "an instruction"),
+    ({**asked("Hi", "Ho"), "context": "It rains."}, "context", "an instruction"),
+    ({**asked("Hi", "Ho"), "deepseek_reasoning": "Hm."}, "deepseek_reasoning", "a thought"),
+    (asked("Hi", "Ho", internal_thoughts="Hm."), "messages[].internal_thoughts", "a thought"),
+    ({**asked("Hi", "Ho"), "tool_choice": "auto"}, "tool_choice", "a tool"),
+]
+
+
+@pytest.mark.parametrize("row, field, kind", MATTERS)
+def test_a_field_that_matters_and_that_nobody_reads_stops_the_run(
+    row, field, kind, tmp_path, capsys
+):
+    path = rows_of(tmp_path / "rows.jsonl", [asked("Hi", "Ho"), row])
+    with pytest.raises(SystemExit) as stop:
+        read_sft(path)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert f"{field}, {kind} by its name, is in 1 of 2 rows (first: {path} row 2)" in said
+    # A flag allows it, by the whole name or by its last part.
+    for allowed in (field, f"other, {field.split('.')[-1]}"):
+        assert len(read_sft(path, allowed)) == 2
+    # Days into a run it is a row that is dropped.
+    assert len(read_sft(path, can_stop=False)) == 1
+
+
+@pytest.mark.parametrize(
+    "stage, row, field",
+    [
+        (rlhf, {"prompt": "Hi", "images": ["x"]}, "images"),
+        (rlhf, {"prompt": "Hi", "system_prompt": "Be brief."}, "system_prompt"),
+        (mathrl, {"problem": "1 + 1?", "answer": "2", "image": "x"}, "image"),
+        (mathrl, {"question": "How many?", "context": "3 men", "answer": "3"}, "context"),
+        (
+            ifrl,
+            {
+                "prompt": "Hi",
+                "instruction_id_list": ["punctuation:no_comma"],
+                "kwargs": [{}],
+                "tools": [{"name": "f"}],
+            },
+            "tools",
+        ),
+        (
+            coderl,
+            {
+                "problem": "Double it.",
+                "tests": {"inputs": ["1"], "outputs": ["2"]},
+                "input_image": "x",
+            },
+            "input_image",
+        ),
+    ],
+)
+def test_what_a_question_lacks_stops_every_stage(stage, row, field, tmp_path, capsys):
+    path = rows_of(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(SystemExit):
+        stage.load_rows(stage.Config(data=path))
+    assert f"--ignore_fields={field} allows that" in capsys.readouterr().err
+    assert len(stage.load_rows(stage.Config(data=path, ignore_fields=field))) == 1
+
+
+def test_what_does_not_matter_in_a_name_stops_nothing():
+    for name in ("docker_image", "image_name", "source", "messages[].id", "reward_model", "task"):
+        assert kind_of_field(name, ALL_KINDS) == ""
+    # Where nothing is learned from answers, neither thoughts nor labels matter.
+    assert kind_of_field("reasoning", ASKED) == kind_of_field("label", ASKED) == ""
+
+
+# ---- One row never ends a run --------------------------------------------------------------------
+def test_half_of_a_surrogate_pair_is_a_dropped_row_in_every_stage(tmp_path, capsys, tokenizer):
+    """It once ended a run at the same row for ever."""
+    bad = json.loads('"half \\ud800"')
+    for name, good, broken in (
+        (sft, asked("Hi", "Ho"), asked(bad, "Ho")),
+        (mathrl, {"problem": "1 + 1?", "answer": "2"}, {"problem": bad, "answer": "2"}),
+        (rlhf, {"prompt": "Hi"}, {"prompt": bad}),
+    ):
+        path = rows_of(tmp_path / f"{name.__name__}.jsonl", [good, broken])
+        if name is sft:
+            assert len(sft.load_samples(path, tokenizer, sft.Config())) == 1
+        else:
+            assert len(name.load_rows(name.Config(data=path))) == 1
+        said = capsys.readouterr().out
+        assert "dropped 1 of 2 rows, a text with half of a surrogate pair" in said
+        assert f"(first: {path} row 2)" in said
