@@ -42,7 +42,7 @@ def asked(text, answer, **more):
 def chat(n):
     """(system, earlier question, earlier answer, question, thought, answer); "" where none is."""
     draw = np.random.default_rng(n)
-    words = ["old", "king", "Straße", "数", "x + 1", "line\nbreak", "two", "</b>", "ends."]
+    words = ["old", "king", "Stra\u00dfe", "\u6570", "x + 1", "line\nbreak", "two", "</b>", "ends."]
 
     def text():
         return " ".join(draw.choice(words, 6))
