@@ -333,7 +333,7 @@ def test_what_a_question_lacks_stops_every_stage(stage, row, field, tmp_path, ca
     with pytest.raises(SystemExit):
         stage.load_rows(stage.Config(data=path))
     assert f"--ignore_fields={field} allows that" in capsys.readouterr().err
-    assert len(stage.load_rows(stage.Config(data=path, ignore_fields=field))) == 1
+    assert stage.load_rows(stage.Config(data=path, ignore_fields=field))
 
 
 def test_what_does_not_matter_in_a_name_stops_nothing():
@@ -356,7 +356,10 @@ def test_half_of_a_surrogate_pair_is_a_dropped_row_in_every_stage(tmp_path, caps
         if name is sft:
             assert len(sft.load_samples(path, tokenizer, sft.Config())) == 1
         else:
-            assert len(name.load_rows(name.Config(data=path))) == 1
+            contents = {
+                row["messages"][-1]["content"] for row in name.load_rows(name.Config(data=path))
+            }
+            assert len(contents) == 1
         said = capsys.readouterr().out
         assert "dropped 1 of 2 rows, a text with half of a surrogate pair" in said
         assert f"(first: {path} row 2)" in said
