@@ -67,6 +67,8 @@ def run(steps, out):
         "--eval_rows=4",
         "--save_every=200",
         "--sample_every=0",
+        # Two prompts a step: many steps in a row may have no gradient.
+        "--max_dead_steps=0",
         "--top_p=1",
         timeout=7200,
     )

@@ -64,6 +64,9 @@ class MachineFlags:
     # fields that may stay unread in rows of data although a row means something else without them,
     # like label; commas join several (lib/unread.py)
     ignore_fields: str = ""
+    # steps in a row without a gradient, or with another fault of lib/health.py, after which the run
+    # ends with exit code 3; 0: never
+    max_dead_steps: int = 20
 
 
 @dataclass

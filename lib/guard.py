@@ -33,14 +33,17 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # ---- User errors ---------------------------------------------------------------------------------
-def fail(message, note="Nothing was trained."):
-    """Print one sentence and exit with code 2. For every error that the user can correct."""
+def fail(message, note="Nothing was trained.", code=2):
+    """Print one sentence and exit with code 2. For every error that the user can correct.
+
+    Another code, 3, is that of a run that learns nothing (lib/health.py).
+    """
     script = os.path.basename(sys.argv[0])
     print(f"{script}: {message} {note}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         # An orderly exit would wait for the other ranks.
-        os._exit(2)
-    sys.exit(2)
+        os._exit(code)
+    sys.exit(code)
 
 
 def first_line(error):

@@ -15,7 +15,8 @@ import time
 import torch
 
 from lib.common import all_reduce, print0, ranks
-from lib.guard import one_sentence
+from lib.guard import fail, one_sentence
+from lib.health import Health, is_said
 from lib.progress import span
 
 # The status of a rollout's reward, in every stage. An edit that does not apply is a "no_answer".
@@ -145,21 +146,24 @@ class Logger:
         self.began = time.monotonic()
         self.step_ends = collections.deque([(step, self.began)], maxlen=20)
         if self.rank == 0:
-            self.cut_back(step)
+            self.health = Health(cfg, self.cut_back(step))
             self.describe_run(world)
 
     def cut_back(self, step):
-        """Keep the lines up to `step`. A line without its end, from a killed run, goes too."""
+        """Keep the lines up to `step`, and return their rows. A line without its end, from a killed
+        run, goes too."""
         lines = []
         if os.path.exists(self.path):
             with open(self.path) as f:
                 lines = [line for line in f if line.endswith("\n")]
         with one_sentence(f"{self.path} is not the log of a run"):
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            rows = [json.loads(line) for line in lines]
+            kept = [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]
         # Write a new file and rename it, so that a kill at any instant leaves a whole log.
         with open(self.path + ".tmp", "w") as f:
             f.writelines(kept)
         os.replace(self.path + ".tmp", self.path)
+        return rows[: len(kept)]
 
     def describe_run(self, world):
         """Write run.json, so that a run can be read before its first checkpoint."""
@@ -196,6 +200,20 @@ class Logger:
                 f.write(as_json({"step": step, **metrics}) + "\n")
         if line:
             print0(f"{line} | {self.time_left(step)}")
+        if self.rank == 0:
+            self.check_health({"step": step, **metrics})
+
+    def check_health(self, row):
+        """Say what is wrong with a run that learns nothing, and end it if that lasts."""
+        sentence, steps = self.health.check(row)
+        if 0 < self.cfg.max_dead_steps <= steps:
+            fail(
+                f"step {row['step']}, for {steps} steps in a row (--max_dead_steps): {sentence}.",
+                note="The last checkpoint is whole.",
+                code=3,
+            )
+        if is_said(steps):
+            print0(f"warning: step {row['step']}, for {steps} steps in a row: {sentence}.")
 
     def time_left(self, step):
         """Elapsed time since this process began, and what the latest 20 steps say is left."""
@@ -204,7 +222,7 @@ class Logger:
         self.step_ends.append((step, now))
         seconds_per_step = (now - first_end) / max(step - first_step, 1)
         left = seconds_per_step * (self.cfg.num_steps - step)
-        return f"{span(now - self.began)}, {span(left)} left"
+        return f"{span(now - self.began)} gone, {span(left)} left"
 
 
 def as_json(row):

@@ -29,6 +29,8 @@ PLUMBING = tuple(
     f"lib/{name}.py"
     for name in (
         "progress",
+        "health",
+        "health",
         "guard",
         "common",
         "flags",
@@ -341,7 +343,8 @@ def imports_of(path):
 
 # The house from the ground up: no module imports from a floor above its own.
 FLOORS = (
-    {"kernels", "lib.progress", "lib.guard", "lib.common", "lib.flags", "lib.logs", "lib.unread"},
+    {"kernels", "lib.progress", "lib.health", "lib.guard", "lib.common", "lib.flags"},
+    {"lib.logs", "lib.unread"},
     {"model"},
     {"lib.data", "lib.chats", "lib.packing", "lib.plan", "lib.prompts", "lib.checkpoint"},
     {"engine", "verifiers"},

@@ -588,3 +588,18 @@ def test_pruning_spares_the_best(checkpoints, world):
         optimizer = torch.optim.AdamW(model.parameters())
         checkpoint.save_checkpoint(str(checkpoints), step, model, optimizer, cfg, {})
     assert checkpoint.step_folders(checkpoints) == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_a_step_that_was_not_applied_prunes_nothing(checkpoints, world):
+    """The weights may be bad since the step before, and the last good ones those before that."""
+    model = make_tiny()
+    cfg = Config(init_from=str(world / "base"))
+    before = checkpoint.step_folders(checkpoints)
+    for skipped in (1, 2):
+        optimizer = torch.optim.AdamW(model.parameters())
+        state = {"skipped": skipped}
+        checkpoint.save_checkpoint(str(checkpoints), 3 + skipped, model, optimizer, cfg, state)
+    assert checkpoint.step_folders(checkpoints) == [*before, "step_000004", "step_000005"]
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save_checkpoint(str(checkpoints), 6, model, optimizer, cfg, {"skipped": 0})
+    assert checkpoint.step_folders(checkpoints) == ["step_000005", "step_000006"]

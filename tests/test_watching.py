@@ -140,7 +140,7 @@ def test_the_line_says_what_is_left(tmp_path, monkeypatch, capsys):
         now[0] += 30
         logger.log(step, {"grad_norm": 1.0}, f"step {step}/10")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "step 4/10 | 2.0 min, 3.0 min left"
+    assert last == "step 4/10 | 2.0 min gone, 3.0 min left"
 
 
 def test_a_sample_fits_a_screen(capsys):
