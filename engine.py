@@ -40,6 +40,7 @@ class Rollout:
     group: int  # rollouts of one prompt share it
     prompt_ids: list
     seed: int  # request_seed(run, step, prompt, sample)
+    sample: int = 0  # its number in the group; the samples of a group are on several ranks
     greedy: bool = False  # take the best token each time, whatever the temperature of the others
     completion_ids: list = field(default_factory=list)  # with the stop token if there is one
     # log-probs under softmax(logits / temperature) over the whole vocabulary (vLLM: see generate)

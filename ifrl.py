@@ -39,19 +39,28 @@ import torch
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
 from lib.chats import as_messages
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
+from lib.common import (
+    all_gather,
+    all_reduce,
+    average_gradients,
+    finish,
+    print0,
+    start_run,
+    whole_groups,
+)
 from lib.data import BadRow, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
-from lib.packing import balance, collate, pack_rollouts
+from lib.packing import collate
 from lib.progress import counted, progress
 from lib.prompts import (
-    count_correct,
     encode_prompts,
     load_history,
+    longest_first,
     next_prompts,
     prompts_checksum,
+    remember,
     shuffled,
 )
 from verifiers.constraint_guards import objection
@@ -262,20 +271,22 @@ def add_preference(rollouts, scores):
 
     scores: the reward model's, None where its endpoint failed, which makes an infra failure.
     """
-    groups = {}  # number of the group: its (rollout, score) pairs
     for rollout, score in zip(rollouts, scores, strict=True):
-        groups.setdefault(rollout.group, []).append((rollout, score))
+        rollout.score = score
+    groups = {}
+    for rollout in whole_groups(rollouts):
+        groups.setdefault(rollout.group, []).append(rollout)
     for members in groups.values():
         # Mean and std are those of all rollouts, also of the ones that break a constraint [D10].
-        known = [score for _, score in members if score is not None]
+        known = [rollout.score for rollout in members if rollout.score is not None]
         mean = statistics.fmean(known) if known else 0.0
         std = statistics.stdev(known) if len(known) > 1 else 0.0  # unbiased: divided by n - 1
-        for rollout, score in members:
+        for rollout in members:
             z = 0.0  # where all scores are equal
-            if score is None:
+            if rollout.score is None:
                 rollout.status = "infra"
             elif std > 0:
-                z = (score - mean) / std
+                z = (rollout.score - mean) / std
             rollout.reward = 0.0
             if rollout.status == "ok":
                 preference = 1 / (1 + math.exp(-z))
@@ -401,58 +412,60 @@ def metric(rollout):
 # first_U[copy_T[t]]: for token 4, the second 5, that is token 0.
 
 
-def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
+def rollout(engine, rows, indices, step, state, cfg, reward_hook, rank, world):
     """Sample groups of completions until enough have unequal rewards; verify them; set advantages.
 
-    Returns (for_update, sampled): the groups that are kept, and those of the first round for the
-    log, which are an unbiased view of the policy.
+    Returns (for_update, sampled): this rank's rollouts of the groups that are kept, and those of
+    this step's own prompts for the log, which are an unbiased view of the policy.
     """
     # CHANGED: dynamic sampling (paper 4.4.2, DAPO). A group of equal rewards has no gradient; it
     # makes room for the group of a fresh prompt.
     submit, collect = reward_hook
-    prompts = indices[rank::world]
-    wanted = len(prompts)
-    # Fresh prompts come from a permutation of all rows, so they may repeat one of this step.
-    order = np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows))
-    spare = list(order)[rank::world]
-    for_update, sampled = [], []
-    for refill in range(1 + cfg.max_refill_rounds):
-        fresh = []
-        for group, index in enumerate(prompts):
+    wanted = len(indices)
+    # After this step's prompts come fresh ones, from a permutation of all rows, so they may repeat
+    # one of this step. Of this sequence the first groups with a gradient are kept, however many are
+    # sampled at once.
+    fresh = np.random.default_rng([cfg.seed, step, 7]).permutation(len(rows))
+    prompts = [*indices, *fresh][: wanted * (1 + cfg.max_refill_rounds)]
+    drawn, kept, num_drawn = [], [], 0
+    for _ in range(1 + cfg.max_refill_rounds):
+        # A round waits for its longest completion, so one large round is quicker than two. Sample
+        # more groups than are missing: as many as were flat in the step before will be, and two
+        # standard deviations on top.
+        missing, flat = wanted - len(kept), state.get("flat", 0.0)
+        share_kept = max(1 - flat, 1 / (1 + cfg.max_refill_rounds))
+        end = num_drawn + math.ceil((missing + 2 * math.sqrt(missing * flat)) / share_kept)
+        rollouts = []
+        for group, index in enumerate(prompts[num_drawn:end], num_drawn):
             prompt_ids = rows[index]["prompt_ids"]
             for sample in range(cfg.group_size):
-                seed = request_seed(cfg.seed, step, refill, group * world + rank, sample)
-                fresh.append(Rollout(rows[index], refill * wanted + group, prompt_ids, seed))
+                seed = request_seed(cfg.seed, step, 0, group, sample)
+                rollouts.append(Rollout(rows[index], group, prompt_ids, seed, sample))
+        num_drawn = min(end, len(prompts))
+        # Ranks take turns, so that the samples of a prompt with long answers are spread over them.
+        rollouts = longest_first(rollouts, state)[rank::world]
 
         # Sample. The moment a completion ends, its verifier starts, while the others still decode.
         sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
-        with counted(submit, f"step {step} rollout", len(fresh)) as finished:
-            engine.generate(fresh, *sampling, on_finished=finished)
+        with counted(submit, f"step {step} rollout", len(rollouts)) as finished:
+            engine.generate(rollouts, *sampling, on_finished=finished)
             # Verify: most verdicts are there by now, collect waits for the rest.
-            collect(fresh)
+            collect(rollouts)
 
         # Keep the groups with a gradient; all of them where dynamic sampling is off.
-        compute_advantages(fresh, cfg)
-        for first in range(0, len(fresh), cfg.group_size):
-            group = fresh[first : first + cfg.group_size]
-            has_gradient = any(r.advantage != 0 for r in group)
-            if has_gradient or cfg.max_refill_rounds == 0:
-                for_update += group
-        if refill == 0:
-            sampled = fresh
-        if refill == cfg.max_refill_rounds:
+        groups = whole_groups(rollouts)
+        compute_advantages(groups, cfg)
+        has_gradient = {r.group for r in groups if r.advantage != 0}
+        if cfg.max_refill_rounds == 0:
+            has_gradient = {r.group for r in groups}
+        kept += sorted(has_gradient)
+        drawn += rollouts
+        # All ranks know all groups, so they stop in the same round.
+        if len(kept) >= wanted or num_drawn == len(prompts):
             break
-
-        # Refill what is missing. All ranks stop in the same round, since a reward hook may hold
-        # collectives.
-        missing = max(wanted - len(for_update) // cfg.group_size, 0) if spare else 0
-        if all_reduce({"n": missing}, "max")["n"] == 0:
-            break
-        prompts, spare = spare[:missing], spare[missing:]
-    if not for_update:
-        # Nothing to learn from: one rollout that is not in the loss makes an idle step.
-        for_update = [replace(sampled[0], in_loss=False, advantage=0.0)]
-    return for_update, sampled
+    first_kept = set(kept[:wanted])
+    for_update = [r for r in drawn if r.group in first_kept]
+    return for_update, [r for r in drawn if r.group < wanted]
 
 
 def compute_advantages(rollouts, cfg):
@@ -468,7 +481,7 @@ def compute_advantages(rollouts, cfg):
         for r in group:
             infra = r.status == "infra"
             filtered = cfg.overlong_filter and r.finish_reason == "length"
-            assert infra or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
+            assert infra or math.isfinite(r.reward), f"reward {r.reward} in group {r.group}"
             r.in_loss = not infra and not filtered
         rewards = [r.reward for r in group if r.in_loss]
         # A rollout that is left alone has nothing to be compared with, so it leaves the loss, too.
@@ -514,16 +527,11 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     num_tokens = sum(len(r.completion_ids) for r in in_loss)
     counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
 
-    # Pack: ranks get about equal shares, cut into micro-batches without padding. Rollouts with
-    # advantage 0 have no gradient and are left out here: those outside the loss, and groups of
-    # equal rewards, whose tokens were counted above.
-    batches = collate(balance(rollouts, world), cfg, device)
-    num_real = len(batches)
-    # Every rank has to run as many forward and backward passes: add dummies, which weigh 0.
-    num_batches = int(all_reduce({"n": num_real}, "max")["n"])
-    if num_real < num_batches:
-        dummy = pack_rollouts(rollouts[:1], device)
-        batches += [dummy] * (num_batches - num_real)
+    # Pack: micro-batches without padding, of equal cost on all ranks. Rollouts with advantage 0
+    # have no gradient and are left out here: those outside the loss, and groups of equal rewards,
+    # whose tokens were counted above. Every rank has to run as many forward and backward passes,
+    # so one that runs out of rollouts gets dummies, which weigh 0.
+    batches, num_real = collate(rollouts, cfg, device)
 
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "kl": 0.0, "scored": 0}
     for i, batch in enumerate(progress(batches, "update")):
@@ -555,7 +563,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     # Update, unless no rollout had a gradient, or loss or gradient is inf or nan (their sum is then
     # no finite number). check_step stops the training after three such steps in a row.
     sums = all_reduce(sums)
-    if num_batches > 0 and math.isfinite(grad_norm + sums["loss"]):
+    if batches and math.isfinite(grad_norm + sums["loss"]):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_scored = max(sums["scored"], 1)
@@ -591,8 +599,8 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
-    if cfg.prompts_per_step % world:
-        fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
+    if cfg.prompts_per_step * cfg.group_size < world:
+        fail(f"--prompts_per_step x --group_size is less than a rollout for each of {world} ranks.")
 
     # Reward workers come first: they are forked while this process is still small.
     reward_hook = make_reward(cfg)
@@ -643,7 +651,9 @@ def main(cfg):
         # Rollout: sample completions of the next prompts, verify them, compute advantages.
         clock = time.time()
         indices = next_prompts(rows, state, cfg, select_rows)
-        for_update, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        for_update, sampled = rollout(
+            engine, rows, indices, step, state, cfg, reward_hook, rank, world
+        )
         update_clock = time.time()
 
         # Update: linear warm-up, linear decay, one gradient step, new weights for the sampler.
@@ -659,8 +669,7 @@ def main(cfg):
         metrics["time/train"] = time.time() - update_clock
 
         # Remember how often each prompt was solved; stop if the step was broken.
-        for counts in all_gather(count_correct(sampled)):
-            state["history"] |= counts
+        remember(whole_groups(sampled), state)
         check_step(step, metrics, state, cfg)
 
         # Evaluate, log, show a sample, save.

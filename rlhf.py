@@ -29,19 +29,28 @@ import torch
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
 from lib.chats import as_messages
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from lib.common import all_gather, all_reduce, average_gradients, finish, print0, start_run
+from lib.common import (
+    all_gather,
+    all_reduce,
+    average_gradients,
+    finish,
+    print0,
+    start_run,
+    whole_groups,
+)
 from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail, one_sentence
 from lib.logs import Logger, console_line, show_sample, summarize
-from lib.packing import balance, collate, pack_rollouts
+from lib.packing import collate
 from lib.progress import counted, progress
 from lib.prompts import (
-    count_correct,
     encode_prompts,
     load_history,
+    longest_first,
     next_prompts,
     prompts_checksum,
+    remember,
     shuffled,
 )
 from model import Qwen3
@@ -201,27 +210,23 @@ ASKED_FOR = 0.75
 
 def find_mixed(rollouts):
     """Whether each rollout mixes languages although its prompt is English [D1]."""
-    mixed = []
     for r in rollouts:
         prompt = " ".join(turn["content"] for turn in r.row["messages"])
-        mixed.append(not language_ok(prompt, r.text))
+        r.status = "" if language_ok(prompt, r.text) else "language"
 
     # A prompt can ask for another language in words that language_ok does not know. Nearly the
     # whole group then answers in it, and the floor would let a refusal win. Such a group is left
     # to the reward model [D33]. A held-out rollout is alone in its group and agrees with nobody.
     groups = {}
-    for i, r in enumerate(rollouts):
-        groups.setdefault(r.group, []).append(i)
-    num_asked = 0
-    for members in groups.values():
-        num_mixed = sum(mixed[i] for i in members)
-        if num_mixed >= 3 and num_mixed >= ASKED_FOR * len(members):
-            num_asked += 1
-            for i in members:
-                mixed[i] = False
-    if num_asked:
-        print0(f"reward: {num_asked} of {len(groups)} groups agree on another language, no floor")
-    return mixed
+    for r in whole_groups(rollouts):
+        groups.setdefault(r.group, []).append(r.status == "language")
+    asked = set()
+    for group, mixed in groups.items():
+        if sum(mixed) >= 3 and sum(mixed) >= ASKED_FOR * len(mixed):
+            asked.add(group)
+    if asked:
+        print0(f"reward: {len(asked)} of {len(groups)} groups agree on another language, no floor")
+    return [r.status == "language" and r.group not in asked for r in rollouts]
 
 
 def status_of(rollout, score, is_mixed):
@@ -258,7 +263,7 @@ def mean_and_std(scores):
 def shape_rewards(rollouts):
     """reward = tanh of the z-score in the group, for small reward models (paper 6.3) [D7]."""
     groups = {}
-    for r in rollouts:
+    for r in whole_groups(rollouts):
         if r.status != "infra":
             groups.setdefault(r.group, []).append(r)
     for group in groups.values():
@@ -322,7 +327,7 @@ def monitor(rollouts):
     ranks; the reward itself may be shaped. rm_group_std: that of the scores in a group, on average.
     """
     groups = {}
-    for r in rollouts:
+    for r in whole_groups(rollouts):
         if math.isfinite(r.score):
             groups.setdefault(r.group, []).append(r.score)
     group_stds = [statistics.pstdev(scores) for scores in groups.values()]
@@ -384,24 +389,25 @@ def reference_logprobs(batch, cfg):
 # first_U[copy_T[t]]: for token 4, the second 5, that is token 0.
 
 
-def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
-    """Sample a group of completions for each of this rank's prompts; verify them; set advantages.
+def rollout(engine, rows, indices, step, state, cfg, reward_hook, rank, world):
+    """Sample a group of completions for each prompt; verify them; set advantages.
 
-    indices: rows of this step's prompts, of all ranks. reward_hook: submit(r) starts the verdict of
-    a rollout in the background, collect waits for all and sets reward and status of each.
-    Returns (for_update, sampled): the rollouts for train_step and those for the log. They are the
-    same but in IF-RL, whose dynamic sampling (4.4.2) replaces some groups.
+    indices: rows of this step's prompts. state: of the run (lib/prompts.py). reward_hook: submit(r)
+    starts the verdict of a rollout in the background, collect waits for all and sets reward and
+    status of each. Returns (for_update, sampled): this rank's rollouts for train_step and those for
+    the log. They are the same but in IF-RL, whose dynamic sampling (4.4.2) replaces some groups.
     """
     submit, collect = reward_hook
-    # A group is the group_size rollouts of one prompt. Every rank takes every world-th prompt, so
-    # that group * world + rank is the prompt's place in indices: seeds do not depend on ranks. (The
-    # 0 counts IF-RL's rounds of fresh prompts.)
+    # A group is the group_size rollouts of one prompt. Seeds follow from the prompt's place in
+    # indices and the sample, so that completions do not depend on ranks.
     rollouts = []
-    for group, index in enumerate(indices[rank::world]):
+    for group, index in enumerate(indices):
         prompt_ids = rows[index]["prompt_ids"]
         for sample in range(cfg.group_size):
-            seed = request_seed(cfg.seed, step, 0, group * world + rank, sample)
-            rollouts.append(Rollout(rows[index], group, prompt_ids, seed))
+            seed = request_seed(cfg.seed, step, 0, group, sample)
+            rollouts.append(Rollout(rows[index], group, prompt_ids, seed, sample))
+    # Ranks take turns, so that the samples of a prompt with long answers are spread over them.
+    rollouts = longest_first(rollouts, state)[rank::world]
 
     # Sample. The moment a completion ends, its verifier starts, while the others still decode.
     sampling = (cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)
@@ -410,7 +416,7 @@ def rollout(engine, rows, indices, step, cfg, reward_hook, rank, world):
         # Verify: most verdicts are there by now, collect waits for the rest.
         collect(rollouts)
 
-    compute_advantages(rollouts, cfg)
+    compute_advantages(whole_groups(rollouts), cfg)
     return rollouts, rollouts
 
 
@@ -427,7 +433,7 @@ def compute_advantages(rollouts, cfg):
         for r in group:
             infra = r.status == "infra"
             filtered = cfg.overlong_filter and r.finish_reason == "length"
-            assert infra or math.isfinite(r.reward), f"reward {r.reward} for {r.row['messages']}"
+            assert infra or math.isfinite(r.reward), f"reward {r.reward} in group {r.group}"
             r.in_loss = not infra and not filtered
         rewards = [r.reward for r in group if r.in_loss]
         # A rollout that is left alone has nothing to be compared with, so it leaves the loss, too.
@@ -488,16 +494,11 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     num_tokens = sum(len(r.completion_ids) for r in in_loss)
     counts = all_reduce({"tokens": num_tokens, "sequences": len(in_loss)})
 
-    # Pack: ranks get about equal shares, cut into micro-batches without padding. Rollouts with
-    # advantage 0 have no gradient and are left out here: those outside the loss, and groups of
-    # equal rewards, whose tokens were counted above.
-    batches = collate(balance(rollouts, world), cfg, device)
-    num_real = len(batches)
-    # Every rank has to run as many forward and backward passes: add dummies, which weigh 0.
-    num_batches = int(all_reduce({"n": num_real}, "max")["n"])
-    if num_real < num_batches:
-        dummy = pack_rollouts(rollouts[:1], device)
-        batches += [dummy] * (num_batches - num_real)
+    # Pack: micro-batches without padding, of equal cost on all ranks. Rollouts with advantage 0
+    # have no gradient and are left out here: those outside the loss, and groups of equal rewards,
+    # whose tokens were counted above. Every rank has to run as many forward and backward passes,
+    # so one that runs out of rollouts gets dummies, which weigh 0.
+    batches, num_real = collate(rollouts, cfg, device)
 
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "kl": 0.0, "scored": 0}
     for i, batch in enumerate(progress(batches, "update")):
@@ -529,7 +530,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     # Update, unless no rollout had a gradient, or loss or gradient is inf or nan (their sum is then
     # no finite number). check_step stops the training after three such steps in a row.
     sums = all_reduce(sums)
-    if num_batches > 0 and math.isfinite(grad_norm + sums["loss"]):
+    if batches and math.isfinite(grad_norm + sums["loss"]):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     num_scored = max(sums["scored"], 1)
@@ -565,8 +566,8 @@ def evaluate(engine, rows, cfg, reward_hook, rank, world):
 def main(cfg):
     lock(cfg.out_dir)
     rank, world, device = start_run(cfg)
-    if cfg.prompts_per_step % world:
-        fail(f"--prompts_per_step={cfg.prompts_per_step} is not a multiple of {world} ranks.")
+    if cfg.prompts_per_step * cfg.group_size < world:
+        fail(f"--prompts_per_step x --group_size is less than a rollout for each of {world} ranks.")
 
     # Reward workers come first: they are forked while this process is still small.
     reward_hook = make_reward(cfg)
@@ -617,7 +618,9 @@ def main(cfg):
         # Rollout: sample completions of the next prompts, verify them, compute advantages.
         clock = time.time()
         indices = next_prompts(rows, state, cfg, select_rows)
-        for_update, sampled = rollout(engine, rows, indices, step, cfg, reward_hook, rank, world)
+        for_update, sampled = rollout(
+            engine, rows, indices, step, state, cfg, reward_hook, rank, world
+        )
         update_clock = time.time()
 
         # Update: linear warm-up, linear decay, one gradient step, new weights for the sampler.
@@ -633,8 +636,7 @@ def main(cfg):
         metrics["time/train"] = time.time() - update_clock
 
         # Remember how often each prompt was solved; stop if the step was broken.
-        for counts in all_gather(count_correct(sampled)):
-            state["history"] |= counts
+        remember(whole_groups(sampled), state)
         check_step(step, metrics, state, cfg)
 
         # Evaluate, log, show a sample, save.

@@ -37,7 +37,7 @@ from lib.data import BadRow, first_nonempty, fresh_cursors, normal_rows, read_ro
 from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
-from lib.packing import shared_prefixes, split_by_budget
+from lib.packing import Unit, attention_cost, equal_packs, shared_prefixes
 from lib.progress import SILENCE_S, progress
 from lib.unread import ANSWERED, ASKED
 from model import TOOL_ROLES, render_chat, show_tokens
@@ -275,13 +275,22 @@ def length(sample):
 
 
 def pack(samples, budget, device):
-    """Micro-batches of at most `budget` tokens, longest conversations first.
+    """(batches, num_real): this rank's micro-batches, of at most `budget` tokens each.
 
-    A conversation that is longer than the budget makes a micro-batch of its own.
+    samples: of all ranks. Every rank gets as many micro-batches, and at every place theirs cost
+    about the same. Those from num_real on are dummies for a rank that has run out of samples. A
+    conversation that is longer than the budget makes a micro-batch of its own.
     """
-    longest_first = sorted(samples, key=length, reverse=True)
-    groups = split_by_budget(longest_first, length, budget)
-    return [pack_group(group, device) for group in groups]
+    units = []
+    for sample in samples:
+        n = length(sample)
+        units.append(Unit([sample], n, n + attention_cost(n)))
+    rank, world = ranks()
+    packs, _ = equal_packs(units, budget, world)
+    mine = packs[rank::world]
+    num_real = sum(len(pack) > 0 for pack in mine)
+    dummy = [min(samples, key=length)]
+    return [pack_group(pack or dummy, device) for pack in mine], num_real
 
 
 def pack_group(samples, device):
@@ -312,19 +321,16 @@ def learning_rate(step, cfg):
 
 
 def train_step(model, optimizer, samples, cfg, device, world):
-    """One gradient update from this rank's share of a step's samples; returns the metrics."""
+    """One gradient update from a step's samples, those of all ranks; returns the metrics."""
     # The denominator: trained tokens of all ranks, counted before the step is cut, so that the
     # gradient depends neither on the packing nor on the number of ranks [D3].
-    trained_tokens = sum(int(mask.sum()) for _, mask, _ in samples)
-    num_tokens = all_reduce({"n": trained_tokens})["n"]
+    num_tokens = sum(int(mask.sum()) for _, mask, _ in samples)
     assert num_tokens > 0, "no token of this step is trained on"
 
-    # Pack: conversations, one behind another, into micro-batches without padding.
-    batches = pack(samples, cfg.micro_batch_tokens, device)
-    num_real = len(batches)
-    # Collectives have to match, so a rank with fewer micro-batches repeats one, which weighs 0.
-    num_batches = int(all_reduce({"n": num_real}, "max")["n"])
-    batches += [batches[-1]] * (num_batches - num_real)
+    # Pack: conversations, one behind another, into micro-batches without padding, of equal cost on
+    # all ranks. Collectives have to match, so a rank that runs out of conversations gets dummies,
+    # which weigh 0.
+    batches, num_real = pack(samples, cfg.micro_batch_tokens, device)
 
     loss_sum = 0.0
     for i, batch in enumerate(progress(batches, "update")):
@@ -355,7 +361,7 @@ def train_step(model, optimizer, samples, cfg, device, world):
 
 # ---- 4. Eval -------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, samples, cfg, device, rank, world):
+def evaluate(model, samples, cfg, device):
     """{"eval/<category>": nats per trained token} over the held-out conversations."""
     categories = sorted({category for _, _, category in samples})
     most_categories = max(all_gather(len(categories)))
@@ -363,16 +369,11 @@ def evaluate(model, samples, cfg, device, rank, world):
     nats_per_token = {}
     for category in categories:
         in_category = [sample for sample in samples if sample[2] == category]
-        # Every rank takes every world-th conversation. Collectives have to match, so a rank that
-        # gets none computes on the first one, and one with fewer micro-batches repeats its own.
-        # Neither is counted.
-        mine = in_category[rank::world]
-        batches = pack(mine or in_category[:1], cfg.micro_batch_tokens, device)
-        num_real = len(batches) if mine else 0
-        num_batches = int(all_reduce({"n": len(batches)}, "max")["n"])
+        # Dummies, which let collectives match, are not counted.
+        batches, num_real = pack(in_category, cfg.micro_batch_tokens, device)
         nll_sum = 0.0
-        for i in progress(range(num_batches), f"evaluation, {category}"):
-            nll = model.nll(batches[i % len(batches)])
+        for i, batch in enumerate(progress(batches, f"evaluation, {category}")):
+            nll = model.nll(batch)
             if i < num_real:
                 nll_sum += nll.item()
         num_tokens = sum(int(mask.sum()) for _, mask, _ in in_category)
@@ -398,7 +399,7 @@ def console_line(step, cfg, metrics, seconds_per_step, tokens_per_second):
 
 def main(cfg):
     lock(cfg.out_dir)
-    rank, world, device = start_run(cfg)
+    _, world, device = start_run(cfg)
     if cfg.samples_per_step < world:
         fail(
             f"--samples_per_step={cfg.samples_per_step} is less than one for each of {world} ranks."
@@ -441,9 +442,8 @@ def main(cfg):
     clock = time.time()
     steps_since, tokens_since = 0, 0
     for step in range(start + 1, cfg.num_steps + 1):
-        # Data: the next conversations, dealt out by length, so that ranks have equal work.
+        # Data: the next conversations, the same on every rank.
         samples = next(stream)
-        mine = sorted(samples, key=length, reverse=True)[rank::world]
         if step == 1:
             ids, mask, _ = samples[0]
             colours = sys.stdout.isatty()
@@ -455,7 +455,7 @@ def main(cfg):
         began = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        metrics = train_step(model, optimizer, mine, cfg, device, world)
+        metrics = train_step(model, optimizer, samples, cfg, device, world)
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         metrics["time/train"] = time.time() - began
         check_step(step, metrics, state, cfg)
@@ -463,9 +463,9 @@ def main(cfg):
         # Evaluate, log, save.
         is_last = step == cfg.num_steps
         if cfg.eval_every and eval_samples and (step % cfg.eval_every == 0 or is_last):
-            metrics |= evaluate(model, eval_samples, cfg, device, rank, world)
+            metrics |= evaluate(model, eval_samples, cfg, device)
         steps_since += 1
-        tokens_since += sum(length(sample) for sample in mine) * world
+        tokens_since += sum(length(sample) for sample in samples)
         line = ""
         silent = time.time() - clock > SILENCE_S
         if step % line_every == 0 or silent or step == 1 or is_last:

@@ -136,7 +136,7 @@ def measure(point, repeats):
         indices = [
             (step * cfg.prompts_per_step + i) % len(rows) for i in range(cfg.prompts_per_step)
         ]
-        trained, _ = mathrl.rollout(sampler, rows, indices, step, cfg, HOOK, rank, world)
+        trained, _ = mathrl.rollout(sampler, rows, indices, step, {}, cfg, HOOK, rank, world)
         marks.append((time.process_time(), time.perf_counter()))
         metrics = mathrl.train_step(model, optimizer, trained, cfg, device, world)
         sampler.sync(model)
@@ -199,7 +199,7 @@ def measure_padding(point, repeats):
             "rollout",
         )
         trained, sampled = mathrl.rollout(
-            sampler, rows, [i % len(rows) for i in indices], step, cfg, HOOK, rank, world
+            sampler, rows, [i % len(rows) for i in indices], step, {}, cfg, HOOK, rank, world
         )
         distinct = {tuple(r.prompt_ids) for r in sampled}
         # The sampler reads every token but the last of a completion.

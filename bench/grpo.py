@@ -98,7 +98,7 @@ def ours(setting, shared=True):
         began = time.perf_counter()
         indices = range((step - 1) * PROMPTS, step * PROMPTS)
         trained, sampled = mathrl.rollout(
-            engine, rows, [i % len(rows) for i in indices], step, cfg, hook, rank, world
+            engine, rows, [i % len(rows) for i in indices], step, {}, cfg, hook, rank, world
         )
         generated = time.perf_counter()
         metrics = mathrl.train_step(model, optimizer, trained, cfg, device, world)

@@ -121,13 +121,13 @@ def run_step(cfg):
     # Rollout: sample groups of completions, verify them, compute advantages.
     state = {"epoch": 0, "position": 0, "pool": [], "history": {}}
     indices = next_prompts(rows, state, stage_cfg, stage.select_rows)
-    rollouts, sampled = stage.rollout(engine, rows, indices, 1, stage_cfg, reward_hook, 0, 1)
+    rollouts, sampled = stage.rollout(engine, rows, indices, 1, state, stage_cfg, reward_hook, 0, 1)
 
     # Look at the loss before the update, on the micro-batches that train_step will make again.
     in_loss = [r for r in rollouts if r.in_loss]
     num_tokens = sum(len(r.completion_ids) for r in in_loss)
     counts = {"tokens": num_tokens, "sequences": len(in_loss)}
-    batches = collate(rollouts, stage_cfg, device)
+    batches, _ = collate(rollouts, stage_cfg, device)
     losses, before = look_at_loss(stage, model, batches, counts, stage_cfg)
 
     # Update, then score the same tokens under the new weights.

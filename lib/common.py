@@ -4,6 +4,7 @@ Nothing here takes a tensor with a batch axis. How a script ends is in lib/guard
 """
 
 import ctypes
+import dataclasses
 import datetime
 import os
 import signal
@@ -131,6 +132,36 @@ def all_gather(value):
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def whole_groups(rollouts):
+    """The rollouts of all ranks in the order of their groups: the samples of a prompt side by side.
+
+    A group is spread over the ranks, and rewards are compared inside it. This rank's rollouts are
+    the objects themselves, so what is set in them stays. Those of other ranks come without prompt,
+    tokens and text: their row has its index alone, and completion_ids has the right length only.
+    """
+    rank, world = ranks()
+    parts = [rollouts]
+    if world > 1:
+        parts = all_gather([without_texts(r) for r in rollouts])
+        parts[rank] = rollouts
+    everyone = [r for part in parts for r in part]
+    return sorted(everyone, key=lambda r: r.group)
+
+
+def without_texts(r):
+    """A copy of a rollout that is a few numbers, to be sent to other ranks."""
+    return dataclasses.replace(
+        r,
+        row={"index": r.row.get("index")},
+        prompt_ids=[],
+        completion_ids=range(len(r.completion_ids)),
+        sampler_logprobs=[],
+        teacher_logprobs=[],
+        text="",
+        pending=None,
+    )
 
 
 # ---- Sharding ------------------------------------------------------------------------------------

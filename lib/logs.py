@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from lib.common import all_reduce, print0, ranks
+from lib.common import all_reduce, print0, ranks, whole_groups
 from lib.guard import fail, one_sentence
 from lib.health import Health, is_said
 from lib.progress import span
@@ -32,14 +32,11 @@ def summarize(rollouts, shares):
     have different numbers of rollouts.
     """
     rewards_of_group = {}
-    for r in rollouts:
+    for r in whole_groups(rollouts):
         rewards_of_group.setdefault(r.group, set()).add(r.reward)
 
     sums = {
         "n": len(rollouts),
-        "groups": len(rewards_of_group),
-        # A group whose rewards are all equal has no advantages, and teaches nothing.
-        "flat": sum(len(rewards) == 1 for rewards in rewards_of_group.values()),
         "reward": sum(r.reward for r in rollouts if r.status != "infra"),
         "len": sum(len(r.completion_ids) for r in rollouts),
         "trunc": sum(r.finish_reason == "length" for r in rollouts),
@@ -53,13 +50,13 @@ def summarize(rollouts, shares):
         sums[f"reward/{name}"] = share * len(rollouts)
     sums = all_reduce(sums)
 
-    num_rollouts, num_groups = sums.pop("n"), sums.pop("groups")
-    verifiers_s = sums.pop("verifiers_s")
+    num_rollouts, verifiers_s = sums.pop("n"), sums.pop("verifiers_s")
     num_scored = max(num_rollouts - sums["status/infra"], 1)
-    denominators = {"flat": num_groups, "reward": num_scored}
-    means = {}
+    # A group whose rewards are all equal has no advantages, and teaches nothing.
+    num_flat = sum(len(rewards) == 1 for rewards in rewards_of_group.values())
+    means = {"flat": num_flat / len(rewards_of_group)}
     for name, total in sums.items():
-        means[name] = total / denominators.get(name, num_rollouts)
+        means[name] = total / (num_scored if name == "reward" else num_rollouts)
     # Seconds that all verifiers worked, a sum. Most of it passes while other rollouts still decode.
     means["time/verifiers"] = verifiers_s
     return means
@@ -238,7 +235,7 @@ class RolloutFile:
     """The rollouts that a rank sampled, one a line, in the order of the steps.
 
     {"step", "prompt" (its row), "sample", "reward", "status", "advantage", "tokens",
-    "finish_reason", "text"}; the first of each prompt has "question" besides, the last turn.
+    "finish_reason", "text"}; sample 0 of each prompt has "question" besides, the last turn.
 
     gigabytes: the limit of this rank, 0 keeps none. A file that has grown to half of it becomes the
     older half, and the older half before it goes: the newest rollouts stay.
@@ -261,22 +258,19 @@ class RolloutFile:
         if not self.most_bytes or not rollouts:
             return
         with open(self.path, "a") as f:
-            group, sample = None, 0
             for r in rollouts:
-                is_first = r.group != group
-                group, sample = r.group, 0 if is_first else sample + 1
-                f.write(as_json(as_line(step, r, sample)) + "\n")
+                f.write(as_json(as_line(step, r)) + "\n")
             size = f.tell()
         if size > self.most_bytes:
             os.replace(self.path, self.older)
 
 
-def as_line(step, r, sample):
-    """What is kept of a rollout, the `sample`-th of its prompt."""
+def as_line(step, r):
+    """What is kept of a rollout."""
     line = {
         "step": step,
         "prompt": r.row["index"],
-        "sample": sample,
+        "sample": r.sample,
         "reward": r.reward,
         "status": r.status,
         "advantage": r.advantage,
@@ -284,7 +278,7 @@ def as_line(step, r, sample):
         "finish_reason": r.finish_reason,
         "text": r.text,
     }
-    if sample == 0:
+    if r.sample == 0:
         line["question"] = r.row["messages"][-1]["content"]
     return line
 

@@ -1,10 +1,11 @@
-"""Rollouts into packed batches: shares of the ranks, micro-batches, shared prefixes.
+"""Sequences into packed micro-batches of equal cost for all ranks, with shared prefixes.
 
 A micro-batch holds whole sequences, one behind another, without padding. mathrl.py, section 5,
 shows one.
 
     T tokens of a packed micro-batch; entry t of every per-token tensor is about token t
     U tokens among them whose past is unlike that of all tokens before them
+    P packs of a step, over all ranks
 """
 
 import dataclasses
@@ -12,68 +13,72 @@ import dataclasses
 import numpy as np
 import torch
 
-from lib.common import all_gather
+from lib.common import all_gather, ranks
+
+# Attention in a sequence of this many tokens costs as much as all matrix products do. It follows
+# from the arithmetic of Qwen3-8B at half the products' rate; the packing depends on it only weakly.
+ATTENTION_TOKENS = 24_000
 
 
-# ---- 1. Which rank trains on what ----------------------------------------------------------------
-def num_tokens(rollout):
-    """Length of a rollout's sequence: prompt and completion."""
-    return len(rollout.prompt_ids) + len(rollout.completion_ids)
+# ---- 1. Packs of equal cost ----------------------------------------------------------------------
+@dataclasses.dataclass
+class Unit:
+    """Sequences that are packed as one: a single one, or several samples of a prompt."""
+
+    sequences: list
+    num_tokens: int  # of all of them: this counts against the budget of a micro-batch
+    # in tokens' worth of matrix products, attention included, without that of the prompt
+    cost: float
+    prompt: int = -1  # number of the prompt that the sequences begin with; -1: none is shared
+    prompt_cost: float = 0.0  # due once in every pack that holds sequences of this prompt
 
 
-def balance(rollouts, world):
-    """This rank's share of all ranks' rollouts that have a gradient, so that ranks have equal
-    work."""
-    if world == 1:
-        return rollouts
-    # Rollouts travel without what training does not need: the data row, the text, the reward's
-    # future.
-    mine = [
-        dataclasses.replace(r, row={}, text="", pending=None) for r in rollouts if r.advantage != 0
-    ]
-    groups = {}
-    for rank, part in enumerate(all_gather(mine)):
-        for r in part:
-            r.group = (rank, r.group)
-            groups.setdefault(r.group, []).append(r)
-
-    # Deal single rollouts, or whole groups where prompts are long: the smaller largest share wins.
-    singles = [[r] for group in groups.values() for r in group]
-    largest_by_single, by_single = assign_to_ranks(singles, world)
-    largest_by_group, by_group = assign_to_ranks(groups.values(), world)
-    shares = by_single if largest_by_single <= largest_by_group else by_group
-    return shares[torch.distributed.get_rank()]
+def attention_cost(num_tokens):
+    """Cost of attention in a sequence: it grows with the square of the length."""
+    return num_tokens**2 / ATTENTION_TOKENS
 
 
-def assign_to_ranks(units, world):
-    """(tokens of the largest share, shares): greedy bin packing of lists of rollouts of one prompt.
+def equal_packs(units, budget, world):
+    """(packs, cost of a step): lists of sequences, costliest pack first, for [rank::world].
 
-    The longest unit goes first, each to the rank that then has the fewest tokens. A rank computes a
-    prompt once, so its tokens count once there.
+    The packs are a multiple of `world` and have at most `budget` tokens each; a longer unit stands
+    alone. FSDP ties the ranks together layer by layer, so a step costs the sum over micro-batches
+    of the costliest rank. It is least if the packs are filled over all ranks, costliest unit first,
+    each into the pack that is then cheapest. Packs that stay empty come last.
     """
-    shares = [[] for _ in range(world)]
-    tokens = [0] * world
-    prompts = [set() for _ in range(world)]
-
-    def longest_first(unit):
-        return -sum(num_tokens(r) for r in unit), unit[0].seed
-
-    for unit in sorted(units, key=longest_first):
-        group = unit[0].group
-        completion_tokens = sum(len(r.completion_ids) for r in unit)
-        # What every rank would have with this unit on top.
-        loads = []
-        for rank in range(world):
-            prompt_tokens = 0 if group in prompts[rank] else len(unit[0].prompt_ids)
-            loads.append(tokens[rank] + completion_tokens + prompt_tokens)
-        rank = loads.index(min(loads))
-        shares[rank] += unit
-        tokens[rank] = loads[rank]
-        prompts[rank].add(group)
-    return max(tokens), shares
+    total = sum(min(unit.num_tokens, budget) for unit in units)
+    num_packs = world * max(1, -(-total // (budget * world)))
+    costliest_first = sorted(units, key=lambda unit: -unit.cost - unit.prompt_cost)
+    filled = fill_packs(costliest_first, budget, num_packs)
+    while filled is None:
+        num_packs += world
+        filled = fill_packs(costliest_first, budget, num_packs)
+    packs, cost_P = filled
+    order = np.argsort(-cost_P, kind="stable")
+    return [packs[i] for i in order], cost_P[order][::world].sum()
 
 
-# ---- 2. Micro-batches ----------------------------------------------------------------------------
+def fill_packs(units, budget, num_packs):
+    """(packs, their costs [P]) of the units in this order, or None if they do not fit."""
+    packs = [[] for _ in range(num_packs)]
+    room_P = np.full(num_packs, budget)
+    cost_P = np.zeros(num_packs)
+    has_prompt = {}  # number of a prompt: which packs hold it already [P]
+    for unit in units:
+        holds_P = has_prompt.setdefault(unit.prompt, np.zeros(num_packs, bool))
+        after_P = cost_P + unit.cost + unit.prompt_cost * ~holds_P
+        # An empty pack takes a unit of any length.
+        fits_P = (room_P >= unit.num_tokens) | (room_P == budget)
+        if not fits_P.any():
+            return None
+        chosen = np.where(fits_P, after_P, np.inf).argmin()
+        packs[chosen] += unit.sequences
+        room_P[chosen] -= unit.num_tokens
+        cost_P[chosen] = after_P[chosen]
+        holds_P[chosen] = True
+    return packs, cost_P
+
+
 def split_by_budget(items, length, budget):
     """Lists of consecutive items whose lengths sum to at most `budget`; a longer item stands
     alone."""
@@ -88,21 +93,62 @@ def split_by_budget(items, length, budget):
     return packs
 
 
-def collate(rollouts, cfg, device):
-    """Packed micro-batches of at most cfg.micro_batch_tokens tokens each.
+# ---- 2. Micro-batches of rollouts ----------------------------------------------------------------
+def num_tokens(rollout):
+    """Length of a rollout's sequence: prompt and completion."""
+    return len(rollout.prompt_ids) + len(rollout.completion_ids)
 
-    Rollouts with advantage 0 have no gradient and are left out; their tokens stay in the
-    denominator of the loss, which train_step counts before.
+
+def collate(rollouts, cfg, device):
+    """(batches, num_real): this rank's micro-batches, from the rollouts of all ranks together.
+
+    Every rank gets as many, of at most cfg.micro_batch_tokens tokens each, and at every place the
+    ranks' micro-batches cost about the same. Those from num_real on are dummies for a rank that has
+    run out of rollouts. Rollouts with advantage 0 have no gradient and are left out; their tokens
+    stay in the denominator of the loss, which train_step counts before.
     """
-    # Long sequences first, and rollouts of one prompt together, so that the prompt is computed
-    # once.
+    rank, world = ranks()
+    everyone = [r for r in rollouts if r.advantage != 0]
+    if world > 1:
+        # Rollouts travel without what training does not need: the data row, the text, the future of
+        # the reward.
+        light = [dataclasses.replace(r, row={}, text="", pending=None) for r in everyone]
+        everyone = [r for part in all_gather(light) for r in part]
+    if not everyone:
+        return [], 0
+    packs = pack_prompts(everyone, cfg.micro_batch_tokens, world)[rank::world]
+    num_real = sum(len(pack) > 0 for pack in packs)
+    dummy = [min(everyone, key=num_tokens)]
+    return [pack_rollouts(pack or dummy, device) for pack in packs], num_real
+
+
+def pack_prompts(rollouts, budget, world):
+    """equal_packs of rollouts. In a pack, those of one prompt share it and stand side by side."""
     groups = {}
-    with_gradient = [r for r in rollouts if r.advantage != 0]
-    for r in sorted(with_gradient, key=num_tokens, reverse=True):
+    for r in sorted(rollouts, key=num_tokens, reverse=True):
         groups.setdefault(tuple(r.prompt_ids), []).append(r)
-    in_order = [r for group in groups.values() for r in group]
-    packs = split_by_budget(in_order, num_tokens, cfg.micro_batch_tokens)
-    return [pack_rollouts(pack, device) for pack in packs]
+    number_of = {prompt: number for number, prompt in enumerate(groups)}
+    # Pack single rollouts, or, where prompts are long, as many of a group as fit: the one whose
+    # step costs less.
+    singles = [unit_of([r], n) for n, group in enumerate(groups.values()) for r in group]
+    parts = []
+    for n, group in enumerate(groups.values()):
+        parts += [unit_of(part, n) for part in split_by_budget(group, num_tokens, budget)]
+    by_single, cost_by_single = equal_packs(singles, budget, world)
+    by_part, cost_by_part = equal_packs(parts, budget, world)
+    packs = by_single if cost_by_single <= cost_by_part else by_part
+
+    def prompt_number(r):
+        return number_of[tuple(r.prompt_ids)]
+
+    return [sorted(pack, key=prompt_number) for pack in packs]
+
+
+def unit_of(rollouts, prompt):
+    """Rollouts of one prompt as a Unit. Attention sees every sequence whole, prompt included."""
+    cost = sum(len(r.completion_ids) + attention_cost(num_tokens(r)) for r in rollouts)
+    total = sum(num_tokens(r) for r in rollouts)
+    return Unit(rollouts, total, cost, prompt, len(rollouts[0].prompt_ids))
 
 
 def pack_rollouts(rollouts, device):

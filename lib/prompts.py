@@ -1,4 +1,4 @@
-"""The prompts of an RL stage: encoded once, dealt out in epochs, and how often each was solved.
+"""The prompts of an RL stage: encoded once, dealt out in epochs, samples spread over the ranks.
 
 Which prompts a step takes is a function of the seed, the step and what a checkpoint stores
 (`state`), so a resumed run takes the prompts that a straight run takes.
@@ -6,6 +6,7 @@ Which prompts a step takes is a function of the seed, the step and what a checkp
 
 import json
 import os
+import statistics
 import zlib
 
 import numpy as np
@@ -78,11 +79,42 @@ def next_prompts(rows, state, cfg, select_rows):
     return chosen
 
 
-def count_correct(rollouts):
-    """{row index: [num_correct, num_rollouts]} of one rank, over the rollouts in the loss.
+def longest_first(rollouts, state):
+    """Rollouts in the order in which to sample them: prompts with long answers last time first.
 
-    The indices are strings, as they come back from a checkpoint's JSON.
+    The longest decides when a step's sampling is over, so it must not start late. A prompt without
+    a past stands where the average one does.
     """
+    lengths = state.get("lengths", {})
+    average = statistics.fmean(lengths.values()) if lengths else 0.0
+
+    def length_last_time(r):
+        return lengths.get(str(r.row.get("index")), average)
+
+    return sorted(rollouts, key=length_last_time, reverse=True)
+
+
+def remember(groups, state):
+    """Note in `state` what the next steps need to know of this one. groups: from whole_groups.
+
+    history: {row: [num_correct, num_rollouts]} of the rollouts in the loss, for select_rows.
+    lengths: {row: tokens of a completion, on average}, for longest_first.
+    flat: the share of groups without a gradient, for the dynamic sampling of IF-RL.
+    The rows are strings, as they come back from a checkpoint's JSON.
+    """
+    state["history"] |= count_correct(groups)
+    lengths, advantages = {}, {}
+    for r in groups:
+        lengths.setdefault(str(r.row["index"]), []).append(len(r.completion_ids))
+        advantages.setdefault(r.group, []).append(r.advantage)
+    state.setdefault("lengths", {})
+    state["lengths"] |= {row: statistics.fmean(of_row) for row, of_row in lengths.items()}
+    num_flat = sum(not any(of_group) for of_group in advantages.values())
+    state["flat"] = num_flat / max(len(advantages), 1)
+
+
+def count_correct(rollouts):
+    """{row index as a string: [num_correct, num_rollouts]} over the rollouts in the loss."""
     counts = {}
     for r in rollouts:
         if r.in_loss:
@@ -92,10 +124,10 @@ def count_correct(rollouts):
 
 
 def load_history(folder, data):
-    """{"history", "epoch"} of the run that wrote this checkpoint, or {} if it had other prompts.
+    """{"history", "epoch", "lengths"} of the run that wrote this checkpoint, or {}.
 
     So the epoch filter of paper 4.5.2 goes on over the length stages of Math RL. data:
-    prompts_checksum.
+    prompts_checksum; a run with other prompts passes nothing on.
     """
     path = os.path.join(folder, "run.json")
     state = {}
@@ -109,4 +141,4 @@ def load_history(folder, data):
         f"{folder}: same prompts, so the epoch filter goes on "
         f"with what it knows of {len(state['history'])} of them"
     )
-    return {"history": state["history"], "epoch": state["epoch"]}
+    return {name: state[name] for name in ("history", "epoch", "lengths") if name in state}

@@ -534,7 +534,11 @@ def test_a_folder_that_another_run_holds(script, ranks, server, world, tmp_path)
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        ("mathrl.py", {"prompts_per_step": 3}, "--prompts_per_step=3 is not a multiple of 2 ranks"),
+        (
+            "mathrl.py",
+            {"prompts_per_step": 1, "group_size": 1},
+            "less than a rollout for each of 2 ranks",
+        ),
         (
             "sft.py",
             {"samples_per_step": 1},

@@ -870,7 +870,7 @@ def test_verifying_while_others_decode_saves_what_verifying_afterwards_costs():
     def seconds(submit, collect):
         clock = time.perf_counter()
         rollouts, _ = coderl.rollout(
-            SlowEngine(), [row] * 3, [0, 1, 2], 1, cfg, (submit, collect), 0, 1
+            SlowEngine(), [row] * 3, [0, 1, 2], 1, {}, cfg, (submit, collect), 0, 1
         )
         assert [r.reward for r in rollouts] == [1] * 12 and all(
             isinstance(r, Rollout) for r in rollouts

@@ -10,8 +10,11 @@ import inspect
 import itertools
 import json
 import math
+import pickle
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -25,8 +28,9 @@ import mathrl
 import rlhf
 import swerl
 from engine import Rollout, sampler_correction
+from lib import common, packing, prompts
 from lib.logs import summarize
-from lib.packing import shared_prefixes
+from lib.packing import pack_rollouts, shared_prefixes
 from verifiers import constraints
 
 CFG = dict(group_size=4, temperature=0.9, micro_batch_tokens=64, overlong_filter=True)
@@ -120,7 +124,7 @@ def test_a_packed_batch_by_hand():
     b = rollout(0, prompt=(8,), completion=(9, 10, 11))
     a.advantage, b.advantage = 1.5, -0.5
     a.sampler_logprobs, b.sampler_logprobs = [-1.0, -2.0], [-3.0, -4.0, -5.0]
-    batch = mathrl.pack_rollouts([a, b], "cpu")
+    batch = pack_rollouts([a, b], "cpu")
     assert batch["input_ids_T"].tolist() == [5, 6, 7, STOP, 8, 9, 10, 11]
     assert batch["cu_seqlens"].tolist() == [0, 4, 8] and batch["max_seqlen"] == 4
     # The loss counts the completions with their stop tokens, and no prompt token.
@@ -134,7 +138,7 @@ def test_the_batch_drawn_in_mathrl_is_what_the_packer_makes():
     a = rollout(1, prompt=(5, 6), completion=(7, 8))
     b = rollout(0, prompt=(5, 6), completion=(9,))
     a.advantage, b.advantage = 0.7, -0.7
-    batch = mathrl.pack_rollouts([a, b], "cpu")
+    batch = pack_rollouts([a, b], "cpu")
     drawn = {}
     for line in inspect.getsource(mathrl).splitlines():
         if match := re.match(r"#     (\w+) ((?: +-?[\d.]+)+)", line):
@@ -173,7 +177,7 @@ def test_micro_batches_hold_every_sequence_once_in_their_budget():
         r = rollout(0, group=n, prompt=range(3, 4 + n % 5), completion=range(10, 11 + n % 7))
         r.advantage = (n % 3 - 1.0) * (n + 1)  # every third has none and is left out
         rollouts.append(r)
-    batches = mathrl.collate(rollouts, config(micro_batch_tokens=30), "cpu")
+    batches, _ = mathrl.collate(rollouts, config(micro_batch_tokens=30), "cpu")
     assert len(batches) > 3 and all(len(b["input_ids_T"]) <= 30 for b in batches)
     seen, expected = [], []  # the advantage of every token that the loss counts
     for b in batches:
@@ -191,7 +195,7 @@ def test_samples_of_a_prompt_share_a_micro_batch():
         r = rollout(0, group=g, prompt=[g + 1] * 12, completion=range(10, 10 + length))
         r.advantage = 1.0
         rollouts.append(r)
-    batches = mathrl.collate(rollouts, config(micro_batch_tokens=80), "cpu")
+    batches, _ = mathrl.collate(rollouts, config(micro_batch_tokens=80), "cpu")
     groups = [b["input_ids_T"][b["cu_seqlens"][:-1].long()].tolist() for b in batches]
     for part in groups:
         runs = [key for key, _ in itertools.groupby(part)]
@@ -203,7 +207,7 @@ def test_samples_of_a_prompt_share_a_micro_batch():
 def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
     rollouts = [rollout(1, completion=range(50)), rollout(0)]
     rollouts[0].advantage, rollouts[1].advantage = 1.0, -1.0
-    batches = mathrl.collate(rollouts, config(micro_batch_tokens=10), "cpu")
+    batches, _ = mathrl.collate(rollouts, config(micro_batch_tokens=10), "cpu")
     assert [len(b["input_ids_T"]) for b in batches] == [52, 4]
 
 
@@ -263,7 +267,7 @@ def test_only_completion_tokens_get_gradient_stop_token_included():
     a = rollout(1, completion=(7, 9, STOP))
     b = rollout(0, prompt=(STOP, STOP), completion=(STOP,))
     a.advantage, b.advantage = 1.0, -1.0
-    batch = mathrl.pack_rollouts([a, b], "cpu")
+    batch = pack_rollouts([a, b], "cpu")
     logprobs_T = torch.full((8,), -1.0).requires_grad_()
     mathrl.grpo_loss(
         logprobs_T=logprobs_T,
@@ -448,7 +452,7 @@ def test_one_update_makes_good_completions_likelier():
     rollouts = random_step()
     cfg = config(micro_batch_tokens=10**6, grad_clip=1.0)
     mathrl.compute_advantages(rollouts, cfg)
-    batch = mathrl.collate(rollouts, cfg, "cpu")[0]
+    (batch,), _ = mathrl.collate(rollouts, cfg, "cpu")
 
     def score():
         logprobs_T, _ = model.token_logprobs(batch, cfg.temperature)
@@ -525,7 +529,7 @@ def test_what_the_epoch_filter_counts():
     for r in rollouts:
         r.row = {"index": 7, "messages": []}
     mathrl.compute_advantages(rollouts, config())
-    assert mathrl.count_correct(rollouts) == {"7": [2, 3]}
+    assert prompts.count_correct(rollouts) == {"7": [2, 3]}
 
 
 class TableEngine:
@@ -550,14 +554,16 @@ class TableEngine:
             r.reward, r.status = self.rewards(r.row["index"])[n % 4], "ok"
 
 
-def roll(rewards, num_rows=20, indices=(0, 1, 2, 3), rank=0, world=1, **changes):
-    """Return the rollouts to train on, the rollouts of the first round, and the engine."""
+def roll(rewards, num_rows=20, indices=(0, 1, 2, 3), flat=0.0, **changes):
+    """Return the rollouts to train on, the rollouts for the log, and the engine. flat: the share of
+    groups without a gradient in the step before."""
     engine = TableEngine(rewards)
     submitted = []
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
     hook = (submitted.append, engine.collect)
     cfg = ifrl.Config(**{**CFG, "max_refill_rounds": 0, **changes})
-    trained, sampled = ifrl.rollout(engine, rows, list(indices), 1, cfg, hook, rank, world)
+    state = {"flat": flat}
+    trained, sampled = ifrl.rollout(engine, rows, list(indices), 1, state, cfg, hook, 0, 1)
     num_sampled = 4 * sum(map(len, engine.asked))
     assert len(submitted) == num_sampled, "every finished completion goes to the verifier at once"
     return trained, sampled, engine
@@ -568,17 +574,95 @@ FLAT = [0.0] * 4
 UNEVEN = [1.0, 0.0, 0.0, 1.0]
 
 
-def test_without_dynamic_sampling_ifrl_rolls_out_as_the_others():
-    """The same seeds, rewards and advantages, rollout by rollout, on each of two ranks."""
-    rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(20)]
-    for rank in (0, 1):
-        found = []
-        for stage, changes in ((ifrl, {"max_refill_rounds": 0}), (mathrl, {})):
-            engine = TableEngine(lambda i: UNEVEN if i == 2 else FLAT)
-            hook = (lambda r: None, engine.collect)
-            cfg = stage.Config(**{**CFG, **changes})
-            found.append(stage.rollout(engine, rows, [0, 1, 2, 3], 1, cfg, hook, rank, 2))
-        assert found[0] == found[1] and len(found[0][0]) == 8
+def on_ranks(world, monkeypatch, work):
+    """[work(rank) for every rank], each in a thread of its own. What a rank gathers is pickled, as
+    between processes."""
+    here = threading.local()
+    meet = threading.Barrier(world, timeout=60)
+    sent = [None] * world
+
+    def all_gather(value):
+        sent[here.rank] = pickle.dumps(value)
+        meet.wait()
+        received = [pickle.loads(text) for text in sent]
+        meet.wait()
+        return received
+
+    def on_rank(rank):
+        here.rank = rank
+        return work(rank)
+
+    for module in (packing, common):
+        monkeypatch.setattr(module, "all_gather", all_gather)
+        monkeypatch.setattr(module, "ranks", lambda: (here.rank, world))
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(on_rank, range(world)))
+
+
+class SpreadEngine(TableEngine):
+    """A TableEngine that does not know which rank it is on: the seed decides a sample's reward."""
+
+    def collect(self, rollouts):
+        for r in rollouts:
+            flat = self.rewards(r.row["index"]) == FLAT
+            r.reward, r.status = 0.0 if flat else float(r.seed % 2), "ok"
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("stage, refills", [(mathrl, 0), (ifrl, 0), (ifrl, 3)])
+def test_samples_are_spread_over_the_ranks_and_nothing_else_changes(
+    stage, refills, world, monkeypatch
+):
+    """Every rank has as many of a prompt's samples, and seeds, rewards, advantages and what is kept
+    are those of one process."""
+    rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(40)]
+    changes = {"max_refill_rounds": refills} if stage is ifrl else {}
+    cfg = stage.Config(**{**CFG, "group_size": 8, **changes})
+
+    def work(rank, world=world):
+        engine = SpreadEngine(lambda i: FLAT if i % 2 else UNEVEN)
+        hook = (lambda r: None, engine.collect)
+        return stage.rollout(engine, rows, [0, 1, 2, 3, 4, 5], 1, {}, cfg, hook, rank, world)
+
+    def told(rollouts):
+        return sorted((r.group, r.seed, r.reward, r.advantage, r.in_loss) for r in rollouts)
+
+    trained, sampled = work(0, world=1)
+    found = on_ranks(world, monkeypatch, work)
+    for which, whole in enumerate((trained, sampled)):
+        parts = [rollouts[which] for rollouts in found]
+        assert told(r for part in parts for r in part) == told(whole)
+        for group in {r.group for r in whole}:
+            shares = [sum(r.group == group for r in part) for part in parts]
+            assert max(shares) - min(shares) <= 1, "a prompt's samples are on all ranks"
+    assert len({r.group for r in trained if r.advantage}) == (6 if refills else 3)
+
+
+def test_prompts_that_were_long_last_time_go_first():
+    """Row 2 had 90 tokens, row 0 had 10. Rows 1 and 3 are new and stand at the average of 50. The
+    samples of a prompt stay together, and the seeds are those of the prompt's place."""
+    rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(4)]
+    engine = TableEngine(lambda i: FLAT)
+    hook = (lambda r: None, engine.collect)
+    seeds = []
+    for state in ({}, {"lengths": {"2": 90.0, "0": 10.0}}):
+        engine.asked = []
+        _, sampled = mathrl.rollout(engine, rows, [0, 1, 2, 3], 1, state, config(), hook, 0, 1)
+        seeds.append({(r.row["index"], r.seed) for r in sampled})
+    assert engine.asked == [[2, 1, 3, 0]] and seeds[0] == seeds[1]
+
+
+def test_what_a_step_leaves_behind_for_the_next_ones():
+    groups = [rollout(1.0, completion=[7] * 10), rollout(0.0, status="wrong", completion=[7] * 30)]
+    groups += [rollout(1.0, group=1, completion=[7] * 4, finish_reason="length") for _ in range(2)]
+    for r in groups:
+        r.row = {"index": 5 + r.group}
+    mathrl.compute_advantages(groups, config(group_size=2))
+    state = {"history": {"6": [0, 2], "9": [1, 2]}, "lengths": {"9": 8.0}}
+    prompts.remember(groups, state)
+    assert state["history"] == {"5": [1, 2], "6": [0, 2], "9": [1, 2]}, "6 was left out of the loss"
+    assert state["lengths"] == {"5": 20.0, "6": 4.0, "9": 8.0}
+    assert state["flat"] == 0.5
 
 
 def test_without_refill_every_group_is_trained_on():
@@ -608,24 +692,66 @@ def test_refill_is_bounded_by_its_rounds_and_by_the_rows():
     assert sum(map(len, engine.asked[1:])) <= 12
 
 
-def test_without_an_uneven_group_one_untrained_rollout_is_left():
+def test_without_an_uneven_group_there_is_nothing_to_train_on():
     trained, sampled, _ = roll(lambda i: FLAT, max_refill_rounds=2)
-    assert len(sampled) == 16
-    (stand_in,) = trained
-    assert not stand_in.in_loss
-    assert not stand_in.advantage
+    assert len(sampled) == 16 and trained == []
+    model = make_tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    metrics = ifrl.train_step(model, optimizer, trained, config(), torch.device("cpu"), world=1)
+    assert metrics["grad_norm"] == metrics["num_tokens"] == 0 and not optimizer.state
 
 
-def test_ranks_never_sample_or_refill_with_the_same_prompts():
-    def flat_at_first(i):
-        return FLAT if i < 4 else UNEVEN
+def test_a_refill_asks_at_once_for_as_many_as_will_be_flat():
+    """If half of the groups were flat in the step before, 4 prompts become 14, which is
+    (4 + 2 sqrt(4 / 2)) / 0.5 and under the limit of 4 x (1 + 4). Where no group is flat then, the
+    first 4 are kept."""
+    _, sampled, engine = roll(lambda i: UNEVEN, flat=0.5, max_refill_rounds=4)
+    assert len(engine.asked) == 1 and len(engine.asked[0]) == 14
+    assert len(sampled) == 16, "the log has the step's own prompts only"
+    trained, _, engine = roll(lambda i: UNEVEN, flat=0.99, max_refill_rounds=1)
+    assert len(engine.asked[0]) == 8, "no more than before: one refill of all prompts"
+    assert [r.row["index"] for r in trained[::4]] == [0, 1, 2, 3]
+    _, _, engine = roll(lambda i: FLAT, flat=0.5, max_refill_rounds=0)
+    assert engine.asked == [[0, 1, 2, 3]]
 
-    refills = []
-    for rank, first_rows in ((0, [0, 2]), (1, [1, 3])):
-        _, _, engine = roll(flat_at_first, num_rows=40, rank=rank, world=2, max_refill_rounds=2)
-        assert engine.asked[0] == first_rows
-        refills.append({row for asked in engine.asked[1:] for row in asked})
-    assert refills[0].isdisjoint(refills[1])
+
+@pytest.mark.parametrize("flat", [0.2, 0.5, 0.9])
+def test_the_groups_that_are_kept_do_not_depend_on_how_many_are_drawn_at_once(flat):
+    """They are the first ones with a gradient, whatever share the step before had."""
+
+    def rewards(i):
+        return UNEVEN if i % 3 == 0 else FLAT
+
+    one, _, few = roll(rewards, num_rows=200, max_refill_rounds=9)
+    many, _, at_once = roll(rewards, num_rows=200, max_refill_rounds=9, flat=flat)
+    assert [(r.group, r.seed) for r in one] == [(r.group, r.seed) for r in many]
+    assert len(one) == 16 and len(at_once.asked) < len(few.asked)
+
+
+def test_kept_groups_have_the_distribution_of_groups_with_a_gradient():
+    """Of ten kinds of prompts, kind k has a gradient with chance k / 10. Kept groups then have kind
+    k with chance k / 45, drawn one by one or many at once (chi-squared, 8 degrees of freedom: 26.1
+    is passed by one sample of a thousand)."""
+    draw = random.Random(0)
+    for flat in (0.0, 0.55):
+        counts = [0] * 10
+        for step in range(60):
+            luck = [draw.random() for _ in range(400)]
+
+            def rewards(i, luck=luck):
+                return UNEVEN if luck[i] < i % 10 / 10 else FLAT
+
+            indices = draw.sample(range(400), 16)
+            trained, _, _ = roll(
+                rewards, num_rows=400, indices=indices, flat=flat, max_refill_rounds=9, seed=step
+            )
+            for r in trained[::4]:
+                counts[r.row["index"] % 10] += 1
+        total = sum(counts)
+        expected = [total * k / 45 for k in range(10)]
+        chi_squared = sum((n - e) ** 2 / e for n, e in zip(counts[1:], expected[1:], strict=True))
+        print(f"flat share known as {flat}: {counts}, chi-squared {chi_squared:.1f}, limit 26.1")
+        assert counts[0] == 0 and total > 900 and chi_squared < 26.1
 
 
 def test_summary_by_hand():
@@ -750,7 +876,7 @@ def test_sequence_level_weights_by_hand():
     loss = rlhf.grpo_loss(
         logprobs_T=logprobs_T,
         old_logprobs_T=logprobs_T.detach(),
-        batch=rlhf.pack_rollouts([a, b], "cpu"),
+        batch=pack_rollouts([a, b], "cpu"),
         counts={"tokens": 99, "sequences": 5},
         cfg=rlhf_config(sequence_level=True),
     )
@@ -936,7 +1062,7 @@ def test_the_kl_term_pulls_towards_the_weights_at_the_start(tmp_path):
     model = moved()
     rlhf.compute_advantages(rollouts, cfg)
     num_tokens = sum(len(r.completion_ids) for r in rollouts if r.in_loss)
-    batch = rlhf.collate(rollouts, cfg, "cpu")[0]
+    (batch,), _ = rlhf.collate(rollouts, cfg, "cpu")
     with torch.no_grad():
         reference_T = start.token_logprobs(batch, cfg.temperature)[0]
     d_T = reference_T - model.token_logprobs(batch, cfg.temperature)[0]
@@ -959,7 +1085,7 @@ def sampled_at(step, seed=0, refill=0, num_rows=1000):
     rows = [{"index": i, "messages": [], "prompt_ids": [i]} for i in range(num_rows)]
     cfg = ifrl.Config(**{**CFG, "seed": seed, "max_refill_rounds": refill})
     hook = (lambda r: None, engine.collect)
-    _, sampled = ifrl.rollout(engine, rows, [0, 1, 2, 3], step, cfg, hook, 0, 1)
+    _, sampled = ifrl.rollout(engine, rows, [0, 1, 2, 3], step, {}, cfg, hook, 0, 1)
     return [r.seed for r in sampled], engine.asked
 
 

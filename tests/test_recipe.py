@@ -20,6 +20,7 @@ import sft
 import swerl
 from engine import Rollout
 from lib import data
+from lib.prompts import count_correct
 from model import render_turns
 
 ASK = [{"role": "user", "content": "What is 6 * 7?"}]
@@ -267,7 +268,7 @@ def test_4_5_2_skipped_rollouts_are_no_evidence_of_difficulty():
     skipped = dict(group=1, reward=0.0, status="no_answer", finish="length")
     rollouts += [rollout("", {"index": 8}, **skipped) for _ in range(4)]
     mathrl.compute_advantages(rollouts, mathrl.Config(group_size=4, overlong_filter=True))
-    assert mathrl.count_correct(rollouts) == {"7": [2, 3]}
+    assert count_correct(rollouts) == {"7": [2, 3]}
 
 
 def test_4_5_2_epoch_filter_readmits_a_tenth_of_the_unsolved_and_a_hundredth_of_the_solved():

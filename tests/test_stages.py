@@ -57,8 +57,8 @@ DATA = {
         rm_samples_per_step=8,
         rm_lr=1e-3,
     ),
-    # Without refills, because each rank would refill with other prompts than one process does.
-    "ifrl": dict(data="if_rl", eval_data="if_dev", prompts_per_step=12, max_refill_rounds=0),
+    # With one round of refills, which all ranks take together.
+    "ifrl": dict(data="if_rl", eval_data="if_dev", prompts_per_step=6, max_refill_rounds=1),
     "mathrl": dict(data="math_sft", eval_data="math_dev"),
     "coderl": dict(data="code_sft", eval_data="code_dev"),
     "swerl": dict(data="swe_sft", eval_data="swe_dev", min_prompt_tokens=0),

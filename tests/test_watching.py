@@ -26,7 +26,7 @@ def rollouts_of(step, groups=2, size=2, text="x"):
     for group in range(groups):
         row = {"index": 10 * step + group, "messages": [{"role": "user", "content": f"q{group}"}]}
         for sample in range(size):
-            r = Rollout(row, group, [1, 2], seed=0)
+            r = Rollout(row, group, [1, 2], seed=0, sample=sample)
             r.completion_ids, r.finish_reason, r.text = [3, 4, 5], "stop", f"{text}{sample}"
             r.reward, r.status, r.advantage = float(sample), "ok" if sample else "wrong", 0.7
             made.append(r)
