@@ -28,9 +28,9 @@ import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
 from lib.chats import as_messages
+from lib.check import end_before_training
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import (
-    all_gather,
     all_reduce,
     average_gradients,
     finish,
@@ -45,6 +45,7 @@ from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import collate
 from lib.progress import counted, progress
 from lib.prompts import (
+    check_same_rows,
     encode_prompts,
     load_history,
     longest_first,
@@ -286,6 +287,8 @@ def make_reward(cfg):
     path = reward_model_path(cfg)
     if not cfg.rm and not os.path.exists(path):
         train_reward_model(cfg, path)
+        if cfg.check:
+            return None  # no step follows, and there is no reward model yet
     score = load_reward_model(path, rm_device(), cfg.reward_workers)
 
     def submit(rollout):
@@ -341,6 +344,8 @@ def monitor(rollouts):
 
 def self_test(rows, cfg):
     """Before training: the reward model answers, and not with one number for everything."""
+    if cfg.check and not cfg.rm and not os.path.exists(reward_model_path(cfg)):
+        return  # make_reward has not trained it
     check_reward_model(reward_model_path(cfg), rows, cfg.reward_workers)
 
 
@@ -598,14 +603,11 @@ def main(cfg):
     state |= load_history(cfg.init_from, checksum)
     if resume:
         start, state = load_checkpoint(resume, optimizer, cfg)
-    state.setdefault("data", checksum)
-    if set(all_gather(checksum)) != {state["data"]}:
-        fail(
-            f"data {cfg.data}: the rows are not the same on every rank, "
-            f"or not those that {resume} was trained on."
-        )
+    check_same_rows(checksum, state, resume, cfg)
 
     engine = make_engine(cfg.engine, model, tokenizer)
+    if cfg.check or start >= cfg.num_steps:
+        return end_before_training(rows, tokenizer, model, cfg, resume)
     logger = Logger(cfg, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(
@@ -648,7 +650,7 @@ def main(cfg):
             show_sample(sampled[0])
         if step % cfg.save_every == 0 or is_last:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
-    mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+    mark_final(cfg.out_dir, folder)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from lib.chats import json_objects, read_chat, tool_calls_of, with_thought, without_tags
+from lib.check import end_before_training
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, ranks, start_run
 from lib.data import BadRow, first_nonempty, fresh_cursors, normal_rows, read_rows, stream_rows
@@ -426,7 +427,10 @@ def main(cfg):
         state |= saved
     stream = stream_steps(tokenizer, state, cfg)
     # Read the first step now, so that trouble with the data is reported before the log is touched.
-    stream = itertools.chain([next(stream)], stream)
+    first = next(stream)
+    stream = itertools.chain([first], stream)
+    if cfg.check or start >= cfg.num_steps:
+        return end_before_training(first, tokenizer, model, cfg, resume)
 
     logger = Logger(cfg, start)
     num_params = sum(p.numel() for p in model.parameters())
@@ -476,7 +480,7 @@ def main(cfg):
         logger.log(step, metrics, line)
         if step % cfg.save_every == 0 or is_last:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
-    mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+    mark_final(cfg.out_dir, folder)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import Rollout, make_engine, request_seed, sampler_correction
+from lib.check import end_before_training
 from lib.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -49,7 +50,6 @@ from lib.checkpoint import (
     save_checkpoint,
 )
 from lib.common import (
-    all_gather,
     all_reduce,
     average_gradients,
     finish,
@@ -63,6 +63,7 @@ from lib.logs import Logger, console_line, show_sample, summarize
 from lib.packing import collate, pack_rollouts
 from lib.progress import counted, progress
 from lib.prompts import (
+    check_same_rows,
     encode_prompts,
     load_history,
     longest_first,
@@ -419,14 +420,11 @@ def main(cfg):
     state |= load_history(cfg.init_from, checksum)
     if resume:
         start, state = load_checkpoint(resume, optimizer, cfg)
-    state.setdefault("data", checksum)
-    if set(all_gather(checksum)) != {state["data"]}:
-        fail(
-            f"data {cfg.data}: the rows are not the same on every rank, "
-            f"or not those that {resume} was trained on."
-        )
+    check_same_rows(checksum, state, resume, cfg)
 
     engine = make_engine(cfg.engine, model, tokenizer)
+    if cfg.check or start >= cfg.num_steps:
+        return end_before_training(rows, tokenizer, model, cfg, resume)
     logger = Logger(cfg, start)
     num_params = sum(p.numel() for p in model.parameters())
     print0(
@@ -469,7 +467,7 @@ def main(cfg):
             show_sample(sampled[0])
         if step % cfg.save_every == 0 or is_last:
             folder = save_checkpoint(cfg.out_dir, step, model, optimizer, cfg, state)
-    mark_final(cfg.out_dir, folder if start < cfg.num_steps else resume)
+    mark_final(cfg.out_dir, folder)
 
 
 if __name__ == "__main__":

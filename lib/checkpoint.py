@@ -191,9 +191,10 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
     except Exception as error:  # noqa: BLE001  torch and safetensors word a full disk differently
         free = shutil.disk_usage(out_dir).free / 1e9
         shutil.rmtree(folder, ignore_errors=True)
+        before = step_folders(out_dir)
         fail(
             f"{final} cannot be written ({first_line(error)}; {free:.3g} GB were left there).",
-            note="The checkpoint before it is whole.",
+            note=f"{before[-1]} before it is whole." if before else "None was saved before it.",
         )
     # A step that was not applied proves nothing about the weights: the checkpoints before it may be
     # the last good ones.

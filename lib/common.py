@@ -51,8 +51,7 @@ def init_distributed(seed, timeout_s=1800):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory(libc)
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world)
-        torch.set_num_threads(int(threads))
+        torch.set_num_threads(num_threads(world))
         skip_compiler_import()
 
     # One process on a GPU has a group of its own, too: FSDP's mixed precision needs one.
@@ -60,6 +59,18 @@ def init_distributed(seed, timeout_s=1800):
         init_process_group(rank, world, device, timeout_s)
     torch.manual_seed(seed)
     return rank, world, device
+
+
+def num_threads(world):
+    """Threads of this rank on CPUs: OMP_NUM_THREADS, or else an equal share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if not given:
+        return max(1, (os.cpu_count() or 1) // world)
+    # "2,1" has a number for each level of nested regions. Here is one level.
+    outermost = given.partition(",")[0].strip()
+    if not outermost.isdecimal() or int(outermost) < 1:
+        fail(f"OMP_NUM_THREADS={given}: expected a whole number above 0.")
+    return int(outermost)
 
 
 def init_process_group(rank, world, device, timeout_s):

@@ -67,6 +67,9 @@ class MachineFlags:
     # steps in a row without a gradient, or with another fault of lib/health.py, after which the run
     # ends with exit code 3; 0: never
     max_dead_steps: int = 20
+    # load data, model and verifier, run the self test, show ten prompts as the model reads them and
+    # what a step costs, and end before the first one
+    check: bool = False
 
 
 @dataclass
@@ -174,6 +177,8 @@ def check_bounds(field, value):
     expected = f"a number {'above' if bounds.above else 'from'} {low}"
     if bounds.high <= 1:
         expected += f" to {bounds.high}"
+    elif value > high:
+        expected += f" to {high:.3g}"
     fail(f"--{field.name}={value}: expected {expected}.")
 
 

@@ -14,6 +14,7 @@ has ended, torchrun sends SIGTERM to the others, and each of them says where the
 import contextlib
 import errno
 import faulthandler
+import json
 import math
 import os
 import select
@@ -28,6 +29,8 @@ import torch.distributed as dist
 
 from lib.progress import break_silence
 
+# Set once an exception is reported, which says more than a SIGTERM that comes after it.
+exception_is_reported = threading.Event()
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,11 +42,34 @@ def fail(message, note="Nothing was trained.", code=2):
     Another code, 3, is that of a run that learns nothing (lib/health.py).
     """
     script = os.path.basename(sys.argv[0])
-    print(f"{script}: {message} {note}", file=sys.stderr, flush=True)
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) > 0:
+        let_the_first_rank_speak()
+    last_words(f"{script}: {message} {note}", sys.stderr)
     if dist.is_initialized():
         # An orderly exit would wait for the other ranks.
         os._exit(code)
     sys.exit(code)
+
+
+def let_the_first_rank_speak():
+    """Wait, as the first rank of a node meets most user errors, too, and says them once for all.
+
+    When it has ended, torchrun ends this process. An error of this rank alone is said afterwards.
+    """
+    exception_is_reported.set()
+    # Only the main thread may set a handler; another one is ended with its process.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(3)
+
+
+def last_words(sentence, stream):
+    """Print a last sentence, and leave it to torchrun, which repeats it below its own traceback."""
+    print(sentence, file=stream, flush=True)
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w") as f:
+            json.dump({"message": sentence, "timestamp": int(time.time())}, f)
 
 
 def first_line(error):
@@ -117,10 +143,6 @@ def describe_position(frames):
 
 
 # ---- Runs that break -----------------------------------------------------------------------------
-# Set once an exception has reached `uncaught`, which says more than a SIGTERM that comes after it.
-exception_is_reported = threading.Event()
-
-
 def end_process(frames, reason, code=1):
     """Print position and reason, then exit without interpreter teardown.
 
@@ -128,11 +150,12 @@ def end_process(frames, reason, code=1):
     """
     script = os.path.basename(sys.argv[0])
     note = "Run it again: it goes on from the last checkpoint."
-    print(
-        f"{script}: {describe_position(frames)}: {reason}. {note}",
-        file=sys.__stderr__,
-        flush=True,
-    )
+    sentence = f"{script}: {describe_position(frames)}: {reason}. {note}"
+    if code == 128 + signal.SIGTERM:
+        # Another rank has the reason: torchrun should repeat the sentence of that one.
+        print(sentence, file=sys.__stderr__, flush=True)
+    else:
+        last_words(sentence, sys.__stderr__)
     os._exit(code)
 
 
@@ -147,8 +170,11 @@ def uncaught(kind, error, trace):
     # A full disk needs no traceback, whether a log, a sample or a checkpoint was being written.
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         end_process(frames, f"the disk is full ({first_line(error)})", 2)
+    if kind is KeyboardInterrupt:
+        end_process(frames, "interrupted", 128 + signal.SIGINT)
     traceback.print_exception(error, file=sys.__stderr__)
-    reason, _, _ = f"{kind.__name__}: {error}".partition("\n")
+    text, _, _ = str(error).partition("\n")
+    reason = f"{kind.__name__}: {text}" if text else kind.__name__
     end_process(frames, reason.rstrip("."))
 
 

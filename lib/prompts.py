@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from lib.common import print0
+from lib.common import all_gather, print0
 from lib.guard import fail, one_sentence
 from model import NO_THINK, THINK, render_chat
 
@@ -56,6 +56,19 @@ def shuffled(items, seed, epoch):
     """The items in a random order, which is another one in every epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(len(items))
     return [items[i] for i in order]
+
+
+def check_same_rows(checksum, state, resume, cfg):
+    """End the run if its prompts are not those of every rank and of the checkpoint it goes on from.
+
+    checksum: prompts_checksum of this rank. A new run keeps it in `state`.
+    """
+    trained_on = state.setdefault("data", checksum)
+    checksums = set(all_gather(checksum))
+    if len(checksums) > 1:
+        fail(f"data {cfg.data}: the rows are not the same on every rank.")
+    if checksums != {trained_on}:
+        fail(f"data {cfg.data}: the rows are not those that {resume} was trained on.")
 
 
 def next_prompts(rows, state, cfg, select_rows):

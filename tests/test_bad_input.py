@@ -11,19 +11,22 @@ import. Rows on two ranks are two processes on gloo.
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from lib import checkpoint
+from lib import check, checkpoint
+from lib.common import num_threads
 from sft import Config
 
 SERVER = """
@@ -42,7 +45,8 @@ def run(script, args, env, err):
     os.environ.update(env)
     os.setpgid(0, 0)
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    out = os.path.join(os.path.dirname(err), "." + os.path.basename(err))
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     sys.argv = [script, *args]
     module = importlib.import_module(script[:-3].replace('/', '.'))
     code = 0
@@ -169,6 +173,7 @@ FLAGS = [
     ("mathrl.py", {"seed": 10**20}, "--seed=100000000000000000000: expected"),
     ("mathrl.py", {"lr": "nan"}, "--lr=nan: expected a number above 0"),
     ("mathrl.py", {"lr": "inf"}, "--lr=inf: expected"),
+    ("mathrl.py", {"lr": "1e30"}, "--lr=1e+30: expected a number above 0 to 9.22e+18"),
     ("mathrl.py", {"lr": -1e-6}, "--lr=-1e-06: expected"),
     ("mathrl.py", {"temperature": 0}, "--temperature=0.0: expected a number above 0"),
     ("mathrl.py", {"temperature": -1}, "--temperature=-1.0: expected"),
@@ -630,6 +635,102 @@ def test_the_table_has_at_least_fifty_rows():
     count = len(FLAGS) + len(DATA) + len(MODELS)
     print(f"{count} rows in the three tables alone, at least 50 wanted")
     assert count >= 50
+
+
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "0,1", "1.5"])
+def test_odd_numbers_of_threads(threads, server, world, tmp_path):
+    message = f"OMP_NUM_THREADS={threads}: expected a whole number above 0"
+    refused(server, world, tmp_path, "sft.py", {}, message, OMP_NUM_THREADS=threads)
+
+
+def test_of_nested_numbers_of_threads_the_outermost_counts(monkeypatch):
+    for given, threads in (("2,1", 2), (" 3 ", 3), ("4", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert num_threads(world=8) == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert num_threads(world=10**6) == 1
+
+
+# ---- --check, and a stage that is done -----------------------------------------------------------
+def run(server, world, tmp_path, script, **flags):
+    """(exit code, standard output, standard error) of a script with the flags of BASE and these."""
+    flags = {"init_from": "W/base", "out_dir": "T/out", **BASE[script], **flags}
+    placed = {k: place(v, world, tmp_path) for k, v in flags.items()}
+    code, said = answer(server, tmp_path, script, placed)
+    return code, (tmp_path / ".err0").read_text(), said
+
+
+@pytest.mark.parametrize("script", BASE)
+def test_check_shows_ten_prompts_and_costs_and_leaves_nothing(script, server, world, tmp_path):
+    # The training sets, which have more than ten rows.
+    flags = {"data": str(BASE[script].get("data")).replace("_dev", "_rl")}
+    if script == "extras/mopd.py":
+        flags["data"] = "mathrl:W/math_rl.jsonl:W/base"
+    if script == "sft.py":
+        flags["samples_per_step"] = 12
+    code, printed, said = run(server, world, tmp_path, script, check=True, **flags)
+    assert (code, said) == (0, "")
+    # Ten prompts as the model reads them, and the plan.
+    assert len(re.findall(r"^--- \d+ of \d+: \d+ tokens", printed, re.M)) == 10
+    assert printed.count("<|im_start|>system\n") >= 10 and "time: a step takes at most" in printed
+    if script == "sft.py":
+        trained = re.findall(r"are trained ---\n(.*?<\|im_end\|>)\n", printed, re.S)
+        assert len(trained) == 10 and not any("<|im_start|>" in text for text in trained)
+    else:
+        assert printed.count("<|im_end|>\n<|im_start|>assistant\n") == 10
+        assert "a step samples 2 x 2 completions, at most 32 tokens" in printed
+    assert "check: a checkpoint has about" in printed and "Nothing was trained." in printed
+    left = {p.name for p in (tmp_path / "out").rglob("*") if not p.name.startswith(".")}
+    assert not left, "neither a log, nor a checkpoint, nor a reward model"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [({"data": "T/none.jsonl"}, "no such file or folder"), ({"engine": "warp"}, "--engine=warp")],
+)
+def test_check_ends_with_the_sentence_of_what_is_wrong(wrong, message, server, world, tmp_path):
+    refused(server, world, tmp_path, "mathrl.py", {"check": True, **wrong}, message)
+
+
+def test_check_says_that_the_disk_is_too_small(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=1e9)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage)
+    with torch.device("meta"):
+        models = [torch.nn.Linear(1000, 1000, bias=False), torch.nn.Linear(1000, 10**5)]
+    small, large = [check.cost_of_disk(model, Config(out_dir=str(tmp_path))) for model in models]
+    assert "about 0.012 GB" in small and "not enough" not in small
+    assert "about 1.2 GB" in large and large.endswith(": not enough")
+
+
+def test_a_stage_that_is_done_says_so_and_stays_as_it_is(server, world, tmp_path):
+    assert run(server, world, tmp_path, "mathrl.py")[0] == 0
+    # As if it had been killed between its last checkpoint and the link.
+    (tmp_path / "out" / "final").unlink()
+    before = contents(tmp_path / "out")
+    code, printed, said = run(server, world, tmp_path, "mathrl.py")
+    assert (code, said) == (0, "")
+    assert "step_000001 is step 1 of --num_steps=1" in printed and "steps 2..1" not in printed
+    assert (tmp_path / "out" / "final").resolve().name == "step_000001"
+    assert contents(tmp_path / "out").items() >= before.items()
+
+
+def test_a_save_that_fails_says_what_is_whole(world, tmp_path, capsys, monkeypatch):
+    from model import Qwen3
+
+    model = Qwen3.from_pretrained(world / "base")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    cfg = Config(init_from=str(world / "base"))
+    (tmp_path / "out").mkdir()
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    for step, note in ((1, "None was saved before it."), (3, "step_000002 before it is whole.")):
+        with monkeypatch.context() as broken, pytest.raises(SystemExit):
+            broken.setattr(model, "save_pretrained", no_room)
+            checkpoint.save_checkpoint(str(tmp_path / "out"), step, model, optimizer, cfg, {})
+        assert note in capsys.readouterr().err
+        checkpoint.save_checkpoint(str(tmp_path / "out"), step + 1, model, optimizer, cfg, {})
 
 
 def test_a_good_row_is_not_refused(server, world, tmp_path):

@@ -10,6 +10,7 @@ import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -350,3 +351,31 @@ def test_equal_completions_of_a_prompt_have_one_verdict_which_is_worked_out_once
         for r in rollouts:
             assert (r.reward, r.status, r.pending) == (float(len(r.text)), "ok", None)
         assert len(asked) == expected and rollouts[0].verify_s > 0 == rollouts[1].verify_s
+
+
+@pytest.mark.parametrize(
+    "verdict, said",
+    [
+        (None, "the judge returned None, expected (reward, status)"),
+        (1.0, "the judge returned 1.0"),
+        ((1.0, "ok", 0.5), "the judge returned (1.0, 'ok', 0.5)"),
+        ((None, "ok"), "the judge's reward is None, expected a finite number"),
+        ((float("nan"), "wrong"), "the judge's reward is nan"),
+        ((float("inf"), "ok"), "the judge's reward is inf"),
+        (("1", "ok"), "the judge's reward is '1'"),
+        ((0.5, "partial"), "the judge's status is 'partial', expected one of ('ok', "),
+    ],
+)
+def test_a_verdict_of_another_form_is_named(verdict, said):
+    submit, collect = in_background(ThreadPoolExecutor(1), lambda r: verdict, ("reward", "status"))
+    with pytest.raises(ValueError) as error:
+        collect([Rollout({}, 0, [], seed=0)])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("verdict", [(np.float32(0.5), "ok"), (True, "ok"), (None, "infra")])
+def test_other_numbers_and_a_failure_without_a_reward_are_verdicts(verdict):
+    submit, collect = in_background(ThreadPoolExecutor(1), lambda r: verdict, ("reward", "status"))
+    rollout = Rollout({}, 0, [], seed=0)
+    collect([rollout])
+    assert (rollout.reward, rollout.status) == verdict

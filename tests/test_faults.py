@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -182,6 +183,50 @@ def test_the_guard_says_where_a_process_was(what, code, sentence, tmp_path):
         code,
         [f"stage.py: rank 3, step 7, rollout: {sentence}. {AGAIN}"] if sentence else [],
     )
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence, trace",
+    [
+        (KeyboardInterrupt(), 130, "start: interrupted. Run it again", False),
+        (AssertionError(), 1, "start: AssertionError. Run it again", True),
+        (KeyError("a"), 1, "start: KeyError: 'a'. Run it again", True),
+    ],
+)
+def test_an_error_without_a_text_has_a_sentence(error, code, sentence, trace, monkeypatch, capfd):
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(guard.os, "_exit", end)
+    monkeypatch.setattr(guard, "exception_is_reported", threading.Event())
+    with pytest.raises(SystemExit) as stop:
+        guard.uncaught(type(error), error, None)
+    said = capfd.readouterr().err
+    assert stop.value.code == code and sentence in said
+    assert (type(error).__name__ in said.splitlines()[0]) == trace
+
+
+FAILS = """
+import os, sys, time
+sys.path.insert(0, ROOT)
+from lib.guard import fail
+if os.environ["RANK"] in RANKS:
+    fail("--data=none: no such file.")
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["01", "1"])
+def test_a_user_error_is_said_once_and_again_below_torchrun_s_traceback(failing, tmp_path):
+    script = tmp_path / "mathrl.py"
+    script.write_text(FAILS.replace("ROOT", repr(str(ROOT))).replace("RANKS", repr(failing)))
+    code, _, said = run_python(script, ranks=2, check=False)
+    sentence = "mathrl.py: --data=none: no such file. Nothing was trained."
+    lines = said.strip().splitlines()
+    assert code != 0 and lines.count(sentence) == 1, said
+    last = [i for i, line in enumerate(lines) if sentence in line][-1]
+    assert last >= len(lines) - 3, f"{len(lines) - last} lines above the end"
 
 
 def test_check_step_stops_what_is_broken_and_nothing_else(capsys):

@@ -441,7 +441,7 @@ def test_a_full_disk_ends_a_save_with_one_sentence_and_the_last_checkpoint_intac
     assert ended.value.code == 2
     assert said.count("\n") == 1
     assert "step_000004 cannot be written" in said
-    assert "checkpoint before it is whole" in said
+    assert "step_000003 before it is whole" in said
     assert sorted(os.listdir(checkpoints)) == before
     assert checkpoint.latest_checkpoint(checkpoints).endswith("step_000003")
 

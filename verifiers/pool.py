@@ -1,6 +1,10 @@
 """Verdicts in the background: finished completions are judged while others still decode."""
 
+import math
+import numbers
 import time
+
+from lib.logs import STATUSES
 
 
 def timed(function, *args):
@@ -8,6 +12,24 @@ def timed(function, *args):
     start = time.perf_counter()
     result = function(*args)
     return result, time.perf_counter() - start
+
+
+def check_verdict(verdict, names):
+    """ValueError unless a judge returned a value for each name, a finite reward and a known status.
+
+    Another form would end the step in odd words, or would train and be counted nowhere.
+    """
+    if not isinstance(verdict, tuple) or len(verdict) != len(names):
+        raise ValueError(f"the judge returned {verdict!r}, expected ({', '.join(names)})")
+    values = dict(zip(names, verdict, strict=True))
+    status = values.get("status", "ok")
+    if status not in STATUSES:
+        raise ValueError(f"the judge's status is {status!r}, expected one of {STATUSES}")
+    # Without a verdict there is no reward, and the rollout is masked.
+    reward = values.get("reward", 0.0)
+    is_number = isinstance(reward, numbers.Real) and math.isfinite(reward)
+    if status != "infra" and not is_number:
+        raise ValueError(f"the judge's reward is {reward!r}, expected a finite number")
 
 
 def in_background(pool, judge, names):
@@ -49,6 +71,7 @@ def in_background(pool, judge, names):
             if rollout.pending is None:
                 submit(rollout)
             verdict = rollout.pending.result()
+            check_verdict(verdict, names)
             for name, value in zip(names, verdict, strict=True):
                 setattr(rollout, name, value)
             rollout.pending = None

@@ -240,6 +240,7 @@ def report_accuracy(model, pairs, name, cfg, device):
 def train_reward_model(cfg, folder):
     """Train a Bradley-Terry reward model on cfg.rm_data and write it to `folder` (paper 4.2.2).
 
+    With cfg.check it loads model and pairs, and stops before the first step.
     The model is sharded as policies are, and every rank trains on its share of a batch.
     """
     rank, world = ranks()
@@ -268,6 +269,8 @@ def train_reward_model(cfg, folder):
     batch_size = cfg.rm_samples_per_step
     steps = max(cfg.rm_epochs * len(pairs) // batch_size, 1)
     print0(f"reward model: {len(pairs)} pairs, {steps} steps of {batch_size}, from {init_from}")
+    if cfg.check:
+        return
 
     for step in progress(range(1, steps + 1), "reward model"):
         # The learning rate rises over the first 3% of the steps and falls linearly to 0 (G6).
