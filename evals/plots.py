@@ -171,7 +171,7 @@ def write_cell(axis, x, y, cell, before):
 
 
 # ---- 3. Benchmarks over the stages ---------------------------------------------------------------
-PANELS_IN_A_ROW = 4
+PAGE_WIDTH = 15  # inches
 
 
 def plot_stages(path, cells, stages, columns, own, title=SCORES_TITLE, references=None):
@@ -185,9 +185,11 @@ def plot_stages(path, cells, stages, columns, own, title=SCORES_TITLE, reference
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    num_columns = min(len(columns), PANELS_IN_A_ROW)
+    # A stage needs room for its number. In inches:
+    panel_width = max(3.6, 0.45 * len(stages) + 0.6)
+    num_columns = min(len(columns), max(int(PAGE_WIDTH / panel_width), 1))
     num_rows = -(-len(columns) // num_columns)  # rounded up
-    size = (max(3.6 * num_columns, 8.0), 2.9 * num_rows + 0.5)  # inches
+    size = (max(panel_width * num_columns, 8.0), 2.9 * num_rows + 0.5)
     figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(columns) :]:
         axis.set_visible(False)
@@ -229,6 +231,8 @@ def draw_panel(axis, cells, stages, column, own):
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
         axis.annotate(f"{100 * cell['score']:.1f}", **place, fontsize=8, bbox=behind)
     axis.set_xticks(range(len(stages)), stages, fontsize=8)
+    if max(map(len, stages)) > 8:  # longer than the names of the recipe
+        axis.tick_params(axis="x", rotation=30)
     axis.set_xlim(-0.4, len(stages) - 0.6)
     axis.margins(y=0.18)
     axis.tick_params(labelsize=8)

@@ -58,11 +58,15 @@ def is_control(stage):
 def in_stage_order(names):
     """Sort stage names as the cascade runs them; names that no cascade knows come last, as given.
 
-    Controls are left out.
+    Controls are left out. Of the parts of a stage the one without a number is the last: coderl1,
+    coderl.
     """
+
+    def place(name):
+        return STAGES.index(base_of(name)), name == base_of(name), name
+
     names = [name for name in names if not is_control(name)]
-    known = [name for name in names if base_of(name) in STAGES]
-    known.sort(key=lambda name: (STAGES.index(base_of(name)), name))
+    known = sorted((name for name in names if base_of(name) in STAGES), key=place)
     unknown = [name for name in names if name not in known]
     return known + unknown
 

@@ -16,6 +16,7 @@ import sys
 
 import pytest
 
+from evals.results import in_stage_order
 from lib.flags import parse_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -348,6 +349,15 @@ def test_servers_and_flags_of_the_environment_reach_their_stages(preset, num_sta
     # Every task is a launch of its own.
     tasks = [line.partition("--tasks=")[2].split()[0] for line in scores]
     assert tasks == ["ifeval", "aime25"] * (len(scores) // 2)
+
+
+@pytest.mark.parametrize("preset", ["toy", "8b", "8b-thinking", "14b-thinking"])
+def test_the_results_are_read_in_the_order_in_which_the_cascade_ran(preset):
+    """coderl1 before coderl: else a gate holds the first part of Code RL against the second."""
+    lines = dry_run("run_cascade.sh", preset, BASE="b", TASKS="ifeval")
+    measured = [line.partition("--stage=")[2].split()[0] for line in lines if "--stage=" in line]
+    assert len(measured) >= 6
+    assert in_stage_order(sorted(measured)) == measured
 
 
 def test_an_unknown_preset_prints_the_usage_and_exits_with_2():

@@ -280,9 +280,10 @@ for (const b of document.querySelectorAll("#metrics button, #decodings button"))
 pressed("theme");
 const wide = document.documentElement.scrollWidth > innerWidth;
 const cells = [...document.querySelectorAll("#matrix td.heat b")].map(b => b.textContent);
+const dots = [...document.querySelectorAll("#stages circle title")].map(t => t.textContent);
 const title = document.title;
 document.body.replaceChildren();
-document.body.dataset.log = JSON.stringify({log, errors, wide, cells, title});
+document.body.dataset.log = JSON.stringify({log, errors, wide, cells, dots, title});
 </script></html>"""
 CATCH = """<script>
 const errors = [];
@@ -322,6 +323,9 @@ def test_a_browser_steps_through_the_rollouts_without_a_console_error(folder, tm
     assert log[9:12] == ["8 of 8", True, "7 of 8"]
     assert log[12:14] == ["1 of 4", "0+1rlhf says 0"]
     assert seen["cells"] == ["65.0"]  # greedy, pressed last
+    # Each benchmark over the stages: chat in two modes, math; sampled.
+    dots = [dot.partition(" [")[0] for dot in seen["dots"]]
+    assert dots == ["sft: 70.0", "rlhf: 71.0"] * 2 + ["sft: 40.0", "rlhf: 60.0"]
 
 
 @pytest.mark.parametrize("width", [1280])
