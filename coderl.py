@@ -12,7 +12,8 @@ clean language. Completions have 44K to 56K tokens, and one that is cut off earn
 Deviations from the paper, numbered as in docs/paper.md: D1 language by Unicode scripts; D16 public
 sets instead of the paper's 9.8K problems; D17 LiveCodeBench's comparison, not its runner; D18 time
 limits in CPU seconds; D19 special judges are found by fields or wording; D29 printed fractions may
-differ by 1e-6; D30 rows that ask for one thing and test another are dropped.
+differ by 1e-6; D30 rows that ask for one thing and test another are dropped; D39 prompts in our own
+words.
 """
 
 import functools
@@ -99,15 +100,12 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
 
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-# The instructions are those of AceReason.
-FORMAT = (
-    "Please place the solution code in the following format:\n"
-    "```python\n# Your solution code here\n```"
-)
-PLAIN = "{problem}\n\nWrite Python code to solve the problem. " + FORMAT
-HEADER_LINES = "Function header:\n```\n"
+# The instructions are in our own words [D39].
+FORMAT = "End your answer with the whole program in one block that begins with ```python."
+PLAIN = "{problem}\n\nSolve this problem in Python. " + FORMAT
+HEADER_LINES = "Function header:\n```\n"  # as rows of public sets write it
 HEADER = (
-    "{problem}\n\nSolve the problem starting with the provided function header.\n\n"
+    "{problem}\n\nWrite this function, under its own name and with these parameters.\n\n"
     + HEADER_LINES
     + "{header}\n```\n\n"
     + FORMAT

@@ -257,14 +257,14 @@ def test_the_prompt_asks_for_one_block_and_shows_the_header():
     plain = coderl.normalize({"question": "Double it.", "tests": json.dumps(PAIRS)}, "row 1")[
         "messages"
     ][0]["content"]
-    assert "Write Python code to solve the problem." in plain
+    assert "Solve this problem in Python." in plain
     header = coderl.normalize(
         {"question": "Do it.", "starter_code": "class Solution:", "tests": json.dumps(CALL)},
         "row 1",
     )["messages"][0]["content"]
     assert (
         "Function header:\n```\nclass Solution:\n```" in header
-        and "Write Python code" not in header
+        and "in Python" not in header
     )
     assert (
         "def f(...):"
