@@ -3,6 +3,7 @@
     python evaluate.py --model=out/toy/mathrl/final --tasks=all-toy       one table
     python evaluate.py --model=... --tasks=aime24,math500 --results=...   the paper's protocol
     python evaluate.py --matrix=out/toy       the stage-by-skill table and plots of a whole run
+    python evaluate.py --check_tasks=bfcl,... what these tasks lack to be measured, if anything
     python evaluate.py --gates=out/toy        exit code 2 where a stage lost more than it may
     python evaluate.py --model=out/toy/swerl/final --chat                 talk to the model
 
@@ -23,6 +24,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +44,9 @@ from evals.results import (
     steps_of_same_compute,
 )
 from lib.checkpoint import lock
-from lib.common import all_gather, finish, init_distributed
-from lib.flags import Share, parse_config
+from lib.common import all_gather, finish, init_distributed, print0
+from lib.data import data_files, read_file
+from lib.flags import PositiveInt, Share, parse_config
 from lib.guard import fail, one_sentence
 from model import Qwen3, find_file, load_tokenizer, render_chat
 
@@ -52,8 +55,8 @@ from model import Qwen3, find_file, load_tokenizer, render_chat
 class Config:
     model: str = ""  # checkpoint folder
     tasks: str = "all-toy"  # comma-separated names of TASKS; all-toy: the five skills of the toy
-    # Folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json or .parquet. A task without such
-    # a file is read from the hub.
+    # Folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json, .parquet or .csv, or a folder
+    # of such files called <task>. A task without any is read from the hub.
     data: str = "out/toy/data"
     split: str = "test"  # toy only: test is for reporting, dev for tuning
     # Label of the rows. "": the folder's name; for out/toy/my_idea/final that is my_idea.
@@ -61,13 +64,15 @@ class Config:
     # JSONL file to which one line for each task, mode and decoding is appended. The finished
     # samples are kept in samples/ beside it.
     results: str = ""
-    # arenahard: URL of an OpenAI-compatible server, up to /v1 (its key: JUDGE_API_KEY).
-    # lcb_pro: URL of the benchmark's own judge.
+    # arenahard: URL of an OpenAI-compatible server, up to /v1 (its key: JUDGE_API_KEY)
     judge: str = ""
     judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
+    code_judge: str = ""  # lcb_pro: URL of the benchmark's own judge
     # bfcl, swebench: the python of an environment that has the benchmark's package
     verifier_python: str = ""
     repos: str = ""  # swebench: folder of git clones named owner__name
+    # swebench: tokens of a prompt; the paper's 14B model has 65536, with --rope_factor=3
+    prompt_tokens: PositiveInt = 32768
     engine: str = "auto"  # auto, torch or vllm
     modes: str = ""  # think, no_think or think,no_think; "": the task's own
     # The next five replace the task's own protocol; their defaults leave it as it is.
@@ -85,6 +90,10 @@ class Config:
     keep_best: str = ""
     # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run.
     same_compute: str = ""
+    # Names of TASKS: only say what they lack to be measured with these flags, and exit with code 2
+    # if that is something. run_cascade.sh asks before it trains.
+    check_tasks: str = ""
+    offline: bool = False  # --check_tasks asks neither the hub nor a server
     chat: bool = False  # talk to the model in the terminal
 
 
@@ -100,6 +109,7 @@ def task(
     rope_factor=0.0,
     greedy=True,
     script="",
+    needs=None,
 ):
     """Return one row of TASKS.
 
@@ -108,7 +118,8 @@ def task(
     reward and status, metric(rollout) is the score. outside: {flag: value} of what a loader may
     need besides its rows.
     hub: where the rows are if --data does not have them. greedy: measure greedy decoding as well.
-    script: the stage that teaches this task, "" for a benchmark. The rest is the sampling protocol.
+    script: the stage that teaches this task, "" for a benchmark. needs(path, outside) -> a sentence
+    for each thing outside that load would miss. The rest is the sampling protocol.
     """
     return {
         "load": load,
@@ -121,6 +132,7 @@ def task(
         "rope_factor": rope_factor,
         "greedy": greedy,
         "script": script,
+        "needs": needs,
     }
 
 
@@ -206,7 +218,8 @@ def own_skills():
 
 def source(name, cfg):
     """Return where the rows of a task are: a file or folder of --data, else its hub id."""
-    names = (f"{name}_{cfg.split}.jsonl", f"{name}.jsonl", f"{name}.json", f"{name}.parquet", name)
+    names = [f"{name}_{cfg.split}.jsonl"]
+    names += [f"{name}{ending}" for ending in (".jsonl", ".json", ".parquet", ".csv", "")]
     paths = [os.path.join(cfg.data, file_name) for file_name in names]
     for path in paths:
         if os.path.exists(path):
@@ -378,15 +391,23 @@ def complete(engine, decodings, how, hook, metric, rank):
         if r.twin is r:
             submit(r)
 
-    # Sample: the verdicts of finished completions are worked out while others still decode.
+    # Sample: the verdicts of finished completions are worked out while others still decode. A long
+    # prompt leaves less room for its own completions, and for no others.
     everyone = [r for rollouts, _ in decodings for r in rollouts]
-    engine.generate(
-        [r for r in everyone if not r.finish_reason],
-        how["max_new_tokens"],
-        how["temperature"],
-        how["top_p"],
-        on_finished=on_finished,
-    )
+    of_budget = {}
+    for r in everyone:
+        if not r.finish_reason:
+            budget = min(how["max_new_tokens"], r.row.get("room", how["max_new_tokens"]))
+            of_budget.setdefault(budget, []).append(r)
+    for budget, rollouts in sorted(of_budget.items(), reverse=True):
+        if budget > 0:
+            engine.generate(
+                rollouts, budget, how["temperature"], how["top_p"], on_finished=on_finished
+            )
+            continue
+        for r in rollouts:  # not asked: an empty answer that was cut off, which scores 0
+            r.finish_reason = "length"
+            on_finished(r)
 
     # Grade: a verdict that failed stays None, for a later run.
     ungraded = [r for r in everyone if r.twin is r and r.metric is None]
@@ -441,8 +462,12 @@ def make_rollouts(rows, how, settings, cfg, rank, world):
     return rollouts
 
 
-def score_of(rollouts, num_rows):
-    """Return the numbers of a result line, over the rollouts of all ranks."""
+def score_of(rollouts, rows):
+    """Return the numbers of a result line, over the rollouts of all ranks.
+
+    parts: {"parts": {difficulty or half of the benchmark: its score}} where rows have such a part.
+    """
+    num_rows = len(rows)
     mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
     # Sorted by problem and sample, so that a reshape puts the completions of a problem in a row.
     everyones = sorted(entry for part in all_gather(mine) for entry in part)
@@ -450,6 +475,11 @@ def score_of(rollouts, num_rows):
     scores_PG = np.reshape(scores, (num_rows, -1))
     weights_PG = np.reshape(weights, (num_rows, -1))
     score, low, high = interval(scores_PG, weights_PG)
+    parts = [row.get("part") for row in rows]
+    score_of_part = {}
+    for part in sorted(set(parts) - {None}):
+        mine = [i for i, other in enumerate(parts) if other == part]
+        score_of_part[part], _, _ = interval(scores_PG[mine], weights_PG[mine], resamples=1)
     return {
         "score": score,
         "low": low,
@@ -457,6 +487,30 @@ def score_of(rollouts, num_rows):
         "n": num_rows,
         "samples": max(samples) + 1,
         "tokens": sum(tokens) / len(tokens),
+        "parts": {"parts": score_of_part} if score_of_part else {},
+    }
+
+
+def samples_folder(cfg):
+    """Return the folder of the finished samples, "" if they are not kept."""
+    if not cfg.results:
+        return ""
+    return os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
+
+
+def outside_of(cfg):
+    """Return {name: value} of what the loader of a benchmark may need besides its rows."""
+    return {
+        "data": cfg.data,
+        "judge": cfg.judge,
+        "judge_model": cfg.judge_model,
+        "code_judge": cfg.code_judge,
+        "verifier_python": cfg.verifier_python,
+        "repos": cfg.repos,
+        "samples": samples_folder(cfg),
+        "prompt_tokens": cfg.prompt_tokens,
+        "tasks": (cfg.check_tasks or cfg.tasks).split(","),
+        "offline": cfg.offline,
     }
 
 
@@ -467,18 +521,8 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
     """
     how = protocol(name, cfg)
     modes = cfg.modes.split(",") if cfg.modes else TASKS[name]["modes"]
-    samples = ""
-    if cfg.results:
-        samples = os.path.join(os.path.dirname(cfg.results), "samples", cfg.stage)
-    outside = {
-        "data": cfg.data,
-        "samples": samples,
-        "judge": cfg.judge,
-        "judge_model": cfg.judge_model,
-        "verifier_python": cfg.verifier_python,
-        "repos": cfg.repos,
-    }
-    rows, hook, metric = TASKS[name]["load"](source(name, cfg), outside)
+    samples = samples_folder(cfg)
+    rows, hook, metric = TASKS[name]["load"](source(name, cfg), outside_of(cfg))
     if cfg.limit:
         rows = rows[: cfg.limit]
     weights = weights_of(cfg.model)
@@ -494,6 +538,9 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
             row["think"] = mode == "think"
             prompt_ids, *_ = render_chat(tokenizer, row["messages"], row["think"], row.get("tools"))
             row["prompt_ids"] = prompt_ids
+            # Tokens that prompt and completion may take together end at the model's positions.
+            row["room"] = 0 if "not_asked" in row else max(positions - len(prompt_ids), 0)
+        print_short_of_room(name, rows, how["max_new_tokens"])
         decodings = []
         for decoding, variant in variants.items():
             # The number of samples is left out of the key: it changes no sample.
@@ -501,11 +548,9 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
             rollouts = make_rollouts(rows, variant, settings, cfg, rank, world)
             path = os.path.join(samples, f"{name}_{mode}_{decoding}") if samples else ""
             decodings.append((rollouts, path))
-        longest_prompt = max(len(row["prompt_ids"]) for row in rows)
-        room = min(how["max_new_tokens"], positions - longest_prompt)
-        complete(engine, decodings, how | {"max_new_tokens": room}, hook, metric, rank)
+        complete(engine, decodings, how, hook, metric, rank)
         for decoding, (rollouts, _) in zip(variants, decodings):
-            numbers = score_of(rollouts, len(rows))
+            numbers = score_of(rollouts, rows)
             results.append(
                 {
                     "stage": cfg.stage,
@@ -520,9 +565,28 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
                     "seed": cfg.label_seed,
                     "split": cfg.split,
                     "tokens": numbers["tokens"],
+                    **numbers["parts"],
                 }
             )
     return results
+
+
+def print_short_of_room(name, rows, max_new_tokens):
+    """Say how many prompts leave less room for an answer than the protocol, or none.
+
+    Those without room are not asked and score 0, as an answer does that is cut off.
+    """
+    not_asked = [
+        row.get("not_asked", "the prompt fills all positions") for row in rows if not row["room"]
+    ]
+    for reason, count in Counter(not_asked).items():
+        print0(f"{name}: {count} of {len(rows)} problems score 0 without being asked: {reason}")
+    short = [row["room"] for row in rows if 0 < row["room"] < max_new_tokens]
+    if short:
+        print0(
+            f"{name}: {len(short)} of {len(rows)} prompts are so long that their answers may have "
+            f"fewer than {max_new_tokens} tokens (the longest leaves {min(short)})"
+        )
 
 
 def print_table(results):
@@ -533,6 +597,9 @@ def print_table(results):
             f"n={r['n']} x {r['samples']}",
             flush=True,
         )
+        if "parts" in r:
+            scores = ", ".join(f"{part} {100 * p:.1f}" for part, p in r["parts"].items())
+            print(f"         of these: {scores}", flush=True)
 
 
 # ---- 4. Chat -------------------------------------------------------------------------------------
@@ -608,14 +675,43 @@ def label_of(folder):
     return name
 
 
-def check_flags(names, cfg):
-    """End the process with one sentence if the flags cannot be meant."""
+def refuse_unknown(names):
+    """End the process with one sentence if a task is unknown."""
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         fail(
             f"--tasks: {', '.join(unknown)} unknown (has: {', '.join(TASKS)}).",
             note="Nothing was measured.",
         )
+
+
+def check_tasks(names, cfg):
+    """End the process with one sentence that says what tasks lack to be measured, if anything.
+
+    A cascade asks before it trains, since its longest stage comes before its first measurement.
+    """
+    refuse_unknown(names)
+    missing = []
+    for name in names:
+        path = source(name, cfg)
+        if TASKS[name]["needs"]:
+            sentences = TASKS[name]["needs"](path, outside_of(cfg))
+            missing += [f"{name}: {sentence}" for sentence in sentences]
+        elif TASKS[name]["script"] and not os.path.exists(path):
+            missing.append(f"{name}: there is no {path}")
+    if missing:
+        fail("; ".join(missing) + ".", note="Nothing was measured.")
+    # The first row of each is read, which ends in a sentence where the hub does not give it.
+    for name in names:
+        path = source(name, cfg)
+        if os.path.isfile(path) or (path == TASKS[name]["hub"] and path and not cfg.offline):
+            next(read_file(data_files(path)[0]), None)
+    print(f"every task can be measured: {', '.join(names)}", flush=True)
+
+
+def check_flags(names, cfg):
+    """End the process with one sentence if the flags cannot be meant."""
+    refuse_unknown(names)
     with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         find_file(cfg.model, "config.json")
     unknown = [mode for mode in cfg.modes.split(",") if mode not in ("", "think", "no_think")]
@@ -678,6 +774,9 @@ def main(cfg):
         return
     if cfg.keep_best:
         keep_best(cfg.keep_best)
+        return
+    if cfg.check_tasks:
+        check_tasks(cfg.check_tasks.split(","), cfg)
         return
     if cfg.same_compute:
         print(steps_of_same_compute(*cfg.same_compute.split(",")))

@@ -7,11 +7,14 @@ table at the end has one row a benchmark, with the protocol of the paper (append
 No usable row is dropped: a mean over fewer problems is another benchmark. What is scored is the
 text after </think>; an answer whose thought was never closed scores 0. Answers are graded by the
 verifiers of the stages (mathrl, coderl, ifrl). Where a package owns the verifier, the package is
-called: IFBench, BFCL, SWE-bench. Where it is missing, the error says how to install it.
-Deviations:
-  1. Arena-Hard: the judge's prompt is our own, so its scores compare only with each other.
-  2. BFCL: only the single-turn categories, whose verifier needs no servers.
-  3. SWE-bench: files are localised by the model alone, without the paper's retrieval.
+called: IFBench, BFCL, SWE-bench. What a benchmark needs besides its rows is in its `needs`, which
+is asked before anything is sampled and, by `evaluate.py --check_tasks`, before a cascade trains.
+
+Deviations from the paper, numbered as in docs/paper.md: D23 length by characters; D39 prompts in
+our own words; D51 a YaRN factor of 2 in every benchmark; D52 how a letter is read; D53 answers are
+judged by the stages' verifiers; D54 programs of LiveCodeBench Pro are C++17; D55 IFEval strict,
+IFBench loose; D56 Arena-Hard's judge is asked in our words; D57 the part of BFCL V3 that has one
+turn; D58 SWE-bench's files are localised by the model alone; D59 GSM8K, HumanEval and MATH-500.
 """
 
 import base64
@@ -26,7 +29,9 @@ import os
 import pickletools
 import random
 import re
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -39,14 +44,24 @@ import coderl
 import ifrl
 import mathrl
 import swerl
-from lib.common import ranks
-from lib.data import BadRow, load_table, required_field
+from lib.common import all_gather, print0, ranks
+from lib.data import (
+    BadRow,
+    data_files,
+    load_table,
+    normal_rows,
+    read_file,
+    read_rows,
+    required_field,
+)
 from lib.guard import fail
 from verifiers import constraints, sandbox
 from verifiers.answer_forms import TEXT
 from verifiers.answers import last_box
+from verifiers.programs import extract_code, run_tests
 
-# Two protocols of appendix B: long answers under YaRN, and shorter ones without.
+# Two protocols of appendix B: long answers, and shorter ones. Both have the YaRN factor of the
+# model cards, so that a benchmark is measured in the same way after every stage [D51].
 K = 1024
 THINK = {
     "modes": ("think",),
@@ -56,15 +71,16 @@ THINK = {
     "rope_factor": 2.0,
     "greedy": False,
 }
-SHORT = {**THINK, "max_new_tokens": 32 * K, "rope_factor": 0.0}
+SHORT = {**THINK, "max_new_tokens": 32 * K}
 
 
 # ---- What all benchmarks share -------------------------------------------------------------------
 def hook(score, workers=8):
     """Return (submit, collect), which grade answers in threads while other completions decode.
 
-    score(row, answer) -> the reward, or (reward, votes) where answers weigh differently. If it
-    raises OSError, the verdict is missing: it is not 0, and a later run asks for it again.
+    score(row, answer) -> the reward, or (reward, votes) where answers weigh differently. Without
+    votes, and where there is no answer to score, row["votes"] is the weight, 1 if it has none. If
+    score raises OSError, the verdict is missing: it is not 0, and a later run asks for it again.
     """
     pool = ThreadPoolExecutor(workers)
     # {id: (rollout, future or None)}. Holding the rollout keeps its id from being used again.
@@ -85,7 +101,7 @@ def hook(score, workers=8):
             if id(r) not in pending:
                 submit(r)
             _, future = pending.pop(id(r))
-            r.votes = 1.0
+            r.votes = r.row.get("votes", 1.0)
             if future is None:
                 r.reward, r.status = 0.0, "no_answer"
                 continue
@@ -108,12 +124,24 @@ def reward_of(rollout):
     return rollout.reward
 
 
-def benchmark(load, hub, samples, protocol, **changes):
+def needs_nothing(path, outside):
+    return []
+
+
+def benchmark(load, hub, samples, protocol, needs=needs_nothing, **changes):
     """Return a row of BENCHMARKS: the arguments of evaluate.task.
 
+    needs(path, outside) -> a sentence for each flag, folder or package that load would miss.
     samples: completions of each problem. changes: what differs from the protocol
     """
-    return {"load": load, "hub": hub, "samples": samples, **protocol, **changes}
+
+    def load_with_needs(path, outside):
+        for sentence in needs(path, outside):
+            fail(sentence, note="Nothing was measured.")
+        return load(path, outside)
+
+    row = {"load": load_with_needs, "hub": hub, "samples": samples, "needs": needs}
+    return {**row, **protocol, **changes}
 
 
 def simple(read_row, score, hub, samples, protocol, start=None):
@@ -142,24 +170,62 @@ def read_lines(path):
         return [json.loads(line) for line in lines]
 
 
+def unreachable(flag, outside):
+    """Return a sentence if no server answers at the URL of a flag; without asking if offline."""
+    if outside["offline"]:
+        return []
+    request = urllib.request.Request(outside[flag])
+    try:
+        urllib.request.urlopen(request, timeout=20).close()
+    except urllib.error.HTTPError:
+        pass  # a server that has no such page is there
+    except (OSError, ValueError) as error:
+        return [f"--{flag}={outside[flag]} does not answer ({error})"]
+    return []
+
+
+def has_package(python, package):
+    """Return whether an environment, given by its python, has a package."""
+    program = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({package!r}))"
+    try:
+        done = subprocess.run([python, "-c", program], stdin=subprocess.DEVNULL, check=False)
+        return done.returncode == 0
+    except OSError:
+        return False
+
+
+VERIFIER_ENVIRONMENT = (
+    "python3 -m venv .venv-verify && .venv-verify/bin/pip install {} and "
+    "--verifier_python=.venv-verify/bin/python"
+)
+
+
 # ---- Multiple choice: MMLU, MMLU-Pro, GPQA -------------------------------------------------------
 # Rows: the hub. MMLU has 4 "choices" and an "answer" 0-3; MMLU-Pro 3 to 10 "options" and a letter;
-#     GPQA one "Correct Answer" and three "Incorrect Answer", which have to be shuffled.
-# Prompt: the question, the options with letters, and the wish for one letter in a box.
-# Judge: the one letter in the last box; without a letter in a box, the last "the answer is (X)".
+#     GPQA, a CSV, one "Correct Answer" and three "Incorrect Answer", which have to be shuffled.
+# Prompt: the question, the options with letters, and the wish for one letter in a box [D39].
+# Judge: the letter in the last box, or the option whose text is in it; without either the last "the
+#     answer is (X)", and without that a first or last line that is a letter [D52].
 # Trap: "\boxed{Vitamin C}" names no letter, "\boxed{B. Vitamin A}" does, and two letters are a
-#     hedge that scores 0.
+#     hedge that scores 0, in a box ("B or A") and outside of one.
 LETTERS = "ABCDEFGHIJ"
 CHOICE = (
     "Answer this multiple-choice question. Put the letter of the right option, and nothing else, "
     "inside \\boxed{{}}.\n\n{}\n\n{}"
 )
-# "the answer is (B)", "**Answer: B**". Not "the answer is A's", hence the apostrophe.
+# "the answer is (B)", "**Answer: B**". Neither "the answer is A's" nor "Answer: A cell divides".
 STATED_LETTER = re.compile(
-    r"(?:answer|option|choice)\W{0,4}(?:is:?|:)[\s*_$]{0,4}\(?([A-J])\b(?!')", re.IGNORECASE
+    r"(?i:answer|option|choice)\W{0,4}(?i:is:?|:)[\s*_$]{0,4}\(?([A-J])\b(?!')"
+    r"(?!(?<=[AI])\s+(?!because|since|as|which|or|and)[a-z])"
 )
-# "B. Vitamin A", also inside \text{...}: a letter with the text of its option
-LETTER_AND_TEXT = re.compile(r"(?:\\text\w*\{)?\s*\(?([A-J])[.):]\s*(.+)", re.DOTALL)
+# What follows a letter that is one of several: "B or A", "(B), (C)", "B/C"
+ANOTHER_LETTER = re.compile(
+    r"\)?[\s*_$]*(?:,|/|&|or\b|and\b)[\s*_$]*(?:or\b|and\b)?[\s*_$]*\(?[A-J]\b(?!')"
+)
+# "B. Vitamin A": a letter with the text of its option
+LETTER_AND_TEXT = re.compile(r"[\s*_]*\(?([A-J])[.):]+[\s*_]*(.+)", re.DOTALL)
+# a line of one letter: "B", "(B)", "**B.**"
+ONLY_LETTER = re.compile(r"[\s*_$(\[]*([A-J])[\s*_$)\].:]*")
 # a letter that is not part of a word or of a LaTeX command
 SINGLE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 
@@ -194,36 +260,73 @@ def read_gpqa(row, where):
     return choice_row(row["Question"], [texts[i] for i in order], order.index(0))
 
 
-def bare(text):
-    """Drop everything but letters and digits, and the case."""
-    return re.sub(r"\W+", "", text).casefold()
+def plain(text):
+    """Drop \text{}, blanks, dollars, a dot at the end, and the case. Signs stay: -1 is not 1."""
+    text = TEXT.sub(r"\1", text)
+    return re.sub(r"[\s$*]|\\[ ,;!]", "", text).rstrip(".").casefold()
+
+
+def letters_in_box(box, texts):
+    """Return the letters that the content of a box names; texts: {letter: plain text of option}."""
+    box = TEXT.sub(r"\1", box)
+    if match := ONLY_LETTER.fullmatch(box):
+        return {match[1]}
+    if letter := letter_with_text(box, texts):
+        return {letter}
+    # The text of an option stands for its letter, even if it has another in it ("Vitamin C").
+    options = {letter for letter, text in texts.items() if text == plain(box)}
+    return options or set(SINGLE_LETTER.findall(box))
+
+
+def letter_with_text(text, texts):
+    """Return the letter that begins a text and is followed by its own option, else None."""
+    match = LETTER_AND_TEXT.fullmatch(text)
+    if match and plain(match[2]) == texts.get(match[1]):
+        return match[1]
+    return None
+
+
+def letters_in_text(answer, texts):
+    """Return the letters that an answer without a letter in a box names."""
+    if statements := list(STATED_LETTER.finditer(answer)):
+        last = statements[-1]
+        if ANOTHER_LETTER.match(answer, last.end()):
+            return set()  # a hedge
+        return {last[1]}
+    lines = answer.strip().split("\n")
+    letters = set()
+    for line in (lines[0], lines[-1]):
+        if match := ONLY_LETTER.fullmatch(line):
+            letters.add(match[1])
+        elif letter := letter_with_text(line, texts):
+            letters.add(letter)
+    return letters
 
 
 def score_choice(row, answer):
     """Return whether the answer names the right letter and no other."""
-    box = last_box(answer) or ""
-    option_of = {letter: bare(text) for letter, text in zip(LETTERS, row["options"])}
-
-    # A letter with the text of its own option is that letter, whatever letters the text has.
-    if match := LETTER_AND_TEXT.fullmatch(box):
-        letter, text = match.groups()
-        if bare(text) == option_of.get(letter):
-            return letter == row["answer"]
-
-    # The text of an option alone names no letter, even if it has one ("Vitamin C").
-    text = bare(TEXT.sub(r"\1", box))
-    if len(text) > 1 and text in option_of.values():
-        box = ""
-    letters = SINGLE_LETTER.findall(box)
+    texts = {letter: plain(text) for letter, text in zip(LETTERS, row["options"])}
+    letters = letters_in_box(last_box(answer) or "", texts)
     if not letters:
-        letters = STATED_LETTER.findall(answer)[-1:]
-    return set(letters) == {row["answer"]}
+        letters = letters_in_text(answer, texts)
+    return letters == {row["answer"]}
 
 
-# ---- Math: AIME 2024, AIME 2025, MATH-500 --------------------------------------------------------
-# Rows: the hub; "problem" or "question", and "answer". mathrl.py reads them.
-# Prompt, judge: those of Math RL.
-# Trap: AIME's golds have leading zeros ("033"), and math-verify has to take "33" for them.
+# ---- Math: AIME 2024, AIME 2025, MATH-500, GSM8K -------------------------------------------------
+# Rows: the hub; "problem" or "question", and "answer". mathrl.py reads them. GSM8K's "answer" is a
+#     worked solution that ends in "#### 1,250".
+# Prompt, judge: those of Math RL [D53].
+# Traps: AIME's golds have leading zeros ("033"), and math-verify has to take "33" for them; GSM8K's
+#     have commas.
+def read_gsm8k(row, where):
+    solution = required_field(row, where, "answer")
+    _, mark, gold = solution.rpartition("####")
+    if not mark:
+        fail(f'data {where}: no "####" before the result.', note="Nothing was measured.")
+    question = required_field(row, where, "question")
+    return mathrl.normalize({"problem": question, "answer": gold.strip().replace(",", "")}, where)
+
+
 def score_math(row, answer):
     value, status = mathrl.verdict("</think>" + answer, row["answer"])
     if status == "infra":
@@ -233,9 +336,14 @@ def score_math(row, answer):
 
 # ---- Code: LiveCodeBench v5, v6 ------------------------------------------------------------------
 # Rows: the hub's raw files, since datasets refuses the loading script; public and private tests.
-# Prompt, judge: those of Code RL; every test has to pass in the sandbox.
+# Prompt: that of Code RL, with the function header where there is one.
+# Judge: that of Code RL; every test has to pass in the sandbox [D53].
 # Traps: the private tests are a pickle, which is never unpickled; the two versions are windows of
-#     contest dates; and a sandbox that failed says nothing about the program.
+#     contest dates; a sandbox that failed says nothing about the program; and the files have 4.5
+#     GB, so that one rank of a node reads them, once, and leaves the tests on the disk.
+PAPERS_CUT_OFF = "2024-08-01"  # of the training data; problems from here on are asked
+
+
 def unpack_tests(text):
     """Read tests that are JSON, or base64 of zlib of a pickled JSON string.
 
@@ -249,29 +357,78 @@ def unpack_tests(text):
     return json.loads(texts[0])
 
 
-def read_lcb(until):
-    """Return the reader of problems from August 2024, the paper's cut-off, up to a date."""
+def unpack_problem(row, where, folder):
+    """Write the tests of a problem into a folder of their own; return its row with their path."""
+    date = required_field(row, where, "contest_date")[:10]
+    if date < PAPERS_CUT_OFF:
+        raise BadRow(f"before {PAPERS_CUT_OFF}")
+    # A problem is a program that reads standard input, or a function with this name.
+    function_name = json.loads(row.get("metadata") or "{}").get("func_name")
+    tests = []
+    for field in ("public_test_cases", "private_test_cases"):
+        for test in unpack_tests(required_field(row, where, field)):
+            tests.append(
+                {"input": test["input"], "output": test["output"], "fn_name": function_name}
+            )
+    try:
+        tests = coderl.normal_tests({"tests": tests})
+    except BadRow as reason:
+        # The problem is asked all the same: a mean over fewer of them is another benchmark.
+        print(f"data {where}: {reason}, so no program passes and every answer scores 0", flush=True)
+        tests = None
+    header = row.get("starter_code") or ""
+    template = coderl.HEADER if header else coderl.PLAIN
+    problem = required_field(row, where, "question_content").strip()
+    name = re.sub(r"\W", "_", required_field(row, where, "question_id"))
+    with open(os.path.join(folder, f"{name}.json"), "w") as f:
+        json.dump(tests, f)
+    return {
+        "messages": as_messages(template.format(problem=problem, header=header.rstrip())),
+        "date": date,
+        "part": row.get("difficulty") or "all",
+        "tests": f"{name}.json",
+    }
 
-    def read_row(row, where):
-        if not "2024-08-01" <= required_field(row, where, "contest_date")[:10] < until:
-            raise BadRow(f"not between 2024-08-01 and {until}")
-        # A problem is a program that reads standard input, or a function with this name.
-        function_name = json.loads(row.get("metadata") or "{}").get("func_name")
-        header = row.get("starter_code") or ""
-        tests = []
-        for field in ("public_test_cases", "private_test_cases"):
-            for test in unpack_tests(row[field]):
-                tests.append(
-                    {"input": test["input"], "output": test["output"], "fn_name": function_name}
-                )
-        template = coderl.HEADER if header else coderl.PLAIN
-        prompt = template.format(problem=row["question_content"].strip(), header=header.rstrip())
-        return {
-            "messages": as_messages(prompt),
-            "tests": coderl.normal_tests({"tests": tests}),
-        }
 
-    return read_row
+def unpacked(path, data_folder):
+    """Return the folder of LiveCodeBench's problems: rows.jsonl, and a file of tests for each.
+
+    One rank of a node reads the files of `path`, and only if none did so before.
+    """
+    version = [(file, os.stat(file).st_mtime_ns) for file in data_files(path) if "://" not in file]
+    checksum = zlib.crc32(json.dumps([path, version]).encode())
+    folder = os.path.join(data_folder, f"lcb_{checksum:08x}")
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(folder):
+        os.makedirs(data_folder, exist_ok=True)
+        new = tempfile.mkdtemp(prefix="lcb_new_", dir=data_folder)
+        items = ((where, row) for file in data_files(path) for where, row, _ in read_file(file))
+        with open(os.path.join(new, "rows.jsonl"), "w") as f:
+            for row in normal_rows(items, functools.partial(unpack_problem, folder=new), path):
+                f.write(json.dumps(row) + "\n")
+        # Nodes that share a disk all come here; the first one's folder stays.
+        with contextlib.suppress(OSError):
+            os.rename(new, folder)
+        shutil.rmtree(new, ignore_errors=True)
+    all_gather(None)  # the other ranks wait
+    return folder
+
+
+def load_lcb(until):
+    """Return the loader of the problems from the paper's cut-off up to a date."""
+
+    def load(path, outside):
+        folder = unpacked(path, outside["data"])
+
+        def read_row(row, where):
+            if not row["date"] < until:
+                raise BadRow(f"not between {PAPERS_CUT_OFF} and {until}")
+            return row | {"tests": os.path.join(folder, row["tests"])}
+
+        rows = load_table(os.path.join(folder, "rows.jsonl"), read_row)
+        start_sandbox()
+        return rows, hook(score_code), reward_of
+
+    return load
 
 
 def start_sandbox():
@@ -279,17 +436,66 @@ def start_sandbox():
 
 
 def score_code(row, answer):
-    value, status, _ = coderl.verdict("</think>" + answer, row["tests"])
+    with open(row["tests"]) as f:
+        tests = json.load(f)
+    if tests is None:
+        return 0
+    value, status, _ = coderl.verdict("</think>" + answer, tests)
     if status == "infra":
         raise OSError("the sandbox failed")
     return value
 
 
+# ---- Code: HumanEval -----------------------------------------------------------------------------
+# Rows: the hub; "prompt" (imports, helpers and the head of a function), "test" and "entry_point".
+# Prompt: the function's head, and the wish for the whole function in one block.
+# Judge: the row's own test, in the sandbox, behind the answer; what the prompt defines before the
+#     function stands before it, since answers leave it out.
+# Trap: an answer that ends the process has not passed. So the program prints a sentence after its
+#     test, and only that counts.
+COMPLETE = (
+    "Complete this Python function. Write all of it, with its head, in one ```python block.\n\n"
+    "```python\n{}\n```"
+)
+PASSED = "every assertion held"
+
+
+def read_humaneval(row, where):
+    prompt = required_field(row, where, "prompt")
+    name = required_field(row, where, "entry_point")
+    before, head, _ = prompt.rpartition(f"def {name}(")
+    if not head:
+        fail(f"data {where}: the prompt does not define {name}.", note="Nothing was measured.")
+    return {
+        "messages": as_messages(COMPLETE.format(prompt.strip())),
+        "before": before,
+        "test": required_field(row, where, "test"),
+        "entry_point": name,
+    }
+
+
+def score_humaneval(row, answer):
+    code = extract_code(answer, row["entry_point"])
+    if code is None:
+        return 0
+    # What the answer prints is not looked at.
+    program = (
+        "import io, sys\nsys.stdout = io.StringIO()\n"
+        f"{row['before']}\n{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+        f"sys.__stdout__.write({PASSED!r})\n"
+    )
+    tests = {"inputs": [""], "outputs": [PASSED], "fn_name": None}
+    (status,) = run_tests(program, tests, timeout=10.0)
+    if status == "infra":
+        raise OSError("the sandbox failed")
+    return int(status == "ok")
+
+
 # ---- Code: LiveCodeBench Pro ---------------------------------------------------------------------
 # Rows: the hub; problems of one difficulty. Tests and checkers are not in them.
 # Prompt: a C++ program in one block.
-# Judge: LightCPVerifier, the benchmark's own server, at --judge. A program is posted, and its
-#     verdict is asked for until it is there.
+# Judge: LightCPVerifier, the benchmark's own server, at --code_judge. A program is posted, and its
+#     verdict is asked for until it is there [D54].
 # Trap: the server answers 404 until it has queued the program, which is no failure.
 PRO = (
     "Solve this contest problem in C++17, from standard input to standard output. "
@@ -307,16 +513,17 @@ def request_json(url, body=None):
         return json.load(reply)
 
 
+def needs_code_judge(path, outside):
+    if not outside["code_judge"]:
+        return ["pass --code_judge=URL of a running LightCPVerifier"]
+    return unreachable("code_judge", outside)
+
+
 def load_lcb_pro(difficulty):
     """Return the loader of the problems of one difficulty."""
 
     def load(path, outside):
-        judge = outside["judge"].rstrip("/")
-        if not judge:
-            fail(
-                "lcb_pro: pass --judge=URL of a running LightCPVerifier.",
-                note="Nothing was measured.",
-            )
+        judge = outside["code_judge"].rstrip("/")
 
         def read_row(row, where):
             if required_field(row, where, "difficulty") != difficulty:
@@ -354,7 +561,7 @@ def load_lcb_pro(difficulty):
 # ---- Instruction following: IFEval ---------------------------------------------------------------
 # Rows: the hub; "prompt", "instruction_id_list", "kwargs". ifrl.py reads them.
 # Prompt: as it is.
-# Judge: prompt-level strict: all constraints of a prompt hold, by our table of checks.
+# Judge: prompt-level strict [D55]: all constraints of a prompt hold, by our table of checks.
 # Trap: the hub's rows carry every possible argument, filled with None.
 def load_ifeval(path, outside):
     def score(row, answer):
@@ -373,21 +580,25 @@ def load_ifeval(path, outside):
 # Prompt: as it is.
 # Judge: prompt-level loose, as IFBench's authors report: a constraint counts if it holds in the
 #     answer, or in the answer without its first line, its last line or its stars. The 58 checks are
-#     those of the package.
+#     those of the package [D55].
 # Traps: a check may need the prompt itself; some raise on an answer without words; and they share a
 #     random state, so they run in one thread.
 def ifbench_checks():
-    """Return {id: class} of the package's test checks."""
+    """Return {id: class} of the package's test checks, None if it is not installed."""
     # Older checkouts have no folder ifbench.
     for package in ("ifbench.", ""):
         with contextlib.suppress(ImportError):
             return importlib.import_module(package + "instructions_registry").INSTRUCTION_DICT
-    fail(
-        "ifbench: its verifiers are missing: git clone https://github.com/allenai/IFBench, "
-        "pip install -e IFBench (an older checkout: its requirements.txt, and the folder IFBench "
-        "on PYTHONPATH).",
-        note="Nothing was measured.",
-    )
+    return None
+
+
+def needs_ifbench(path, outside):
+    if ifbench_checks():
+        return []
+    return [
+        "its verifiers are missing: git clone https://github.com/allenai/IFBench, pip install -e "
+        "IFBench (an older checkout: its requirements.txt, and the folder IFBench on PYTHONPATH)"
+    ]
 
 
 def loose_versions(answer):
@@ -439,14 +650,15 @@ def load_ifbench(path, outside):
 
 
 # ---- Chat: Arena-Hard ----------------------------------------------------------------------------
-# Rows: the hub's question file, or rows with "prompt" and "baseline". The answers of the baseline
-#     come from arenahard_baseline.jsonl in --data, which is model_answer/gpt-4-0314.jsonl of
-#     arena-hard-auto.
+# Rows: the hub's question file, and the answers of the baseline beside it; of a local file
+#     arenahard_baseline.jsonl in --data, which is that file, or the field "baseline" of its rows.
 # Prompt: the question.
-# Judge: a model at --judge compares the answer with the baseline's. The score is the win rate over
-#     two games; a clear win or loss weighs three votes, and a tie is half a win.
-# Traps: judges prefer the side that they read first, hence two games with swapped sides; and the
-#     verdict is the last one that the judge names, since it may weigh others on the way.
+# Judge: a model at --judge compares the answer with the baseline's [D56]. The score is the win rate
+#     over two games; a clear win or loss weighs three votes, and a tie is half a win. No answer
+#     loses both games clearly.
+# Traps: judges prefer the side that they read first, hence two games with swapped sides; the
+#     verdict is the last one that the judge names, since it may weigh others on the way; and the
+#     content of a baseline's answer is an object, whose text alone is to be judged.
 JUDGE = (
     "Two assistants, A and B, answered the same user. Judge which answer serves the user better: "
     "first whether it is right and\n"
@@ -457,12 +669,13 @@ JUDGE = (
 )
 VERDICT = re.compile(r"\[\[([AB<>=]+)\]\]")
 # verdict: (what A wins, how many votes it has)
+CLEAR = 3.0
 VOTES = {
-    "A>>B": (1.0, 3.0),
+    "A>>B": (1.0, CLEAR),
     "A>B": (1.0, 1.0),
     "A=B": (0.5, 1.0),
     "B>A": (0.0, 1.0),
-    "B>>A": (0.0, 3.0),
+    "B>>A": (0.0, CLEAR),
 }
 
 
@@ -503,17 +716,28 @@ def play(outside, question, answer_a, answer_b):
     return VOTES[verdicts[-1]]
 
 
+def needs_arena_judge(path, outside):
+    if not outside["judge"]:
+        return ["pass --judge=URL of an OpenAI-compatible server (and --judge_model)"]
+    return unreachable("judge", outside)
+
+
+def text_of(content, where):
+    """Return the text of a published answer: it is the content, or the "answer" of the content."""
+    if isinstance(content, dict):
+        content = required_field(content, where, "answer")
+    return content
+
+
 def read_baseline(path):
-    """Return {question id: answer} of the baseline, in arena-hard-auto's form or as messages."""
-    if not os.path.exists(path):
-        return {}
+    """Return {question id: answer} of the baseline, in either form in which it was published."""
     answers = {}
-    for line in read_lines(path):
+    for where, line in read_rows(path):
         if "choices" in line:
-            answer = line["choices"][0]["turns"][0]["content"]
+            content = line["choices"][0]["turns"][0]["content"]
         else:
-            answer = line["messages"][-1]["content"]
-        answers[question_id(line)] = answer
+            content = required_field(line, where, "messages", list)[-1]["content"]
+        answers[question_id(line)] = text_of(content, where)
     return answers
 
 
@@ -522,13 +746,12 @@ def question_id(row):
 
 
 def load_arenahard(path, outside):
-    if not outside["judge"]:
-        fail(
-            "arenahard: pass --judge=URL of an OpenAI-compatible server (and --judge_model).",
-            note="Nothing was measured.",
-        )
     baseline_path = os.path.join(outside["data"], "arenahard_baseline.jsonl")
-    baseline_answers = read_baseline(baseline_path)
+    baseline_answers = {}
+    if os.path.exists(baseline_path):
+        baseline_answers = read_baseline(baseline_path)
+    elif path == ARENA:
+        baseline_answers = read_baseline(ARENA_BASELINE)
 
     def read_row(row, where):
         if "turns" in row:
@@ -539,9 +762,9 @@ def load_arenahard(path, outside):
         if not baseline:
             fail(
                 f"data {where}: no baseline answer, neither in the row nor in {baseline_path}.",
-                note="",
+                note="Nothing was measured.",
             )
-        return {"messages": as_messages(prompt), "baseline": baseline}
+        return {"messages": as_messages(prompt), "baseline": baseline, "votes": 2 * CLEAR}
 
     def score(row, answer):
         question = row["messages"][-1]["content"]
@@ -555,28 +778,58 @@ def load_arenahard(path, outside):
 
 
 # ---- Function calls: BFCL ------------------------------------------------------------------------
-# Rows: BFCL's own data folder (bfcl_eval/data), named bfcl in --data: the single-turn Python
-#     categories, with the answers in its folder possible_answer.
+# Rows: BFCL's own files: a folder bfcl in --data with BFCL_v4_*.json (or v3) and possible_answer/,
+#     or without one the data folder of the package bfcl-eval in the environment of
+#     --verifier_python. The categories of one turn are read [D57].
 # Prompt: the question, and the functions as tools of the chat template.
-# Judge: the package's AST checker. It runs in the environment of --verifier_python, since bfcl-eval
-#     pins packages of its own. In the irrelevance categories no function may be called; in the
-#     relevance ones any call will do.
-# Trap: BFCL writes Python's type names ("dict"), the model was trained on JSON Schema's ("object").
+# Judge: the package's AST checker. It runs in that environment, since bfcl-eval pins packages of
+#     its own. In the irrelevance categories no function may be called; in the relevance one any
+#     call will do.
+# Traps: BFCL writes Python's type names ("dict"), the model was trained on JSON Schema's
+#     ("object"); values of Java and JavaScript are texts in their own syntax; and a score is no
+#     mean over rows: categories weigh as in V3's table.
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-SINGLE_TURN = re.compile(
-    r"(live_)?(simple|multiple|parallel|parallel_multiple|irrelevance|relevance)(_python)?"
-)
+# Names of V4 of the categories that V3 names otherwise.
+V3_NAMES = {"simple_python": "simple", "simple_java": "java", "simple_javascript": "javascript"}
+# V3's table without its multi-turn third: half of the score is the mean of five groups, of which
+# the first is itself a mean over three languages; the other half is the mean over all live rows.
+NOT_LIVE = {
+    "simple": 1 / 30,
+    "java": 1 / 30,
+    "javascript": 1 / 30,
+    "multiple": 1 / 10,
+    "parallel": 1 / 10,
+    "parallel_multiple": 1 / 10,
+    "irrelevance": 1 / 10,
+}
+LIVE = [
+    "live_simple",
+    "live_multiple",
+    "live_parallel",
+    "live_parallel_multiple",
+    "live_irrelevance",
+    "live_relevance",
+]
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
 # Reads one row a line and prints whether its calls are right.
 CHECKER = """import json, sys
 from bfcl_eval.constants.enums import Language
 from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
+languages = {"java": Language.JAVA, "javascript": Language.JAVASCRIPT}
 for line in sys.stdin:
     row = json.loads(line)
     tools, calls, gold, category = row["tools"], row["calls"], row["gold"], row["category"]
-    result = ast_checker(tools, calls, gold, Language.PYTHON, category, "Qwen/Qwen3-8B-FC")
+    language = languages.get(category, Language.PYTHON)
+    result = ast_checker(tools, calls, gold, language, category, "Qwen/Qwen3-8B-FC")
     print(json.dumps(bool(result["valid"])), flush=True)
 """
+
+
+def needs_bfcl(path, outside):
+    if not has_package(outside["verifier_python"] or "python3", "bfcl_eval"):
+        command = VERIFIER_ENVIRONMENT.format("bfcl-eval soundfile")
+        return [f"its checker is not installed: {command}"]
+    return []
 
 
 @functools.cache
@@ -593,12 +846,7 @@ def bfcl_checker(python):
                 print(json.dumps(row), file=process.stdin, flush=True)
             verdict = process.stdout.readline()
             if not verdict:
-                fail(
-                    "bfcl: the checker does not start: python3 -m venv .venv-bfcl && "
-                    ".venv-bfcl/bin/pip install bfcl-eval soundfile, then "
-                    "--verifier_python=.venv-bfcl/bin/python.",
-                    note="Completions are kept.",
-                )
+                fail("bfcl: the checker has ended (see above).", note="Completions are kept.")
             return json.loads(verdict)
 
     return check
@@ -631,40 +879,81 @@ def json_schema(schema):
     return renamed
 
 
+def as_texts(function, language):
+    """Return a function of Java or JavaScript whose parameters are texts, and say so in it."""
+    parameters = function["parameters"]
+    properties = {}
+    for name, schema in parameters["properties"].items():
+        note = f"A {language} value of type {schema['type']}, written as in {language}."
+        properties[name] = {
+            "type": "string",
+            "description": f"{schema.get('description', '')} {note}".strip(),
+        }
+    return function | {"parameters": parameters | {"properties": properties}}
+
+
+def bfcl_tools(functions, category):
+    """Return the functions of a row as tools of the chat template."""
+    tools = []
+    for function in functions:
+        if category in ("java", "javascript"):
+            function = as_texts(function, {"java": "Java", "javascript": "JavaScript"}[category])
+        tools.append({"type": "function", "function": json_schema(function)})
+    return tools
+
+
 def read_bfcl(folder):
-    """Read the rows of all single-turn categories."""
+    """Read the rows of all categories of one turn, with the weight of each in V3's table."""
     rows = []
     for path in sorted(glob.glob(os.path.join(folder, "BFCL_v*_*.json"))):
         file_name = os.path.basename(path)
         category = re.sub(r"BFCL_v\d+_|\.json", "", file_name)
-        if not SINGLE_TURN.fullmatch(category):
+        category = V3_NAMES.get(category, category)
+        if category not in (*NOT_LIVE, *LIVE):
             continue
         gold_of = {}
         answers = os.path.join(folder, "possible_answer", file_name)
         if os.path.exists(answers):
             gold_of = {line["id"]: line["ground_truth"] for line in read_lines(answers)}
         for line in read_lines(path):
-            functions = line["function"]
             rows.append(
                 {
                     "messages": line["question"][0],
-                    "tools": [{"type": "function", "function": json_schema(f)} for f in functions],
-                    "functions": functions,
+                    "tools": bfcl_tools(line["function"], category),
+                    "functions": line["function"],
                     "category": category,
+                    "part": "live" if category in LIVE else "not live",
                     "gold": gold_of.get(line["id"]),
                 }
             )
+    num_rows = Counter(row["category"] for row in rows)
+    num_live = sum(num_rows[category] for category in LIVE)
+    for row in rows:
+        if row["part"] == "live":
+            row["votes"] = 0.5 / num_live
+        else:
+            row["votes"] = NOT_LIVE[row["category"]] / num_rows[row["category"]]
     return rows
 
 
+def bfcl_folder(path, outside):
+    """Return the folder with BFCL's files: that of --data, else that of the package."""
+    if os.path.isdir(path):
+        return path
+    program = "import bfcl_eval; print(bfcl_eval.__path__[0])"
+    command = [outside["verifier_python"] or "python3", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return os.path.join(done.stdout.strip(), "data")
+
+
 def load_bfcl(path, outside):
-    rows = read_bfcl(path)
+    folder = bfcl_folder(path, outside)
+    rows = read_bfcl(folder)
     if not rows:
-        fail(
-            "bfcl: --data needs a folder bfcl with BFCL_v3_*.json and possible_answer/ "
-            "(bfcl_eval/data of the package bfcl-eval).",
-            note="Nothing was measured.",
-        )
+        fail(f"bfcl: no BFCL_v*_*.json in {folder}.", note="Nothing was measured.")
+    absent = {*NOT_LIVE, *LIVE} - {row["category"] for row in rows}
+    if absent:
+        print0(f"bfcl: the score is without {', '.join(sorted(absent))}: no such file in {folder}")
 
     def score(row, answer):
         calls = read_calls(answer)
@@ -684,7 +973,7 @@ def load_bfcl(path, outside):
 # ---- SWE-bench Verified, agentless, first half: which files have to change -----------------------
 # Rows: the hub; the repositories are git clones in the folder --repos.
 # Prompt: the issue, and the names of all Python files of the repository that are no tests.
-# Judge: the share of the golden patch's files among the first five that the answer names.
+# Judge: the share of the golden patch's files among the first five that the answer names [D58].
 # Trap: a repository is read at the commit of its row, not as it stands in the clone.
 LOCALISE = """An issue was filed against a repository. Which files have to change?
 
@@ -730,6 +1019,20 @@ def named_files(answer):
     return paths[:5]
 
 
+def needs_clones(path, outside):
+    if not outside["repos"]:
+        return ["pass --repos=folder of git clones named owner__name"]
+    if shutil.which("git") is None:
+        return ["git is not installed"]
+    if not os.path.exists(path) and outside["offline"]:
+        return []  # the rows, which name the repositories, are on the hub
+    names = {row["repo"].replace("/", "__") for _, row in read_rows(path)}
+    absent = [name for name in names if not os.path.isdir(os.path.join(outside["repos"], name))]
+    if absent:
+        return [f"--repos={outside['repos']} has no git clone named {', '.join(sorted(absent))}"]
+    return []
+
+
 def load_swebench_files(path, outside):
     def read_row(row, where):
         files = [
@@ -750,12 +1053,34 @@ def load_swebench_files(path, outside):
 
 # ---- SWE-bench Verified, agentless, second half: the repair --------------------------------------
 # Rows: those of the first half, whose samples are read for the files to show.
-# Prompt: that of SWE RL: the issue, and the files that the first half named most often.
+# Prompt: that of SWE RL: the issue, and the files that the first half named most often, as many as
+#     fit --prompt_tokens (32K; the paper's 14B model has 64K, and a YaRN factor of 3).
 # Judge: the official harness, in the environment of --verifier_python; it needs docker.
-# Trap: the harness takes one patch an instance, and keeps what it found under the same names. So it
-#     runs once for each sample number, under a name that depends on the patches.
+# Traps: the harness takes one patch an instance, and keeps what it found under the same names. So
+#     it runs once for each sample number, under a name that depends on the patches. An instance
+#     without a file that can be shown is unresolved, and the others are asked.
 SHOWN_FILES = 4  # paper 4.7.1: at least four files
-SHOWN_CHARS = 32 * K * 3  # appendix B: 32K tokens for 8B, at three characters a token
+CHARS_PER_TOKEN = 3  # a low estimate for code [D23]
+
+
+def comes_first(name, outside):
+    """Return whether a task is measured before swebench."""
+    tasks = outside["tasks"]
+    return name in tasks and tasks.index(name) < tasks.index("swebench")
+
+
+def needs_harness(path, outside):
+    sentences = needs_clones(path, outside)
+    if not outside["samples"]:
+        sentences.append("pass --results, beside which the samples of swebench_files are kept")
+    elif not comes_first("swebench_files", outside) and not count_votes(outside):
+        sentences.append("name swebench_files before it: the files to show come from its samples")
+    if not has_package(outside["verifier_python"] or "python3", "swebench"):
+        command = VERIFIER_ENVIRONMENT.format("swebench")
+        sentences.append(f"its harness is not installed: {command}")
+    if shutil.which("docker") is None:
+        sentences.append("docker is not installed, in which its harness runs the tests")
+    return sentences
 
 
 def count_votes(outside):
@@ -770,17 +1095,24 @@ def count_votes(outside):
 
 
 def read_most_named(outside, row, votes):
-    """Return {path: text} of the files that were named most often, as many as may be shown."""
+    """Return {path: text} of the files that were named most often, as many as the prompt may hold.
+
+    A file that does not fit is left out, and the next one is tried.
+    """
     present = set(files_at_commit(outside, row))
     ranked = [path for path, _ in votes.most_common() if path in present]
-    files, shown_chars = {}, 0
+    files = {}
     for path in ranked[:SHOWN_FILES]:
         text = git(outside, row, "show", f"{row['base_commit']}:{path}")
-        # The first file is shown whatever its length.
-        if not files or shown_chars + len(text) <= SHOWN_CHARS:
-            files[path] = text
-            shown_chars += len(text)
+        more = files | {path: text}
+        if len(repair_prompt(row, more)) <= CHARS_PER_TOKEN * outside["prompt_tokens"]:
+            files = more
     return files
+
+
+def repair_prompt(row, files):
+    shown = "\n\n".join(f"### {name}\n```\n{text}\n```" for name, text in files.items())
+    return swerl.PROMPT.format(issue=row["problem_statement"], files=shown)
 
 
 def load_swebench(path, outside):
@@ -789,19 +1121,19 @@ def load_swebench(path, outside):
     places = itertools.count()
 
     def read_row(row, where):
-        votes_of_row = votes.get(next(places))
-        if not votes_of_row:
-            fail("swebench: run --tasks=swebench_files,swebench: no file was named.", note="")
+        votes_of_row = votes.get(next(places), Counter())
         files = read_most_named(outside, row, votes_of_row)
-        shown = "\n\n".join(f"### {name}\n```\n{text}\n```" for name, text in files.items())
-        return {
-            "messages": as_messages(
-                swerl.PROMPT.format(issue=row["problem_statement"], files=shown)
-            ),
+        normal = {
+            "messages": as_messages(repair_prompt(row, files)),
             "files": files,
             "issue": row["problem_statement"],
             "instance_id": row["instance_id"],
         }
+        if not votes_of_row:
+            normal["not_asked"] = "no file was named"
+        elif not files:
+            normal["not_asked"] = "no file that was named is there and fits --prompt_tokens"
+        return normal
 
     def submit(rollout):
         pass  # the harness takes all patches at once
@@ -894,15 +1226,24 @@ def run_harness(rollouts, model, folder, path, outside):
 
 
 # ---- The table -----------------------------------------------------------------------------------
-ARENA = "hf://datasets/lmarena-ai/arena-hard-auto/data/arena-hard-v0.1/question.jsonl"
+ARENA_FOLDER = "hf://datasets/lmarena-ai/arena-hard-auto/data/arena-hard-v0.1"
+ARENA = f"{ARENA_FOLDER}/question.jsonl"
+ARENA_BASELINE = f"{ARENA_FOLDER}/model_answer/gpt-4-0314.jsonl"
 # The raw files, because datasets 4 refuses the loading script.
 LCB = ",".join(
     f"hf://datasets/livecodebench/code_generation_lite/test{n}.jsonl" for n in ("", 2, 3, 4, 5, 6)
 )
-LCB_PRO = "QAQAQAQAQ/LiveCodeBench-Pro@quater_2025_"
 SWEBENCH = "princeton-nlp/SWE-bench_Verified@test"
 
-# name: loader or (reader, judge), hub id, completions of each problem, protocol
+
+def lcb_pro(difficulty, months):
+    """Return the row of a quarter of 2025; the hub's split of it is called "quater"."""
+    hub = f"QAQAQAQAQ/LiveCodeBench-Pro@quater_2025_{months}"
+    return benchmark(load_lcb_pro(difficulty), hub, 8, THINK, needs_code_judge)
+
+
+# name: loader or (reader, judge), hub id, completions of each problem, protocol, needs. GSM8K,
+# HumanEval and MATH-500 are not among the paper's [D59].
 BENCHMARKS = {
     "mmlu": simple(read_mmlu, score_choice, "cais/mmlu:all@test", 1, THINK),
     "mmlu_pro": simple(read_mmlu, score_choice, "TIGER-Lab/MMLU-Pro@test", 1, THINK),
@@ -910,16 +1251,22 @@ BENCHMARKS = {
     "aime24": simple(mathrl.normalize, score_math, "HuggingFaceH4/aime_2024", 64, THINK),
     "aime25": simple(mathrl.normalize, score_math, "math-ai/aime25@test", 64, THINK),
     "math500": simple(mathrl.normalize, score_math, "HuggingFaceH4/MATH-500@test", 1, THINK),
-    "lcb_v5": simple(read_lcb("2025-02-01"), score_code, LCB, 8, THINK, start_sandbox),
-    "lcb_v6": simple(read_lcb("2025-05-01"), score_code, LCB, 8, THINK, start_sandbox),
-    "lcb_pro_25q1_easy": benchmark(load_lcb_pro("easy"), LCB_PRO + "1_3", 8, THINK),
-    "lcb_pro_25q1_medium": benchmark(load_lcb_pro("medium"), LCB_PRO + "1_3", 8, THINK),
-    "lcb_pro_25q2_easy": benchmark(load_lcb_pro("easy"), LCB_PRO + "4_6", 8, THINK),
-    "lcb_pro_25q2_medium": benchmark(load_lcb_pro("medium"), LCB_PRO + "4_6", 8, THINK),
+    "gsm8k": simple(read_gsm8k, score_math, "openai/gsm8k:main@test", 1, THINK),
+    "lcb_v5": benchmark(load_lcb("2025-02-01"), LCB, 8, THINK),
+    "lcb_v6": benchmark(load_lcb("2025-05-01"), LCB, 8, THINK),
+    "humaneval": simple(
+        read_humaneval, score_humaneval, "openai/openai_humaneval@test", 1, THINK, start_sandbox
+    ),
+    "lcb_pro_25q1_easy": lcb_pro("easy", "1_3"),
+    "lcb_pro_25q1_medium": lcb_pro("medium", "1_3"),
+    "lcb_pro_25q2_easy": lcb_pro("easy", "4_6"),
+    "lcb_pro_25q2_medium": lcb_pro("medium", "4_6"),
     "ifeval": benchmark(load_ifeval, "google/IFEval", 8, SHORT, modes=("no_think",)),
-    "ifbench": benchmark(load_ifbench, "allenai/IFBench_test", 8, SHORT),
-    "arenahard": benchmark(load_arenahard, ARENA, 1, SHORT),
-    "bfcl": benchmark(load_bfcl, "", 1, SHORT),
-    "swebench_files": benchmark(load_swebench_files, SWEBENCH, 16, THINK, max_new_tokens=16 * K),
-    "swebench": benchmark(load_swebench, SWEBENCH, 4, THINK, max_new_tokens=32 * K),
+    "ifbench": benchmark(load_ifbench, "allenai/IFBench_test", 8, SHORT, needs_ifbench),
+    "arenahard": benchmark(load_arenahard, ARENA, 1, SHORT, needs_arena_judge),
+    "bfcl": benchmark(load_bfcl, "", 1, SHORT, needs_bfcl),
+    "swebench_files": benchmark(
+        load_swebench_files, SWEBENCH, 16, THINK, needs_clones, max_new_tokens=16 * K
+    ),
+    "swebench": benchmark(load_swebench, SWEBENCH, 4, THINK, needs_harness, max_new_tokens=32 * K),
 }

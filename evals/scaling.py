@@ -70,6 +70,7 @@ class Config:
     # --vote: folder of evaluate.py's samples of swebench_files and swebench. "": patches are
     # sampled here, for prompts that show the golden files
     candidates: str = ""
+    prompt_tokens: PositiveInt = 32768  # --candidates: what evaluate.py was given; paper: 14B 64K
     check: str = ""  # --vote: command that tests a patch in the repository's container, see above
     # With --check: how many scripts the model writes that fail while the bug is there. Paper 7.4
     # has 40, paper 3.3.1 has 10.
@@ -245,7 +246,11 @@ def graded_candidates(cfg):
 
     Their prompts show the files that the model found itself, and the scores are the harness's.
     """
-    outside = {"samples": cfg.candidates, "repos": cfg.repos}
+    outside = {
+        "samples": cfg.candidates,
+        "repos": cfg.repos,
+        "prompt_tokens": cfg.prompt_tokens,
+    }
     rows, *_ = benchmarks.load_swebench(cfg.vote, outside)
     # {problem: {number of the sample: its line}}
     kept = {}

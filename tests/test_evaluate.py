@@ -116,8 +116,8 @@ def test_an_interrupted_evaluation_repeats_no_finished_sample_and_ends_with_the_
     assert read_jsonl(tmp_path / "b" / "results.jsonl") == whole
     assert samples(tmp_path / "b") == lines
 
-    # Everything is there, so the batches of math and of chat in two modes are empty.
-    assert drawn_by(*flags) == [[], [], []]
+    # Everything is there, so nothing is drawn.
+    assert drawn_by(*flags) == []
 
     # A smaller evaluation forgets nothing of the larger one.
     drawn_by(*flags, "--limit=2", "--samples=1")
@@ -145,7 +145,7 @@ def test_tasks_with_and_without_yarn_are_refused_where_one_process_has_one_engin
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(evaluate.Config(model=str(world / "base"), tasks="ifeval,math500"))
+        evaluate.main(evaluate.Config(model=str(world / "base"), tasks="ifeval,math"))
     assert stop.value.code == 2
     assert "measure them apart" in capsys.readouterr().err
 
@@ -194,6 +194,50 @@ def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict
     kept = read_jsonl(tmp_path / "sampled.rank0.jsonl")
     assert [line["score"] for line in kept] == [0.0, 0.0, 1.0, 1.0]
     assert {line["status"] for line in kept} == {"ok"}
+
+
+def test_a_long_prompt_shortens_its_own_budget_and_no_other(world, monkeypatch, capsys):
+    """100 positions, prompts of 10, 10, 90 and 100 tokens, answers of up to 50: the third may have
+    10, the last is not asked, as the one that its loader says is not to be asked."""
+    drawn = []
+
+    class Engine:
+        def generate(self, rollouts, max_new_tokens, *how, on_finished):
+            for r in rollouts:
+                drawn.append((r.group, max_new_tokens))
+                r.text, r.finish_reason, r.completion_ids = "</think>yes", "stop", [1]
+                on_finished(r)
+
+    lengths = {"a": 10, "b": 10, "c": 90, "d": 100, "e": 10}
+
+    def load(path, outside):
+        rows = [{"messages": [{"content": name}], "part": "odd"} for name in lengths]
+        rows[0]["part"] = "even"
+        rows[4]["not_asked"] = "no file was named"
+
+        def collect(rollouts):
+            for r in rollouts:
+                r.reward, r.status = float(r.text.endswith("yes")), "ok"
+
+        return rows, (lambda r: None, collect), lambda r: r.reward
+
+    def render(tokenizer, messages, think, tools=None):
+        return [0] * lengths[messages[0]["content"]], None
+
+    task = evaluate.task(load, max_new_tokens=50, samples=2, greedy=False)
+    monkeypatch.setitem(evaluate.TASKS, "long", task)
+    monkeypatch.setattr(evaluate, "render_chat", render)
+    cfg = evaluate.Config(model=str(world / "base"), stage="s")
+    (result,) = evaluate.score_task("long", Engine(), None, cfg, 0, 1, 100)
+    assert drawn == [(0, 50), (0, 50), (1, 50), (1, 50), (2, 10), (2, 10)]
+    assert (result["score"], result["n"], result["samples"]) == (0.6, 5, 2)
+    assert result["parts"] == {"even": 1.0, "odd": 0.5}
+    evaluate.print_table([result])
+    said = capsys.readouterr().out
+    assert "1 of 5 problems score 0 without being asked: the prompt fills all positions" in said
+    assert "1 of 5 problems score 0 without being asked: no file was named" in said
+    assert "1 of 5 prompts are so long" in said and "(the longest leaves 10)" in said
+    assert "of these: even 100.0, odd 50.0" in said
 
 
 def test_samples_of_other_weights_or_settings_are_not_taken_for_these(world, tmp_path):

@@ -163,7 +163,11 @@ def make_candidates(tmp_path, sampled=PATCHES, num_graded=6, prompt=None):
         repos=str(tmp_path),
         samples=len(sampled),
     )
-    outside = {"samples": cfg.candidates, "repos": cfg.repos}
+    outside = {
+        "samples": cfg.candidates,
+        "repos": cfg.repos,
+        "prompt_tokens": cfg.prompt_tokens,
+    }
     (row,), *_ = benchmarks.load_swebench(cfg.vote, outside)
     assert list(row["files"]) == ["calc.py", "other.py"]
     lines = []
