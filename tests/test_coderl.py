@@ -262,10 +262,7 @@ def test_the_prompt_asks_for_one_block_and_shows_the_header():
         {"question": "Do it.", "starter_code": "class Solution:", "tests": json.dumps(CALL)},
         "row 1",
     )["messages"][0]["content"]
-    assert (
-        "Function header:\n```\nclass Solution:\n```" in header
-        and "in Python" not in header
-    )
+    assert "Function header:\n```\nclass Solution:\n```" in header and "in Python" not in header
     assert (
         "def f(...):"
         in coderl.normalize({"question": "Do it.", "tests": json.dumps(CALL)}, "row 1")["messages"][
