@@ -3,6 +3,7 @@
 flags        the command line of a script
 common       ranks, sharding, collectives
 logs         what a run prints and writes at every step
+trackers     the metrics to trackio, wandb or tensorboard
 progress     bars, and a line a minute where nothing else is printed
 health       is the run dead? one sentence that names the cause
 guard        how a run ends, and what it says then

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from lib.guard import fail, guard, one_sentence
 from lib.progress import printed
+from lib.trackers import tracker_names
 
 
 # ---- Start ---------------------------------------------------------------------------------------
@@ -27,6 +28,7 @@ def ranks():
 def start_run(cfg):
     """Start a stage: (rank, world, device). From here on, a run that ends early says why."""
     guard(cfg.phase_timeout)
+    tracker_names(cfg.report_to)  # a wrong one ends the script now, not after loading
     # Collectives time out later than phases do. A rank that waits for a stuck one then lives until
     # the watch thread of the stuck one has said where it is.
     return init_distributed(cfg.seed, 2 * cfg.phase_timeout)

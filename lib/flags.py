@@ -67,6 +67,8 @@ class MachineFlags:
     # steps in a row without a gradient, or with another fault of lib/health.py, after which the run
     # ends with exit code 3; 0: never
     max_dead_steps: int = 20
+    # trackers that get the metrics, too: trackio, wandb or tensorboard; commas join several
+    report_to: str = ""
     # load data, model and verifier, run the self test, show ten prompts as the model reads them and
     # what a step costs, and end before the first one
     check: bool = False

@@ -14,10 +14,11 @@ import time
 
 import torch
 
-from lib.common import all_reduce, print0, ranks, whole_groups
+from lib.common import all_reduce, closers, print0, ranks, whole_groups
 from lib.guard import fail, one_sentence
 from lib.health import Health, is_said
 from lib.progress import span
+from lib.trackers import Tracker, tracker_names
 
 # The status of a rollout's reward, in every stage. An edit that does not apply is a "no_answer".
 STATUSES = ("ok", "wrong", "no_answer", "language", "timeout", "crash", "infra")
@@ -139,12 +140,14 @@ class Logger:
         gigabytes = cfg.keep_rollouts if hasattr(cfg, "keep_rollouts") else 0.0
         self.rollouts = RolloutFile(cfg.out_dir, self.rank, gigabytes / world)
         self.rollouts.cut_back(step)
+        if self.rank == 0:
+            history = self.cut_back(step)
+            self.health = Health(cfg, history)
+            self.describe_run(world)
+            self.trackers = self.open_trackers(history)
         # When the latest steps ended, for the time that is left.
         self.began = time.monotonic()
         self.step_ends = collections.deque([(step, self.began)], maxlen=20)
-        if self.rank == 0:
-            self.health = Health(cfg, self.cut_back(step))
-            self.describe_run(world)
 
     def cut_back(self, step):
         """Keep the lines up to `step`, and return their rows. A line without its end, from a killed
@@ -175,6 +178,14 @@ class Logger:
             json.dump(run, f)
         os.replace(path + ".tmp", path)
 
+    def open_trackers(self, history):
+        """One Tracker for each name of --report_to. They are closed when the script ends."""
+        config = dataclasses.asdict(self.cfg)
+        names = tracker_names(self.cfg.report_to)
+        trackers = [Tracker(name, self.cfg.out_dir, config, history) for name in names]
+        closers.extend(tracker.close for tracker in trackers)
+        return trackers
+
     def log(self, step, metrics, line="", rollouts=()):
         """Write the metrics of a step and this rank's rollouts; print `line` if there is one.
 
@@ -195,6 +206,8 @@ class Logger:
         if self.rank == 0:
             with open(self.path, "a") as f:
                 f.write(as_json({"step": step, **metrics}) + "\n")
+            for tracker in self.trackers:
+                tracker.log({"step": step, **metrics})
         if line:
             print0(f"{line} | {self.time_left(step)}")
         if self.rank == 0:
@@ -204,6 +217,8 @@ class Logger:
         """Say what is wrong with a run that learns nothing, and end it if that lasts."""
         sentence, steps = self.health.check(row)
         if 0 < self.cfg.max_dead_steps <= steps:
+            for tracker in self.trackers:
+                tracker.close()
             fail(
                 f"step {row['step']}, for {steps} steps in a row (--max_dead_steps): {sentence}.",
                 note="The last checkpoint is whole.",
@@ -258,14 +273,17 @@ class RolloutFile:
         if not self.most_bytes or not rollouts:
             return
         with open(self.path, "a") as f:
-            for r in rollouts:
-                f.write(as_json(as_line(step, r)) + "\n")
+            group = None
+            # Prompt by prompt: a rank samples in another order, and not every sample of a prompt.
+            for r in sorted(rollouts, key=lambda r: (r.group, r.sample)):
+                f.write(as_json(as_line(step, r, with_question=r.group != group)) + "\n")
+                group = r.group
             size = f.tell()
         if size > self.most_bytes:
             os.replace(self.path, self.older)
 
 
-def as_line(step, r):
+def as_line(step, r, with_question):
     """What is kept of a rollout."""
     line = {
         "step": step,
@@ -278,7 +296,7 @@ def as_line(step, r):
         "finish_reason": r.finish_reason,
         "text": r.text,
     }
-    if r.sample == 0:
+    if with_question:
         line["question"] = r.row["messages"][-1]["content"]
     return line
 

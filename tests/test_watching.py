@@ -4,6 +4,7 @@ every rollout is kept, once, also over a resume.
 
 import json
 import math
+import sys
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import lib.progress
 import mathrl
 from engine import Rollout
-from lib import logs
+from lib import logs, trackers
 from lib.common import print0
 from lib.progress import break_silence, counted, counting, progress
 
@@ -30,7 +31,8 @@ def rollouts_of(step, groups=2, size=2, text="x"):
             r.completion_ids, r.finish_reason, r.text = [3, 4, 5], "stop", f"{text}{sample}"
             r.reward, r.status, r.advantage = float(sample), "ok" if sample else "wrong", 0.7
             made.append(r)
-    return made
+    # A rank samples the longest first, not prompt by prompt.
+    return made[::2] + made[1::2]
 
 
 def lines_of(path):
@@ -259,3 +261,102 @@ def test_a_file_gets_marks_instead_of_colours(tokenizer):
     assert plain == coloured.replace("\033[31m", "").replace("\033[32m", "[[").replace(
         "\033[0m", "", 1
     ).replace("\033[0m", "]]")
+
+
+# ---- Trackers ------------------------------------------------------------------------------------
+STAND_IN = """
+import json, os
+def init(**options):
+    save(["init", options["name"], options["config"]["lr"], options["resume"]])
+def log(metrics, step):
+    if metrics.get("reward") == 0.5:
+        raise ConnectionError("no route")
+    save(["log", step, metrics])
+def finish():
+    save(["finish"])
+def save(call):
+    with open(os.environ["CALLS"], "a") as f:
+        f.write(json.dumps(call) + chr(10))
+"""
+
+
+@pytest.fixture()
+def calls(tmp_path, monkeypatch):
+    """A package named trackio that writes its calls into a file: the path of that file."""
+    (tmp_path / "trackio.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setattr(logs, "closers", [])
+    yield tmp_path / "calls"
+    sys.modules.pop("trackio", None)
+
+
+def log_steps(folder, steps, resumed_from, report_to="trackio"):
+    folder.mkdir(exist_ok=True)
+    logger = logs.Logger(config(folder, report_to=report_to), resumed_from)
+    for step in steps:
+        reward = step / 10
+        logger.log(step, {"reward": reward, "status/ok": 0.5, "loss": math.nan, "grad_norm": 1.0})
+
+
+def test_a_tracker_gets_the_metrics_under_their_names(calls, tmp_path):
+    log_steps(tmp_path / "math", [1, 2], 0)
+    for close in logs.closers:
+        close()
+    opened, *logged, closed = lines_of(calls)
+    assert opened[0] == "init" and opened[2:] == [2e-6, "allow"]
+    assert f"{tmp_path.name}-math-" in opened[1]
+    assert [call[1] for call in logged] == [1, 2]
+    numbers = logged[1][2]
+    assert (numbers["reward"], numbers["status/ok"]) == (0.2, 0.5)
+    assert "loss" not in numbers and "memory/rss_gb" in numbers
+    assert closed == ["finish"]
+
+
+def test_a_resumed_run_sends_each_step_once_and_to_the_same_run(calls, tmp_path):
+    log_steps(tmp_path / "math", [1, 2, 3], 0)
+    log_steps(tmp_path / "math", [2, 3, 4], 1)
+    names = {call[1] for call in lines_of(calls) if call[0] == "init"}
+    assert len(names) == 1
+    assert [call[1] for call in lines_of(calls) if call[0] == "log"] == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_comes_later_gets_the_steps_before(calls, tmp_path):
+    log_steps(tmp_path / "math", [1, 2, 3], 0, report_to="")
+    log_steps(tmp_path / "math", [3, 4], 2)
+    assert [call[1] for call in lines_of(calls) if call[0] == "log"] == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(calls, tmp_path, capsys):
+    log_steps(tmp_path / "math", [4, 5, 6], 0)
+    assert "--report_to=trackio, step 5: ConnectionError: no route" in capsys.readouterr().out
+    assert [row["step"] for row in lines_of(tmp_path / "math" / "metrics.jsonl")] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("report_to", "sentence"),
+    [
+        ("wandbb", "--report_to=wandbb: expected trackio, wandb, tensorboard, joined by commas."),
+        ("wandb", "--report_to=wandb: that package is not installed: pip install wandb."),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_one_sentence(report_to, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        trackers.tracker_names(report_to)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+
+
+def test_tensorboard_reads_what_was_sent(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(logs, "closers", [])
+    log_steps(tmp_path / "math", [1, 2], 0, report_to="tensorboard")
+    for close in logs.closers:
+        close()
+    events = EventAccumulator(str(tmp_path / "math" / "tensorboard"))
+    events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("reward")] == [(1, 0.1), (2, 0.2)]
