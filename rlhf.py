@@ -11,9 +11,9 @@ while len and trunc stay put.
     torchrun --nproc_per_node=8 rlhf.py --init_from=out/sft2/final --out_dir=out/rlhf
 
 Deviations from the paper, numbered as in docs/paper.md: D1 language by letters of other scripts; D6
-a reward model of any size; D7 the stabilisers for small reward models are flags, off by default; D8
-the floor for a reply that never closes its thinking; D33 a group that agrees on another language is
-not punished for it.
+a reward model from Qwen3, of any size; D7 the stabilisers for small reward models are flags, off by
+default; D8 the floor for a reply that never closes its thinking; D33 a group that agrees on another
+language is not punished for it.
 """
 
 import functools
