@@ -11,7 +11,6 @@ by op.
     T prompt tokens   N query heads   K kv heads   H head width   V vocabulary   M scored tokens
 """
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -26,8 +25,9 @@ from kernels.attention import flash_attention_varlen
 from kernels.decode_attention import decode_attention, slot_bias
 from kernels.sampling import sample_tokens
 from lib.common import compute_device, print0
-from lib.guard import fail
+from lib.guard import engine_name, fail, vllm_is_installed
 from lib.packing import pack_rollouts
+from lib.plan import free_memory
 from model import hf_config, render_chat, stop_ids
 
 
@@ -253,10 +253,11 @@ class TorchEngine:
         self.model.gradient_checkpointing = was_checkpointing
 
     def _rows_that_fit(self, length):
-        """How many KV caches of `length` tokens fit half of the free GPU memory, or 1 GiB without a
-        GPU.
+        """How many KV caches of `length` tokens fit half of the GPU memory that no tensor holds, or
+        1 GiB without a GPU: a power of two, at most 1024.
 
-        At most 1024.
+        A run that was resumed has to cut the same waves, and what PyTorch's allocator keeps unused
+        differs then.
         """
         config = self.model.config
         weight = self.model.model.embed_tokens.weight
@@ -264,8 +265,9 @@ class TorchEngine:
         row = 2 * config.num_hidden_layers * values * weight.element_size()
         room = 1 << 30
         if weight.is_cuda:
-            room = torch.cuda.mem_get_info(weight.device)[0] // 2
-        return max(min(room // row, 1024), 1)
+            room = free_memory(weight.device, 1) // 2
+        rows = max(min(room // row, 1024), 1)
+        return 1 << (rows.bit_length() - 1)
 
     @staticmethod
     def room(slots, left):
@@ -677,13 +679,8 @@ def write_weights(worker, tensors):
 def make_engine(name, model, tokenizer):
     """The engine of a run: "torch" is the built-in sampler, "auto" is vLLM if installed beside a
     GPU."""
-    if name not in ("auto", "torch", "vllm"):
-        fail(f"--engine={name}: expected auto, torch or vllm.")
-    installed = importlib.util.find_spec("vllm") is not None
-    if name == "auto":
-        name = "vllm" if installed and torch.cuda.is_available() else "torch"
-    if name == "torch":
+    if engine_name(name) == "torch":
         return TorchEngine(model, tokenizer)
-    if not installed:
+    if not vllm_is_installed():
         fail("--engine=vllm: vLLM is not installed.")
     return VLLMEngine(model, tokenizer)

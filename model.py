@@ -484,8 +484,10 @@ class Qwen3(nn.Module):
             keep = keep_M if i == last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 sum_TD = x_TD + residual_TD
+                # Nothing in a layer is random, so no state of a generator has to be kept.
+                options = {"use_reentrant": False, "preserve_rng_state": False}
                 x_TD, residual_TD = checkpoint(
-                    layer, None, sum_TD, rope, attend_here, keep, use_reentrant=False
+                    layer, None, sum_TD, rope, attend_here, keep, **options
                 )
             else:
                 x_TD, residual_TD = layer(x_TD, residual_TD, rope, attend_here, keep)

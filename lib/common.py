@@ -18,6 +18,9 @@ from lib.guard import fail, guard, one_sentence
 from lib.progress import printed
 from lib.trackers import tracker_names
 
+# After how long a collective gives up: set when the ranks meet, for groups that are made later.
+collectives = {"timeout": None}
+
 
 # ---- Start ---------------------------------------------------------------------------------------
 def ranks():
@@ -31,13 +34,13 @@ def start_run(cfg):
     tracker_names(cfg.report_to)  # a wrong one ends the script now, not after loading
     # Collectives time out later than phases do. A rank that waits for a stuck one then lives until
     # the watch thread of the stuck one has said where it is.
-    return init_distributed(cfg.seed, 2 * cfg.phase_timeout)
+    return init_distributed(cfg.seed, 2 * cfg.phase_timeout, cfg.shard)
 
 
-def init_distributed(seed, timeout_s=1800):
+def init_distributed(seed, timeout_s=1800, how="full"):
     """Set up device, threads, process group and PyTorch's seed: (rank, world, device).
 
-    timeout_s: seconds after which a collective gives up.
+    timeout_s: seconds after which a collective gives up. how: the flag --shard.
     """
     rank, world = ranks()
     if torch.cuda.is_available():
@@ -53,8 +56,11 @@ def init_distributed(seed, timeout_s=1800):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory(libc)
-        torch.set_num_threads(num_threads(world))
         skip_compiler_import()
+    if device.type == "cpu" or how == "offload":
+        torch.set_num_threads(num_threads(world, device.type == "cuda"))
+    # Else a product that is split over its inner dimension may add up its parts in bf16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     # One process on a GPU has a group of its own, too: FSDP's mixed precision needs one.
     if world > 1 or device.type == "cuda":
@@ -63,11 +69,16 @@ def init_distributed(seed, timeout_s=1800):
     return rank, world, device
 
 
-def num_threads(world):
-    """Threads of this rank on CPUs: OMP_NUM_THREADS, or else an equal share of the cores."""
+def num_threads(world, beside_gpu=False):
+    """Threads of this rank on CPUs: OMP_NUM_THREADS, or else an equal share of the cores.
+
+    Beside a GPU they belong to --shard=offload, which sums gradients and runs AdamW in host memory.
+    OMP_NUM_THREADS=1 is meant for verifiers then: one core would take seconds a step.
+    """
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if not given:
-        return max(1, (os.cpu_count() or 1) // world)
+    if not given or beside_gpu:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        return max(1, (os.cpu_count() or 1) // ranks_here)
     # "2,1" has a number for each level of nested regions. Here is one level.
     outermost = given.partition(",")[0].strip()
     if not outermost.isdecimal() or int(outermost) < 1:
@@ -79,6 +90,7 @@ def init_process_group(rank, world, device, timeout_s):
     """Join the other ranks at MASTER_PORT. Without torchrun the group is this process alone."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options = {"timeout": datetime.timedelta(seconds=timeout_s)}
+    collectives["timeout"] = options["timeout"]
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # This fails where the port is taken, or where no other rank answers.
@@ -215,11 +227,7 @@ def shard(model, device, how="full"):
     if how in ("hybrid", "replicate"):
         # Weights are sharded over the ranks of one node, or over one rank, and copied across nodes.
         ranks_per_copy = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if how == "hybrid" else 1
-        options["mesh"] = dist.init_device_mesh(
-            device.type,
-            (dist.get_world_size() // ranks_per_copy, ranks_per_copy),
-            mesh_dim_names=("replicate", "shard"),
-        )
+        options["mesh"] = mesh_of_copies(device, ranks_per_copy)
     if how == "offload":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
@@ -233,6 +241,22 @@ def shard(model, device, how="full"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     return model
+
+
+def mesh_of_copies(device, ranks_per_copy):
+    """The mesh of ranks [copies, ranks_per_copy]; its groups wait as long as the group of all does.
+
+    Groups that DeviceMesh makes by itself have a timeout of their own, 10 minutes with NCCL.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    grid = torch.arange(dist.get_world_size()).view(-1, ranks_per_copy)
+    timeout = collectives["timeout"]
+    replicate, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=timeout)
+    shard, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout)
+    return DeviceMesh.from_group(
+        [replicate, shard], device.type, mesh=grid, mesh_dim_names=("replicate", "shard")
+    )
 
 
 def compute_device(model):

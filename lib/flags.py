@@ -58,8 +58,8 @@ class MachineFlags:
     # rank)
     shard: str = "full"
     save_every: PositiveInt = 10  # steps between checkpoints
-    # seconds that a phase of a step (rollout, train_step, evaluate) may last before the run ends
-    # and says where it was
+    # seconds that a phase of a step (rollout, evaluate) may last before the run ends and says where
+    # it was; in train_step a 20th of it, 5 minutes at least, from one micro-batch to the next
     phase_timeout: float = 7200.0
     # fields that may stay unread in rows of data although a row means something else without them,
     # like label; commas join several (lib/unread.py)

@@ -14,6 +14,7 @@ has ended, torchrun sends SIGTERM to the others, and each of them says where the
 import contextlib
 import errno
 import faulthandler
+import importlib.util
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from lib.progress import break_silence
+from lib.progress import break_silence, under_way
 
 # Set once an exception is reported, which says more than a SIGTERM that comes after it.
 exception_is_reported = threading.Event()
@@ -70,6 +71,20 @@ def last_words(sentence, stream):
     if path:
         with contextlib.suppress(OSError), open(path, "w") as f:
             json.dump({"message": sentence, "timestamp": int(time.time())}, f)
+
+
+def engine_name(flag):
+    """The sampler that --engine means, "torch" or "vllm". "auto" is vLLM where it is installed
+    beside a GPU."""
+    if flag not in ("auto", "torch", "vllm"):
+        fail(f"--engine={flag}: expected auto, torch or vllm.")
+    if flag == "auto":
+        return "vllm" if vllm_is_installed() and torch.cuda.is_available() else "torch"
+    return flag
+
+
+def vllm_is_installed():
+    return importlib.util.find_spec("vllm") is not None
 
 
 def first_line(error):
@@ -185,6 +200,7 @@ def watch(signal_pipe, limit_s):
     for a reward.
     """
     position, since = "", 0.0
+    micro_batch, since_micro_batch = 0, 0.0
     while True:
         # C code in the main thread may hold the interpreter lock, and then no line of this loop
         # runs again. faulthandler has a C thread: it prints the stacks and exits the process
@@ -204,21 +220,44 @@ def watch(signal_pipe, limit_s):
         new_position = describe_position(frames)
         if new_position != position:
             position, since = new_position, time.monotonic()
+            micro_batch, since_micro_batch = 0, since
 
         # No phase passes in silence.
         _, _, where = position.partition(", ")  # without the rank
         break_silence(where, time.monotonic() - since)
 
+        # An update is shorter than the longest rollouts, for which the limit is meant: between two
+        # of its micro-batches, and in a sync, a small part of it may pass.
+        allowed_s, what, began = limit_s, "--phase_timeout", since
+        if is_update(frames):
+            if under_way and under_way[-1].done != micro_batch:
+                micro_batch, since_micro_batch = under_way[-1].done, time.monotonic()
+            allowed_s, began = update_limit(limit_s), since_micro_batch
+            if allowed_s < limit_s:
+                what = "of the --phase_timeout, without a micro-batch more"
         # A rank that waits in a collective gets 5 seconds more. The rank that it waits for then
         # ends first, and the sentence of that rank names the phase that is stuck.
-        allowed_s = limit_s
-        if frames and frames[-1].f_code.co_name in ("all_reduce", "all_gather"):
-            allowed_s += 5
-        if time.monotonic() - since > allowed_s:
+        waits = bool(frames) and frames[-1].f_code.co_name in ("all_reduce", "all_gather")
+        if time.monotonic() - began > allowed_s + 5 * waits:
             traceback.print_stack(frames[-1])
             function = frames[-1].f_code.co_name
-            reason = f"not done after {limit_s:g} s (--phase_timeout), now in {function}"
-            end_process(frames, reason)
+            end_process(frames, f"not done after {allowed_s:g} s ({what}), now in {function}")
+
+
+# The least that is allowed between two micro-batches of an update: kernels are compiled first.
+LEAST_UPDATE_S = 300
+
+
+def update_limit(limit_s):
+    """Seconds that may pass in an update without a micro-batch more, or in a sync: a 20th of
+    --phase_timeout, which has to last for the longest rollouts."""
+    return min(limit_s, max(limit_s / 20, LEAST_UPDATE_S))
+
+
+def is_update(frames):
+    """Whether the main thread trains or gives its sampler the new weights."""
+    functions = {frame.f_code.co_name for frame in frames}
+    return bool(functions & {"train_step", "sync"})
 
 
 def guard(limit_s):
@@ -293,10 +332,8 @@ def check_gap(gap, cfg, stop):
     gap: mean difference between the log-probs of sampler and trainer, in nats a token. They differ
     by rounding alone: 1e-6 in fp32, 0.01 in bf16. An engine that missed an update differs by more.
     """
-    gpu = torch.cuda.is_available()
-    limit = 0.05 if gpu else 1e-3
-    uses_vllm = cfg.engine == "vllm" or (cfg.engine == "auto" and gpu)
-    if uses_vllm:
+    limit = 0.05 if torch.cuda.is_available() else 1e-3
+    if engine_name(cfg.engine) == "vllm":
         # vLLM normalizes its log-probs over the tokens that top_p and top_k leave. Top-p raises
         # each by at most -log(top_p). Top-k has no such bound, so there nothing is checked here;
         # the vLLM engine has a gate of its own.

@@ -14,7 +14,7 @@ import os
 import torch
 
 from lib.common import print0
-from lib.guard import fail
+from lib.guard import engine_name, fail
 from model import Qwen3, read_config
 
 GB = 1e9
@@ -278,7 +278,7 @@ def plan_of_flags(config, cfg, world, device, tokens, longest, nll):
         longest,
         gpu=gpu,
         nll=nll,
-        engine="" if nll else cfg.engine,
+        engine="" if nll else engine_name(cfg.engine),
         reference=not nll and getattr(cfg, "kl_coef", 0) > 0,
     )
     if cfg.shard == "offload" and gpu:

@@ -9,6 +9,7 @@ different times, with and without the stop token.
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,6 +316,24 @@ def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     model.gradient_checkpointing = False
+
+
+def test_a_resumed_sampler_cuts_the_same_waves(engine, monkeypatch):
+    """The rows of a wave follow from the memory that no tensor holds. Before the first update
+    PyTorch's allocator has kept nothing unused, later 20 GB, and a little may always differ."""
+    found = []
+    of_one_token = engine._rows_that_fit(1)
+    weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), element_size=lambda: 2)
+    body = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    monkeypatch.setattr(engine, "model", SimpleNamespace(config=engine.model.config, model=body))
+    for free, reserved, allocated in ((40, 20, 20), (20, 40, 20), (19, 40.5, 20)):
+        for name, gigabytes in (("reserved", reserved), ("allocated", allocated)):
+            monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda n=gigabytes: int(n * 1e9))
+        free_and_total = (int(free * 1e9), int(80e9))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, pair=free_and_total: pair)
+        found.append(engine._rows_that_fit(1_000_000))
+    print(f"rows of a wave {found}; of one token without a GPU {of_one_token}")
+    assert len(set(found)) == 1 and 1 < found[0] < 1024 and found[0].bit_count() == 1
 
 
 def test_an_unknown_engine_is_refused(model, tokenizer):

@@ -229,6 +229,51 @@ def test_a_user_error_is_said_once_and_again_below_torchrun_s_traceback(failing,
     assert last >= len(lines) - 3, f"{len(lines) - last} lines above the end"
 
 
+UPDATING = """
+import sys, time
+sys.path.insert(0, ROOT)
+from lib import guard
+from lib.progress import progress
+
+def train_step(seconds):
+    for second in progress(seconds, "update"):
+        time.sleep(second)
+
+def main():
+    guard.LEAST_UPDATE_S = 0
+    guard.guard(40)
+    for step in range(7, 8):
+        train_step(SECONDS)
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "seconds, code, sentence",
+    [
+        ([1, 1, 1, 1], 0, ""),  # every micro-batch is a sign of life
+        (
+            [1, 30],
+            1,
+            "stage.py: rank 3, step 7, train_step: not done after 2 s (of the --phase_timeout, "
+            f"without a micro-batch more), now in train_step. {AGAIN}",
+        ),
+    ],
+)
+def test_an_update_may_not_take_as_long_as_rollouts(seconds, code, sentence, tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text(UPDATING.replace("ROOT", repr(str(ROOT))).replace("SECONDS", str(seconds)))
+    env = {**os.environ, "RANK": "3"}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, env=env
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("stage.py: ")]
+    assert (done.returncode, "".join(said)) == (code, sentence)
+    limits = [guard.update_limit(limit_s) for limit_s in (20, 7200, 43200)]
+    assert limits == [20, 360, 2160], "short limits of tests hold for all phases"
+
+
 def test_check_step_stops_what_is_broken_and_nothing_else(capsys):
     cfg = SimpleNamespace(lr=1.0, max_infra=0.1, engine="torch", top_p=1.0, top_k=0)
     good, state = {"grad_norm": 1.0, "loss": 0.5, "gap": 1e-5, "status/infra": 0.05}, {"skipped": 0}

@@ -6,7 +6,9 @@ presets is printed for 8 x 80 GB and 8 x 141 GB (pytest -s), beside the numbers 
 shapes by hand.
 """
 
+import importlib.util
 import json
+import os
 import random
 import re
 import types
@@ -21,13 +23,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rlhf
 from engine import gpu_share
 from kernels.attention import flash_attention_varlen_ref
-from lib import plan
+from lib import common, plan
 from lib.common import compute_device
 from lib.packing import shared_prefixes
 from lib.plan import activation_elements, memory_plan, time_plan
 from model import QWEN3_SIZES, Qwen3Config, hf_config, packed_batch
 
 GB = 1e9
+
+
+def test_auto_is_planned_as_the_sampler_that_it_becomes(world, monkeypatch):
+    """Without vLLM, auto is the built-in sampler, whose whole replica stays during the update."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = plan.read_config(str(world / "base"))
+    device = torch.device("cuda")
+    update = {}
+    for engine in ("auto", "torch"):
+        cfg = types.SimpleNamespace(shard="full", engine=engine)
+        parts = plan.plan_of_flags(config, cfg, 8, device, 1000, 1000, nll=False)
+        update[engine] = parts["update"]
+    assert update["auto"] == update["torch"] and "engine weights" in update["auto"]
+
+
+def test_offload_computes_on_the_host_with_its_share_of_the_cores(monkeypatch):
+    """OMP_NUM_THREADS=1 is meant for verifiers. Without a GPU everything obeys it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(os, "cpu_count", lambda: 192)
+    assert common.num_threads(32, beside_gpu=True) == 24
+    assert common.num_threads(32) == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert common.num_threads(32) == 24
 
 
 def kept_for_backward(model, run):

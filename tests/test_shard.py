@@ -21,7 +21,8 @@ from lib.common import all_gather, average_gradients, finish, init_distributed, 
 from conftest import make_tiny
 from engine import Rollout, whole_parameters
 
-rank, world, device = init_distributed(0)
+rank, world, device = init_distributed(0, timeout_s=77)
+assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 common.SMALLEST_SHARE = 1000  # layers are groups of their own, as at real sizes
 ids_BT = torch.randint(61, (8, 12), generator=torch.Generator().manual_seed(1))
 for how in ("full", "hybrid", "offload", "replicate", "replicate as on GPUs"):
@@ -29,6 +30,10 @@ for how in ("full", "hybrid", "offload", "replicate", "replicate as on GPUs"):
         # Every rank is a node of its own to the mesh, as --shard=replicate makes it on GPUs.
         os.environ["LOCAL_WORLD_SIZE"], how = "1", "hybrid"
     one, many = make_tiny(), shard(make_tiny(), device, how)
+    if how == "hybrid":
+        # The groups of a mesh wait as long as the group of all ranks.
+        for group in next(many.parameters()).device_mesh.get_all_groups():
+            assert group._get_backend(device).options._timeout.total_seconds() == 77
     for step in range(3):
         for model, rows in ((one, ids_BT), (many, ids_BT[rank::world])):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
