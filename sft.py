@@ -19,7 +19,6 @@ packed rows; D3 loss on the last assistant turns only, 1% warm-up; D4 large sets
 by block; D5 the cosine runs over 100K steps, so the learning rate hardly decays.
 """
 
-import functools
 import itertools
 import math
 import re
@@ -34,7 +33,15 @@ from lib.chats import json_objects, read_chat, tool_calls_of, with_thought, with
 from lib.check import end_before_training
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import all_gather, all_reduce, average_gradients, finish, print0, ranks, start_run
-from lib.data import BadRow, first_nonempty, fresh_cursors, normal_rows, read_rows, stream_rows
+from lib.data import (
+    BadRow,
+    first_nonempty,
+    fresh_cursors,
+    normal_rows,
+    read_rows,
+    say_dropped,
+    stream_rows,
+)
 from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
@@ -146,18 +153,19 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     read. With cursors the next block_rows rows are read, and the cursors move behind them. `seen`
     {category: [conversations, tokens]} holds the counts of the blocks before; these rows are added.
     """
+    # The first block ends the run with a sentence if its rows are not what they should be. A later
+    # one is read days after it: there every bad row is dropped alone.
+    is_first = not seen
     if cursors:
         raw_rows = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows)
     else:
         raw_rows = read_rows(path)
-    rows = normal_rows(
-        raw_rows,
-        functools.partial(normalize, think_only=cfg.think_only),
-        path,
-        cfg.ignore_fields,
-        ASKED | ANSWERED,
-        can_stop=not seen,
-    )
+
+    def normalize_row(row, where):
+        return normalize(row, where, cfg.think_only) | {"where": where}
+
+    kinds = ASKED | ANSWERED
+    rows = normal_rows(raw_rows, normalize_row, path, cfg.ignore_fields, kinds, is_first)
 
     # Tokenize: every rank reads all rows, tokenizes every world-th and gets the others' samples.
     rank, world = ranks()
@@ -169,13 +177,14 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     num_rows = sum(len(share) for share in shares)
     samples = [shares[i % world][i // world] for i in range(num_rows)]
 
-    # Drop what was too long, and print how much there is of each category.
-    kept = [sample for sample in samples if sample is not None]
-    if len(kept) < num_rows:
-        print0(
-            f"data {path}: dropped {num_rows - len(kept)} of {num_rows} rows, "
-            f"over {cfg.max_seq_len} tokens"
-        )
+    # Drop what cannot be trained on, and print how much there is of each category.
+    kept = [sample for sample in samples if not isinstance(sample, BadRow)]
+    dropped = {}  # reason -> where the rows are
+    for sample in samples:
+        if isinstance(sample, BadRow):
+            reason, where = sample.args
+            dropped.setdefault(reason, []).append(where)
+    say_dropped(dropped, num_rows, path)
     counts = {} if seen is None else seen
     for ids, _, category in kept:
         count, tokens = counts.get(category, (0, 0))
@@ -185,18 +194,21 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
             f"data {path}: {category:24s} {count:8d} conversations, "
             f"{tokens / count:6.0f} tokens on average"
         )
-    if not kept:
+    if is_first and not kept:
         fail(f"data {path}: every conversation is longer than max_seq_len={cfg.max_seq_len}.")
     return kept
 
 
 def encode(row, tokenizer, cfg):
-    """(ids, mask, category) of a normal row; None if it is too long or has no trained token."""
-    ids, mask = render_chat(
-        tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False
-    )
-    if len(ids) > cfg.max_seq_len or not any(mask):
-        return None
+    """(ids, mask, category) of a normal row, or a BadRow(reason, where) if it cannot be used."""
+    try:
+        ids, mask = render_chat(
+            tokenizer, row["messages"], row["think"], row["tools"], add_generation_prompt=False
+        )
+    except Exception as error:  # noqa: BLE001  one row never ends a run
+        return BadRow(f"it cannot be encoded ({type(error).__name__})", row["where"])
+    if len(ids) > cfg.max_seq_len:
+        return BadRow(f"over {cfg.max_seq_len} tokens", row["where"])
     return np.array(ids, np.int32), np.array(mask, bool), row["category"]
 
 

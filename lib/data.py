@@ -2,6 +2,11 @@
 
 A stage brings its own normalize(row, where), which turns a row of any known schema into the stage's
 normal form or raises BadRow. `where` names the row in messages, like "out/toy/math.jsonl row 17".
+
+The `datasets` library finds the files of a hub's set and reads arrow files. The other formats are
+read here. A row that is no JSON is named by file and line, or dropped alone while a run trains,
+where the library ends without naming it. A text such as 007 or NA in a .csv stays a text. Files of
+all formats are mixed by their sizes under one cursor, from which a resumed run reads on.
 """
 
 import csv
@@ -15,27 +20,34 @@ from lib.common import print0
 from lib.guard import fail, first_line
 from lib.unread import ASKED, Watched, kind_of_field, may_be_ignored
 
-FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz")
+FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".arrow")
+# What save_to_disk of `datasets` writes beside its .arrow files.
+ARROW_NOTES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 class BadRow(ValueError):
-    """Raised by a stage's normalize: the row is dropped, and counted under this reason."""
+    """Raised by a stage's normalize: the row is dropped, and counted under its first argument."""
 
 
 # ---- Files of a data set -------------------------------------------------------------------------
 def data_files(path):
     """Files or URLs of a data set.
 
-    path: a file, a folder, a URL, or a hub id "owner/name:config@split"; commas join several.
+    path: a file, a folder, a URL, or a hub id "owner/name:config@split"; commas join several. A
+    folder that save_to_disk wrote with splits may also have "@split" behind it.
     """
     formats = ", ".join(FORMATS)
-    if "," in path:
+    parts = split_at_commas(path)
+    if len(parts) > 1:
         files = []
-        for part in path.split(","):
+        for part in parts:
             files += data_files(part)
         return files
+    folder, _, split = path.rpartition("@")
     if os.path.isdir(path):
-        files = files_below(path)
+        files = files_below(path, "")
+    elif os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        files = files_below(folder, split)
     elif os.path.exists(path) or "://" in path:
         if not path.endswith(FORMATS):
             fail(f"data {path}: expected a file that ends in {formats}.")
@@ -49,12 +61,49 @@ def data_files(path):
     return files
 
 
-def files_below(folder):
-    """Paths of the data files in a folder and its subfolders, sorted."""
+def split_at_commas(path):
+    """The sets that commas join. A comma inside the name of a file or folder separates nothing."""
+    words = path.split(",")
+    sets = []
+    while words:
+        # The longest run of words that is a path as it stands, else one word.
+        for end in range(len(words), 0, -1):
+            joined = ",".join(words[:end])
+            if end == 1 or os.path.exists(joined):
+                sets.append(joined)
+                del words[:end]
+                break
+    return sets
+
+
+def files_below(folder, split):
+    """Paths of the data files in a folder and its subfolders, sorted; of one split if it is named.
+
+    Hidden files are left out. Where save_to_disk wrote several splits, those of training are read.
+    """
+    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+        names = sorted(name for name in os.listdir(folder) if os.path.isdir(f"{folder}/{name}"))
+        chosen = [name for name in names if is_wanted(name, split, "train" in names)]
+        return [file for name in chosen for file in files_below(os.path.join(folder, name), "")]
     files = []
     for parent, _, names in os.walk(folder):
-        files += [os.path.join(parent, name) for name in names if name.endswith(FORMATS)]
+        for name in names:
+            if name.endswith(FORMATS) and name not in ARROW_NOTES and not name.startswith("."):
+                files.append(os.path.join(parent, name))
     return sorted(files)
+
+
+def is_wanted(split, wanted_split, has_train):
+    """Whether a split is read: the one that is named, or else all training data.
+
+    Some sets have a split for each subject (chat, code, math) and none called "train". A held-out
+    split is read only if it is named.
+    """
+    if wanted_split:
+        return split == wanted_split
+    if has_train:
+        return split == "train"
+    return not split.startswith(("val", "test", "dev"))
 
 
 def hub_files(path):
@@ -83,17 +132,10 @@ def hub_files(path):
         fail(f"data {path}: {type(error).__name__}: {text}.")
 
     files = []
+    has_train = "train" in splits_of_configs[0]
     for splits in splits_of_configs:
-        # Some sets have a split for each subject (chat, code, math) and none called "train".
-        has_train = "train" in splits_of_configs[0]
         for split in splits:
-            if wanted_split:
-                wanted = split == wanted_split
-            elif has_train:
-                wanted = split == "train"
-            else:
-                wanted = not split.startswith(("val", "test", "dev"))
-            if wanted:
+            if is_wanted(split, wanted_split, has_train):
                 files += [str(f) for f in splits[split] if str(f).endswith(FORMATS)]
     return files
 
@@ -103,7 +145,8 @@ def read_file(file, cursor=(0, 0, 0.0)):
     """Yield (where, row, cursor behind the row) of a file or URL, from a cursor on.
 
     A cursor is [rows read, bytes read, share of the file that is read]. Nothing is downloaded or
-    unpacked ahead, and only what is being read is in memory (of a .json, the whole file).
+    unpacked ahead, and only what is being read is in memory (of a .json, the whole file). A line
+    that is no JSON comes as a BadRow, so that its readers decide whether it ends the run.
     """
     import fsspec
 
@@ -115,6 +158,12 @@ def read_file(file, cursor=(0, 0, 0.0)):
         with file_system.open(path, "rb", compression=compression) as f:
             if file.endswith(".parquet"):
                 for row, share in read_parquet(f, num_rows):
+                    num_rows += 1
+                    yield f"{file} row {num_rows}", row, [num_rows, 0, share]
+                return
+
+            if file.endswith(".arrow"):
+                for row, share in read_arrow(path, num_rows):
                     num_rows += 1
                     yield f"{file} row {num_rows}", row, [num_rows, 0, share]
                 return
@@ -149,13 +198,16 @@ def read_file(file, cursor=(0, 0, 0.0)):
                     share = 1 - size / (size + offset)
                 else:
                     share = offset / size
-                yield f"{file} row {num_rows}", json.loads(line), [num_rows, offset, share]
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    row = BadRow("not valid JSON", f"{error.msg} at column {error.colno}")
+                except (ValueError, RecursionError) as error:
+                    row = BadRow("not valid JSON", first_line(error))
+                yield f"{file} row {num_rows}", row, [num_rows, offset, share]
     # The errors of pyarrow are ValueErrors or OSErrors.
     except (ValueError, RecursionError, OSError, ImportError, csv.Error) as error:
-        if isinstance(error, json.JSONDecodeError):
-            text = f"not valid JSON ({error.msg} at column {error.colno})"
-        else:
-            text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
         fail(f"data {file} row {num_rows}: {text.splitlines()[0]}.")
 
 
@@ -179,10 +231,21 @@ def read_parquet(f, skip):
                     yield row, num_rows / total
 
 
+def read_arrow(path, skip):
+    """Yield (row, share of the file that is read) of a local .arrow file, without `skip` rows."""
+    import datasets  # slow to import, and few sets are kept so
+
+    table = datasets.Dataset.from_file(path).with_format("arrow")
+    for start in range(skip, len(table), 64):
+        for n, row in enumerate(table[start : start + 64].to_pylist(), start + 1):
+            yield row, n / len(table)
+
+
 def read_csv(f, offset):
     """Yield ({column: text}, bytes read) of an open .csv file, from a number of bytes on.
 
-    The first line names the columns. A quoted field may hold commas, quotes and line breaks.
+    The first line names the columns. A quoted field may hold commas, quotes and line breaks. A row
+    of more or fewer fields is a BadRow.
     """
     reader = io.BufferedReader(f, 1 << 20)
     bytes_read = 0
@@ -202,9 +265,11 @@ def read_csv(f, offset):
     for fields in csv.reader(lines(), strict=True):
         if not fields:
             continue  # an empty line
+        row = dict(zip(columns, fields))
         if len(fields) != len(columns):
-            raise ValueError(f"{len(fields)} fields, but the first line names {len(columns)}")
-        yield dict(zip(columns, fields)), bytes_read
+            detail = f"{len(fields)} fields, but the first line names {len(columns)}"
+            row = BadRow("not a row of the table", detail)
+        yield row, bytes_read
 
 
 def read_json(f):
@@ -220,9 +285,26 @@ def read_json(f):
 
 
 def read_rows(path, limit=0):
-    """[(where, row)] of a data set, file after file; the first `limit` rows if that is not 0."""
-    rows = ((where, row) for file in data_files(path) for where, row, _ in read_file(file))
-    return list(itertools.islice(rows, limit or None))
+    """[(where, row)] of a data set, file after file; the first `limit` rows if that is not 0.
+
+    A line that is no JSON ends the run.
+    """
+    return list(itertools.islice(iterate_rows(path), limit or None))
+
+
+def iterate_rows(path):
+    """Yield (where, row) of a data set, file after file. A line that is no JSON ends the run."""
+    for file in data_files(path):
+        for where, row, _ in read_file(file):
+            if isinstance(row, BadRow):
+                refuse(where, row)
+            yield where, row
+
+
+def refuse(where, bad_row):
+    """End the run because of a row that cannot be read."""
+    reason, detail = bad_row.args
+    fail(f"data {where}: {reason} ({detail}).")
 
 
 # ---- Streams over files --------------------------------------------------------------------------
@@ -325,6 +407,8 @@ def normal_rows(items, normalize, path, ignore_fields=None, kinds=ASKED, can_sto
         total += 1
         try:
             if isinstance(raw, BadRow):
+                if can_stop:
+                    refuse(where, raw)
                 raise raw
             if not isinstance(raw, dict):
                 raise ValueError(f"a row is {type(raw).__name__}, expected an object")
@@ -337,7 +421,7 @@ def normal_rows(items, normalize, path, ignore_fields=None, kinds=ASKED, can_sto
                     unread.setdefault(name, []).append(where)
                 check_unread(names, ignore_fields, kinds)
         except BadRow as reason:
-            dropped.setdefault(str(reason), []).append(where)
+            dropped.setdefault(reason.args[0], []).append(where)
             continue
         except Exception as error:  # noqa: BLE001  a row of a shape that nobody thought of
             if can_stop:
@@ -347,12 +431,17 @@ def normal_rows(items, normalize, path, ignore_fields=None, kinds=ASKED, can_sto
             continue
         yield normal
 
-    for reason, rows in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        print0(f"data {path}: dropped {len(rows)} of {total} rows, {reason} (first: {rows[0]})")
+    say_dropped(dropped, total, path)
     say_unread(unread, total, path, ignore_fields, kinds, can_stop)
     if can_stop and total == sum(len(rows) for rows in dropped.values()):
         reasons = "; ".join(f"{len(rows)} x {reason}" for reason, rows in dropped.items())
         fail(f"data {path}: no usable row ({reasons or 'the file is empty'}).")
+
+
+def say_dropped(dropped, total, path):
+    """Print how many of the rows were dropped for each reason: {reason: where the rows are}."""
+    for reason, rows in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        print0(f"data {path}: dropped {len(rows)} of {total} rows, {reason} (first: {rows[0]})")
 
 
 def check_text(value):

@@ -363,3 +363,86 @@ def test_half_of_a_surrogate_pair_is_a_dropped_row_in_every_stage(tmp_path, caps
         said = capsys.readouterr().out
         assert "dropped 1 of 2 rows, a text with half of a surrogate pair" in said
         assert f"(first: {path} row 2)" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"messages": [',  # torn
+        "[1, 2]",  # no object
+        "[" * 100_000,
+        json.dumps(asked("Hi \ud800", "Ho")),
+        json.dumps({**asked("Hi", "Ho"), "label": False}),
+        json.dumps(asked("Hi", "Ho " * 5000)),  # too long
+        json.dumps(asked("Hi", "Ho", tool_calls=[{"name": "f"}])),
+        json.dumps({"messages": {"a": 1}}),
+        json.dumps({"messages": [None]}),
+        json.dumps({**asked("Hi", "Ho"), "history": 7, "tools": 7}),
+    ],
+)
+def test_a_bad_row_of_a_later_block_is_dropped_and_training_goes_on(
+    line, tokenizer, tmp_path, capsys
+):
+    """The block holds nothing else, and even then the next one is read."""
+    good = [json.dumps(asked("Hi", f"Ho {n}")) for n in range(4)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*good[:2], line, line, *good[2:]]) + "\n")
+    cfg = sft.Config(data=str(path), block_rows=2, samples_per_step=1, max_seq_len=512)
+    state = {"epoch": 0, "block": 0, "position": 0, "files": {}, "seen": {}}
+    stream = sft.stream_steps(tokenizer, state, cfg)
+    answers = set()
+    for _ in range(4):
+        ((ids, mask, _),) = next(stream)
+        answers.add(tokenizer.decode(ids[mask].tolist()))
+    assert answers == {f"Ho {n}" for n in range(4)} and state["epoch"] == 0
+    said = capsys.readouterr().out
+    assert "dropped 2 of 2 rows" in said and f"(first: {path} row 3)" in said
+    # At the start it is said before anything is trained.
+    path.write_text(line + "\n")
+    with pytest.raises(SystemExit):
+        next(sft.stream_steps(tokenizer, dict(state, files={}, seen={}), cfg))
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+def test_a_comma_in_the_name_of_a_file_or_folder_separates_nothing(tmp_path):
+    folder = tmp_path / "old, new"
+    folder.mkdir()
+    one = rows_of(folder / "a,b.jsonl", [{"n": 1}])
+    two = rows_of(tmp_path / "c.jsonl", [{"n": 2}])
+    assert data.data_files(one) == data.data_files(str(folder)) == [one]
+    assert data.data_files(f"{two},{one},{two}") == [two, one, two]
+    assert data.data_files(f"{folder},{folder}") == [one, one]
+    with pytest.raises(SystemExit):
+        data.data_files(f"{two},{tmp_path}/none,{two}")
+
+
+def test_folders_that_save_to_disk_wrote_are_read_and_read_on_from_any_cursor(tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def table(name, count):
+        rows = [{"n": n, "messages": asked(name, str(n))["messages"]} for n in range(count)]
+        return datasets.Dataset.from_list(rows)
+
+    table("one", 150).save_to_disk(tmp_path / "one", num_shards=2)
+    rows = [row for _, row in data.read_rows(str(tmp_path / "one"))]
+    assert [row["n"] for row in rows] == list(range(150))
+    assert rows[7]["messages"] == asked("one", "7")["messages"]
+    (file, _) = data.data_files(str(tmp_path / "one"))
+    read = list(data.read_file(file))
+    assert read[-1][2][2] == 1
+    for n in (0, 5, 63, 64, 74):
+        rest = [row for _, row, _ in data.read_file(file, read[n][2])]
+        assert rest == [row for _, row, _ in read[n + 1 :]]
+
+    splits = {"train": table("train", 3), "test": table("test", 2)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+    for name, count in (("two", 3), ("two@train", 3), ("two@test", 2)):
+        assert len(data.read_rows(str(tmp_path / name))) == count
+    with pytest.raises(SystemExit):
+        data.data_files(str(tmp_path / "two@none"))
+
+
+def test_a_hidden_file_in_a_folder_is_no_data(tmp_path):
+    path = rows_of(tmp_path / "rows.jsonl", [{"n": 1}])
+    (tmp_path / ".golds.json").write_text("[]")
+    assert data.data_files(str(tmp_path)) == [path]
