@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
-from lib.chats import as_messages
+from lib.chats import only_question
 from lib.check import end_before_training
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import (
@@ -157,13 +157,13 @@ def statement(row, where):
         return join_parts(row)
     nested = row.get("responses_create_params")
     if isinstance(nested, dict):
-        row = {**row, "input": nested.get("input")}
+        row = row | {"input": nested.get("input")}
     names = ("problem", "question", "problem_description", "prompt", "input")
     if not {*names, "description"} & row.keys():
         required_field(row, where, "problem")
     for name in names:
         if row.get(name):
-            return as_messages(row[name], name)[-1]["content"]
+            return only_question(row[name], name)
     return ""
 
 

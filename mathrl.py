@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import Rollout, make_engine, request_seed, sampler_correction  # keep copies beside it
-from lib.chats import as_messages
+from lib.chats import only_question
 from lib.check import end_before_training
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
 from lib.common import (
@@ -40,7 +40,7 @@ from lib.common import (
     start_run,
     whole_groups,
 )
-from lib.data import BadRow, first_nonempty, load_table, required_field
+from lib.data import BadRow, cache_folder, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -118,16 +118,19 @@ DAPO = re.compile(
 def normalize(row, where):
     """One row of any known math set -> {"messages", "think", "answer"}; BadRow drops a row."""
     name = first_nonempty(row, "problem", "question", "prompt")
-    messages = as_messages(required_field(row, where, name, (str, list)), name)
-    problem = messages[-1]["content"].strip() if messages else ""
+    problem = only_question(required_field(row, where, name, (str, list)), name)
     problem = DAPO.sub(r"\1", problem)
     name, gold = find_answer(row, where)
+    if isinstance(gold, float) and not math.isfinite(gold):
+        raise BadRow(f'field "{name}" is {gold}')  # pandas writes NaN where nothing is
     if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
         raise BadRow(f'field "{name}" is neither text nor a number')
     gold = str(gold)
+    # A written solution instead of a bare answer: its last box, or in GSM8K what follows ####.
     if "\\boxed" in gold:
-        gold = last_box(gold) or ""  # a written solution instead of a bare answer
-    if not problem or not gold.strip():
+        gold = last_box(gold) or ""
+    gold = gold.rpartition("####")[2].strip()
+    if not problem or not gold:
         raise BadRow("empty problem or answer")
     messages = [{"role": "user", "content": INSTRUCTION + problem}]
     return {"messages": messages, "think": True, "answer": gold}
@@ -139,7 +142,7 @@ def find_answer(row, where):
         required_field(row, where, "answer")  # stops the run with a sentence
     nested = row.get("reward_model")
     ground_truth = nested.get("ground_truth") if isinstance(nested, dict) else None
-    fields = {**row, "ground_truth": ground_truth}
+    fields = row | {"ground_truth": ground_truth}
     for name in ("answer", "expected_answer", "ground_truth", "solution"):
         if fields.get(name) is not None:
             return name, fields[name]
@@ -150,14 +153,39 @@ def load_rows(cfg, path=None, limit=0):
     """Rows of cfg.data (or path): each problem once, only answers that the verifier can read."""
     path = path or cfg.data
     rows = load_table(path, normalize, limit, cfg.ignore_fields)
-    # DAPO repeats its problems; the last copy of each is kept.
-    distinct = list({row["messages"][0]["content"]: row for row in rows}.values())
-    if len(distinct) < len(rows):
-        print0(f"data {path}: dropped {len(rows) - len(distinct)} repeated problems")
+    distinct = one_row_each(rows, path)
     # An answer that the verifier misreads is compared as text only [D27].
-    kept = sound_rows(distinct, cfg.reward_workers, f"data {path}", cfg.out_dir)
+    cache = cache_folder(path, cfg.out_dir)
+    kept = sound_rows(distinct, cfg.reward_workers, f"data {path}", cache)
     if not kept:
         fail(f"data {path}: no answer that the verifier can read.")
+    return kept
+
+
+def one_row_each(rows, path):
+    """One row of each problem: DAPO repeats its problems. Copies with other answers are said.
+
+    The most frequent answer of a problem counts. Where two are equally frequent, none does.
+    """
+    rows_of = {}  # problem -> answer -> its rows
+    for row in rows:
+        answers = rows_of.setdefault(row["messages"][0]["content"], {})
+        answers.setdefault(row["answer"], []).append(row)
+    kept, num_contradicted, num_unclear = [], 0, 0
+    for answers in rows_of.values():
+        copies = sorted(answers.values(), key=len, reverse=True)
+        num_contradicted += len(copies) > 1
+        if len(copies) > 1 and len(copies[0]) == len(copies[1]):
+            num_unclear += 1
+        else:
+            kept.append(copies[0][-1])
+    if len(rows_of) < len(rows):
+        print0(f"data {path}: dropped {len(rows) - len(rows_of)} repeated problems")
+    if num_contradicted:
+        print0(
+            f"data {path}: {num_contradicted} problems have different answers; "
+            f"{num_unclear} without a most frequent one are dropped"
+        )
     return kept
 
 

@@ -47,6 +47,19 @@ def as_messages(turns, name="prompt"):
     return [as_message(turn, name) for turn in turns]
 
 
+def only_question(turns, name):
+    """The text of the only user turn of a prompt, without the set's own system turn.
+
+    BadRow if it is a conversation: its last turn alone would ask something else.
+    """
+    messages = [turn for turn in as_messages(turns, name) if turn["role"] not in SYSTEM_ROLES]
+    if not messages:
+        raise BadRow("empty problem or answer")
+    if len(messages) > 1 or messages[0]["role"] != "user":
+        raise BadRow("a conversation where one question is expected")
+    return messages[0]["content"].strip()
+
+
 def has_role(turn):
     """Whether a turn is an object with the role of its speaker, like "user"."""
     return isinstance(turn, dict) and isinstance(

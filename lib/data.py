@@ -140,6 +140,15 @@ def hub_files(path):
     return files
 
 
+def cache_folder(path, out_dir):
+    """Where results about a data set are kept: beside its first file if that folder can be written
+    to, else in out_dir."""
+    first = os.path.abspath(split_at_commas(path)[0])
+    folder = first if os.path.isdir(first) else os.path.dirname(first)
+    is_local = os.path.exists(first) and os.access(folder, os.W_OK)
+    return folder if is_local else out_dir
+
+
 # ---- Rows of a file ------------------------------------------------------------------------------
 def read_file(file, cursor=(0, 0, 0.0)):
     """Yield (where, row, cursor behind the row) of a file or URL, from a cursor on.

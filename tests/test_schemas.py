@@ -5,6 +5,7 @@ them. What no code looked at is said, and what matters among it stops the run.
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import rlhf
 import sft
 from lib import chats, data
 from lib.unread import ANSWERED, ASKED, Watched, kind_of_field
+from verifiers import answers
 
 ALL_KINDS = ASKED | ANSWERED
 
@@ -401,6 +403,87 @@ def test_a_bad_row_of_a_later_block_is_dropped_and_training_goes_on(
     path.write_text(line + "\n")
     with pytest.raises(SystemExit):
         next(sft.stream_steps(tokenizer, dict(state, files={}, seen={}), cfg))
+
+
+# ---- Math: problems and answers ------------------------------------------------------------------
+def math_rows(tmp_path, rows):
+    cfg = mathrl.Config(data=rows_of(tmp_path / "math.jsonl", rows), reward_workers=1)
+    return {row["messages"][0]["content"][-6:]: row["answer"] for row in mathrl.load_rows(cfg)}
+
+
+def test_the_answer_of_gsm8k_is_what_follows_its_mark(tmp_path, capsys):
+    """579 of its 7,473 rows once fell out, because their solutions are long."""
+    solution = "Half of 48 is <<48/2=24>>24. " * 30 + "\n#### 1,072"
+    assert math_rows(tmp_path, [{"question": "2 + 2?", "answer": solution}]) == {"2 + 2?": "1,072"}
+    assert "not read" not in capsys.readouterr().out
+
+
+def test_an_answer_that_is_no_number_is_dropped(tmp_path, capsys):
+    rows = [
+        {"problem": f"{n} + 2?", "answer": float(text)} for n, text in enumerate(["nan", "inf"])
+    ]
+    assert math_rows(tmp_path, [*rows, {"problem": "2 + 2?", "answer": 4}]) == {"2 + 2?": "4"}
+    said = capsys.readouterr().out
+    assert 'field "answer" is nan' in said and 'field "answer" is inf' in said
+
+
+def test_copies_of_a_problem_with_other_answers_are_said_and_the_most_frequent_counts(
+    tmp_path, capsys
+):
+    rows = [{"problem": "1 + 1?", "answer": "2"}] * 50 + [{"problem": "1 + 1?", "answer": "3"}]
+    rows += [{"problem": "2 + 2?", "answer": answer} for answer in ("4", "5", " 4")]
+    rows += [{"problem": "3 + 3?", "answer": answer} for answer in ("6", "7")]
+    assert math_rows(tmp_path, rows) == {"1 + 1?": "2", "2 + 2?": "4"}
+    said = capsys.readouterr().out
+    assert "dropped 53 repeated problems" in said
+    assert "3 problems have different answers; 1 without a most frequent one are dropped" in said
+
+
+@pytest.mark.parametrize("stage", [mathrl, coderl])
+def test_a_conversation_is_no_problem(stage, tmp_path, capsys):
+    user, bot = asked("Double it.", "How?")["messages"]
+    rest = {"answer": "2", "tests": {"inputs": ["1"], "outputs": ["2"]}}
+    brief = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": turns, **rest} for turns in ([user, bot, user], [user, bot], [brief, user])]
+    path = rows_of(tmp_path / "rows.jsonl", rows)
+    (row,) = stage.load_rows(stage.Config(data=path))
+    assert "Double it." in row["messages"][-1]["content"]
+    assert "dropped 2 of 3 rows, a conversation where one" in capsys.readouterr().out
+
+
+def test_answers_are_verified_once_for_a_set_and_a_verifier(tmp_path, monkeypatch, capsys):
+    """Distinct ones, in parallel; the verdicts lie beside the data, in a hidden file."""
+    rows = [{"problem": f"{n} + 1?", "answer": "}{" if n == 7 else str(n % 3)} for n in range(9)]
+    checked = []
+
+    def counting_trouble_of(gold):
+        checked.append(gold)
+        return trouble_of(gold)
+
+    trouble_of = answers.trouble_of
+    monkeypatch.setattr(answers, "trouble_of", counting_trouble_of)
+    first = math_rows(tmp_path, rows)
+    assert len(first) == 8 and sorted(checked) == ["0", "1", "2", "}{"]
+    assert "checking that 4 answers verify" in capsys.readouterr().out
+    assert len(list(tmp_path.glob(".golds_*.json"))) == 1
+    # A second start reads them.
+    assert math_rows(tmp_path, rows) == first and len(checked) == 4
+    assert "checking" not in capsys.readouterr().out
+    # Another verifier checks again, and so do other answers.
+    monkeypatch.setattr(answers, "__file__", __file__)
+    assert math_rows(tmp_path, rows) == first and len(checked) == 8
+    assert len(math_rows(tmp_path, rows[:2])) == 2 and len(checked) == 10
+
+
+def test_where_the_folder_of_the_data_cannot_be_written_to_the_run_keeps_the_verdicts(
+    tmp_path, monkeypatch
+):
+    path = rows_of(tmp_path / "rows.jsonl", [{"a": 1}])
+    assert data.cache_folder(f"{path},{path}", "out") == str(tmp_path)
+    assert data.cache_folder(str(tmp_path), "out") == str(tmp_path)
+    assert data.cache_folder("nvidia/Nemotron-Cascade-RL-Math", "out") == "out"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert data.cache_folder(path, "out") == "out"
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from math_verify import verify
 from sympy.core.function import AppliedUndef
 
 from lib.common import all_gather, print0, ranks
+from lib.progress import progress
 from verifiers import answer_forms as forms
 from verifiers import sandbox
 from verifiers.answer_forms import TEXT
@@ -860,7 +861,9 @@ def sound_rows(rows, num_workers, name, folder=""):
     pass is compared as text only. Both are counted and printed, with `name` in front.
     """
     golds = [row["answer"] for row in rows]
-    troubles = check_golds(golds, num_workers, folder)
+    distinct = list(dict.fromkeys(golds))
+    found = dict(zip(distinct, check_golds(distinct, num_workers, folder, name), strict=True))
+    troubles = [found[gold] for gold in golds]
     as_text = [(gold, trouble) for gold, trouble in zip(golds, troubles, strict=True) if trouble]
     kept = []
     for row, trouble in zip(rows, troubles, strict=True):
@@ -879,12 +882,12 @@ def sound_rows(rows, num_workers, name, folder=""):
     return kept
 
 
-def check_golds(golds, num_workers, folder=""):
+def check_golds(golds, num_workers, folder="", name="data"):
     """What each gold is good for, as rank 0 finds it: no rank trains on other rows.
 
     None: it does not verify against itself. A sentence: why it is compared as text only. "": it is
-    sound. They are checked in parallel. The results are kept in `folder` if it is there, so that a
-    run which resumes with the same golds and the same verifier does not check them again.
+    sound. They are checked in parallel. The results are kept in a hidden file of `folder`, so that
+    a run with the same golds and the same verifier does not check them again.
     """
     troubles = None
     if ranks()[0] == 0:
@@ -893,11 +896,14 @@ def check_golds(golds, num_workers, folder=""):
             with open(path) as f:
                 troubles = json.load(f)
         else:
-            troubles = list(answer_pool(num_workers).map(trouble_of, golds))
+            print0(f"{name}: checking that {len(golds)} answers verify")
+            checked = answer_pool(num_workers).map(trouble_of, golds)
+            troubles = list(progress(checked, "answers", len(golds)))
+            # Two runs may start on the same data at once, so each writes a file of its own first.
             if os.path.isdir(folder):
-                with open(path + ".tmp", "w") as f:
+                with open(f"{path}.{os.getpid()}", "w") as f:
                     json.dump(troubles, f)
-                os.replace(path + ".tmp", path)
+                os.replace(f"{path}.{os.getpid()}", path)
     return all_gather(troubles)[0]
 
 

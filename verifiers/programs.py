@@ -359,7 +359,7 @@ def inputs_and_outputs(tests):
             raise BadRow("not a Python problem")
         tests = tests["test_cases"]
     if not isinstance(tests, list):
-        return {**tests, "fn_name": name_in(tests), "kind": kind_of(tests)}
+        return tests | {"fn_name": name_in(tests), "kind": kind_of(tests)}
     # DeepCoder, codeforces: one object per test, and each may name its function.
     names = {name_in(test) for test in tests}
     kinds = {kind_of(test) for test in tests}
