@@ -290,7 +290,8 @@ def run_vote(cfg, sample):
     sums, k = np.zeros(3), cfg.samples
     for n, (row, texts, scores) in enumerate(candidates, 1):
         eligible = None
-        if cfg.check:
+        # An instance for which no file was found has no patch to check.
+        if cfg.check and row["files"]:
             scripts = reproduction_scripts(row, n, sample, cfg.reproductions)
             eligible = survivors(texts, row, scripts, check)
         chosen = vote(texts, row["files"], eligible)

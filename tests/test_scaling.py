@@ -10,6 +10,7 @@ import re
 import sys
 
 import pytest
+from conftest import run_python
 from test_benchmarks import make_swebench, write_jsonl
 
 import sft
@@ -458,6 +459,20 @@ def test_the_vote_runs_on_a_checkpoint(taught, world, capsys):
     assert 0 <= voted <= best <= 1
     assert mean <= best
     assert "best@2, elected" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_prompt_and_completion_share_the_positions_of_the_model(world, tmp_path):
+    """As many new tokens as there are positions are no IndexError: a prompt shortens them, and one
+    that fills them is skipped."""
+    long = PROBLEM | {"name": "long", "statement": "Read two numbers. " * 2000}
+    write_jsonl(tmp_path / "ioi.jsonl", [PROBLEM, long])
+    positions = Qwen3.from_pretrained(world / "base").max_positions()
+    flags = ["--ioi=" + str(tmp_path / "ioi.jsonl"), "--samples=2", "--rounds=1"]
+    flags += [f"--model={world}/base", f"--max_new_tokens={positions}"]
+    _, printed, _ = run_python("-m", "evals.scaling", *flags)
+    assert printed.count(f"fills all {positions} positions: skipped") == 2  # both subtasks
+    assert "2 problems, 0 points with 0 submissions" in printed
 
 
 def make_sample(folder):
