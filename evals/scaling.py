@@ -311,6 +311,8 @@ TAIL = 2048  # tokens at the end of a completion whose confidence ranks candidat
 # the best ones where a subtask gives partial points.
 KEPT_FAILURES = 5
 KEPT_BEST = 3
+# A sandbox that fails says nothing about the program.
+SANDBOX_TRIES = 3
 # With --grader: the graders of a contest compile C++.
 CPP_FORMAT = (
     "Please place the whole C++17 program in the following format:\n"
@@ -333,10 +335,16 @@ def sandbox_judge(code, problem, subtask):
     As at the IOI a subtask is worth what its worst test is worth; here a test is passed or not.
     subtask None: the samples
     """
-    if subtask is None:
-        verdicts = coderl.run_tests(code, problem["samples"], stop=True)
+    tests = problem["samples"] if subtask is None else subtask["tests"]
+    for _ in range(SANDBOX_TRIES):
+        verdicts = coderl.run_tests(code, tests, stop=subtask is None)
+        if "infra" not in verdicts:
+            break
     else:
-        verdicts = coderl.run_tests(code, subtask["tests"])
+        fail(
+            f"{problem['name']}: the sandbox failed {SANDBOX_TRIES} times on one program.",
+            note="Points so far stand above.",
+        )
     counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).items())
     return float(set(verdicts) == {"ok"}), counts
 

@@ -341,6 +341,18 @@ def test_the_limit_of_submissions_holds_and_the_same_program_is_not_submitted_tw
     assert scaling.solve(PROBLEM, sample, config()) == (0, 3)
 
 
+def test_a_sandbox_that_fails_is_no_verdict(monkeypatch, capsys):
+    """It is asked again, and a third failure ends the run: the program may be right."""
+    answers = [["infra"], ["infra"], ["ok"]]
+    monkeypatch.setattr("coderl.run_tests", lambda *args, **keywords: answers.pop(0))
+    assert scaling.sandbox_judge(RIGHT, PROBLEM, None) == (1.0, "1 ok")
+    answers += [["infra"]] * 3
+    with pytest.raises(SystemExit) as stop:
+        scaling.sandbox_judge(RIGHT, PROBLEM, PROBLEM["subtasks"][0])
+    assert stop.value.code == 2
+    assert "sum: the sandbox failed 3 times" in capsys.readouterr().err
+
+
 # A contest's grader: it writes down what it was asked, and takes a C++ program for the share that
 # stands in it.
 GRADER = """
