@@ -68,7 +68,8 @@ class Config:
     judge: str = ""
     judge_model: str = "gpt-4-turbo-2024-04-09"  # the paper's
     code_judge: str = ""  # lcb_pro: URL of the benchmark's own judge
-    # bfcl, swebench: the python of an environment that has the benchmark's package
+    # bfcl, swebench: the python of an environment that has the benchmark's package. Two packages
+    # whose pins contradict each other have two, joined by a comma.
     verifier_python: str = ""
     repos: str = ""  # swebench: folder of git clones named owner__name
     # swebench: tokens of a prompt; the paper's 14B model has 65536, with --rope_factor=3
@@ -691,16 +692,20 @@ def check_tasks(names, cfg):
     A cascade asks before it trains, since its longest stage comes before its first measurement.
     """
     refuse_unknown(names)
-    missing = []
+    # {what is missing: the tasks that need it}
+    missing = {}
     for name in names:
         path = source(name, cfg)
+        sentences = []
         if TASKS[name]["needs"]:
             sentences = TASKS[name]["needs"](path, outside_of(cfg))
-            missing += [f"{name}: {sentence}" for sentence in sentences]
-        elif TASKS[name]["script"] and not os.path.exists(path):
-            missing.append(f"{name}: there is no {path}")
+        elif not TASKS[name]["hub"] and not os.path.exists(path):
+            sentences = [f"there is no {path}"]
+        for sentence in sentences:
+            missing.setdefault(sentence, []).append(name)
     if missing:
-        fail("; ".join(missing) + ".", note="Nothing was measured.")
+        parts = [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in missing.items()]
+        fail("; ".join(parts) + ".")
     # The first row of each is read, which ends in a sentence where the hub does not give it.
     for name in names:
         path = source(name, cfg)

@@ -29,6 +29,8 @@
 #   TASKS      what to measure after every stage, e.g. ifeval,math500; nothing if unset;
 #              for cards the benchmarks of the card
 #   EVAL_DATA  folder with the files of these tasks
+#   EVAL_FLAGS what else they need, as flags of evaluate.py: --judge, --code_judge, --repos and
+#              --verifier_python. What is missing is said before anything is trained
 #   LIMIT      problems of each task; all if unset
 
 set -euo pipefail
@@ -112,15 +114,32 @@ score() {
     run touch "$OUT/$name/scored"
 }
 
-# measure FLAGS...: evaluate.py on every task. Each task is a launch of its own, because some tasks need YaRN
-# and an engine cannot change its RoPE.
+# measure FLAGS...: evaluate.py on every task. Each task is a launch of its own, because an engine cannot
+# change its RoPE, and the 14B model has another one on SWE-bench, with longer prompts (appendix B).
 measure() {
-    local task modes=""
+    local task modes="" long
     if [[ ${PRESET:-} = *-thinking ]]; then modes=--modes=think; fi
     for task in ${TASKS//,/ }; do
-        run $LAUNCH evaluate.py --tasks="$task" "$@" \
-            --data="${EVAL_DATA:-$OUT/data}" --label_seed="$SEED" --limit="${LIMIT:-0}" $modes
+        long=""
+        if [ "${PRESET:-} $task" = "14b-thinking swebench" ]; then
+            long="--prompt_tokens=65536 --rope_factor=3"
+        fi
+        run $LAUNCH evaluate.py --tasks="$task" "$@" $long \
+            --data="${EVAL_DATA:-$OUT/data}" --label_seed="$SEED" --limit="${LIMIT:-0}" $modes ${EVAL_FLAGS:-}
     done
+}
+
+# check_tasks: end here if a task lacks a server, a folder or a package, since the first measurement comes
+# after SFT, the longest stage. A dry run says so and goes on, and asks neither servers nor the hub.
+check_tasks() {
+    local check=".venv/bin/python evaluate.py --check_tasks=${TASKS:-} --results=$OUT/results.jsonl"
+    check="$check --data=${EVAL_DATA:-$OUT/data} ${EVAL_FLAGS:-}"
+    if [ -z "${TASKS:-}" ]; then return; fi
+    if [ "${DRY_RUN:-}" = 1 ]; then
+        $check --offline=true 2>&1 || true
+    else
+        $check || exit 2
+    fi
 }
 
 # -----------------------------------------------------------------------------
@@ -250,6 +269,7 @@ paper_settings() {
 }
 
 real() {
+    check_tasks
     paper_settings
     local hub=nvidia/Nemotron-Cascade
     local code=nvidia/Nemotron-RL-coding-competitive_coding
@@ -359,6 +379,7 @@ cards() {
     local rows=mmlu,mmlu_pro,gpqa,arenahard,ifeval,ifbench,aime24,aime25,lcb_v5,lcb_v6
     local TASKS=${TASKS:-$rows,swebench_files,swebench}
 
+    check_tasks
     if [ ! -e "$released-SFT" ]; then run .venv/bin/hf download $ids --local-dir "models/${ids#*/}"; fi
     if [ ! -e $final ]; then run .venv/bin/hf download nvidia/Nemotron-Cascade-8B --local-dir $final; fi
 

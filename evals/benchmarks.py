@@ -170,34 +170,57 @@ def read_lines(path):
         return [json.loads(line) for line in lines]
 
 
-def unreachable(flag, outside):
+def api_key():
+    """Return the header with the key of the chat server."""
+    return {"Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', '')}"}
+
+
+def unreachable(flag, outside, page="", headers=None):
     """Return a sentence if no server answers at the URL of a flag; without asking if offline."""
     if outside["offline"]:
         return []
-    request = urllib.request.Request(outside[flag])
     try:
+        request = urllib.request.Request(outside[flag].rstrip("/") + page, headers=headers or {})
         urllib.request.urlopen(request, timeout=20).close()
-    except urllib.error.HTTPError:
-        pass  # a server that has no such page is there
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return [f"--{flag}={outside[flag]} refuses the key in JUDGE_API_KEY"]
+        # A server that has no such page is there.
     except (OSError, ValueError) as error:
         return [f"--{flag}={outside[flag]} does not answer ({error})"]
     return []
 
 
-def has_package(python, package):
-    """Return whether an environment, given by its python, has a package."""
-    program = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({package!r}))"
+@functools.cache
+def imports(python, module):
+    """Return whether a module can be imported in an environment, given by its python."""
+    command = [python, "-c", f"import {module}"]
     try:
-        done = subprocess.run([python, "-c", program], stdin=subprocess.DEVNULL, check=False)
-        return done.returncode == 0
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+        )
     except OSError:
         return False
+    return done.returncode == 0
 
 
-VERIFIER_ENVIRONMENT = (
-    "python3 -m venv .venv-verify && .venv-verify/bin/pip install {} and "
-    "--verifier_python=.venv-verify/bin/python"
-)
+def python_with(module, outside):
+    """Return the first python of --verifier_python that can import a module, None if none can."""
+    for python in (outside["verifier_python"] or "python3").split(","):
+        if imports(python, module):
+            return python
+    return None
+
+
+def needs_package(package, module, outside):
+    """Return a sentence if no environment of --verifier_python has a package."""
+    if python_with(module, outside):
+        return []
+    name = f".venv-{package.split()[0]}"
+    return [
+        f"its package is not installed: python3 -m venv {name}, {name}/bin/pip install {package}, "
+        f"then --verifier_python={name}/bin/python (commas join several)"
+    ]
 
 
 # ---- Multiple choice: MMLU, MMLU-Pro, GPQA -------------------------------------------------------
@@ -688,10 +711,7 @@ def ask_endpoint(outside, messages):
         "temperature": 0.0,
         "max_tokens": 4096,
     }
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', '')}",
-    }
+    headers = {"Content-Type": "application/json", **api_key()}
     for attempt in range(3):
         try:
             request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -719,7 +739,7 @@ def play(outside, question, answer_a, answer_b):
 def needs_arena_judge(path, outside):
     if not outside["judge"]:
         return ["pass --judge=URL of an OpenAI-compatible server (and --judge_model)"]
-    return unreachable("judge", outside)
+    return unreachable("judge", outside, "/models", api_key())
 
 
 def text_of(content, where):
@@ -811,7 +831,8 @@ LIVE = [
     "live_relevance",
 ]
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
-# Reads one row a line and prints whether its calls are right.
+# Reads one row a line and prints whether its calls are right. Calls on which the checker fails, as
+# on arguments of a shape that it does not expect, are wrong.
 CHECKER = """import json, sys
 from bfcl_eval.constants.enums import Language
 from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
@@ -820,16 +841,21 @@ for line in sys.stdin:
     row = json.loads(line)
     tools, calls, gold, category = row["tools"], row["calls"], row["gold"], row["category"]
     language = languages.get(category, Language.PYTHON)
-    result = ast_checker(tools, calls, gold, language, category, "Qwen/Qwen3-8B-FC")
-    print(json.dumps(bool(result["valid"])), flush=True)
+    try:
+        result = ast_checker(tools, calls, gold, language, category, "Qwen/Qwen3-8B-FC")
+        valid = bool(result["valid"])
+    except Exception as error:
+        print(f"bfcl: {type(error).__name__} in the checker: {calls}", file=sys.stderr)
+        valid = False
+    print(json.dumps(valid), flush=True)
 """
 
 
+BFCL_MODULE = "bfcl_eval.eval_checker.ast_eval.ast_checker"
+
+
 def needs_bfcl(path, outside):
-    if not has_package(outside["verifier_python"] or "python3", "bfcl_eval"):
-        command = VERIFIER_ENVIRONMENT.format("bfcl-eval soundfile")
-        return [f"its checker is not installed: {command}"]
-    return []
+    return needs_package("bfcl-eval soundfile", BFCL_MODULE, outside)
 
 
 @functools.cache
@@ -941,7 +967,7 @@ def bfcl_folder(path, outside):
     if os.path.isdir(path):
         return path
     program = "import bfcl_eval; print(bfcl_eval.__path__[0])"
-    command = [outside["verifier_python"] or "python3", "-c", program]
+    command = [python_with(BFCL_MODULE, outside), "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return os.path.join(done.stdout.strip(), "data")
 
@@ -964,7 +990,7 @@ def load_bfcl(path, outside):
             return bool(calls)
         if not calls:
             return False
-        check = bfcl_checker(outside["verifier_python"] or "python3")
+        check = bfcl_checker(python_with(BFCL_MODULE, outside))
         return check(tools=row["functions"], calls=calls, gold=row["gold"], category=category)
 
     return rows, hook(score), reward_of
@@ -1059,6 +1085,7 @@ def load_swebench_files(path, outside):
 # Traps: the harness takes one patch an instance, and keeps what it found under the same names. So
 #     it runs once for each sample number, under a name that depends on the patches. An instance
 #     without a file that can be shown is unresolved, and the others are asked.
+HARNESS = "swebench.harness.run_evaluation"
 SHOWN_FILES = 4  # paper 4.7.1: at least four files
 CHARS_PER_TOKEN = 3  # a low estimate for code [D23]
 
@@ -1075,9 +1102,7 @@ def needs_harness(path, outside):
         sentences.append("pass --results, beside which the samples of swebench_files are kept")
     elif not comes_first("swebench_files", outside) and not count_votes(outside):
         sentences.append("name swebench_files before it: the files to show come from its samples")
-    if not has_package(outside["verifier_python"] or "python3", "swebench"):
-        command = VERIFIER_ENVIRONMENT.format("swebench")
-        sentences.append(f"its harness is not installed: {command}")
+    sentences += needs_package("swebench", HARNESS, outside)
     if shutil.which("docker") is None:
         sentences.append("docker is not installed, in which its harness runs the tests")
     return sentences
@@ -1208,7 +1233,7 @@ def run_harness(rollouts, model, folder, path, outside):
     run_id = f"cascade_{zlib.crc32(json.dumps(predictions).encode()):08x}"
     # A hub id may name a split, name@split, which the harness does not know.
     dataset = os.path.abspath(path) if os.path.exists(path) else path.partition("@")[0]
-    command = [outside["verifier_python"] or "python3", "-m", "swebench.harness.run_evaluation"]
+    command = [python_with(HARNESS, outside) or "python3", "-m", HARNESS]
     command += ["-d", dataset, "-p", predictions_path, "-id", run_id]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -1217,8 +1242,7 @@ def run_harness(rollouts, model, folder, path, outside):
         complaint = (done.stderr.strip().splitlines() or ["?"])[-1][:120]
         fail(
             f"swebench: patches are in {predictions_path}, but the harness did not grade them "
-            f"({complaint}). It needs docker and python3 -m venv .venv-swe && "
-            ".venv-swe/bin/pip install swebench, then --verifier_python=.venv-swe/bin/python.",
+            f"({complaint}). It needs docker, and the package swebench.",
             note="Completions are kept.",
         )
     with open(report) as f:

@@ -6,6 +6,7 @@ local server; a package's verifier is the package's own where it is installed.
 
 import base64
 import contextlib
+import csv
 import http.server
 import importlib.util
 import json
@@ -293,6 +294,36 @@ def test_schemas_of_the_three_sets(tmp_path):
     counts = [sum(r["answer"] == letter for r in rows) for letter in "ABCD"]
     print(f"right option at A..D: {counts} of 40")
     assert min(counts) > 2
+
+
+def test_gpqa_is_read_from_its_csv(tmp_path):
+    """As published: many columns, quoted commas and line breaks inside of fields."""
+    row = {
+        "Pre-Revision Question": "Which gas?",
+        "Question": 'Which of these gases,\nat 300 K, is called "the lazy one"?',
+        "Correct Answer": "argon\n",
+        "Incorrect Answer 1": "neon, at most",
+        "Incorrect Answer 2": '"xenon"',
+        "Incorrect Answer 3": "radon",
+        "Explanation": "From the Greek.\n\nIt does not react.",
+        "Subdomain": "Chemistry (general)",
+        "Record ID": "rec1",
+        "Canary String": "x",
+    }
+    with open(tmp_path / "gpqa.csv", "w", newline="") as f:
+        table = csv.DictWriter(f, list(row))
+        table.writeheader()
+        table.writerow(row)
+    path = evaluate.source("gpqa", evaluate.Config(data=str(tmp_path)))
+    assert path == str(tmp_path / "gpqa.csv")
+    (read,), *_ = evaluate.TASKS["gpqa"]["load"](path, {})
+    prompt = read["messages"][0]["content"]
+    assert row["Question"] in prompt
+    assert sorted(read["options"]) == ['"xenon"', "argon", "neon, at most", "radon"]
+    assert f"({read['answer']}) argon" in prompt
+    assert benchmarks.score_choice(read, f"\\boxed{{{read['answer']}}}")
+    assert benchmarks.score_choice(read, "\\boxed{argon}")
+    assert not benchmarks.score_choice(read, '\\boxed{"xenon"}')
 
 
 # ---- Math ----------------------------------------------------------------------------------------
@@ -607,7 +638,7 @@ def test_scores_equal_lightevals_on_the_same_responses():
     """Multiple choice, math, and LiveCodeBench's own runner, which lighteval ships."""
     # the python of an environment with lighteval, whose pins differ from ours
     python = os.environ.get("LIGHTEVAL_PYTHON", sys.executable)
-    if not benchmarks.has_package(python, "lighteval"):
+    if not benchmarks.imports(python, "lighteval"):
         pytest.skip("lighteval is not in the environment of LIGHTEVAL_PYTHON")
     asked, ours = [], []
     for answer, score in CHOICES:
@@ -925,7 +956,9 @@ def judge():
 
     class Judge(Server):
         def do_GET(self):
-            self.reply(404, {})
+            assert self.path == "/v1/models"
+            right = self.headers["Authorization"] == "Bearer sesame"
+            self.reply(200 if right else 401, {})
 
         def do_POST(self):
             text = self.read_body()["messages"][-1]["content"]
@@ -947,12 +980,19 @@ def judge():
         yield url + "/v1"
 
 
-def test_arenahard_by_hand(tmp_path, judge, capsys):
+def test_arenahard_by_hand(tmp_path, judge, capsys, monkeypatch):
     question = {"question_id": "q1", "category": "arena-hard-v0.1", "cluster": "c"}
     rows = [question | {"turns": [{"content": "Write a poem."}]}]
     with pytest.raises(SystemExit):
         load("arenahard", rows, tmp_path)
     assert "--judge=URL" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        load("arenahard", rows, tmp_path, judge=judge)
+    assert f"--judge={judge} refuses the key in JUDGE_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("JUDGE_API_KEY", "sesame")
+    with pytest.raises(SystemExit):
+        load("arenahard", rows, tmp_path, judge="http://127.0.0.1:9/v1")
+    assert "--judge=http://127.0.0.1:9/v1 does not answer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         load("arenahard", rows, tmp_path, judge=judge)
     assert "no baseline answer" in capsys.readouterr().err
@@ -1045,7 +1085,7 @@ def test_bfcl_by_hand(tmp_path, installed):
     """With the package's own checker where it is installed, else with a fake in the same pipe."""
     # the python of an environment with bfcl-eval, which pins packages of its own
     python = os.environ.get("VERIFIER_PYTHON", sys.executable)
-    if installed and not benchmarks.has_package(python, "bfcl_eval"):
+    if installed and not benchmarks.imports(python, "bfcl_eval"):
         pytest.skip("bfcl-eval is not in the environment of VERIFIER_PYTHON")
     if not installed:
         fake = tmp_path / "fake"
@@ -1323,7 +1363,7 @@ def test_swebench_repair_shows_the_files_named_most_and_hands_patches_to_the_har
         report.unlink()
     with pytest.raises(SystemExit):
         benchmarks.grade_patches(rollouts[:1], path, outside | {"verifier_python": sys.executable})
-    assert "pip install swebench" in capsys.readouterr().err
+    assert "did not grade them" in capsys.readouterr().err
 
 
 def test_a_swebench_instance_without_a_file_to_show_is_unresolved_and_ends_nothing(tmp_path):

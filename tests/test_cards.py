@@ -60,6 +60,7 @@ def test_the_preset_measures_every_score_of_the_card_on_its_own_checkpoint():
     assert lines[-1] == ".venv/bin/python bench/cards.py --run=out/no_such_run"
 
 
+@pytest.mark.slow
 def test_the_preset_measures_what_the_user_names():
     lines = dry_run("run_cascade.sh", "cards", TASKS="aime25", LIMIT="4")
     tasks = [text for text in lines if "evaluate.py" in text]

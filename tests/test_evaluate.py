@@ -150,6 +150,67 @@ def test_tasks_with_and_without_yarn_are_refused_where_one_process_has_one_engin
     assert "measure them apart" in capsys.readouterr().err
 
 
+def check(tmp_path, capsys, **flags):
+    """Return what evaluate.py says of tasks that are to be checked: (exit code, output)."""
+    code = 0
+    try:
+        evaluate.main(evaluate.Config(data=str(tmp_path), **flags))
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_what_tasks_lack_is_one_sentence(tmp_path, capsys, monkeypatch):
+    pro = "lcb_pro_25q2_easy,lcb_pro_25q2_medium"
+    code, said = check(tmp_path, capsys, check_tasks=f"math,{pro}", offline=True)
+    assert code == 2
+    assert said.partition(": ")[2] == (
+        f"math: there is no {tmp_path}/math_test.jsonl; {pro.replace(',', ', ')}: pass "
+        "--code_judge=URL of a running LightCPVerifier. Nothing was trained.\n"
+    )
+    # Its files come from the samples of the first half, so it has to come after that.
+    repos = {"repos": str(tmp_path), "verifier_python": sys.executable, "offline": True}
+    for tasks, complaint in (
+        ("swebench", "name swebench_files before it"),
+        ("swebench,swebench_files", "name swebench_files before it"),
+        ("swebench_files,swebench", ""),
+    ):
+        results = f"{tmp_path}/results.jsonl"
+        code, said = check(tmp_path, capsys, check_tasks=tasks, results=results, **repos)
+        assert complaint in said and "its package is not installed" in said
+        assert bool(complaint) == ("name swebench_files" in said)
+    code, said = check(tmp_path, capsys, check_tasks="swebench_files,swebench", **repos)
+    assert "swebench: pass --results" in said
+
+    # A repository that the rows name and --repos has not.
+    rows = [{"repo": "me/calc"}, {"repo": "you/there"}]
+    write_jsonl(tmp_path / "swebench_files.jsonl", rows)
+    (tmp_path / "me__calc").mkdir()
+    code, said = check(tmp_path, capsys, check_tasks="swebench_files", **repos)
+    assert (code, "has no git clone named you__there" in said) == (2, True)
+    (tmp_path / "you__there").mkdir()
+    code, said = check(tmp_path, capsys, check_tasks="swebench_files", **repos)
+    assert (code, said) == (0, "every task can be measured: swebench_files\n")
+
+
+def test_the_first_row_of_a_hub_set_is_asked_for_before_anything_is_trained(
+    tmp_path, capsys, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(evaluate, "data_files", lambda path: [f"{path}/1.csv", f"{path}/2.csv"])
+    monkeypatch.setattr(evaluate, "read_file", lambda file: iter([asked.append(file)]))
+    (tmp_path / "math500.jsonl").write_text("{}\n")
+    tasks = "gpqa,math500"
+    code, _ = check(tmp_path, capsys, check_tasks=tasks)
+    assert code == 0
+    assert asked == ["Idavidrein/gpqa:gpqa_diamond/1.csv", f"{tmp_path}/math500.jsonl/1.csv"]
+    code, _ = check(tmp_path, capsys, check_tasks=tasks, offline=True)
+    assert (code, len(asked)) == (0, 3)  # the local file alone
+    code, said = check(tmp_path, capsys, check_tasks="gpqa,nothing")
+    assert code == 2 and "--tasks: nothing unknown" in said
+
+
 def test_equal_completions_of_a_problem_are_graded_once_and_all_have_the_verdict(tmp_path):
     # (problem, completion, finish reason) of four samples and a greedy one. Problem 1 says x too,
     # which is another verdict; a completion that was cut off is not the same as one that ended.

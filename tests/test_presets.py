@@ -16,6 +16,8 @@ import sys
 
 import pytest
 
+import evaluate
+from bench.paper_table import PAPER
 from evals.results import in_stage_order
 from lib.flags import parse_config
 
@@ -24,6 +26,7 @@ K = 1024
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras.mopd")
 
 
+@functools.cache
 def dry_run(*command, **environment):
     """The lines that a shell script prints with DRY_RUN=1."""
     env = {**os.environ, "DRY_RUN": "1", "OUT": "out/no_such_run", **environment}
@@ -321,17 +324,24 @@ def test_every_flag_of_the_other_commands_is_one_of_their_scripts(preset):
     assert len(commands(preset)) == {"toy": 7, "control": 5, "mopd": 1}[preset]
 
 
-@pytest.mark.parametrize("preset, num_stages", [("8b", 12), ("8b-thinking", 11)])
+# A run with servers, flags and two tasks to measure.
+ENVIRONMENT = {
+    "BASE": "b",
+    "RM": "http://r",
+    "JUDGE": "http://j/v1",
+    "FLAGS": "--shard=hybrid",
+    "TASKS": "ifeval,aime25",
+    "EVAL_FLAGS": "--judge=http://other/v1 --verifier_python=.venv-verify/bin/python",
+}
+
+
+@pytest.mark.parametrize(
+    "preset, num_stages",
+    [("8b", 12), pytest.param("8b-thinking", 11, marks=pytest.mark.slow)],
+)
 def test_servers_and_flags_of_the_environment_reach_their_stages(preset, num_stages):
-    environment = {
-        "BASE": "b",
-        "RM": "http://r",
-        "JUDGE": "http://j/v1",
-        "FLAGS": "--shard=hybrid",
-        "TASKS": "ifeval,aime25",
-    }
     thinking = preset == "8b-thinking"
-    lines = dry_run("run_cascade.sh", preset, **environment)
+    lines = dry_run("run_cascade.sh", preset, **ENVIRONMENT)
     stages = [line for line in lines if "--init_from" in line]
     assert len(stages) == num_stages
     for line in stages:
@@ -346,15 +356,95 @@ def test_servers_and_flags_of_the_environment_reach_their_stages(preset, num_sta
     assert scores
     for line in scores:
         assert ("--modes=think" in line) == thinking
+        assert line.endswith(ENVIRONMENT["EVAL_FLAGS"])
+    assert lines[0] == "every task can be measured: ifeval, aime25"
     # Every task is a launch of its own.
     tasks = [line.partition("--tasks=")[2].split()[0] for line in scores]
     assert tasks == ["ifeval", "aime25"] * (len(scores) // 2)
 
 
-@pytest.mark.parametrize("preset", ["toy", "8b", "8b-thinking", "14b-thinking"])
+# The eleven rows of the 8B table; SWE-bench's has a first half.
+ELEVEN = [name for name in PAPER if name != "swebench"] + ["swebench_files", "swebench"]
+
+
+@pytest.mark.slow
+def test_what_tasks_lack_is_the_first_line_before_anything_is_trained():
+    lines = dry_run("run_cascade.sh", "8b", BASE="b", TASKS=",".join(ELEVEN), EVAL_FLAGS="")
+    said = lines[0]
+    print(said)
+    assert said.startswith("evaluate.py: arenahard: pass --judge=URL")
+    assert "swebench_files, swebench: pass --repos=folder of git clones" in said
+    assert "swebench: its package is not installed: python3 -m venv .venv-swebench" in said
+    assert said.endswith("Nothing was trained.")
+    assert lines[1] == "== sft1: training in out/no_such_run/sft1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["8b", "14b-thinking"])
+def test_every_command_carries_what_the_eleven_rows_need(preset, tmp_path):
+    """Packages and docker are stand-ins: they are only looked for."""
+    (tmp_path / "instructions_registry.py").write_text("INSTRUCTION_DICT = {'a': 1}\n")
+    for program in ("docker", "python"):
+        (tmp_path / program).write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / program).chmod(0o755)
+    flags = f"--judge=http://j/v1 --repos=clones --verifier_python={tmp_path}/python"
+    lines = dry_run(
+        "run_cascade.sh",
+        preset,
+        BASE="b",
+        TASKS=",".join(ELEVEN),
+        EVAL_FLAGS=flags,
+        PYTHONPATH=str(tmp_path),
+        PATH=f"{os.environ['PATH']}:{tmp_path}",
+    )
+    assert lines[0] == f"every task can be measured: {', '.join(ELEVEN)}"
+    stages = {"8b": 11, "14b-thinking": 8}[preset]
+    measured = [module_and_flags(line) for line in lines if " evaluate.py" in line]
+    assert len(measured) == stages * len(ELEVEN)
+    for module, words in measured:
+        cfg = parsed(module, words)
+        assert (cfg.judge, cfg.repos) == ("http://j/v1", "clones")
+        assert cfg.verifier_python == f"{tmp_path}/python"
+        assert cfg.results == "out/no_such_run/results.jsonl"
+        # Appendix B: 14B's prompts on SWE-bench have 64K tokens, under a factor of 3.
+        how = evaluate.protocol(cfg.tasks, cfg)
+        longer = (preset, cfg.tasks) == ("14b-thinking", "swebench")
+        assert how["rope_factor"] == (3.0 if longer else 2.0)
+        assert cfg.prompt_tokens == (65536 if longer else 32768)
+        assert cfg.prompt_tokens + 32768 <= 32768 * how["rope_factor"]
+
+
+@pytest.mark.slow
+def test_a_real_run_ends_before_sft_if_a_task_cannot_be_measured(tmp_path):
+    text = (ROOT / "run_cascade.sh").read_text()
+    functions = text[text.index("run() {") : text.index("toy() {")]
+    script = f"set -euo pipefail\n{functions}\ncheck_tasks\necho went on\n"
+    env = {**os.environ, "OUT": str(tmp_path), "SEED": "0", "TASKS": "math500,lcb_pro_25q2_easy"}
+    env["EVAL_DATA"] = str(tmp_path)
+    (tmp_path / "math500.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "evaluate.py: lcb_pro_25q2_easy: pass --code_judge=URL of a running LightCPVerifier. "
+        "Nothing was trained.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "toy",
+        "8b",
+        pytest.param("8b-thinking", marks=pytest.mark.slow),
+        pytest.param("14b-thinking", marks=pytest.mark.slow),
+    ],
+)
 def test_the_results_are_read_in_the_order_in_which_the_cascade_ran(preset):
     """coderl1 before coderl: else a gate holds the first part of Code RL against the second."""
-    lines = dry_run("run_cascade.sh", preset, BASE="b", TASKS="ifeval")
+    lines = dry_run("run_cascade.sh", preset, **ENVIRONMENT)
     measured = [line.partition("--stage=")[2].split()[0] for line in lines if "--stage=" in line]
     assert len(measured) >= 6
     assert in_stage_order(sorted(measured)) == measured
