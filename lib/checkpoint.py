@@ -1,13 +1,18 @@
 """Checkpoints: save, verify, prune, resume.
 
-    out/toy/mathrl/step_000050/   a Hugging Face folder, the optimizer of each rank, and run.json
+    out/toy/mathrl/step_000050/   a Hugging Face folder, the optimizer in shards, and run.json
                                   (flags, command, versions, state, checksums of all files)
     out/toy/mathrl/final          a link to the last checkpoint: this stage is done, and the next
                                   one starts here
 
-Four promises hold together. Only one run writes into a folder. Only a whole checkpoint has a name
-of the form step_000050. Checksums find what is damaged later. Pruning spares the best checkpoint.
+Five promises hold together. Only one run writes into a folder. Only a whole checkpoint has a name
+of the form step_000050. Checksums find what is damaged later. Pruning spares the best checkpoint. A
+run goes on bit for bit on as many ranks, and to rounding on any other number, under any --shard.
 tests/kill_harness.py tests them against SIGKILL at any instant.
+
+The optimizer is resharded here and not by torch.distributed.checkpoint: that reads its metadata
+with pickle, which runs what a file says, where all of this is read with weights_only, and a save in
+the background would report a full disk steps later than the one it belongs to.
 """
 
 import dataclasses
@@ -167,7 +172,11 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
     weights = gather_weights(model, rank)
     try:
         os.makedirs(folder, exist_ok=True)
-        torch.save(optimizer.state_dict(), os.path.join(folder, f"optim_rank{rank}.pt"))
+        index, num_shards = shard_of(next(model.parameters()))
+        # Under --shard=hybrid and replicate, later ranks hold copies of these shards.
+        if rank == index:
+            moments = local_moments(optimizer)
+            torch.save(moments, os.path.join(folder, f"optim_rank{rank}.pt"))
         # Rank 0 goes on when every rank has written its optimizer.
         all_gather(None)
         if rank == 0:
@@ -182,6 +191,7 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
                 "git": git_hash(),
                 "torch": torch.__version__,
                 "world": world,
+                "shards": num_shards,
                 "state": state,
             }
             complete_folder(folder, run)
@@ -203,6 +213,27 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
     # No rank goes on before the folder has its name.
     all_gather(None)
     return final
+
+
+def shard_of(parameter):
+    """(index, count): this rank holds the index-th of count shards, cut along dimension 0."""
+    if not hasattr(parameter, "device_mesh"):
+        return 0, 1
+    # The last dimension of the mesh shards; under --shard=hybrid the first one makes copies.
+    mesh = parameter.device_mesh
+    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+
+
+def local_moments(optimizer):
+    """The optimizer's state_dict with this rank's shards as plain tensors, so that it can be read
+    by any number of ranks."""
+    moments = optimizer.state_dict()
+    plain = {}
+    for number, of_parameter in moments["state"].items():
+        plain[number] = {
+            name: t.to_local() if hasattr(t, "to_local") else t for name, t in of_parameter.items()
+        }
+    return {**moments, "state": plain}
 
 
 def gather_weights(model, rank):
@@ -297,14 +328,16 @@ def load_policy(cfg, world, device):
 def load_checkpoint(folder, optimizer, cfg):
     """Restore the optimizer of this rank and return (step, state).
 
-    The weights are not loaded here: load_policy has done that.
+    The checkpoint may be of another number of ranks, or of another --shard. The weights are not
+    loaded here: load_policy has done that.
     """
-    rank, world = ranks()
     run = read_run_json(folder)
+    if "shards" not in run:
+        fail(f"{folder}: its optimizer is that of an older version (commit {run['git'][:10]}).")
+    world = ranks()[1]
     if run["world"] != world:
-        fail(f"{folder} was written by {run['world']} ranks and can only be resumed by as many.")
-    moments = torch.load(os.path.join(folder, f"optim_rank{rank}.pt"), weights_only=True)
-    optimizer.load_state_dict(moments)
+        print0(f"{folder}: was trained on {run['world']} ranks, goes on on {world}")
+    load_moments(folder, run["shards"], optimizer)
 
     # Flags may change between the runs. Say which have; flags that one run lacks do not count.
     config = dataclasses.asdict(cfg)
@@ -316,3 +349,40 @@ def load_checkpoint(folder, optimizer, cfg):
         group["betas"] = (cfg.beta1, cfg.beta2)
         group["weight_decay"] = cfg.weight_decay
     return run["step"], run["state"]
+
+
+def load_moments(folder, num_shards, optimizer):
+    """Give the optimizer its state: of every parameter the rows that this rank holds."""
+    shards = []
+    for i in range(num_shards):
+        path = os.path.join(folder, f"optim_rank{i}.pt")
+        # Mapped and not read: a rank needs a few rows of all shards, whose bytes come on access.
+        shards.append(torch.load(path, weights_only=True, mmap=True))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for number, of_parameter in shards[0]["state"].items():
+        state[number] = {}
+        for name, value in of_parameter.items():
+            if value.dim() > 0:
+                parts = [shard["state"][number][name] for shard in shards]
+                value = own_rows(parameters[number], parts)
+            state[number][name] = value
+    optimizer.load_state_dict({**shards[0], "state": state})
+
+
+def own_rows(parameter, parts):
+    """A tensor like this rank's shard of a parameter, from the shards of a whole one in order."""
+    moment = torch.empty_like(parameter.detach())
+    local = moment.to_local() if hasattr(moment, "to_local") else moment
+    index, num_shards = shard_of(parameter)
+    # FSDP cuts as torch.chunk does: equal shards, the last ones shorter or empty.
+    begin = index * -(-len(parameter) // num_shards)
+    end = begin + len(local)
+    part_begin = 0
+    for part in parts:
+        part_end = part_begin + len(part)
+        first, last = max(begin, part_begin), min(end, part_end)
+        if first < last:
+            local[first - begin : last - begin] = part[first - part_begin : last - part_begin]
+        part_begin = part_end
+    return moment

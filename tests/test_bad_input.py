@@ -593,7 +593,6 @@ CURSOR = {"epoch": 1, "position": 0, "skipped": 0}
 @pytest.mark.parametrize(
     "script, changes, message",
     [
-        ("sft.py", {"world": 4}, "was written by 4 ranks and can only be resumed by as many"),
         (
             "sft.py",
             {"state": {**CURSOR, "block": 0, "seen": {}, "files": {"other.jsonl": [0, 0, 0.0]}}},

@@ -8,14 +8,17 @@ has seen, so that some rewards differ and there is a gradient at all.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from safetensors.torch import load_file
 
 from lib import checkpoint, prompts
 from lib.logs import Logger
+from model import tokenizer_files
 from sft import Config
 
 STEPS = 6
@@ -241,6 +245,70 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_too(world, taught, tmp_path):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
 
 
+# From one layout to another, as (ranks, --shard); "2 nodes" is a rank on each.
+MOVES = [
+    ("mathrl", (2, "full"), (1, "full")),
+    ("sft", (1, "full"), (2, "full")),
+    ("sft", (4, "full"), (2, "full")),
+    ("sft", (2, "full"), ("2 nodes", "hybrid")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, before, after", MOVES)
+def test_a_killed_run_goes_on_on_another_number_of_ranks(
+    stage, before, after, world, taught, straight, tmp_path, request
+):
+    """Weights, optimizer, history and data position move: the later steps are those of the straight
+    run in one process, to rounding. Micro-batches of another size change nothing either."""
+    ranks, how = before
+    args = command(stage, world, tmp_path, taught, shard=how)
+    run_and_kill(args, tmp_path, at_step=3, ranks=ranks)
+    start = int(checkpoint.step_folders(tmp_path)[-1].removeprefix("step_"))
+    assert 0 < start < STEPS and not (tmp_path / "final").exists()
+    ranks, how = after
+    args = command(stage, world, tmp_path, taught, shard=how, micro_batch_tokens=700)
+    if ranks == "2 nodes":
+        printed = run_on_two_nodes(args)
+    else:
+        _, printed, _ = run_python(*args, ranks=ranks)
+    assert f"steps {start + 1}..{STEPS}" in printed
+    one = straight(stage)
+    moved = distance(weights(one), load_file(taught / "model.safetensors"))
+    error = distance(weights(one), weights(tmp_path))
+    print(
+        f"{stage}, {before} -> {after} after step {start}: weights moved by {moved:.1e}, off the "
+        f"straight run by {error:.1e}, tolerance 1e-05"
+    )
+    assert moved > 1e-4 and error < 1e-5
+    for a, b in zip(metrics(one), metrics(tmp_path), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def run_on_two_nodes(args):
+    """Run a stage with one rank on each of two nodes, as far as torchrun knows. Returns stdout of
+    the first."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launch += ["--master-addr=localhost", f"--master-port={port}"]
+    nodes = [
+        subprocess.Popen(
+            [*launch, f"--node-rank={i}", *map(str, args)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    printed = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    return printed[0][0]
+
+
 @pytest.mark.slow
 def test_math_length_stages_share_the_epoch_filter_s_state(world, taught, tmp_path):
     """Paper 4.5.2 over 24K -> 32K -> 40K: the second length starts in the epoch in which the
@@ -369,10 +437,17 @@ def test_the_whole_cascade_goes_on_after_kills_at_random_instants(tmp_path):
 
 
 # ---- Checkpoints, without a stage ----------------------------------------------------------------
+def tiny_with_tokenizer(world):
+    """A random model that brings along the tokenizer's files, as one that was loaded does."""
+    model = make_tiny()
+    model.tokenizer_files = tokenizer_files(world / "base")
+    return model
+
+
 @pytest.fixture()
 def checkpoints(world, tmp_path, capsys):
     """A run folder in which steps 1, 2 and 3 were saved, and the last two checkpoints kept."""
-    model = make_tiny()
+    model = tiny_with_tokenizer(world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     cfg = Config(init_from=str(world / "base"))
     for step in (1, 2, 3):
@@ -429,7 +504,7 @@ def test_a_full_disk_ends_a_save_with_one_sentence_and_the_last_checkpoint_intac
     half = checkpoints / "step_000004.tmp"
     half.mkdir()
     (half / file).symlink_to("/dev/full")
-    model = make_tiny()
+    model = tiny_with_tokenizer(world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     optimizer.step()  # makes the optimizer's moments, which have to be written too
@@ -453,7 +528,7 @@ def test_a_disk_may_fill_at_any_byte_of_a_save(world, tmp_path, capsys):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        model = make_tiny()
+        model = tiny_with_tokenizer(world)
         cfg = Config(init_from=str(world / "base"))
         rooms = []  # bytes that were free in the saves that did not fit
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -508,11 +583,34 @@ def test_a_checkpoint_brings_back_optimizer_and_cursor(checkpoints):
     assert len(optimizer.state) == len(list(model.parameters()))
 
 
-def test_another_number_of_ranks_is_refused(checkpoints, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def shards_of(whole, count):
+    """The shards of FSDP2: torch.chunk, and empty ones where there are fewer rows than ranks."""
+    chunks = list(whole.chunk(count))
+    return chunks + [whole[:0]] * (count - len(chunks))
+
+
+def test_shards_are_cut_anew_for_another_number_of_ranks(monkeypatch):
+    """All rows of all sizes, from any number of ranks to any other, also where ranks have none."""
+    for rows, before, after in itertools.product((1, 2, 5, 8, 12), (1, 2, 3, 4, 7), (1, 2, 3, 8)):
+        whole = torch.arange(3 * rows).float().view(rows, 3)
+        for index, expected in enumerate(shards_of(whole, after)):
+            parameter = torch.nn.Parameter(whole.clone())
+            moment = SimpleNamespace(to_local=lambda local=torch.empty_like(expected): local)
+            monkeypatch.setattr(torch, "empty_like", lambda p, moment=moment: moment)
+            monkeypatch.setattr(checkpoint, "shard_of", lambda p, i=index: (i, after))
+            found = checkpoint.own_rows(parameter, shards_of(whole, before)).to_local()
+            monkeypatch.undo()
+            assert torch.equal(found, expected), (rows, before, after, index)
+
+
+def test_the_optimizer_of_an_older_version_is_refused(checkpoints, capsys):
+    path = checkpoints / "step_000003" / "run.json"
+    run = json.loads(path.read_text())
+    del run["shards"]
+    path.write_text(json.dumps(run))
     with pytest.raises(SystemExit):
         checkpoint.load_checkpoint(checkpoints / "step_000003", None, Config())
-    assert "written by 1 ranks" in capsys.readouterr().err
+    assert "its optimizer is that of an older version" in capsys.readouterr().err
 
 
 def test_the_log_is_cut_back_to_the_step_resumed_from(tmp_path):
@@ -572,7 +670,7 @@ def test_a_stage_that_goes_on_is_not_done(checkpoints, world):
     """After --num_steps was raised, the folder has no `final` until the run ends: the next stage
     may not start, and no link may dangle."""
     checkpoint.mark_final(str(checkpoints), str(checkpoints / "step_000003"))
-    model = make_tiny()
+    model = tiny_with_tokenizer(world)
     optimizer = torch.optim.AdamW(model.parameters())
     cfg = Config(init_from=str(world / "base"))
     checkpoint.save_checkpoint(str(checkpoints), 4, model, optimizer, cfg, {})
@@ -582,7 +680,7 @@ def test_a_stage_that_goes_on_is_not_done(checkpoints, world):
 def test_pruning_spares_the_best(checkpoints, world):
     rows = [{"step": 2, "eval": 0.9}, {"step": 3, "eval": 0.1}]
     (checkpoints / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = make_tiny()
+    model = tiny_with_tokenizer(world)
     cfg = Config(init_from=str(world / "base"))
     for step in (4, 5):
         optimizer = torch.optim.AdamW(model.parameters())
@@ -592,7 +690,7 @@ def test_pruning_spares_the_best(checkpoints, world):
 
 def test_a_step_that_was_not_applied_prunes_nothing(checkpoints, world):
     """The weights may be bad since the step before, and the last good ones those before that."""
-    model = make_tiny()
+    model = tiny_with_tokenizer(world)
     cfg = Config(init_from=str(world / "base"))
     before = checkpoint.step_folders(checkpoints)
     for skipped in (1, 2):
