@@ -2,10 +2,12 @@
 
     python -m evals.report --run=out/toy           the run folder of a cascade
     python -m evals.report --run=out/my_idea       the folder of one stage, evaluated or not
+    python -m evals.report --run=out/toy --live    the same page, written anew while the run goes on
+    python -m evals.report --compare=out/a,out/b   out/a/compare.html: curves in one plot, flags
 
 Everything comes from what the run left in its folder: results.jsonl (scores), samples/ (completions
-and verdicts), and each stage's metrics.jsonl and run.json. The page itself is report_template.html;
-only its data is written here.
+and verdicts), and what training left in each stage's folder (evals/training.py). The page itself is
+report_template.html; only its data is written here.
 """
 
 import glob
@@ -14,12 +16,9 @@ import importlib.metadata
 import json
 import os
 import re
-import shlex
 import sys
 import time
 from dataclasses import dataclass
-
-import numpy as np
 
 from evals.plots import draw_matrix, plot_all_curves, skill_of
 from evals.results import (
@@ -27,13 +26,26 @@ from evals.results import (
     broken_gates,
     columns_of,
     has_results,
-    in_stage_order,
     read_results,
     why_unchecked,
+)
+from evals.training import (
+    CURVES,
+    STATUS_CURVES,
+    differing_flags,
+    folder_name,
+    is_done,
+    is_one_stage,
+    pair_stages,
+    read_jsonl,
+    read_stage,
+    read_training_rollouts,
+    stage_folders,
 )
 from evaluate import own_skills
 from lib.checkpoint import git_hash
 from lib.flags import PositiveInt, parse_config
+from lib.guard import fail
 from lib.logs import without_middle
 from lib.progress import span
 
@@ -46,124 +58,14 @@ class Config:
     # A completion with more characters than this is shown without its middle.
     characters: PositiveInt = 6000
     points: PositiveInt = 300  # most points of a curve
+    training_prompts: PositiveInt = 16  # prompts of each stage's training that are shown
+    training_samples: PositiveInt = 4  # rollouts of each of them that are shown
+    live: bool = False  # write the page again and again, until the run ends or Ctrl-C
+    every: PositiveInt = 30  # seconds between two pages of --live
+    compare: str = ""  # two folders, A,B: A/compare.html, with the curves of both in one plot
 
 
 # ---- 1. What the run left ------------------------------------------------------------------------
-# Key of metrics.jsonl -> title of its curve.
-CURVES = {
-    "reward": "reward",
-    "len": "completion tokens",
-    "trunc": "share cut off",
-    "entropy": "entropy",
-    "flat": "groups of equal rewards",
-    "gap": "sampler - trainer gap",
-    "grad_norm": "gradient norm",
-    "loss": "loss",
-}
-
-
-def read_jsonl(path):
-    """Read the whole lines of a JSONL file; [] if there is no such file."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def thin(points, most):
-    """Keep at most about `most` points, evenly spaced, and the last one."""
-    if len(points) <= most:
-        return points
-    stride = -(-len(points) // most)  # rounded up
-    return points[::stride] + points[-1:]
-
-
-def is_one_stage(folder):
-    """True for the folder of one stage, which holds metrics.jsonl, step_*/ and final itself."""
-    return os.path.isfile(os.path.join(folder, "metrics.jsonl"))
-
-
-def folder_name(folder):
-    return os.path.basename(os.path.abspath(folder))
-
-
-def stage_folders(run, stages):
-    """Return the folders of the stages that were trained in a run, in the order of `stages`.
-
-    stages: the evaluated ones in their order. A stage that was trained to its end but not
-    evaluated stands where a cascade has it, or last.
-    """
-    if is_one_stage(run):
-        return [run]
-    trained = [
-        name
-        for name in sorted(os.listdir(run))
-        if is_one_stage(os.path.join(run, name))
-        and os.path.exists(os.path.join(run, name, "final", "run.json"))
-    ]
-    names = in_stage_order(dict.fromkeys([*stages, *trained]))
-    return [os.path.join(run, name) for name in names if name in trained]
-
-
-def read_saved_run(folder):
-    """Read run.json of a stage's final checkpoint, else of its newest one; None if it has none."""
-    newest_first = sorted(glob.glob(os.path.join(glob.escape(folder), "step_*")), reverse=True)
-    for checkpoint in (os.path.join(folder, "final"), *newest_first):
-        path = os.path.join(checkpoint, "run.json")
-        if os.path.exists(path):
-            with open(path) as f:
-                return json.load(f)
-    return None
-
-
-def read_curves(rows, most):
-    """Return {title: [(step, value)]} of what a stage logged, at most about `most` points each."""
-    curves = {}
-    for key, title in CURVES.items():
-        if key == "reward" and "reward/rm_score" in rows[0]:
-            # RLHF shapes its rewards: the raw score of the reward model is what compares.
-            key = "reward/rm_score"
-        logged = [row for row in rows if row.get(key) is not None]
-        points = [(row["step"], row[key]) for row in logged if np.isfinite(row[key])]
-        if points:
-            curves[title] = thin(points, most)
-    held_out = [(row["step"], row["eval"]) for row in rows if "eval" in row]
-    if held_out:
-        curves["held-out"] = held_out
-    return curves
-
-
-def read_stage(folder, cfg):
-    """Read the time, tokens, curves and command of a stage; None if it has logged no step."""
-    rows = read_jsonl(os.path.join(folder, "metrics.jsonl"))
-    if not rows:
-        return None
-    last_step = max(row["step"] for row in rows)
-    # SFT logs only some of its steps. The others are taken to cost as much as these.
-    logged_share = len(rows) / last_step
-
-    def total(key):
-        return sum(row.get(key, 0.0) for row in rows) / logged_share
-
-    saved = read_saved_run(folder)
-    if saved is None:
-        # Nothing was saved yet. Without a command the page lists no command for this stage.
-        saved = {"step": last_step, "command": [], "git": "", "torch": "", "world": 0, "config": {}}
-    return {
-        "name": folder_name(folder),
-        "steps": saved["step"],
-        "gen": total("time/gen"),
-        "train": total("time/train"),
-        "tokens": total("num_tokens"),
-        "curves": read_curves(rows, cfg.points),
-        "command": shlex.join(saved["command"]),
-        "git": saved["git"],
-        "torch": saved["torch"],
-        "world": saved["world"],
-        "config": saved["config"],
-    }
-
-
 def read_rollouts(folder, stages, cfg):
     """Read completions and verdicts of the first problems of every task, mode and stage.
 
@@ -225,23 +127,48 @@ def day_of(path):
     return time.strftime("%Y-%m-%d", time.gmtime(os.path.getmtime(path)))
 
 
+def read_runs(folders, cfg):
+    """What training left in each of these folders, of those that have logged a step."""
+    runs = [read_stage(folder, cfg) for folder in folders]
+    return [run for run in runs if run]
+
+
+def describe_training(cfg, runs):
+    """Say of a run without results what trains now, or until when it trained."""
+    under_way = [f"{run['name']}: {run['progress']}" for run in runs if run["progress"]]
+    if under_way:
+        return "; ".join(under_way)
+    logs = [os.path.join(folder, "metrics.jsonl") for folder in stage_folders(cfg.run)]
+    newest = max(logs, key=os.path.getmtime)
+    return f"trained until {day_of(newest)}, not evaluated yet"
+
+
+def count(n):
+    """A count, short: 2.1M. As the page writes it."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return str(round(n))
+
+
 def gather(cfg):
     """Collect everything the page shows, as plain JSON."""
-    if is_one_stage(cfg.run) and not has_results(cfg.run):
-        cells, stages = {}, []
-        day = day_of(os.path.join(cfg.run, "metrics.jsonl"))
-        subtitle = f"trained until {day}, not evaluated yet"
+    cells, stages = {}, []
+    if has_results(cfg.run) or not stage_folders(cfg.run):
+        cells, stages = read_results(cfg.run, "run")
+    folders = stage_folders(cfg.run, stages)
+    runs = read_runs(folders, cfg)
+    if stages:
+        subtitle = f"{' > '.join(stages)}, measured {day_of(f'{cfg.run}/results.jsonl')}"
+        unmeasured = ""
+        unchecked = why_unchecked(cells, stages)
+    else:
+        subtitle = describe_training(cfg, runs)
         unmeasured = (
-            f"Nothing was evaluated yet: python evaluate.py --model={cfg.run}/final "
+            f"Nothing was evaluated yet: python evaluate.py --model={folders[-1]}/final "
             f"--results={cfg.run}/results.jsonl"
         )
         unchecked = "no gate was checked: nothing was evaluated yet."
-    else:
-        cells, stages = read_results(cfg.run, "run")
-        day = day_of(os.path.join(cfg.run, "results.jsonl"))
-        subtitle = f"{' > '.join(stages)}, measured {day}"
-        unmeasured = ""
-        unchecked = why_unchecked(cells, stages)
     columns = columns_of(cells, stages)
     measured = [cell for (stage, *_), cell in cells.items() if stage in stages]
     decodings = [
@@ -249,25 +176,16 @@ def gather(cfg):
         for decoding in ("sampled", "greedy")
         if any(cell["decoding"] == decoding for cell in measured)
     ]
-    runs = []
-    for folder in stage_folders(cfg.run, stages):
-        run = read_stage(folder, cfg)
-        if run:
-            runs.append(run)
-    seconds = sum(run["gen"] + run["train"] for run in runs)
-    tokens = sum(run["tokens"] for run in runs)
-    graded = sum(cell["n"] * cell["samples"] for cell in measured)
-    tiles = [
-        (str(len(runs)), "training runs"),
-        (span(seconds), "of sampling and training"),
-        (f"{tokens / 1e6:.2f}M", "tokens trained on"),
-        (str(graded), "completions graded"),
-        (str(len(columns)), "benchmark columns"),
-    ]
+    rollouts = read_rollouts(cfg.run, stages, cfg)
+    for folder in folders:
+        rollouts += read_training_rollouts(folder, cfg)
     skills = {stage: skill_of(stage, own_skills()) for stage in stages}
-    return {
-        "name": folder_name(cfg.run),
-        "subtitle": subtitle,
+    tiles = tiles_of(runs)
+    if measured:
+        graded = sum(cell["n"] * cell["samples"] for cell in measured)
+        tiles.append((count(graded), "completions graded"))
+        tiles.append((str(len(columns)), "benchmark columns"))
+    return page_data(folder_name(cfg.run), subtitle, runs, rollouts, cfg.live * cfg.every) | {
         "tiles": tiles,
         "stages": stages,
         "columns": columns,
@@ -277,12 +195,86 @@ def gather(cfg):
         "gates": [text for _, text in broken_gates(cells, stages)],
         "unchecked": capitalized(unchecked),
         "unmeasured": unmeasured,
+    }
+
+
+def page_data(name, subtitle, runs, rollouts, reload_s):
+    """The data of a page about training alone; the evaluation's part is added by `gather`.
+
+    reload_s: seconds after which the page loads itself anew; 0: never
+    """
+    metrics = [title for title in CURVES.values() if any(title in r["curves"] for r in runs)]
+    if any(run["statuses"] for run in runs):
+        metrics.append(STATUS_CURVES)
+    return {
+        "name": name,
+        "subtitle": subtitle,
+        "reload": reload_s,
+        "tiles": tiles_of(runs),
+        "stages": [],
+        "columns": [],
+        "cells": [],
+        "own": {},
+        "decodings": [],
+        "gates": [],
+        "unchecked": "",
+        "unmeasured": "",
         "runs": runs,
-        "rollouts": read_rollouts(cfg.run, stages, cfg),
-        "metrics": [title for title in CURVES.values() if any(title in r["curves"] for r in runs)],
+        "rollouts": rollouts,
+        "metrics": metrics,
+        "status_curves": STATUS_CURVES,
+        "compare": None,
         "versions": versions(),
         "footer": f"Written by evals/report.py at commit {git_hash()[:10]}.",
     }
+
+
+def tiles_of(runs):
+    seconds = sum(run["gen"] + run["train"] for run in runs)
+    tokens = sum(run["tokens"] for run in runs)
+    return [
+        (str(len(runs)), "training runs"),
+        (span(seconds), "of sampling and training"),
+        (count(tokens), "tokens trained on"),
+    ]
+
+
+def gather_comparison(cfg):
+    """Collect what the page of --compare shows: the stages of two runs, paired."""
+    folders = cfg.compare.split(",")
+    if len(folders) != 2:
+        fail(f"--compare={cfg.compare}: expected two folders, A,B.", note="Nothing was read.")
+    sides = []
+    for folder in folders:
+        runs = read_runs(stage_folders(folder), cfg)
+        if not runs:
+            fail(f"--compare: no metrics.jsonl in {folder} or below.", note="Nothing was read.")
+        sides.append(runs)
+
+    names = [folder_name(folder) for folder in folders]
+    if names[0] == names[1]:
+        # The same stage of two cascades: its folder alone does not tell them apart.
+        names = ["/".join(os.path.abspath(folder).split(os.sep)[-2:]) for folder in folders]
+    pairs, flags = [], []
+    for title, a, b in pair_stages(sides):
+        pairs.append({"title": title, "curves": [a and a["curves"], b and b["curves"]]})
+        if a and b:
+            flags.append({"title": title, "rows": differing_flags(a, b)})
+    rollouts = []
+    for name, folder in zip(names, folders):
+        for stage in stage_folders(folder):
+            of_stage = read_training_rollouts(stage, cfg)
+            rollouts += [rollout | {"set": f"training of {name}"} for rollout in of_stage]
+
+    runs = []
+    for name, folder, side in zip(names, folders, sides):
+        for run in side:
+            label = name if is_one_stage(folder) else f"{name}: {run['name']}"
+            runs.append(run | {"name": label})
+    under_way = [f"{run['name']}: {run['progress']}" for run in runs if run["progress"]]
+    subtitle = "; ".join(under_way) or "both are trained"
+    page = page_data(" and ".join(names), subtitle, runs, rollouts, cfg.live * cfg.every)
+    return page | {"compare": {"names": names, "pairs": pairs, "flags": flags}}
 
 
 def capitalized(sentence):
@@ -373,7 +365,8 @@ def rollouts_md(data):
     """Return a paragraph for each task and mode: the last completion of the last stage."""
     last_of_set = {}
     for rollout in data["rollouts"]:
-        last_of_set[rollout["set"]] = rollout
+        if "score" in rollout:
+            last_of_set[rollout["set"]] = rollout
     paragraphs = []
     for rollout in last_of_set.values():
         paragraphs.append(
@@ -417,16 +410,47 @@ def write_md(data, path):
 
 
 # ---- 4. main -------------------------------------------------------------------------------------
-def main(cfg):
+def write_report(cfg):
+    """Write report.html and report.md; print the tables and draw the plots, unless --live."""
     data = gather(cfg)
-    if data["unmeasured"]:
-        print(data["unmeasured"])
-        plot_all_curves(cfg.run, [])
-    else:
-        draw_matrix(cfg.run, own_skills())
     write_html(data, os.path.join(cfg.run, "report.html"))
     write_md(data, os.path.join(cfg.run, "report.md"))
-    print(f"\nreport: {os.path.join(cfg.run, 'report.html')} and report.md")
+    if cfg.live:
+        return
+    if data["unmeasured"]:
+        print(data["unmeasured"])
+        plot_all_curves(cfg.run, [folder_name(folder) for folder in stage_folders(cfg.run)])
+    else:
+        draw_matrix(cfg.run, own_skills())
+
+
+def goes_on(cfg):
+    """True until every stage that has begun is trained. The next stage of a cascade may not have
+    begun, so a page of a cascade is written until Ctrl-C."""
+    folders = cfg.compare.split(",") if cfg.compare else [cfg.run]
+    return not all(is_one_stage(folder) and is_done(folder) for folder in folders)
+
+
+def main(cfg):
+    path = os.path.join(cfg.run, "report.html")
+    write = write_report
+    if cfg.compare:
+        path = os.path.join(cfg.compare.split(",")[0], "compare.html")
+
+        def write(cfg):
+            write_html(gather_comparison(cfg), path)
+
+    try:
+        while cfg.live and goes_on(cfg):
+            write(cfg)
+            print(f"{time.strftime('%H:%M:%S')} {path}; Ctrl-C ends this", flush=True)
+            time.sleep(cfg.every)
+    except KeyboardInterrupt:
+        print()
+    # The last page does not load itself anew.
+    cfg.live = False
+    write(cfg)
+    print(f"\nreport: {path}" + ("" if cfg.compare else " and report.md"))
 
 
 if __name__ == "__main__":

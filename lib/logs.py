@@ -189,13 +189,14 @@ class Logger:
     def log(self, step, metrics, line="", rollouts=()):
         """Write the metrics of a step and this rank's rollouts; print `line` if there is one.
 
-        Adds "memory/rss_gb" to the metrics: the host memory that this process holds now, without
-        its verifier processes. And "time/unix": seconds since 1970.
+        Adds to the metrics "memory/rss_gb", the host memory that this process holds now, without
+        its verifier processes; "memory/peak_gb", peak_memory; "time/unix", seconds since 1970.
         """
         if os.path.exists("/proc/self/statm"):
             with open("/proc/self/statm") as f:
                 resident_pages = int(f.read().split()[1])
             metrics["memory/rss_gb"] = resident_pages * resource.getpagesize() / 2**30
+        metrics["memory/peak_gb"] = peak_memory() / 2**30
         metrics["time/unix"] = round(time.time(), 3)
         if not getattr(self.cfg, "kl_coef", 0):
             metrics.pop("kl", None)  # no reference policy

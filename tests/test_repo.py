@@ -172,10 +172,12 @@ def test_every_flag_is_read_and_explained(script):
     fields = flags.field_names(Config)
     assert len(fields) > 4
     # lib/ reads some flags for all scripts (rope_factor in load_policy), and the reward model
-    # reads some for RLHF.
+    # reads some for RLHF, and what training left some for the report.
     readers = [ROOT / f"{script}.py", *(ROOT / "lib").glob("*.py")]
     if script == "rlhf":
         readers.append(ROOT / "verifiers" / "reward_model.py")
+    if script == "evals/report":
+        readers.append(ROOT / "evals" / "training.py")
     text = "".join(path.read_text() for path in readers)
     assert [name for name in fields if not re.search(rf"\bcfg\.{name}\b", text)] == []
     kinds = {flags.base_type(field) for field in dataclasses.fields(Config)}

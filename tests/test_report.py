@@ -255,7 +255,7 @@ def test_a_stage_that_still_trains_has_curves(saved, tmp_path):
 def test_a_copy_of_sft_has_curves_without_rewards(tmp_path):
     train(tmp_path / "my_sft", "my_sft.py", rewards=False)
     data, _ = write_report(tmp_path / "my_sft")
-    assert data["metrics"] == ["loss"]
+    assert data["metrics"] == ["loss", "trained tokens a second"]
     assert (tmp_path / "my_sft" / "curves_my_sft.png").exists()
 
 
