@@ -42,6 +42,8 @@ from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail, one_sentence
 from lib.logs import Logger, console_line, show_sample, summarize
+from lib.lora import base_policy
+from lib.optimizer import make_optimizer
 from lib.packing import collate
 from lib.progress import counted, progress
 from lib.prompts import (
@@ -371,6 +373,11 @@ def reference_model(folder, rope_factor, device):
 @torch.no_grad()
 def reference_logprobs(batch, cfg):
     """Log-probs [T] of a micro-batch's tokens under the reference, at the policy's temperature."""
+    if cfg.lora_rank:
+        # The policy without its adapters is what this stage started from.
+        with base_policy() as model:
+            logprobs_T, _ = model.token_logprobs(batch, temperature=cfg.temperature)
+        return logprobs_T
     model = reference_model(cfg.init_from, cfg.rope_factor, batch["input_ids_T"].device)
     logprobs_T, _ = model.token_logprobs(batch, temperature=cfg.temperature)
     return logprobs_T
@@ -587,13 +594,7 @@ def main(cfg):
     rows = encode_prompts(rows, tokenizer, cfg)
     if eval_rows:
         eval_rows = encode_prompts(eval_rows, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.lr,
-        betas=(cfg.beta1, cfg.beta2),
-        weight_decay=cfg.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, cfg)  # AdamW
 
     # The state of a run besides weights and optimizer: which prompts come next, how often each was
     # solved (a run on the same prompts as the one before goes on with its history), skipped steps.

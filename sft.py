@@ -45,6 +45,7 @@ from lib.data import (
 from lib.flags import Beta, MachineFlags, PositiveFloat, PositiveInt, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, peak_memory
+from lib.optimizer import make_optimizer
 from lib.packing import Unit, attention_cost, equal_packs, shared_prefixes
 from lib.progress import SILENCE_S, progress
 from lib.unread import ANSWERED, ASKED
@@ -423,13 +424,7 @@ def main(cfg):
     eval_samples = []
     if cfg.eval_data:
         eval_samples = load_samples(cfg.eval_data, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.lr,
-        betas=(cfg.beta1, cfg.beta2),
-        weight_decay=cfg.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, cfg)  # AdamW
 
     # The state of a run besides weights and optimizer: which conversations come next.
     start = 0

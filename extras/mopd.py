@@ -60,6 +60,7 @@ from lib.common import (
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail, one_sentence
 from lib.logs import Logger, console_line, show_sample, summarize
+from lib.optimizer import make_optimizer
 from lib.packing import collate, pack_rollouts
 from lib.progress import counted, progress
 from lib.prompts import (
@@ -404,13 +405,7 @@ def main(cfg):
     rows = encode_prompts(rows, tokenizer, cfg)
     if eval_rows:
         eval_rows = encode_prompts(eval_rows, tokenizer, cfg)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.lr,
-        betas=(cfg.beta1, cfg.beta2),
-        weight_decay=cfg.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, cfg)  # AdamW
 
     # The state of a run besides weights and optimizer: which prompts come next, how often each was
     # solved (a run on the same prompts as the one before goes on with its history), skipped steps.

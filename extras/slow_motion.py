@@ -26,6 +26,7 @@ from extras.slow_motion_view import print_steps, write_page
 from lib.common import finish
 from lib.flags import PositiveInt, parse_config
 from lib.guard import fail, one_sentence
+from lib.optimizer import make_optimizer
 from lib.packing import collate
 from lib.prompts import encode_prompts, next_prompts
 from model import Qwen3, load_tokenizer
@@ -112,10 +113,7 @@ def run_step(cfg):
     with one_sentence(f"--init_from={cfg.init_from}"):
         model = Qwen3.from_pretrained(cfg.init_from, device=device)
     rows = encode_prompts(rows, tokenizer, stage_cfg)
-    betas = (stage_cfg.beta1, stage_cfg.beta2)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=stage_cfg.lr, betas=betas, weight_decay=stage_cfg.weight_decay
-    )
+    optimizer = make_optimizer(model, stage_cfg)
     engine = TorchEngine(model, tokenizer)
 
     # Rollout: sample groups of completions, verify them, compute advantages.

@@ -39,7 +39,7 @@ def round_torch(x, random16):
     return (bits & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def adamw_ref(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, grad_scale):
+def adamw_ref(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, first, grad_scale):
     """The definition: returns the new (p, m, v) in fp32, unrounded, and the random bits of each."""
     p = p.float()
     m = m.float()
@@ -54,10 +54,10 @@ def adamw_ref(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, grad_
     p = p - lr * (weight_decay * p + update)
 
     # Each element needs 3 x 16 random bits, so two hashes of 32 bits are enough.
-    index = torch.arange(p.numel(), device=p.device).view(p.shape)
-    first = hash_torch(index, 2 * seed)
-    second = hash_torch(index, 2 * seed + 1)
-    return (p, m, v), (first & 0xFFFF, first >> 16, second & 0xFFFF)
+    index = first + torch.arange(p.numel(), device=p.device).view(p.shape)
+    hash1 = hash_torch(index, 2 * seed)
+    hash2 = hash_torch(index, 2 * seed + 1)
+    return (p, m, v), (hash1 & 0xFFFF, hash1 >> 16, hash2 & 0xFFFF)
 
 
 @triton.jit
@@ -116,15 +116,17 @@ def adamw_kernel(
     # p = p * (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v_hat) + eps)
     p = p * decay - step_size * m / (tl.sqrt(v * v_scale) + eps)
 
+    # seed_ptr: the seed, and the place of element 0 in the whole parameter
     seed = tl.load(seed_ptr)
-    first = hash_triton(index, 2 * seed)
-    second = hash_triton(index, 2 * seed + 1)
-    store_rounded(p_ptr + index, p, first & 0xFFFF, mask)
-    store_rounded(m_ptr + index, m, first >> 16, mask)
-    store_rounded(v_ptr + index, v, second & 0xFFFF, mask)
+    place = tl.load(seed_ptr + 1) + index
+    hash1 = hash_triton(place, 2 * seed)
+    hash2 = hash_triton(place, 2 * seed + 1)
+    store_rounded(p_ptr + index, p, hash1 & 0xFFFF, mask)
+    store_rounded(m_ptr + index, m, hash1 >> 16, mask)
+    store_rounded(v_ptr + index, v, hash2 & 0xFFFF, mask)
 
 
-def adamw_triton(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, grad_scale):
+def adamw_triton(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, first, grad_scale):
     """One step in place on the GPU; arguments as in adamw_ref."""
     assert p.is_contiguous() and m.is_contiguous() and v.is_contiguous(), (
         "p, m and v are updated in place"
@@ -139,20 +141,33 @@ def adamw_triton(p, g, m, v, lr, beta1, beta2, eps, weight_decay, step, seed, gr
     ]
     # The scalars change from step to step. As a tensor they never make Triton compile again.
     scalars = torch.tensor(scalars, dtype=torch.float32).to(p.device, non_blocking=True)
-    seed = torch.tensor([seed], dtype=torch.int64).to(p.device, non_blocking=True)
+    seed = torch.tensor([seed, first], dtype=torch.int64).to(p.device, non_blocking=True)
     tensors = p, g.contiguous(), m, v, scalars, seed, grad_scale
     programs = triton.cdiv(p.numel(), 1024)
     adamw_kernel[(programs,)](*tensors, p.numel(), BLOCK=1024, num_warps=4)
 
 
 def adamw_bf16_(
-    p, g, m, v, *, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step, seed, grad_scale=None
+    p,
+    g,
+    m,
+    v,
+    *,
+    lr,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    weight_decay=0.0,
+    step,
+    seed,
+    first=0,
+    grad_scale=None,
 ):
     """One step in place on a bf16 parameter p with gradient g (bf16, fp32) and bf16 moments m, v.
 
-    step counts from 1. seed must differ for each parameter and each step. grad_scale, a tensor of
-    one element, multiplies the gradient: it is the coefficient of gradient clipping, which so costs
-    no pass of its own and no synchronisation.
+    step counts from 1. seed must differ for each parameter and each step. first: where p begins in
+    the whole parameter, if p is a shard of it, so that rounding does not depend on the shards.
+    grad_scale, a tensor of one element, multiplies the gradient: it is the coefficient of gradient
+    clipping, which so costs no pass of its own and no synchronisation.
     """
     beta1, beta2 = betas
     seed = seed & 0x7FFFFFFF
@@ -161,7 +176,7 @@ def adamw_bf16_(
     else:
         grad_scale = grad_scale.float()
 
-    options = lr, beta1, beta2, eps, weight_decay, step, seed, grad_scale
+    options = lr, beta1, beta2, eps, weight_decay, step, seed, first, grad_scale
     if use_triton(p, g, m, v):
         adamw_triton(p, g, m, v, *options)
         return
@@ -173,6 +188,22 @@ def adamw_bf16_(
 def local_shard(tensor):
     """This rank's part of a parameter sharded by FSDP2, or the tensor itself if it is whole."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def first_element(p):
+    """Where this rank's shard begins in the whole parameter, counted in elements.
+
+    FSDP2 deals the rows of a parameter out in equal parts, of which the last can be smaller.
+    """
+    if not hasattr(p, "to_local"):
+        return 0
+    first = 0
+    for mesh_dim, placement in enumerate(p.placements):
+        if placement.is_shard():
+            rows = -(-p.shape[0] // p.device_mesh.size(mesh_dim))
+            row = min(rows * p.device_mesh.get_local_rank(mesh_dim), p.shape[0])
+            first = row * (p.numel() // p.shape[0])
+    return first
 
 
 class AdamW(torch.optim.Optimizer):
@@ -198,10 +229,10 @@ class AdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1
 
-            # Every step, parameter and shard rounds with random bits of its own. Python's hash of
-            # integers is the same in every process.
-            shard = torch.distributed.get_rank() if hasattr(p, "to_local") else 0
-            seed = hash((self.seed, state["step"], number, shard))
+            # Every step and parameter rounds with random bits of its own, which are the same on
+            # all ranks: copies of a shard stay equal. Python's hash of integers is the same in
+            # every process.
+            seed = hash((self.seed, state["step"], number))
 
             adamw_bf16_(
                 local_shard(p),
@@ -214,5 +245,6 @@ class AdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 step=state["step"],
                 seed=seed,
+                first=first_element(p),
                 grad_scale=grad_scale,
             )

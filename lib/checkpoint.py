@@ -30,6 +30,8 @@ import torch
 
 from lib.common import all_gather, print0, ranks, shard
 from lib.guard import fail, first_line, one_sentence
+from lib.lora import add_lora, load_adapter, lora_layers, save_adapter
+from lib.optimizer import weight_dtype
 from lib.plan import check_memory, longest_sequence
 from model import Qwen3, load_tokenizer, original_positions, save_tokenizer
 
@@ -181,6 +183,8 @@ def save_checkpoint(out_dir, step, model, optimizer, cfg, state, keep=2):
         all_gather(None)
         if rank == 0:
             model.save_pretrained(folder, weights)
+            if cfg.lora_rank:
+                save_adapter(model, folder, cfg.init_from)
             # The tokenizer's files were read with the weights: the folder may be gone by now.
             only_thinks = getattr(cfg, "think_only", False)  # a flag of sft.py
             save_tokenizer(model.tokenizer_files, folder, only_thinks=only_thinks)
@@ -237,19 +241,25 @@ def local_moments(optimizer):
 
 
 def gather_weights(model, rank):
-    """{name: whole fp32 tensor on the CPU} on rank 0, and {} on the other ranks."""
+    """{name: whole tensor on the CPU} on rank 0, and {} on the other ranks. Adapters are merged."""
     if hasattr(model, "reshard"):
         # A forward pass without backward, as in evaluate, leaves FSDP's root parameters gathered
         # and in compute precision. Resharding brings the fp32 master weights back.
         model.reshard()
+    adapters = dict(lora_layers(model))
     weights = {}
     for name, parameter in model.named_parameters():
+        if name.endswith((".lora_A", ".lora_B")):
+            continue
         if hasattr(parameter, "full_tensor"):
             # A collective: every rank has to take part.
             whole = parameter.full_tensor()
         else:
             whole = parameter.detach()
         if rank == 0:
+            adapter = adapters.get(name.removesuffix(".weight"))
+            if adapter is not None:
+                whole = adapter.merged_weight(whole)
             weights[name] = whole.cpu()
     return weights
 
@@ -296,11 +306,20 @@ def load_policy(cfg, world, device):
     Prints first how much memory and time the run will take.
     """
     resume = latest_checkpoint(cfg.out_dir)
+    if resume:
+        check_method(resume, cfg)
     folder = resume or cfg.init_from
+    if cfg.lora_rank:
+        folder = cfg.init_from  # the base of the adapters, which alone are resumed
     with one_sentence(f"--init_from={folder}"):
         check_memory(folder, cfg, world, device)
         tokenizer = load_tokenizer(folder)
-        model = Qwen3.from_pretrained(folder, device=device, rope_factor=cfg.rope_factor)
+        dtype = weight_dtype(cfg, device)
+        model = Qwen3.from_pretrained(folder, dtype, device, rope_factor=cfg.rope_factor)
+        if cfg.lora_rank:
+            add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+            if resume:
+                load_adapter(model, resume)
         if tokenizer.get_vocab_size() > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.get_vocab_size()} tokens, "
@@ -323,6 +342,18 @@ def load_policy(cfg, world, device):
         )
     model.gradient_checkpointing = device.type == "cuda"
     return tokenizer, shard(model, device, cfg.shard), resume
+
+
+def check_method(folder, cfg):
+    """End a run that would resume a checkpoint with another kind of optimizer or adapters."""
+    before = read_run_json(folder)["config"]
+    for name, default in (("optimizer", "adamw"), ("lora_rank", 0), ("lora_alpha", 0.0)):
+        was, now = before.get(name, default), getattr(cfg, name)
+        if was != now:
+            fail(
+                f"{folder} was trained with --{name}={was}, now {now}: resume it with the same, or "
+                f"take another --out_dir and start from {cfg.out_dir}/final."
+            )
 
 
 def load_checkpoint(folder, optimizer, cfg):

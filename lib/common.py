@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lib.guard import fail, guard, one_sentence
+from lib.lora import lora_parameters
 from lib.progress import printed
 from lib.trackers import tracker_names
 
@@ -34,13 +35,15 @@ def start_run(cfg):
     tracker_names(cfg.report_to)  # a wrong one ends the script now, not after loading
     # Collectives time out later than phases do. A rank that waits for a stuck one then lives until
     # the watch thread of the stuck one has said where it is.
-    return init_distributed(cfg.seed, 2 * cfg.phase_timeout, cfg.shard)
+    mixed = cfg.optimizer == "adamw_bf16"
+    return init_distributed(cfg.seed, 2 * cfg.phase_timeout, cfg.shard, mixed)
 
 
-def init_distributed(seed, timeout_s=1800, how="full"):
+def init_distributed(seed, timeout_s=1800, how="full", mixed=False):
     """Set up device, threads, process group and PyTorch's seed: (rank, world, device).
 
-    timeout_s: seconds after which a collective gives up. how: the flag --shard.
+    timeout_s: seconds after which a collective gives up. how: the flag --shard. mixed: weights are
+    kept in another precision than that of the computation.
     """
     rank, world = ranks()
     if torch.cuda.is_available():
@@ -62,8 +65,8 @@ def init_distributed(seed, timeout_s=1800, how="full"):
     # Else a product that is split over its inner dimension may add up its parts in bf16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
-    # One process on a GPU has a group of its own, too: FSDP's mixed precision needs one.
-    if world > 1 or device.type == "cuda":
+    # One process alone has a group of its own where it needs FSDP's mixed precision.
+    if world > 1 or mixed or device.type == "cuda":
         init_process_group(rank, world, device, timeout_s)
     torch.manual_seed(seed)
     return rank, world, device
@@ -204,7 +207,9 @@ def shard(model, device, how="full"):
     """
     if how not in ("full", "hybrid", "offload", "replicate"):
         fail(f"--shard={how}: expected full, hybrid, offload or replicate.")
-    if not dist.is_initialized() or (how == "replicate" and device.type != "cuda"):
+    # Weights in bf16 are wrapped on CPUs, too, since FSDP casts them to fp32 for the computation.
+    kept_whole = how == "replicate" and device.type != "cuda"
+    if not dist.is_initialized() or (kept_whole and model.head_weight.dtype == torch.float32):
         return model
 
     # The import takes a while, so that only runs that shard pay for it.
@@ -222,7 +227,8 @@ def shard(model, device, how="full"):
             param_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # the inputs hold cos and sin of RoPE, which stay fp32
-        )
+        ),
+        "ignored_params": lora_parameters(model),  # whole on every rank
     }
     if how in ("hybrid", "replicate"):
         # Weights are sharded over the ranks of one node, or over one rank, and copied across nodes.
@@ -283,8 +289,9 @@ def average_gradients(model):
     world = ranks()[1]
     if world == 1:
         return
-    # Sharded parameters are DTensors, which have full_tensor().
-    parameters = [p for p in model.parameters() if not hasattr(p, "full_tensor")]
+    # Sharded parameters are DTensors, which have full_tensor(). Frozen ones have no gradient.
+    whole = [p for p in model.parameters() if not hasattr(p, "full_tensor")]
+    parameters = [p for p in whole if p.requires_grad]
     if not parameters:
         return
     # A rank without a gradient takes part with zeros, as the others wait for it.

@@ -49,14 +49,22 @@ Beta = Annotated[float, Bounds(high=0.9999)]  # a decay rate of AdamW's moments
 # ---- Flags of the machine ------------------------------------------------------------------------
 @dataclass
 class MachineFlags:
-    """Flags that every training script has: memory, checkpoints, time limits. None changes the
-    algorithm."""
+    """Flags that every training script has: memory, checkpoints, time limits.
+
+    None changes the algorithm, but for what fits: --optimizer and --lora_rank.
+    """
 
     micro_batch_tokens: PositiveInt = 32768  # tokens of one packed forward pass on one rank
     # where weights and optimizer live: full (sharded over all ranks), hybrid (sharded inside a
     # node, replicated across nodes), offload (sharded, in host memory), replicate (whole on every
     # rank)
     shard: str = "full"
+    # adamw (weights and moments in fp32), or adamw_bf16 (in bf16, rounded stochastically: half of
+    # the memory)
+    optimizer: str = "adamw"
+    # train adapters of this rank (lib/lora.py) instead of all weights, usually 8 to 64; 0: off
+    lora_rank: int = 0
+    lora_alpha: float = 0.0  # adapters count alpha / rank times; 0: twice the rank
     save_every: PositiveInt = 10  # steps between checkpoints
     # seconds that a phase of a step (rollout, evaluate) may last before the run ends and says where
     # it was; in train_step a 20th of it, 5 minutes at least, from one micro-batch to the next

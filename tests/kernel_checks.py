@@ -428,7 +428,7 @@ MUTANTS = [
     ("decode_attention", "+ (length - 1)", "+ length", decode_attention_fp32),
     ("decode_attention", "+ split * SPLIT", "* 0 + split * SPLIT", decode_attention_fp32),
     ("sampling", "            low = middle", "            high = middle", sampling_fp32),
-    ("adamw", "first >> 16, mask", "first & 0xFFFF, mask", adamw_bf16),
+    ("adamw", "hash1 >> 16, mask", "hash1 & 0xFFFF, mask", adamw_bf16),
 ]
 
 
