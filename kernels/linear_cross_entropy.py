@@ -38,14 +38,15 @@ def linear_cross_entropy_ref(hidden, weight, target, ignore_index=-100):
     return F.cross_entropy(z, target, ignore_index=ignore_index, reduction="sum")
 
 
-def forward_torch(hidden, weight, target, valid, needs_grad):
+def forward_torch(hidden, weight, target, valid, needs_grad, frozen):
     """The CPU path: returns the summed loss and, if needs_grad, dhidden [N, D] and dweight [V, D].
 
-    valid [N] is False for the tokens to ignore, whose target must be 0.
+    valid [N] is False for the tokens to ignore, whose target must be 0. A frozen weight has no
+    gradient.
     """
     loss = hidden.new_zeros(())
     dhidden = torch.empty_like(hidden) if needs_grad else None
-    dweight = torch.zeros_like(weight) if needs_grad else None
+    dweight = torch.zeros_like(weight) if needs_grad and not frozen else None
 
     least = 512 if weight.numel() > BIG else 128
     for block in slices(len(hidden), max(least, CPU_TILE // len(weight))):
@@ -64,11 +65,12 @@ def forward_torch(hidden, weight, target, valid, needs_grad):
         dz = torch.exp(logprobs, out=z)
         dz.scatter_(1, index, torch.expm1(logprob)).mul_(counts)
         torch.mm(dz, weight, out=dhidden[block])
-        dweight.addmm_(dz.T, hidden[block])
+        if not frozen:
+            dweight.addmm_(dz.T, hidden[block])
     return loss, dhidden, dweight
 
 
-def forward_triton(hidden, weight, target, valid, needs_grad):
+def forward_triton(hidden, weight, target, valid, needs_grad, frozen):
     """forward_torch on the GPU, with the row kernels of linear_logprob.py."""
     num_tokens = len(hidden)
     vocab = len(weight)
@@ -76,7 +78,7 @@ def forward_triton(hidden, weight, target, valid, needs_grad):
     loss = hidden.new_zeros((), dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if needs_grad else None
     dweight = None
-    if needs_grad:
+    if needs_grad and not frozen:
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
     # Memory for the logits and the dz of one chunk, used again by each chunk.
@@ -108,7 +110,8 @@ def forward_triton(hidden, weight, target, valid, needs_grad):
         # dz = dlogprob * (onehot - p); without dentropy the entropy is not read
         dz_triton(z, dz, target[block], scale, logprob, logprob, lse, dlogprob, None, 0)
         torch.mm(dz, weight, out=dhidden[block])
-        addmm_fp32(dweight, dz.T, hidden[block])
+        if not frozen:
+            addmm_fp32(dweight, dz.T, hidden[block])
     return loss, dhidden, dweight
 
 
@@ -120,24 +123,32 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, ignore_index, needs_grad):
+        frozen = not weight.requires_grad
         valid = target != ignore_index
         target = target.masked_fill(~valid, 0)
         if use_triton(hidden, weight, target):
-            loss, dhidden, dweight = forward_triton(hidden, weight, target, valid, needs_grad)
+            loss, dhidden, dweight = forward_triton(
+                hidden, weight, target, valid, needs_grad, frozen
+            )
         else:
             dtype = wide_dtype(hidden)
             loss, dhidden, dweight = forward_torch(
-                hidden.to(dtype), weight.to(dtype), target, valid, needs_grad
+                hidden.to(dtype), weight.to(dtype), target, valid, needs_grad, frozen
             )
         if needs_grad:
-            ctx.save_for_backward(dhidden.to(hidden.dtype), dweight.to(weight.dtype))
+            if not frozen:
+                dweight = dweight.to(weight.dtype)
+            ctx.save_for_backward(dhidden.to(hidden.dtype), dweight)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         dhidden, dweight = ctx.saved_tensors
-        return times(dhidden, dloss), times(dweight, dloss), None, None, None
+        dhidden = times(dhidden, dloss)
+        if dweight is not None:
+            dweight = times(dweight, dloss)
+        return dhidden, dweight, None, None, None
 
 
 def times(rows, factor):

@@ -350,16 +350,18 @@ def forward_tiles(hidden, weight, target, scale, keep, on_gpu):
 
 
 def backward_tiles(
-    dlogprob, dentropy, hidden, weight, target, scale, logprob, entropy, lse, kept, on_gpu
+    dlogprob, dentropy, hidden, weight, target, scale, logprob, entropy, lse, kept, on_gpu, frozen
 ):
     """Return dhidden [N, D], summed over the columns in fp32, and dweight [V, D].
 
-    The rows of dweight are final as soon as their columns are done.
+    The rows of dweight are final as soon as their columns are done. A frozen weight has none.
     """
     num_tokens = len(hidden)
     column_slices, token_blocks = tiles(num_tokens, len(weight), on_gpu)
     dhidden = torch.zeros(hidden.shape, dtype=logprob.dtype, device=hidden.device)
-    dweight = torch.empty_like(weight) if num_tokens else torch.zeros_like(weight)
+    dweight = None
+    if not frozen:
+        dweight = torch.empty_like(weight) if num_tokens else torch.zeros_like(weight)
 
     buffer = new_buffer(column_slices, token_blocks, hidden, logprob.dtype)
     if hidden.dtype == buffer.dtype:
@@ -383,6 +385,8 @@ def backward_tiles(
                 dz = dz_torch(z, rows_of(kept, block), column, *rows)
 
             addmm_fp32(dhidden[block], dz, weight[columns])
+            if frozen:
+                continue
             # The first block of tokens overwrites what was in memory, the others add to it.
             beta = 0 if block is token_blocks[0] else 1
             dweight[columns].addmm_(dz.T, hidden[block], beta=beta)
@@ -419,8 +423,11 @@ class LinearLogprob(torch.autograd.Function):
         if dentropy is not None:
             dentropy = dentropy.contiguous()
         saved = hidden, weight, target, scale, logprob, entropy, lse, kept
-        dhidden, dweight = backward_tiles(dlogprob, dentropy, *saved, ctx.on_gpu)
-        return dhidden.to(ctx.hidden_dtype), dweight.to(ctx.weight_dtype), None, None, None
+        frozen = not ctx.needs_input_grad[1]
+        dhidden, dweight = backward_tiles(dlogprob, dentropy, *saved, ctx.on_gpu, frozen)
+        if not frozen:
+            dweight = dweight.to(ctx.weight_dtype)
+        return dhidden.to(ctx.hidden_dtype), dweight, None, None, None
 
 
 def linear_logprob(hidden, weight, target, temperature=1.0):

@@ -37,8 +37,41 @@ def activation_elements(config, checkpointing):
     return layer * config.num_hidden_layers
 
 
+def adapter_elements(config, rank):
+    """Number of elements of LoRA's adapters (lib/lora.py): rank x (in + out) for each weight."""
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    query, kv = config.num_attention_heads * H, config.num_key_value_heads * H
+    # q and o, k and v, then gate, up and down.
+    widths = 2 * (D + query) + 2 * (D + kv) + 3 * (D + F)
+    return rank * widths * config.num_hidden_layers
+
+
+def state_bytes(total, adapters, width, method):
+    """Bytes of {weights, optimizer, gradients} before they are shared out, and of whole adapters.
+
+    method: "adamw" (all in fp32), "adamw_bf16", or "lora": total weights, frozen in compute
+    precision of this width, beside adapters in fp32.
+    """
+    if method == "lora":
+        # AdamW's two moments, and the gradient, of the adapters alone. They are not shared out.
+        state = {"weights": width * total, "optimizer": 0, "gradients": 0}
+        return state, {"adapters": (4 + 8 + 4) * adapters}
+    size = 2 if method == "adamw_bf16" else 4
+    state = {"weights": size * total, "optimizer": 2 * size * total, "gradients": size * total}
+    return state, {}
+
+
 def memory_plan(
-    config, world, tokens, longest, gpu=True, nll=False, engine="vllm", reference=False
+    config,
+    world,
+    tokens,
+    longest,
+    gpu=True,
+    nll=False,
+    engine="vllm",
+    reference=False,
+    method="adamw",
+    lora_rank=0,
 ):
     """Bytes on one rank at the moments at which memory peaks: {moment: {part: bytes}}.
 
@@ -50,6 +83,7 @@ def memory_plan(
     nll:        training on given tokens (SFT, reward model), without rollouts
     engine:     of the rollouts: "vllm" or "torch"
     reference:  whether a reference policy is kept for a KL term
+    method:     "adamw", "adamw_bf16" or "lora", the last with adapters of lora_rank
 
     Parts that depend on the allocator are estimates.
     """
@@ -63,34 +97,42 @@ def memory_plan(
     root = total - layer * config.num_hidden_layers
 
     width = 2 if gpu else 4  # bytes of a number in compute precision: bf16 or fp32
-    sharded = gpu or world > 1
+    lora = method == "lora"
+    # Weights in bf16 are wrapped by FSDP on one CPU process, too (lib.common.shard).
+    sharded = gpu or world > 1 or method == "adamw_bf16"
 
-    # The trainer's state stays at all times: fp32 master weights, and AdamW's two fp32 moments.
-    state = {"weights": 4 * total // world, "optimizer": 8 * total // world}
-    if reference:
+    # The trainer's state stays at all times: weights, and AdamW's two moments.
+    adapters = adapter_elements(config, lora_rank)
+    shared_out, whole = state_bytes(total, adapters, width, method)
+    loaded = shared_out["weights"]
+    shared_out = {part: size // world for part, size in shared_out.items()}
+    gradients = shared_out.pop("gradients")
+    state = {**shared_out, **whole}
+    # With LoRA the reference is the policy without its adapters.
+    if reference and not lora:
         state["reference"] = width * total
 
     update = dict(state)
-    update["gradients"] = 4 * total // world
+    update["gradients"] = gradients
     if sharded:
         # The root and two layers are whole in compute precision: the current one, and the next one,
         # which FSDP gathers ahead. The gradients of the root and of one layer are on their way, in
         # compute precision and once more in fp32 for the reduction.
-        weights_in_flight = width * (root + 2 * layer)
-        gradients_in_flight = (width + 4) * (root + layer)
-        update["gathered"] = weights_in_flight + gradients_in_flight
+        update["gathered"] = width * (root + 2 * layer)
+        if not lora:
+            update["gathered"] += (width + 4) * (root + layer)
 
     # Besides what is kept for backward, the gradients inside the MLP of one layer are alive.
     gradients_in_layer = 3 * config.intermediate_size + 2 * config.hidden_size
     elements = activation_elements(config, gpu) + gradients_in_layer
     update["activations"] = width * tokens * elements
-    update["logits"] = logits_bytes(config, tokens, width, gpu, nll)
+    update["logits"] = logits_bytes(config, tokens, width, gpu, nll, frozen=lora)
     # The engine's own copy of the weights. During the update vLLM keeps its copy in host memory.
-    engine_weights = {"engine weights": width * total} if sharded else {}
+    engine_weights = {"engine weights": width * total} if sharded or lora else {}
     if engine == "torch":
         update.update(engine_weights)
 
-    plan = {"load": {"weights": 4 * total}, "update": update}
+    plan = {"load": {"weights": loaded}, "update": update}
     if not nll:
         # Keys and values of one sequence of full length: with less, no rollout can be completed.
         kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -100,7 +142,7 @@ def memory_plan(
     return plan
 
 
-def logits_bytes(config, tokens, width, gpu, nll):
+def logits_bytes(config, tokens, width, gpu, nll, frozen=False):
     """Bytes of the logits of a micro-batch and of their gradients.
 
     The kernels make the logits in tiles, in fp32 and in compute precision: linear_cross_entropy
@@ -115,7 +157,7 @@ def logits_bytes(config, tokens, width, gpu, nll):
         tiles = min(V, 8192) * tokens * (4 + width)
     hidden_gradient = 4 * tokens * D
     # linear_cross_entropy sums the gradient of the head in fp32.
-    head_gradient = 4 * V * D if nll else 0
+    head_gradient = 4 * V * D if nll and not frozen else 0
     return tiles + hidden_gradient + head_gradient
 
 
@@ -220,7 +262,7 @@ def check_memory(folder, cfg, world, device, pair=0):
     longest = pair or longest_sequence(cfg)
     # A sequence that is longer than a micro-batch is a micro-batch by itself.
     tokens = max(cfg.micro_batch_tokens, longest)
-    plan = plan_of_flags(config, cfg, world, device, tokens, longest, nll)
+    plan = plan_of_flags(config, cfg, world, device, tokens, longest, nll, pair)
     free = free_memory(device, world)
     subject = "reward model, " if pair > 0 else ""
 
@@ -262,7 +304,7 @@ def check_memory(folder, cfg, world, device, pair=0):
             )
 
 
-def plan_of_flags(config, cfg, world, device, tokens, longest, nll):
+def plan_of_flags(config, cfg, world, device, tokens, longest, nll, pair=0):
     """memory_plan of a run with these flags, as --shard spreads it over ranks and host memory."""
     # Ranks that share the weights.
     sharing = world
@@ -271,6 +313,9 @@ def plan_of_flags(config, cfg, world, device, tokens, longest, nll):
     if cfg.shard == "hybrid":
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     gpu = device.type == "cuda"
+    method = "lora" if cfg.lora_rank else cfg.optimizer
+    if pair:
+        method = "adamw"  # a reward model trains whole, in fp32
     plan = memory_plan(
         config,
         sharing,
@@ -280,6 +325,8 @@ def plan_of_flags(config, cfg, world, device, tokens, longest, nll):
         nll=nll,
         engine="" if nll else engine_name(cfg.engine),
         reference=not nll and getattr(cfg, "kl_coef", 0) > 0,
+        method=method,
+        lora_rank=cfg.lora_rank,
     )
     if cfg.shard == "offload" and gpu:
         # These parts rest in host memory and take nothing of the GPU's.
