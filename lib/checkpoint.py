@@ -266,15 +266,18 @@ def gather_weights(model, rank):
 
 def complete_folder(folder, run):
     """Add run.json, with the checksums of all other files, and wait until all is on the disk."""
-    names = sorted(name for name in os.listdir(folder) if name != "run.json")
-    paths = [os.path.join(folder, name) for name in names]
+    paths = []
+    for where, _, names in os.walk(folder):
+        paths += [os.path.join(where, name) for name in names if name != "run.json"]
+    names = [os.path.relpath(path, folder) for path in paths]
     # In threads, since every rank waits meanwhile: a checkpoint of 8B parameters has 100 GB.
     with ThreadPoolExecutor(8) as pool:
         run["files"] = dict(zip(names, pool.map(checksum, paths)))
     run_json = os.path.join(folder, "run.json")
     with open(run_json, "w") as f:
         json.dump(run, f)
-    for path in [*paths, run_json, folder]:
+    folders = {os.path.dirname(path) for path in paths}
+    for path in [*paths, run_json, *folders]:
         fsync_path(path)
 
 

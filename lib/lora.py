@@ -8,8 +8,8 @@ every linear layer of attention and MLP. They are all that the optimizer and the
 hold: 8B train in 18 GB of weights and optimizer instead of 131.
 
 Who asks for the weights of a LoRA model gets merged ones, W + scale * B A, made in fp32 and rounded
-once: the samplers (engine.whole_parameters) and the folder of a checkpoint. Beside the merged
-weights lies the adapter itself under PEFT's names, which peft and vLLM open as it is.
+once: the samplers (engine.whole_parameters) and the folder of a checkpoint. In a folder `adapter`
+beside the merged weights lies the adapter itself, as peft and vLLM open it.
 
 The base is kept in the precision of the computation, bf16 on GPUs, and sharded by FSDP2 like any
 weights. The adapters stay fp32 and whole on every rank, since they are small;
@@ -159,7 +159,13 @@ def adapter_state(model):
 
 
 def save_adapter(model, folder, base):
-    """Write adapter_model.safetensors and adapter_config.json. base: folder of the base model."""
+    """Write folder/adapter, which peft opens. base: folder of the base model.
+
+    It is a folder of its own, since transformers takes adapter_config.json beside a model for the
+    sign that the model is not there.
+    """
+    folder = os.path.join(folder, "adapter")
+    os.makedirs(folder)
     state = {}
     for name, tensor in adapter_state(model).items():
         state[name] = tensor.detach().cpu().contiguous()
@@ -181,8 +187,8 @@ def save_adapter(model, folder, base):
 
 @torch.no_grad()
 def load_adapter(model, folder):
-    """Fill the adapters of a model from a folder. ValueError if they belong to another base."""
-    path = os.path.join(folder, "adapter_model.safetensors")
+    """Fill the adapters from a checkpoint's folder. ValueError if they belong to another base."""
+    path = os.path.join(folder, "adapter", "adapter_model.safetensors")
     with safe_open(path, framework="pt") as saved:
         base = (saved.metadata() or {}).get("base_crc")
         if base != str(model.lora_base_crc):

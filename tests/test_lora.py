@@ -186,8 +186,7 @@ def test_peft_opens_the_adapter_and_computes_the_same(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = adapted(vocab_size=64)
     make_tiny(vocab_size=64).save_pretrained(tmp_path / "base")
-    (tmp_path / "adapter").mkdir()
-    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    save_adapter(model, tmp_path, str(tmp_path / "base"))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
@@ -264,7 +263,7 @@ def train(stage, out, init_from, world, steps, ranks=1, **flags):
     return run_python(*arguments, ranks=ranks, check=False)
 
 
-def weights_of(folder, name="adapter_model.safetensors"):
+def weights_of(folder, name="adapter/adapter_model.safetensors"):
     return load_file(folder / "final" / name)
 
 
@@ -287,7 +286,7 @@ def test_every_stage_trains_adapters_by_one_flag(stage, world, taught, tmp_path)
             update = adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
             expected = expected + 2.0 * update
         assert torch.allclose(tensor, expected, atol=1e-6), name
-    saved = json.loads((out / "final" / "adapter_config.json").read_text())
+    saved = json.loads((out / "final" / "adapter" / "adapter_config.json").read_text())
     assert saved["r"] == 4 and saved["base_model_name_or_path"] == str(taught)
 
 
@@ -295,7 +294,9 @@ def test_every_stage_trains_adapters_by_one_flag(stage, world, taught, tmp_path)
 @pytest.mark.parametrize("flags", [{"lora_rank": 4}, {"optimizer": "adamw_bf16"}])
 def test_a_resumed_run_is_a_straight_run_and_two_ranks_are_one(flags, world, taught, tmp_path):
     flags = {**flags, "lr": 1e-2}
-    name = "adapter_model.safetensors" if "lora_rank" in flags else "model.safetensors"
+    name = "model.safetensors"
+    if "lora_rank" in flags:
+        name = "adapter/adapter_model.safetensors"
 
     def run(folder, steps, ranks=1):
         code, _, errors = train("sft", folder, taught, world, steps, ranks, **flags)
@@ -306,16 +307,18 @@ def test_a_resumed_run_is_a_straight_run_and_two_ranks_are_one(flags, world, tau
     run(tmp_path / "resumed", 2)
     resumed = run(tmp_path / "resumed", 4)
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
-    two = run(tmp_path / "two", 4, ranks=2)
-    errors = [(two[key].float() - straight[key].float()).abs().max().item() for key in straight]
-    differ = sum((two[key] != straight[key]).sum().item() for key in straight)
-    total = sum(tensor.numel() for tensor in straight.values())
+
+    # One step on two ranks. Their gradients differ by the rounding of fp32, so that now and then a
+    # bf16 number falls on the next one.
+    one, two = run(tmp_path / "one", 1), run(tmp_path / "two", 1, ranks=2)
+    errors = [(two[key].float() - one[key].float()).abs().max().item() for key in one]
+    differ = sum((two[key] != one[key]).sum().item() for key in one)
+    total = sum(tensor.numel() for tensor in one.values())
     print(f"two ranks against one: {max(errors):.1e} at most; {differ} of {total} numbers differ")
     if "lora_rank" in flags:
         assert max(errors) < 1e-4
     else:
-        # Gradients differ by fp32 rounding; a bf16 number then differs by one step, and rarely.
-        assert differ < 0.02 * total
+        assert differ < 0.005 * total
 
 
 @pytest.mark.slow
