@@ -39,7 +39,7 @@ def test_auto_is_planned_as_the_sampler_that_it_becomes(world, monkeypatch):
     device = torch.device("cuda")
     update = {}
     for engine in ("auto", "torch"):
-        cfg = types.SimpleNamespace(shard="full", engine=engine)
+        cfg = types.SimpleNamespace(shard="full", engine=engine, optimizer="adamw", lora_rank=0)
         parts = plan.plan_of_flags(config, cfg, 8, device, 1000, 1000, nll=False)
         update[engine] = parts["update"]
     assert update["auto"] == update["torch"] and "engine weights" in update["auto"]
@@ -307,6 +307,8 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(
 ):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
     cfg = types.SimpleNamespace(
+        optimizer="adamw",
+        lora_rank=0,
         max_prompt_tokens=2048,
         max_new_tokens=24576,
         micro_batch_tokens=32768,
@@ -433,6 +435,8 @@ def test_whole_copies_are_planned_as_whole(tmp_path, capsys):
     )
     (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
     cfg = types.SimpleNamespace(
+        optimizer="adamw",
+        lora_rank=0,
         max_prompt_tokens=8,
         max_new_tokens=8,
         micro_batch_tokens=64,
@@ -458,6 +462,8 @@ def test_hybrid_shards_are_a_node_s_and_offloaded_ones_are_not_the_gpu_s(
 ):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(Qwen3Config())))
     cfg = types.SimpleNamespace(
+        optimizer="adamw",
+        lora_rank=0,
         max_prompt_tokens=2048,
         max_new_tokens=24576,
         micro_batch_tokens=32768,
