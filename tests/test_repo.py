@@ -351,6 +351,8 @@ FLOORS = (
         "lib.progress",
         "lib.health",
         "lib.guard",
+        "lib.lora",
+        "lib.optimizer",
         "lib.trackers",
         "lib.common",
         "lib.flags",
