@@ -167,6 +167,15 @@ def read_chats(row, where):
     return context, chosen_answer, rejected_answer
 
 
+def read_pair(row, where):
+    """Return (context, chosen answer, rejected answer) of a preference row of any known schema."""
+    read = read_helpsteer if "overall_preference" in row else read_chats
+    context, chosen, rejected = read(row, where)
+    if chosen == rejected or not context or not chosen or not rejected:
+        raise BadRow("equal answers or no question")
+    return context, chosen, rejected
+
+
 def load_pairs(path, tokenizer, cfg):
     """Return [[chosen ids, rejected ids]] of the preference rows of a data set.
 
@@ -175,10 +184,7 @@ def load_pairs(path, tokenizer, cfg):
     """
 
     def normalize(row, where):
-        read = read_helpsteer if "overall_preference" in row else read_chats
-        context, chosen, rejected = read(row, where)
-        if chosen == rejected or not context or not chosen or not rejected:
-            raise BadRow("equal answers or no question")
+        context, chosen, rejected = read_pair(row, where)
         chosen_ids = score_ids(tokenizer, context, chosen)
         rejected_ids = score_ids(tokenizer, context, rejected)
         return {"pair": [chosen_ids, rejected_ids]}
