@@ -15,6 +15,7 @@ golds), a prompt or a preference pair, whose chosen answer is the gold (RLHF).
 """
 
 import importlib
+import math
 import random
 import re
 import shlex
@@ -241,6 +242,8 @@ def table(by_kind):
     """(lines of the table, {kind: rollouts that are paid by mistake})."""
     golds = {i: r.reward for i, r in by_kind.get("gold", []) if r.status != "infra"}
     most = max(golds.values(), default=0.0)
+    # What an empty answer to a row earns: no more than that is no pay.
+    nothing = {i: r.reward for i, r in by_kind["empty"]}
     lines = [f"{'kind':30s} {'rows':>5s} {'mean reward':>12s} {'paid as gold':>13s}  status"]
     mistakes = {}
     for kind, judged in by_kind.items():
@@ -250,14 +253,14 @@ def table(by_kind):
         mean = statistics.fmean(r.reward for _, r in known) if known else float("nan")
         # A gold has to earn the most that any gold earns, another answer less than its row's gold.
         # A reward model's scores compare only within a row.
-        if kind == "gold" and "chosen" in known[0][1].row:
-            as_gold, mistakes[kind] = known, []
-        elif kind in ("gold", "reference solution"):
-            as_gold = [r for _, r in known if r.reward >= most]
-            mistakes[kind] = [r for _, r in known if r.reward < most]
-        else:
-            as_gold = [r for i, r in known if i in golds and r.reward >= golds[i]]
-            mistakes[kind] = as_gold
+        is_gold = kind in ("gold", "reference solution")
+        fixed = is_gold and "chosen" not in judged[0][1].row
+        as_gold, below = [], []
+        for i, r in known:
+            wanted = most if fixed else golds.get(i, math.inf)
+            paid = r.reward >= wanted and (kind == "empty" or r.reward > nothing[i])
+            (as_gold if paid else below).append(r)
+        mistakes[kind] = below if is_gold else as_gold
         paid = f"{len(as_gold) / len(known):.1%}" if golds and known else "-"
         lines.append(f"{kind:30s} {len(judged):5d} {mean:12.3f} {paid:>13s}  {share}")
     return lines, mistakes
