@@ -84,7 +84,11 @@ def is_pair(row):
 
 # ---- 2. Answers of known worth -------------------------------------------------------------------
 THOUGHT = "Let me work it out, one step after another."
-CHINESE = "我们先把题目里的条件一个一个地写下来，然后再仔细地检查一遍结果是否正确。" * 3
+# "First we write the conditions down, then we check the result with care", in Chinese.
+CHINESE = (
+    "\u6211\u4eec\u5148\u5199\u4e0b\u6761\u4ef6\uff0c\u7136"
+    "\u540e\u4ed4\u7ec6\u68c0\u67e5\u7ed3\u679c\u3002"
+) * 6
 HEDGE = "It may be so, and it may be otherwise; that depends, and both can be right."
 
 
