@@ -4,7 +4,7 @@ Majority vote over patches, best@k (paper 3.3.1, 7.4). After --tasks=swebench_fi
 samples k patches an issue from the files that the model itself found, and grades each by the
 official harness. This elects one of the k without looking at the grades:
     python evaluate.py --model=M --results=R/results.jsonl --stage=S --tasks=swebench --samples=32
-        --repos=clones --verifier_python=.venv-swe/bin/python
+        --repos=clones --verifier_python=.venv-swebench/bin/python
     python -m evals.scaling --model=M --vote=princeton-nlp/SWE-bench_Verified@test --samples=32
         --candidates=R/samples/S --repos=clones --check=COMMAND
 The submit-and-learn loop for contest problems (paper 5.1):
