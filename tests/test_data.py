@@ -631,8 +631,8 @@ def load(clones, monkeypatch):
             for row in rows:
                 # The prompt without the stage's instruction.
                 problem = row["messages"][0]["content"]
-                problem = problem.split("\n\nWrite Python code")[0]
-                problem = problem.split("\n\nSolve the problem starting")[0]
+                problem = problem.split("\n\nSolve this problem in Python")[0]
+                problem = problem.split("\n\nWrite this function, under its own")[0]
                 compared = {name: row[name] for name in ("tests", "solution", "think")}
                 loaded.append({**compared, "problem": problem})
             return loaded
