@@ -6,6 +6,7 @@ give a completion the same log-probs. The model is a briefly taught toy, so that
 different times, with and without the stop token.
 """
 
+import copy
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Rollout, TorchEngine, make_engine, request_seed, uniforms
+from engine import Rollout, TorchEngine, check_parity, make_engine, request_seed, uniforms
+from lib.packing import pack_rollouts
 from model import Qwen3, packed_batch, render_chat, stop_ids
 from verifiers.pool import in_background
 
@@ -316,6 +318,84 @@ def test_sampling_leaves_the_trained_model_as_it_was(model, tokenizer):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     model.gradient_checkpointing = False
+
+
+@pytest.fixture(scope="module")
+def opened(taught, tokenizer):
+    """(stale, new): a policy that opens every thought with two tokens of probability 1, as Qwen3's
+    tokenizer makes <think> and a line end, and the same policy some updates later."""
+    policy = Qwen3.from_pretrained(taught)
+    opening = tokenizer.encode("<think>\n\n", add_special_tokens=False).ids
+    assert len(opening) == 2
+    draw = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    stale = None
+    for step in range(90):
+        sequences = []
+        for text in (*PROMPTS, "What is 2 + 3? Think, then answer in one sentence."):
+            ids, _ = render_chat(tokenizer, [{"role": "user", "content": text}], think=True)
+            tail = torch.randint(300, (12,), generator=draw).tolist()
+            sequences.append((ids, [*opening, *tail]))
+        rollouts = [
+            Rollout({}, 0, ids, 0, completion_ids=tail, sampler_logprobs=[0.0] * len(tail))
+            for ids, tail in sequences
+        ]
+        batch = pack_rollouts(rollouts, "cpu")
+        logprobs_T, _ = policy.token_logprobs(batch)
+        logprobs_RS = logprobs_T[batch["loss_index"]].view(len(rollouts), -1)
+        (-logprobs_RS[:, 2:].mean() - 20 * logprobs_RS[:, :2].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 84:
+            stale = copy.deepcopy(policy)
+            # The updates of RL are small.
+            optimizer.param_groups[0]["lr"] = 3e-4
+    return stale, policy
+
+
+def half_written(stale, new):
+    """An engine that has got the first half of the tensors."""
+    engine_model = copy.deepcopy(new)
+    tensors = list(stale.named_parameters())
+    late = dict(tensors[len(tensors) // 2 :])
+    with torch.no_grad():
+        for name, p in engine_model.named_parameters():
+            if name in late:
+                p.copy_(late[name])
+    return engine_model
+
+
+def two_layers_swapped(stale, new):
+    engine_model = copy.deepcopy(new)
+    first, second = engine_model.model.layers[0], engine_model.model.layers[1]
+    engine_model.model.layers[0], engine_model.model.layers[1] = second, first
+    return engine_model
+
+
+FAULTS = {
+    "stale": lambda stale, new: stale,
+    "half written": half_written,
+    "two layers swapped": two_layers_swapped,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_parity_gate_sees_behind_the_opening_of_a_thought(
+    fault, opened, tokenizer, monkeypatch
+):
+    """Two tokens at temperature 1, of probability 1, tell nothing: a stale engine passes with them.
+    Eight at temperature 3 stop each of the faults, and let the right engine pass."""
+    _, new = opened
+    broken = TorchEngine(FAULTS[fault](*opened), tokenizer)
+    with pytest.raises(RuntimeError, match="does not sample from the policy that is trained"):
+        check_parity(broken, new)
+    gap = check_parity(TorchEngine(new, tokenizer), new)
+    monkeypatch.setattr("engine.PARITY_TEMPERATURE", 1.0)
+    monkeypatch.setattr("engine.PARITY_TOKENS", 2)
+    if fault == "stale":
+        unseen = check_parity(broken, new)
+        print(f"right engine {gap:.1e}; stale engine with two certain tokens {unseen:.1e}")
+    assert gap < 1e-5
 
 
 def test_a_resumed_sampler_cuts_the_same_waves(engine, monkeypatch):

@@ -201,6 +201,27 @@ def test_garbage_that_arrives_stops_the_run(engine, model, monkeypatch):
         engine.sync(model)
 
 
+def test_the_first_sync_compares_checksums(engine, model, monkeypatch):
+    """One weight of a norm is off by a rounding error, which no log-prob shows."""
+    import engine as module
+
+    write = module.write_weights
+
+    def write_and_spoil(worker, tensors):
+        missed = write(worker, tensors)
+        norm = worker.model_runner.get_model().model.norm.weight
+        norm.data[0] *= 1 + 1e-6
+        return missed
+
+    monkeypatch.setattr(module, "write_weights", write_and_spoil)
+    engine.sync(model)  # not the first one: nothing is seen
+    monkeypatch.setattr(engine, "syncs", 0)
+    with pytest.raises(RuntimeError, match=r"other numbers than were sent in \['model.norm.weight"):
+        engine.sync(model)
+    monkeypatch.setattr(module, "write_weights", write)
+    engine.sync(model)
+
+
 def test_a_head_width_without_attention_is_refused_in_one_sentence(tokenizer, monkeypatch):
     def fail(sentence):  # the real one ends the process
         raise SystemExit(sentence)
