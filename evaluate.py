@@ -47,7 +47,8 @@ from lib.checkpoint import lock
 from lib.common import all_gather, finish, init_distributed, print0
 from lib.data import data_files, read_file
 from lib.flags import PositiveInt, Share, parse_config
-from lib.guard import fail, one_sentence
+from lib.guard import fail, never_silent, one_sentence
+from lib.progress import counting
 from model import Qwen3, find_file, load_tokenizer, render_chat
 
 
@@ -361,6 +362,38 @@ def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
     return float(sums_P.sum() / weights_P.sum()), float(low), float(high)
 
 
+class ScoreSoFar:
+    """The mean of the verdicts that are there, with its 95% interval, for the bar of an evaluation.
+
+    Short completions end first, so it moves until the last one. Skills whose verdicts come all at
+    the end have none.
+    """
+
+    def __init__(self):
+        self.pending, self.rewards = [], []
+
+    def add(self, verdict):
+        """verdict: what `submit` of a hook returned: a future, the reward itself, or nothing."""
+        if isinstance(verdict, float):
+            self.rewards.append(verdict)
+        elif hasattr(verdict, "done"):
+            self.pending.append(verdict)
+
+    def describe(self):
+        """ "score so far 0.512 +- 0.080", or "" before the first verdict."""
+        ended = [future for future in self.pending if future.done()]
+        self.pending = [future for future in self.pending if future not in ended]
+        for future in ended:
+            if future.exception() is None:
+                verdict = future.result()
+                # A verdict is the reward, or the reward and what else belongs to it.
+                self.rewards.append(float(verdict[0] if isinstance(verdict, tuple) else verdict))
+        if not self.rewards:
+            return ""
+        error = np.std(self.rewards) / len(self.rewards) ** 0.5
+        return f"score so far {np.mean(self.rewards):.3f} +- {1.96 * error:.3f}"
+
+
 def complete(engine, decodings, how, hook, metric, rank):
     """Sample and grade what no earlier run has, all decodings of a mode in one batch.
 
@@ -390,7 +423,8 @@ def complete(engine, decodings, how, hook, metric, rank):
             r.out.write(as_line(r))
             r.out.flush()
         if r.twin is r:
-            submit(r)
+            score.add(submit(r))
+        count.add(score.describe())
 
     # Sample: the verdicts of finished completions are worked out while others still decode. A long
     # prompt leaves less room for its own completions, and for no others.
@@ -400,15 +434,17 @@ def complete(engine, decodings, how, hook, metric, rank):
         if not r.finish_reason:
             budget = min(how["max_new_tokens"], r.row.get("room", how["max_new_tokens"]))
             of_budget.setdefault(budget, []).append(r)
-    for budget, rollouts in sorted(of_budget.items(), reverse=True):
-        if budget > 0:
-            engine.generate(
-                rollouts, budget, how["temperature"], how["top_p"], on_finished=on_finished
-            )
-            continue
-        for r in rollouts:  # not asked: an empty answer that was cut off, which scores 0
-            r.finish_reason = "length"
-            on_finished(r)
+    score = ScoreSoFar()
+    with counting("evaluation", sum(map(len, of_budget.values()))) as count:
+        for budget, rollouts in sorted(of_budget.items(), reverse=True):
+            if budget > 0:
+                engine.generate(
+                    rollouts, budget, how["temperature"], how["top_p"], on_finished=on_finished
+                )
+                continue
+            for r in rollouts:  # not asked: an empty answer that was cut off, which scores 0
+                r.finish_reason = "length"
+                on_finished(r)
 
     # Grade: a verdict that failed stays None, for a later run.
     ungraded = [r for r in everyone if r.twin is r and r.metric is None]
@@ -791,6 +827,7 @@ def main(cfg):
     check_flags(names, cfg)
     # A day, because ranks finish hours apart where answers are long.
     rank, world, device = init_distributed(cfg.seed, 24 * 3600)
+    never_silent()
     cfg.stage = cfg.stage or label_of(cfg.model)
     with one_sentence(f"--model={cfg.model}", note="Nothing was measured."):
         tokenizer = load_tokenizer(cfg.model)

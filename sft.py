@@ -159,8 +159,10 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     is_first = not seen
     if cursors:
         raw_rows = itertools.islice(stream_rows(cursors, cfg.limit), cfg.block_rows)
+        num_raw = cfg.block_rows  # at most
     else:
         raw_rows = read_rows(path)
+        num_raw = len(raw_rows)
 
     def normalize_row(row, where):
         return normalize(row, where, cfg.think_only) | {"where": where}
@@ -171,7 +173,7 @@ def load_samples(path, tokenizer, cfg, cursors=None, seen=None):
     # Tokenize: every rank reads all rows, tokenizes every world-th and gets the others' samples.
     rank, world = ranks()
     mine = []
-    for i, row in enumerate(progress(rows, "tokenize")):
+    for i, row in enumerate(progress(rows, "tokenize", num_raw)):
         if i % world == rank:
             mine.append(encode(row, tokenizer, cfg))
     shares = all_gather(mine)

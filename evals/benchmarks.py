@@ -95,6 +95,7 @@ def hook(score, workers=8):
         if closed and answer.strip():
             future = pool.submit(score, r.row, answer)
         pending[id(r)] = (r, future)
+        return future or 0.0  # for the score so far
 
     def collect(rollouts):
         for r in rollouts:

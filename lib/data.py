@@ -18,6 +18,7 @@ import re
 
 from lib.common import print0
 from lib.guard import fail, first_line
+from lib.progress import progress
 from lib.unread import ASKED, Watched, kind_of_field, may_be_ignored
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".arrow")
@@ -497,4 +498,5 @@ def load_table(path, normalize, limit=0, ignore_fields=None, kinds=ASKED):
 
     ignore_fields and kinds are explained at normal_rows.
     """
-    return list(normal_rows(read_rows(path, limit), normalize, path, ignore_fields, kinds))
+    items = progress(read_rows(path, limit), "rows")
+    return list(normal_rows(items, normalize, path, ignore_fields, kinds))

@@ -157,6 +157,24 @@ def describe_position(frames):
     return ", ".join([f"rank {os.environ.get('RANK', '0')}", step, *phase])
 
 
+def without_rank(position):
+    """ "step 7, rollout" of "rank 1, step 7, rollout"."""
+    return position.partition(", ")[2]
+
+
+def never_silent():
+    """For a script without `guard`: no minute passes without a line (lib/progress.py)."""
+
+    def look():
+        began = time.monotonic()
+        while True:
+            time.sleep(1)
+            position = describe_position(main_thread_frames())
+            break_silence(without_rank(position), time.monotonic() - began)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
 # ---- Runs that break -----------------------------------------------------------------------------
 def end_process(frames, reason, code=1):
     """Print position and reason, then exit without interpreter teardown.
@@ -223,8 +241,7 @@ def watch(signal_pipe, limit_s):
             micro_batch, since_micro_batch = 0, since
 
         # No phase passes in silence.
-        _, _, where = position.partition(", ")  # without the rank
-        break_silence(where, time.monotonic() - since)
+        break_silence(without_rank(position), time.monotonic() - since)
 
         # An update is shorter than the longest rollouts, for which the limit is meant: between two
         # of its micro-batches, and in a sync, a small part of it may pass.

@@ -40,6 +40,7 @@ class Count:
 
     def __init__(self, what, total=0):
         self.done, self.total, self.began = 0, total, time.monotonic()
+        self.note = ""
         # Rank 0 alone draws. tqdm decides by itself (None) whether there is a terminal.
         hidden = None if os.environ.get("RANK", "0") == "0" else True
         self.bar = tqdm(desc=what, total=total or None, leave=False, disable=hidden)
@@ -47,15 +48,16 @@ class Count:
     def add(self, note=""):
         """One more is done. note: what the bar shows behind its numbers, like a running score."""
         self.done += 1
-        if note:
-            self.bar.set_postfix_str(note, refresh=False)
+        self.note = note or self.note
+        self.bar.set_postfix_str(self.note, refresh=False)
         self.bar.update()
 
     def describe(self):
         """ ", 512 of 1024 done, about 3 min left" for the line a minute."""
+        note = f", {self.note}" if self.note else ""
         if not self.total:
-            return f", {self.done} done"
-        text = f", {self.done} of {self.total} done"
+            return f", {self.done} done{note}"
+        text = f", {self.done} of {self.total} done{note}"
         if 0 < self.done < self.total:
             seconds = time.monotonic() - self.began
             text += f", about {span(seconds / self.done * (self.total - self.done))} left"
@@ -107,4 +109,5 @@ def break_silence(position, seconds):
     printed()
     script = os.path.basename(sys.argv[0])
     described = count.describe() if count else ""
-    print(f"{script}: {position}: {span(seconds)} so far{described}", flush=True)
+    where = position.removeprefix("start, ")
+    print(f"{script}: {where}: {span(seconds)} so far{described}", flush=True)

@@ -4,11 +4,15 @@ every rollout is kept, once, also over a resume.
 
 import json
 import math
+import re
 import sys
 import time
+from concurrent.futures import Future
 
 import pytest
+from conftest import run_python
 
+import evaluate
 import lib.progress
 import mathrl
 from engine import Rollout
@@ -99,6 +103,52 @@ def test_counts_nest_and_end_with_their_block():
         assert len(lib.progress.under_way) == 1
     unknown = list(progress(iter("ab"), "stream"))
     assert unknown == ["a", "b"]
+
+
+def test_the_score_so_far_by_hand():
+    """Verdicts of 1, 0, 1, 1: mean 0.75, standard deviation 0.433, 1.96 * 0.433 / 2 = 0.424."""
+    score = evaluate.ScoreSoFar()
+    assert score.describe() == ""
+    futures = [Future() for _ in range(4)]
+    for future in futures:
+        score.add(future)
+    score.add(None)  # a hook whose verdicts come at the end
+    assert score.describe() == ""
+    futures[1].set_result((0, "wrong"))
+    futures[0].set_result((1, "ok"))
+    futures[2].set_exception(OSError("lost"))
+    assert score.describe() == "score so far 0.500 +- 0.693"
+    futures[3].set_result(1.0)
+    score.add(1.0)
+    assert score.describe() == "score so far 0.750 +- 0.424"
+
+
+def test_the_line_a_minute_has_the_score(silent_for, capsys):
+    with counting("evaluation", 4) as count:
+        count.add("score so far 0.500 +- 0.693")
+        count.add()
+        silent_for(61)
+        break_silence("start, measure", 61)
+    assert "measure: 61 s so far, 2 of 4 done, score so far 0.500 +- 0.693, about" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_script_without_a_guard_is_never_silent():
+    slow = """
+import time
+import lib.progress
+from lib.guard import never_silent
+lib.progress.SILENCE_S = 1
+def measure():
+    time.sleep(3)
+def main():
+    never_silent()
+    measure()
+main()
+"""
+    _, out, _ = run_python("-c", slow)
+    assert re.search(r"measure: [12] s so far", out), out
 
 
 # ---- The log -------------------------------------------------------------------------------------
