@@ -546,7 +546,7 @@ def outside_of(cfg):
         "repos": cfg.repos,
         "samples": samples_folder(cfg),
         "prompt_tokens": cfg.prompt_tokens,
-        "tasks": (cfg.check_tasks or cfg.tasks).split(","),
+        "tasks": task_names(cfg.check_tasks or cfg.tasks),
         "offline": cfg.offline,
     }
 
@@ -712,6 +712,11 @@ def label_of(folder):
     return name
 
 
+def task_names(text):
+    """Return the tasks that --tasks or --check_tasks names."""
+    return list(TOY) if text == "all-toy" else text.split(",")
+
+
 def refuse_unknown(names):
     """End the process with one sentence if a task is unknown."""
     unknown = [name for name in names if name not in TASKS]
@@ -817,13 +822,13 @@ def main(cfg):
         keep_best(cfg.keep_best)
         return
     if cfg.check_tasks:
-        check_tasks(cfg.check_tasks.split(","), cfg)
+        check_tasks(task_names(cfg.check_tasks), cfg)
         return
     if cfg.same_compute:
         print(steps_of_same_compute(*cfg.same_compute.split(",")))
         return
 
-    names = list(TOY) if cfg.tasks == "all-toy" else cfg.tasks.split(",")
+    names = task_names(cfg.tasks)
     check_flags(names, cfg)
     # A day, because ranks finish hours apart where answers are long.
     rank, world, device = init_distributed(cfg.seed, 24 * 3600)

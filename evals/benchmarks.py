@@ -30,8 +30,8 @@ import pickletools
 import random
 import re
 import shutil
+import socket
 import subprocess
-import tempfile
 import threading
 import time
 import urllib.error
@@ -423,8 +423,10 @@ def unpacked(path, data_folder):
     checksum = zlib.crc32(json.dumps([path, version]).encode())
     folder = os.path.join(data_folder, f"lcb_{checksum:08x}")
     if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(folder):
-        os.makedirs(data_folder, exist_ok=True)
-        new = tempfile.mkdtemp(prefix="lcb_new_", dir=data_folder)
+        # What a run that was killed has left of it goes first.
+        new = f"{folder}.{socket.gethostname()}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        os.makedirs(new)
         items = ((where, row) for file in data_files(path) for where, row, _ in read_file(file))
         with open(os.path.join(new, "rows.jsonl"), "w") as f:
             for row in normal_rows(items, functools.partial(unpack_problem, folder=new), path):

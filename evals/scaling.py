@@ -314,10 +314,7 @@ KEPT_BEST = 3
 # A sandbox that fails says nothing about the program.
 SANDBOX_TRIES = 3
 # With --grader: the graders of a contest compile C++.
-CPP_FORMAT = (
-    "Please place the whole C++17 program in the following format:\n"
-    "```cpp\n// Your solution code here\n```"
-)
+CPP_FORMAT = "End your answer with the whole program in one block that begins with ```cpp."
 
 
 @dataclass
@@ -381,9 +378,9 @@ def attempt_prompt(problem, subtask, submissions, solved, language="python"):
         shown = sorted(submissions, key=lambda submission: -submission.share)[:KEPT_BEST]
     else:
         shown = submissions[-KEPT_FAILURES:]
-    wanted = f"Write Python code to solve the problem. {coderl.FORMAT}"
+    wanted = f"Solve this problem in Python. {coderl.FORMAT}"
     if language == "cpp":
-        wanted = f"Write C++17 code to solve the problem. {CPP_FORMAT}"
+        wanted = f"Solve this problem in C++17. {CPP_FORMAT}"
     parts = [
         wanted,
         problem["statement"],

@@ -23,6 +23,7 @@ import zlib
 from collections import Counter
 
 import pytest
+from conftest import run_python
 
 import evaluate
 from engine import Rollout
@@ -672,6 +673,41 @@ def test_scores_equal_lightevals_on_the_same_responses():
     assert differ == READ_OTHERWISE
 
 
+@pytest.mark.slow
+def test_published_rows_go_through_evaluate_on_two_ranks(world, tmp_path):
+    """From the file to the line of results. LiveCodeBench's files are read by one of the ranks."""
+    aime = {"id": 60, "problem": "Find n.", "solution": "", "answer": "033", "year": "2024"}
+    published = {
+        "mmlu": [MMLU] * 2,
+        "mmlu_pro": [PRO],
+        "gpqa": [GPQA],
+        "aime24": [aime],
+        "gsm8k": [{"question": "1 + 1?", "answer": "Two.\n#### 2"}],
+        "lcb_v6": [STDIN, CALLS],
+        "humaneval": [HUMANEVAL],
+    }
+    for name, rows in published.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    run_python(
+        "evaluate.py",
+        f"--model={world}/base",
+        f"--tasks={','.join(published)}",
+        f"--data={tmp_path}",
+        f"--results={tmp_path}/results.jsonl",
+        "--samples=2",
+        "--max_new_tokens=24",
+        ranks=2,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["task"], line["n"]) for line in lines] == [
+        (name, len(rows)) for name, rows in published.items()
+    ]
+    assert all(line["samples"] == 2 and line["score"] == 0 for line in lines)
+    (lcb_line,) = [line for line in lines if line["task"] == "lcb_v6"]
+    assert lcb_line["parts"] == {"easy": 0.0}
+    assert len(list(tmp_path.glob("lcb_*/"))) == 1
+
+
 # ---- HumanEval -----------------------------------------------------------------------------------
 HUMANEVAL = {
     "task_id": "HumanEval/1000",
@@ -1131,6 +1167,43 @@ def test_bfcl_by_hand(tmp_path, installed):
         # Values of Java are texts in its own syntax.
         assert score(java, call("Shape.area", base="10", round="true")) == 1
         assert score(java, call("Shape.area", base=10, round=True)) == 0
+
+
+@pytest.mark.slow
+def test_the_checker_of_bfcl_accepts_its_own_answers_to_all_rows_of_python():
+    """The first accepted values of every row that has some, in the form of our calls."""
+    python = os.environ.get("VERIFIER_PYTHON", sys.executable)
+    outside = {"verifier_python": python}
+    if benchmarks.needs_bfcl("", outside):
+        pytest.skip("bfcl-eval is not in the environment of VERIFIER_PYTHON")
+    rows = benchmarks.read_bfcl(benchmarks.bfcl_folder("", outside))
+    check = benchmarks.bfcl_checker(python)
+
+    def first(value):
+        """The first of a list of accepted values, also of the parts of an object."""
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, dict):
+            return {key: first(accepted) for key, accepted in value.items() if accepted != [""]}
+        return value
+
+    answered = [
+        row for row in rows if row["gold"] and row["category"] not in ("java", "javascript")
+    ]
+    accepted = 0
+    for row in answered:
+        calls = []
+        for expected in row["gold"]:
+            ((name, values),) = expected.items()
+            calls.append({name: {k: first(v) for k, v in values.items() if v[:1] != [""]}})
+        said = [{"name": name, "arguments": args} for c in calls for name, args in c.items()]
+        answer = "\n".join(f"<tool_call>{json.dumps(one)}</tool_call>" for one in said)
+        assert benchmarks.read_calls(answer) == calls
+        accepted += check(
+            tools=row["functions"], calls=calls, gold=row["gold"], category=row["category"]
+        )
+    print(f"{len(rows)} rows, of {len(answered)} with answers {accepted} are accepted")
+    assert len(rows) > 3600 and accepted > 0.99 * len(answered)
 
 
 def test_bfcl_weighs_its_categories_as_v3_does(tmp_path, capsys):
