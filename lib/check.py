@@ -84,8 +84,12 @@ def cost_of_data(rows, cfg):
 
 def cost_of_disk(model, cfg):
     """A line: what checkpoints take of the disk, and what is free."""
-    # Weights and the two moments of AdamW, in fp32.
-    checkpoint = 12 * sum(p.numel() for p in model.parameters()) / 1e9
+    # The weights, and the two moments of AdamW of those that train.
+    num_bytes = 0
+    for p in model.parameters():
+        num_tensors = 3 if p.requires_grad else 1
+        num_bytes += num_tensors * p.numel() * p.element_size()
+    checkpoint = num_bytes / 1e9
     # The two newest, the best one, and one that is being written.
     copies = 4
     free = shutil.disk_usage(cfg.out_dir).free / 1e9

@@ -699,6 +699,9 @@ def test_check_says_that_the_disk_is_too_small(tmp_path, monkeypatch):
     small, large = [check.cost_of_disk(model, Config(out_dir=str(tmp_path))) for model in models]
     assert "about 0.012 GB" in small and "not enough" not in small
     assert "about 1.2 GB" in large and large.endswith(": not enough")
+    # Frozen weights have no moments, as beside an adapter.
+    frozen = models[1].requires_grad_(False)
+    assert "about 0.4 GB" in check.cost_of_disk(frozen, Config(out_dir=str(tmp_path)))
 
 
 def test_a_stage_that_is_done_says_so_and_stays_as_it_is(server, world, tmp_path):
