@@ -125,7 +125,8 @@ def check_fixed_fields(raw, path):
     for name, value in raw.items():
         if value is None:
             continue
-        if "softcap" in name or value not in FIXED_FIELDS.get(name, (value,)):
+        is_other = name in FIXED_FIELDS and value not in FIXED_FIELDS[name]
+        if is_other or "softcap" in name:
             raise ValueError(f"{path}: {name} {value!r} is not supported: no dense Qwen3 has it")
     if set(raw.get("layer_types") or []) - {"full_attention"}:
         raise ValueError(f"{path}: layer_types other than full_attention are not supported")

@@ -20,7 +20,6 @@ import random
 import re
 import shlex
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -225,7 +224,7 @@ def with_thought(row, thought, answer):
 
 # ---- 3. Judge and print --------------------------------------------------------------------------
 def judge(rows, hook):
-    """{kind: [(row, rollout)]}: every kind of answer to every row, with the stage's reward."""
+    """{kind: [(index of the row, rollout)]}: every answer to every row, with the stage's reward."""
     submit, collect = hook
     by_kind = {}
     rollouts = []
@@ -247,7 +246,7 @@ def table(by_kind):
     golds = {i: r.reward for i, r in by_kind.get("gold", []) if r.status != "infra"}
     most = max(golds.values(), default=0.0)
     # What an empty answer to a row earns: no more than that is no pay.
-    nothing = {i: r.reward for i, r in by_kind["empty"]}
+    nothing = {i: r.reward for i, r in by_kind["empty"] if r.status != "infra"}
     lines = [f"{'kind':30s} {'rows':>5s} {'mean reward':>12s} {'paid as gold':>13s}  status"]
     mistakes = {}
     for kind, judged in by_kind.items():
@@ -262,8 +261,11 @@ def table(by_kind):
         as_gold, below = [], []
         for i, r in known:
             wanted = most if fixed else golds.get(i, math.inf)
-            paid = r.reward >= wanted and (kind == "empty" or r.reward > nothing[i])
-            (as_gold if paid else below).append(r)
+            more_than_nothing = kind == "empty" or r.reward > nothing.get(i, -math.inf)
+            if r.reward >= wanted and more_than_nothing:
+                as_gold.append(r)
+            else:
+                below.append(r)
         mistakes[kind] = below if is_gold else as_gold
         paid = f"{len(as_gold) / len(known):.1%}" if golds and known else "-"
         lines.append(f"{kind:30s} {len(judged):5d} {mean:12.3f} {paid:>13s}  {share}")
@@ -281,7 +283,6 @@ def show(mistakes, shown):
 
 
 def main(cfg):
-    sys.path.insert(0, ".")  # a copy of a stage stands where this is called
     with tempfile.TemporaryDirectory() as out_dir:
         stage, stage_cfg = load_stage(cfg, out_dir)
         # Reward workers come first: they are forked while this process is still small.
