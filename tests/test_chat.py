@@ -298,6 +298,25 @@ def test_the_saved_template_gives_the_same_text_in_transformers(
         assert ours == theirs
 
 
+@pytest.mark.parametrize("content", ["", None, "Let me see."])
+def test_a_tool_call_has_the_ids_that_clients_of_the_template_read(
+    content, tokenizer, their_tokenizer
+):
+    """Whatever the call stands beside. No blank line may open the turn: it would be one token for
+    clients, which encode the text as a whole."""
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        user("Hi"),
+        {"role": "assistant", "content": content, "tool_calls": [call, call]},
+        {"role": "tool", "content": "3"},
+        assistant("3"),
+    ]
+    ids, _ = render_chat(tokenizer, messages, False, add_generation_prompt=False)
+    text = their_tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    assert their_tokenizer(text, add_special_tokens=False).input_ids == ids
+    assert "assistant\n\n" not in text
+
+
 def test_thinking_is_the_mode_of_clients_that_do_not_choose(their_tokenizer):
     assert " /think<|im_end|>" in their_tokenizer.apply_chat_template([user("Hi")], tokenize=False)
 
