@@ -9,13 +9,16 @@ imports no model. tests/test_plan.py compares the estimate with counted bytes an
 """
 
 import contextlib
+import functools
+import json
 import os
+from dataclasses import asdict
 
 import torch
 
 from lib.common import print0
 from lib.guard import engine_name, fail
-from model import Qwen3, read_config
+from model import Qwen3, Qwen3Config, read_config
 
 GB = 1e9
 
@@ -35,6 +38,18 @@ def activation_elements(config, checkpointing):
     if checkpointing:
         return D * (config.num_hidden_layers + 1) + layer
     return layer * config.num_hidden_layers
+
+
+@functools.cache
+def count_parameters(config):
+    """(parameters of a model, of one of its layers), without allocating them.
+
+    config: the fields of a Qwen3Config as JSON, which can be a key of the cache.
+    """
+    with torch.device("meta"):
+        model = Qwen3(Qwen3Config(**json.loads(config)))
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in model.model.layers[0].parameters())
 
 
 def adapter_elements(config, rank):
@@ -87,11 +102,7 @@ def memory_plan(
 
     Parts that depend on the allocator are estimates.
     """
-    # Count the parameters without allocating them.
-    with torch.device("meta"):
-        model = Qwen3(config)
-    total = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    total, layer = count_parameters(json.dumps(asdict(config)))
     # The root of FSDP: embedding, head and last norm. They are gathered from the beginning of
     # forward to the end of backward.
     root = total - layer * config.num_hidden_layers
@@ -183,8 +194,7 @@ def time_plan(
     room:          bytes of a rank for KV caches. Where they hold few sequences at a time, the
                    weights are read again for every few.
     """
-    with torch.device("meta"):
-        total = sum(p.numel() for p in Qwen3(config).parameters())
+    total, _ = count_parameters(json.dumps(asdict(config)))
     # Looking up an embedding is no matrix product. A tied embedding is the head as well.
     if not config.tie_word_embeddings:
         total -= config.vocab_size * config.hidden_size

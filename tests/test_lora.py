@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import make_tiny, run_python
+from conftest import ROOT, make_tiny, run_python
 from safetensors.torch import load_file
 from test_stages import DATA, command
 
 import mathrl
 import rlhf
+from bench import fit
 from engine import Rollout, TorchEngine, request_seed, whole_parameters
 from kernels.adamw import AdamW, adamw_bf16_, first_element
 from lib import plan
@@ -337,3 +338,18 @@ def test_a_run_is_resumed_only_as_it_was_begun(world, taught, tmp_path):
     assert code == 2 and "was trained with --lora_rank=0, now 4" in errors, errors
     code, _, errors = train("sft", tmp_path / "negative", taught, world, 2, lora_rank=-1)
     assert code == 2 and "--lora_rank=-1: expected a number from 0" in errors
+
+
+def test_the_page_has_the_table_of_the_plan(capsys):
+    """8B trains on one card of 80 GB with LoRA, 4B on 48, 1.7B on 24; the page says what is printed
+    by the command that it names."""
+    fit.main(fit.Config())
+    printed = capsys.readouterr().out.partition("\nSFT")[0]
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    page = (ROOT / "bench" / "README.md").read_text()
+    assert len(rows) == 6 and all(row in page for row in rows)
+    with_lora = {}
+    for row in rows[1:]:
+        size, *cells = row[2:-2].split(" | ")
+        with_lora[size] = [one.split(" / ")[2] for one in cells]
+    assert with_lora["8B"][2] != "-" and with_lora["4B"][1] != "-" and with_lora["1.7B"][0] != "-"
