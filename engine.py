@@ -110,19 +110,19 @@ def whole_parameters(model):
         part.reshard()
 
 
-# Temperature and tokens of the completions that check_parity draws.
-PARITY_TEMPERATURE, PARITY_TOKENS = 3.0, 8
+# Temperature and tokens of the completions that check_parity draws. vLLM takes no higher one.
+PARITY_TEMPERATURE, PARITY_TOKENS = 2.0, 8
 
 
 @torch.no_grad()
 def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one sentence."):
     """Mean |log-prob of the engine - log-prob of the trainer| over 16 x 8 tokens that the engine
-    draws at temperature 3.
+    draws at temperature 2.
 
     A policy that has seen SFT begins each answer with tokens whose probability is 1 whatever most
-    weights are. At temperature 3 it leaves them, and then every weight counts. Rounding makes 0.01
-    in bf16, which GPUs use, and 1e-6 in fp32. RuntimeError if it is more: the engine then samples
-    from another policy than the one that is trained.
+    weights are. At temperature 2 it soon leaves them, and then every weight counts. Rounding makes
+    0.01 in bf16, which GPUs use, and 1e-6 in fp32. RuntimeError if it is more: the engine then
+    samples from another policy than the one that is trained.
     """
     messages = [{"role": "user", "content": prompt}]
     prompt_ids, _ = render_chat(engine.tokenizer, messages, think=True)

@@ -397,7 +397,8 @@ def load_moments(folder, num_shards, optimizer):
     for number, of_parameter in shards[0]["state"].items():
         state[number] = {}
         for name, value in of_parameter.items():
-            if value.dim() > 0:
+            # The number of steps is no tensor, or one without dimensions.
+            if torch.is_tensor(value) and value.dim() > 0:
                 parts = [shard["state"][number][name] for shard in shards]
                 value = own_rows(parameters[number], parts)
             state[number][name] = value
@@ -406,7 +407,7 @@ def load_moments(folder, num_shards, optimizer):
 
 def own_rows(parameter, parts):
     """A tensor like this rank's shard of a parameter, from the shards of a whole one in order."""
-    moment = torch.empty_like(parameter.detach())
+    moment = torch.empty_like(parameter.detach(), dtype=parts[0].dtype)
     local = moment.to_local() if hasattr(moment, "to_local") else moment
     index, num_shards = shard_of(parameter)
     # FSDP cuts as torch.chunk does: equal shards, the last ones shorter or empty.

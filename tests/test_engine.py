@@ -384,7 +384,7 @@ def test_the_parity_gate_sees_behind_the_opening_of_a_thought(
     fault, opened, tokenizer, monkeypatch
 ):
     """Two tokens at temperature 1, of probability 1, tell nothing: a stale engine passes with them.
-    Eight at temperature 3 stop each of the faults, and let the right engine pass."""
+    Eight at temperature 2 stop each of the faults, and let the right engine pass."""
     _, new = opened
     broken = TorchEngine(FAULTS[fault](*opened), tokenizer)
     with pytest.raises(RuntimeError, match="does not sample from the policy that is trained"):

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from lib import checkpoint, prompts
 from lib.logs import Logger
+from lib.optimizer import make_optimizer
 from model import tokenizer_files
 from sft import Config
 
@@ -604,11 +605,27 @@ def test_shards_are_cut_anew_for_another_number_of_ranks(monkeypatch):
         for index, expected in enumerate(shards_of(whole, after)):
             parameter = torch.nn.Parameter(whole.clone())
             moment = SimpleNamespace(to_local=lambda local=torch.empty_like(expected): local)
-            monkeypatch.setattr(torch, "empty_like", lambda p, moment=moment: moment)
+            monkeypatch.setattr(torch, "empty_like", lambda p, moment=moment, **_: moment)
             monkeypatch.setattr(checkpoint, "shard_of", lambda p, i=index: (i, after))
             found = checkpoint.own_rows(parameter, shards_of(whole, before)).to_local()
             monkeypatch.undo()
             assert torch.equal(found, expected), (rows, before, after, index)
+
+
+def test_moments_in_bf16_come_back_too(world, tmp_path):
+    """This optimizer counts its steps by an int."""
+    cfg = Config(init_from=str(world / "base"), optimizer="adamw_bf16")
+    model = tiny_with_tokenizer(world).to(torch.bfloat16)
+    optimizer = make_optimizer(model, cfg)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimizer.step()
+    folder = checkpoint.save_checkpoint(str(tmp_path), 1, model, optimizer, cfg, {})
+    again = make_optimizer(model, cfg)
+    checkpoint.load_checkpoint(folder, again, cfg)
+    for p in model.parameters():
+        assert again.state[p]["step"] == optimizer.state[p]["step"] == 1
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(again.state[p][name], optimizer.state[p][name])
 
 
 def test_the_optimizer_of_an_older_version_is_refused(checkpoints, capsys):

@@ -178,13 +178,23 @@ def test_top_k_truncates_and_is_announced_once(engine, model, tokenizer, capsys)
     assert capsys.readouterr().out.count("top_k=3 leave") == 1
 
 
+def spoil(monkeypatch, change):
+    """Let every tensor pass through change(name, tensor) on its way; None is one that is lost."""
+    import engine as module
+
+    whole_parameters = module.whole_parameters
+
+    def changed(model):
+        for name, p in whole_parameters(model):
+            sent = change(name, p)
+            if sent is not None:
+                yield name, sent
+
+    monkeypatch.setattr(module, "whole_parameters", changed)
+
+
 def test_a_tensor_that_never_arrives_stops_the_run(engine, model, monkeypatch):
-    every = list(model.named_parameters())
-    monkeypatch.setattr(
-        model,
-        "named_parameters",
-        lambda **_: [(n, p) for n, p in every if "layers.1.mlp.down_proj" not in n],
-    )
+    spoil(monkeypatch, lambda name, p: None if "layers.1.mlp.down_proj" in name else p)
     with pytest.raises(RuntimeError, match="did not write .*layers.1.mlp.down_proj.weight"):
         engine.sync(model)
 
@@ -194,9 +204,7 @@ def test_garbage_that_arrives_stops_the_run(engine, model, monkeypatch):
 
     All names and shapes are right, so only the parity gate can tell.
     """
-    every = list(model.named_parameters())
-    broken = [(n, p.flip(0) if "layers.1.mlp.down_proj" in n else p) for n, p in every]
-    monkeypatch.setattr(model, "named_parameters", lambda **_: broken)
+    spoil(monkeypatch, lambda name, p: p.flip(0) if "layers.1.mlp.down_proj" in name else p)
     with pytest.raises(RuntimeError, match="does not sample from the policy that is trained"):
         engine.sync(model)
 
