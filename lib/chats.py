@@ -287,25 +287,45 @@ def read_chat(row):
     else:
         messages, mode = read_question_and_answer(row)
 
+    return with_system(row, messages), mode
+
+
+def with_system(row, messages):
+    """The messages, behind a system turn if the row has a system prompt in a field of its own."""
     system = row.get(first_nonempty(row, "system", "system_prompt"))
     # Llama-Nemotron switches the mode by its system prompt. Here the mode is said by a flag.
-    if system and not re.fullmatch("detailed thinking (on|off)", str(system)):
-        if messages and messages[0]["role"] in SYSTEM_ROLES:
-            raise BadRow("a system prompt in the row and another in its messages")
-        messages = [*as_messages([{"role": "system", "content": system}], "system"), *messages]
-    return messages, mode
+    if not system or re.fullmatch("detailed thinking (on|off)", str(system)):
+        return messages
+    if messages and messages[0]["role"] in SYSTEM_ROLES:
+        raise BadRow("a system prompt in the row and another in its messages")
+    return [*as_messages([{"role": "system", "content": system}], "system"), *messages]
 
 
 def read_question_and_answer(row):
     """(messages, mode) of a row that has question and answer in fields of their own."""
-    asked = first_nonempty(row, *QUESTIONS)
     answered = first_nonempty(row, *ANSWERS)
-    if asked not in row or answered not in row:
+    if first_nonempty(row, *QUESTIONS) not in row or answered not in row:
         if "chosen" in row or "rejected" in row:
             raise BadRow("a preference row (chosen, rejected), which is data of a reward model")
         raise BadRow(f'no "messages" field (has: {", ".join(map(str, row))})')
-    messages = as_messages(row[asked], asked)
+    messages = read_question(row)
 
+    # The answer, and beside it a thought or the mode: "reasoning" is on or off in Llama-Nemotron.
+    answer = row[answered]
+    mode = {"on": True, "off": False}.get(str(row.get("reasoning")))
+    if not isinstance(answer, list):
+        answer = [{"role": "assistant", "content": answer}]
+        if mode is None:
+            answer[0]["reasoning_content"] = thought_in_fields(row)
+    if mode is None and isinstance(row.get("thinking"), bool):
+        mode = row["thinking"]
+    return [*messages, *as_messages(answer, answered)], mode
+
+
+def read_question(row):
+    """The messages of a row's question, which stands in one of QUESTIONS."""
+    asked = first_nonempty(row, *QUESTIONS)
+    messages = as_messages(row[asked], asked)
     # Alpaca says what to do in the instruction, and to what in the input (Dolly: the context).
     about = row.get(first_nonempty(row, "input", "context")) if asked != "input" else ""
     if about:
@@ -318,14 +338,27 @@ def read_question_and_answer(row):
             raise BadRow('field "history" is no list of pairs')
         earlier = [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
         messages = [*as_messages(earlier, "history"), *messages]
+    return messages
 
-    # The answer, and beside it a thought or the mode: "reasoning" is on or off in Llama-Nemotron.
-    answer = row[answered]
-    mode = {"on": True, "off": False}.get(str(row.get("reasoning")))
-    if not isinstance(answer, list):
-        answer = [{"role": "assistant", "content": answer}]
-        if mode is None:
-            answer[0]["reasoning_content"] = thought_in_fields(row)
-    if mode is None and isinstance(row.get("thinking"), bool):
-        mode = row["thinking"]
-    return [*messages, *as_messages(answer, answered)], mode
+
+# ---- Chats in one text ---------------------------------------------------------------------------
+# Marks before the turns of a chat that is one text: hh-rlhf, and HelpSteer, which has its first
+# turn without a mark.
+TURN_MARKS = {
+    "\n\nHuman:": "user",
+    "\n\nAssistant:": "assistant",
+    "<extra_id_1>User\n": "user",
+    "<extra_id_1>Assistant\n": "assistant",
+}
+
+
+def split_text(text):
+    """The turns of a chat that is one text with a mark before every turn; [] if it is none."""
+    marks = "|".join(map(re.escape, TURN_MARKS))
+    first, *rest = re.split(f"({marks})", text)
+    if not rest or (first.strip() and "<extra_id_1>" not in text):
+        return []
+    turns = [{"role": "user", "content": first}] if first.strip() else []
+    for mark, content in zip(rest[::2], rest[1::2], strict=True):
+        turns.append({"role": TURN_MARKS[mark], "content": content.strip()})
+    return turns

@@ -17,7 +17,7 @@ import rlhf
 import sft
 from lib import chats, data
 from lib.unread import ANSWERED, ASKED, Watched, kind_of_field
-from verifiers import answers
+from verifiers import answers, reward_model
 
 ALL_KINDS = ASKED | ANSWERED
 
@@ -484,6 +484,107 @@ def test_where_the_folder_of_the_data_cannot_be_written_to_the_run_keeps_the_ver
     assert data.cache_folder("nvidia/Nemotron-Cascade-RL-Math", "out") == "out"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert data.cache_folder(path, "out") == "out"
+
+
+# ---- Pairs for the reward model ------------------------------------------------------------------
+@pytest.fixture()
+def read_pairs(monkeypatch, tmp_path):
+    """read_pairs(rows) -> [(turns of the context, chosen, rejected)]."""
+    monkeypatch.setattr(
+        reward_model,
+        "score_ids",
+        lambda tokenizer, messages, answer: (
+            [[m["role"], m["content"]] for m in messages],
+            answer,
+        ),
+    )
+
+    def read(rows, **flags):
+        path = rows_of(tmp_path / "pairs.jsonl", rows)
+        pairs = reward_model.load_pairs(path, None, rlhf.Config(**flags))
+        for chosen, rejected in pairs:
+            assert chosen[0] == rejected[0]
+        return [(chosen[0], chosen[1], rejected[1]) for chosen, rejected in pairs]
+
+    return read
+
+
+HI = {"role": "user", "content": "Hi"}
+PAIR = ([["user", "Hi"]], "Ho", "No")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Ho", "rejected": "No"},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Ho", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+        {"question": "Hi", "chosen": "Ho", "rejected": "No"},
+        {"instruction": "Hi", "input": "", "chosen": "Ho", "rejected": "No"},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Ho"},
+            "rejected": {"from": "gpt", "value": "No"},
+        },
+        {
+            "chosen": [HI, {"role": "assistant", "content": "Ho"}],
+            "rejected": [HI, {"role": "assistant", "content": "No"}],
+        },
+        {
+            "prompt": "Hi",
+            "response_1": "No",
+            "response_2": "Ho",
+            "preference_strength": 1,
+            "preference_statement": "x",
+        },
+        {"context": [HI], "response1": "Ho", "response2": "No", "overall_preference": -3},
+    ],
+)
+def test_a_pair_is_read_in_every_schema(row, read_pairs):
+    assert read_pairs([row]) == [PAIR]
+
+
+def test_a_text_with_marks_is_a_chat_of_several_turns(read_pairs):
+    before = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: A Human: and more?\n\nAssistant:"
+    ((context, chosen, rejected),) = read_pairs(
+        [{"chosen": f"{before} Yes.", "rejected": f"{before} No."}]
+    )
+    assert context == [["user", "Hi"], ["assistant", "Ho"], ["user", "A Human: and more?"]]
+    assert (chosen, rejected) == ("Yes.", "No.")
+    with pytest.raises(SystemExit):  # answers to two different conversations
+        read_pairs([{"chosen": f"{before} Yes.", "rejected": "\n\nHuman: Ha\n\nAssistant: No"}])
+
+
+def test_rated_answers_to_one_prompt_are_pairs(read_pairs):
+    """HelpSteer 2 has two rows a prompt, HelpSteer 1 up to four."""
+
+    def rated(prompt, response, helpfulness, correctness=4, coherence=4):
+        scores = {"helpfulness": helpfulness, "correctness": correctness, "coherence": coherence}
+        return {"prompt": prompt, "response": response, **scores, "complexity": 1, "verbosity": 1}
+
+    two_turns = "Hi<extra_id_1>Assistant\nHo<extra_id_1>User\nAnd?"
+    rows = [
+        rated("Hi", "worse", 2),
+        rated("Hi", "better", 3),
+        rated("Ha", "a", 3, 4),
+        rated("Ha", "b", 3, 3),  # the next score decides
+        rated("Hu", "a", 1),
+        rated("Hu", "b", 1),  # nothing decides
+        rated(two_turns, "a", 4),
+        rated(two_turns, "b", 0),
+    ]
+    pairs = read_pairs(rows)
+    assert pairs[:2] == [([["user", "Hi"]], "better", "worse"), ([["user", "Ha"]], "a", "b")]
+    turns = [["user", "Hi"], ["assistant", "Ho"], ["user", "And?"]]
+    assert pairs[2:] == [(turns, "a", "b")]
+    with pytest.raises(SystemExit):
+        read_pairs(rows[4:6])
+
+
+def test_pairs_about_an_image_stop_the_run(read_pairs):
+    row = {"prompt": "Hi", "chosen": "Ho", "rejected": "No", "images": ["x"]}
+    with pytest.raises(SystemExit):
+        read_pairs([row])
+    assert read_pairs([row], ignore_fields="images") == [PAIR]
 
 
 # ---- Files ---------------------------------------------------------------------------------------

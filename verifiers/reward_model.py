@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lib.chats import as_messages
+from lib.chats import CHATS, QUESTIONS, as_messages, read_question, split_text, with_system
 from lib.common import all_gather, all_reduce, average_gradients, print0, ranks, shard
-from lib.data import BadRow, load_table, required_field
+from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.guard import fail, one_sentence
 from lib.packing import shared_prefixes, split_by_budget
 from lib.plan import check_memory
@@ -137,15 +137,21 @@ def rm_device():
 
 
 # ---- Training on pairs ---------------------------------------------------------------------------
-def read_helpsteer(row, where):
-    """Return (context, chosen answer, rejected answer) of a HelpSteer row (G7).
+PREFERENCES = ("overall_preference", "preference_strength")  # HelpSteer 3, HelpSteer 2
 
-    A negative preference prefers response1. A row with preference 0 is dropped.
+
+def read_compared(row, where):
+    """Return (context, chosen answer, rejected answer) of a row that compares two answers (G7).
+
+    A negative preference prefers the first response. A row with preference 0 is dropped.
     """
-    context = as_messages(row.get("context") or row.get("prompt") or [], "context")
-    first = required_field(row, where, "response1")
-    second = required_field(row, where, "response2")
-    preference = row["overall_preference"]
+    context = row.get(first_nonempty(row, "context", "prompt")) or []
+    if isinstance(context, str):
+        context = split_text(context) or context
+    context = as_messages(context, "context")
+    first = required_field(row, where, first_nonempty(row, "response1", "response_1"))
+    second = required_field(row, where, first_nonempty(row, "response2", "response_2"))
+    preference = row[first_nonempty(row, *PREFERENCES)]
     if preference not in (-3, -2, -1, 1, 2, 3):
         raise BadRow("no preference")
     if preference < 0:
@@ -156,12 +162,20 @@ def read_helpsteer(row, where):
 def read_chats(row, where):
     """Return (context, chosen answer, rejected answer) of a row with a chosen and a rejected chat.
 
-    Each chat ends with the answer. The context is the row's prompt, or what the chosen chat holds
-    before its answer.
+    Each is a chat that ends with the answer, one turn, or the answer's text. The context is the
+    row's question, or what both chats hold before their answers.
     """
-    chosen = as_messages(required_field(row, where, "chosen", (str, list)), "chosen")
-    rejected = as_messages(required_field(row, where, "rejected", (str, list)), "rejected")
-    context = as_messages(row["prompt"]) if row.get("prompt") else chosen[:-1]
+    chosen = as_chat(required_field(row, where, "chosen", (str, list, dict)), "chosen")
+    rejected = as_chat(required_field(row, where, "rejected", (str, list, dict)), "rejected")
+    chat = first_nonempty(row, *CHATS)
+    if row.get(first_nonempty(row, *QUESTIONS)):
+        context = with_system(row, read_question(row))
+    elif row.get(chat):
+        context = with_system(row, as_messages(row[chat], chat))
+    else:
+        context = chosen[:-1]
+        if [turn["content"] for turn in context] != [turn["content"] for turn in rejected[:-1]]:
+            raise BadRow("chosen and rejected answer different conversations")
     chosen_answer = chosen[-1]["content"] if chosen else ""
     rejected_answer = rejected[-1]["content"] if rejected else ""
     return context, chosen_answer, rejected_answer
@@ -169,28 +183,61 @@ def read_chats(row, where):
 
 def read_pair(row, where):
     """Return (context, chosen answer, rejected answer) of a preference row of any known schema."""
-    read = read_helpsteer if "overall_preference" in row else read_chats
+    is_compared = any(name in row for name in PREFERENCES)
+    read = read_compared if is_compared else read_chats
     context, chosen, rejected = read(row, where)
-    if chosen == rejected or not context or not chosen or not rejected:
+    is_asked = any(turn["content"].strip() for turn in context)
+    if chosen == rejected or not is_asked or not chosen or not rejected:
         raise BadRow("equal answers or no question")
     return context, chosen, rejected
+
+
+def as_chat(value, name):
+    """Messages of a chat in any form: turns, one turn, a text with marks (hh-rlhf), an answer."""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, str):
+        value = split_text(value) or [{"role": "assistant", "content": value}]
+    messages = as_messages(value, name)
+    if messages and messages[-1]["role"] != "assistant":
+        raise BadRow("a chat that does not end with an answer")
+    return messages
+
+
+def read_rated(row, where):
+    """Return (context, answer, scores) of a HelpSteer row, which rates a single answer.
+
+    The scores are compared from left to right: helpfulness, and where it is equal the others.
+    """
+    prompt = required_field(row, where, "prompt")
+    context = split_text(prompt) or as_messages(prompt)
+    answer = required_field(row, where, "response")
+    scores = [row.get(name) or 0 for name in ("helpfulness", "correctness", "coherence")]
+    return context, answer, scores
 
 
 def load_pairs(path, tokenizer, cfg):
     """Return [[chosen ids, rejected ids]] of the preference rows of a data set.
 
-    A row holds two chats {chosen, rejected}, or HelpSteer's {context, response1, response2,
-    overall_preference}. A pair is dropped if question and answer exceed cfg.rm_max_len tokens.
+    A row holds two chats {chosen, rejected}, two responses and a preference between them, or one
+    response with scores: then every two of one prompt that are rated differently are a pair. A pair
+    is dropped if question and answer exceed cfg.rm_max_len tokens.
     """
 
     def normalize(row, where):
+        if "helpfulness" in row:
+            context, answer, scores = read_rated(row, where)
+            return {"context": context, "answer": answer, "scores": scores}
         context, chosen, rejected = read_pair(row, where)
-        chosen_ids = score_ids(tokenizer, context, chosen)
-        rejected_ids = score_ids(tokenizer, context, rejected)
-        return {"pair": [chosen_ids, rejected_ids]}
+        return {"context": context, "chosen": chosen, "rejected": rejected}
 
-    rows = load_table(path, normalize)
-    pairs = [row["pair"] for row in rows]
+    pairs = []
+    for row in pair_up(load_table(path, normalize, 0, cfg.ignore_fields)):
+        chosen_ids = score_ids(tokenizer, row["context"], row["chosen"])
+        rejected_ids = score_ids(tokenizer, row["context"], row["rejected"])
+        pairs.append([chosen_ids, rejected_ids])
+    if not pairs:
+        fail(f"data {path}: no two answers to one question that are rated differently.")
     kept = [pair for pair in pairs if max(map(len, pair)) <= cfg.rm_max_len]
     num_dropped = len(pairs) - len(kept)
     if num_dropped > 0:
@@ -199,6 +246,22 @@ def load_pairs(path, tokenizer, cfg):
             f"over {cfg.rm_max_len} tokens"
         )
     return kept
+
+
+def pair_up(rows):
+    """Rows with a chosen and a rejected answer; of rated answers every two of one context."""
+    pairs = [row for row in rows if "scores" not in row]
+    rated = {}  # the context as text -> its rows
+    for row in rows:
+        if "scores" in row:
+            rated.setdefault(json.dumps(row["context"]), []).append(row)
+    for answers in rated.values():
+        best_first = sorted(answers, key=lambda row: row["scores"], reverse=True)
+        for better, worse in itertools.combinations(best_first, 2):
+            if better["scores"] != worse["scores"] and better["answer"] != worse["answer"]:
+                answers_of_pair = {"chosen": better["answer"], "rejected": worse["answer"]}
+                pairs.append({"context": better["context"], **answers_of_pair})
+    return pairs
 
 
 def score_pairs(model, pairs, budget, device):
