@@ -38,7 +38,7 @@ from lib.common import (
     start_run,
     whole_groups,
 )
-from lib.data import BadRow, load_table, required_field
+from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.flags import Beta, PositiveFloat, PositiveInt, RolloutFlags, Share, TopP, parse_config
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -56,6 +56,7 @@ from lib.prompts import (
     shuffled,
 )
 from verifiers import programs, sandbox
+from verifiers.asserts import asserted_calls
 from verifiers.language import language_ok
 from verifiers.pool import in_background
 from verifiers.programs import extract_code, fenced, run_tests, table_program
@@ -142,7 +143,10 @@ def normalize(row, where):
         problem = template.format(problem=problem, header=header.rstrip())
 
     # A reference solution: text, a list of texts, or such a list as text.
-    gold = row.get("solution") or row.get("gold_standard_solution") or row.get("solutions") or ""
+    gold = row.get(first_nonempty(row, "solution", "gold_standard_solution", "solutions", "code"))
+    if row.get("canonical_solution"):
+        gold = f"{row.get('prompt')}{row['canonical_solution']}"  # HumanEval's is the body alone
+    gold = gold or ""
     if isinstance(gold, str) and gold.startswith("["):
         gold = programs.parse_literal(gold)
     if not isinstance(gold, str):
@@ -159,7 +163,7 @@ def statement(row, where):
     nested = row.get("responses_create_params")
     if isinstance(nested, dict):
         row = row | {"input": nested.get("input")}
-    names = ("problem", "question", "problem_description", "prompt", "input")
+    names = ("problem", "question", "problem_description", "prompt", "input", "text")
     if not {*names, "description"} & row.keys():
         required_field(row, where, "problem")
     for name in names:
@@ -200,6 +204,7 @@ def normal_tests(row, header=""):
     # DeepCoder; PrimeIntellect; TACO and APPS; codeforces.
     for name in ("unit_tests", "tests", "verification_info", "input_output", "official_tests"):
         candidates.append(row.get(name))
+    candidates.append(asserted_calls(row))  # HumanEval, MBPP
     found = [tests for tests in candidates if tests]
     if not found:
         raise BadRow("no tests")

@@ -17,7 +17,7 @@ import rlhf
 import sft
 from lib import chats, data
 from lib.unread import ANSWERED, ASKED, Watched, kind_of_field
-from verifiers import answers, reward_model
+from verifiers import answers, programs, reward_model
 
 ALL_KINDS = ASKED | ANSWERED
 
@@ -585,6 +585,82 @@ def test_pairs_about_an_image_stop_the_run(read_pairs):
     with pytest.raises(SystemExit):
         read_pairs([row])
     assert read_pairs([row], ignore_fields="images") == [PAIR]
+
+
+# ---- Tests that are asserts ----------------------------------------------------------------------
+DOUBLE = 'def double(x: int) -> int:\n    """ Twice x. """\n'
+CHECK = """
+METADATA = {"author": "x"}
+
+def check(candidate):
+    "A text."
+    assert True, "runs"
+    assert candidate(2) == 4, "a message"
+    assert candidate(-3) == -6
+"""
+HUMAN_EVAL = {
+    "task_id": "x/0",
+    "prompt": DOUBLE,
+    "entry_point": "double",
+    "canonical_solution": "    return 2 * x\n",
+    "test": CHECK,
+}
+MBPP = {
+    "task_id": 1,
+    "text": "Write a function that doubles.",
+    "code": "def double(x):\n    return 2 * x",
+    "test_list": ["assert double(2) == 4", "assert double(-3) == -6"],
+    "challenge_test_list": [],
+}
+
+
+@pytest.mark.parametrize("raw", [HUMAN_EVAL, MBPP, {**MBPP, "text": None, "prompt": "Double."}])
+def test_asserts_become_calls_and_the_reference_passes_them(raw, tmp_path):
+    path = rows_of(tmp_path / "rows.jsonl", [raw])
+    (row,) = coderl.load_rows(coderl.Config(data=path))
+    tests = {"inputs": ["2", "-3"], "outputs": ["4", "-6"], "fn_name": "double"}
+    assert row["tests"] == {**tests, "time_limit": None}
+    assert "double" in row["messages"][0]["content"]
+    assert coderl.reward(programs.fenced(row["solution"]), row["tests"]) == 1
+    assert coderl.reward(programs.fenced("def double(x):\n    return x"), row["tests"]) == 0
+
+
+@pytest.mark.parametrize(
+    "line, inputs, outputs",
+    [
+        ("assert f('1', [2.5], {'a': None}) == '10'", ['"1"\n[2.5]\n{"a": null}'], ['"10"']),
+        ("assert f(1) == (1, 2)", ["1"], ["[1, 2]"]),
+        ("assert f(1) == [[1]]", ["1"], ["[[1]]"]),
+        ("assert f([]) == -1", ["[]"], ["-1"]),
+    ],
+)
+def test_a_result_keeps_its_type(line, inputs, outputs):
+    row = {"prompt": "Write f.", "test_list": [line]}
+    tests = coderl.normalize(row, "row 1")["tests"]
+    assert (tests["inputs"], tests["outputs"]) == (inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "assert set(f(1)) == {1}",
+        "assert f(1) == {1, 2}",
+        "assert abs(f(1) - 0.5) < 1e-6",
+        "assert f((1, 2)) == 3",  # the program may need a tuple
+        "assert f(x) == 3",
+        "assert f(1) == 2 == 2",
+        "assert f(1)",
+        "assert f(1, b=2) == 3",
+        "for i in range(3):\n    assert f(i) == i",
+        "assert f(1) == 1\nassert g(1) == 1",
+        "assert f(1) ==",
+    ],
+)
+def test_a_row_with_an_assert_that_is_not_plain_is_dropped(line):
+    """Without that assert its tests would pay programs that are wrong."""
+    row = {"prompt": "Write f.", "test_list": ["assert f(0) == 0", line]}
+    with pytest.raises(data.BadRow, match="no plain asserts"):
+        coderl.normalize(row, "row 1")
 
 
 # ---- Files ---------------------------------------------------------------------------------------
