@@ -1291,11 +1291,11 @@ HELD_OUT = [
             "",
         ),
         ({"responses_create_params": {"input": [{"role": "user", "content": NINE}]}}, NINE),
-        ({"answer": NINE}, ""),
+        ({"answer": NINE}, None),  # it asks nothing
         ({"question": "find X: + 1"}, "find x 1"),  # shorter than nine words: equal as a whole
         ({"question": "Find x + 1 now."}, ""),
-        ({"problem": None, "prompt": 7}, ""),
-        ({}, ""),
+        ({"problem": None, "prompt": 7}, None),
+        ({}, None),
     ],
 )
 def test_nine_words_in_a_row_are_an_overlap_and_eight_are_not(row, gram):

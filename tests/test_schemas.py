@@ -15,6 +15,7 @@ import ifrl
 import mathrl
 import rlhf
 import sft
+from extras import decontaminate
 from lib import chats, data
 from lib.unread import ANSWERED, ASKED, Watched, kind_of_field
 from verifiers import answers, programs, reward_model
@@ -594,7 +595,7 @@ METADATA = {"author": "x"}
 
 def check(candidate):
     "A text."
-    assert True, "runs"
+    assert 1, "runs"
     assert candidate(2) == 4, "a message"
     assert candidate(-3) == -6
 """
@@ -661,6 +662,118 @@ def test_a_row_with_an_assert_that_is_not_plain_is_dropped(line):
     row = {"prompt": "Write f.", "test_list": ["assert f(0) == 0", line]}
     with pytest.raises(data.BadRow, match="no plain asserts"):
         coderl.normalize(row, "row 1")
+
+
+# ---- Decontamination -----------------------------------------------------------------------------
+ASKING = {  # schema: the row of a question
+    "problem": lambda text: {"problem": text, "answer": "2"},
+    "gsm8k": lambda text: {"question": text, "answer": "#### 2"},
+    "messages": lambda text: asked(text, "Ho"),
+    "parts": lambda text: asked([{"type": "text", "value": text}], "Ho"),
+    "sharegpt": lambda text: {
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "Ho"}]
+    },
+    "alpaca": lambda text: {"instruction": "Answer this.", "input": text, "output": "Ho"},
+    "alpaca without input": lambda text: {"instruction": text, "input": "", "output": "Ho"},
+    "prompt": lambda text: {"prompt": text, "completion": "Ho"},
+    "prompt as turns": lambda text: {"prompt": [{"role": "user", "content": text}]},
+    "query": lambda text: {"query": text, "response": "Ho"},
+    "input": lambda text: {"input": [{"role": "user", "content": text}], "output": "Ho"},
+    "hh-rlhf": lambda text: {
+        "chosen": f"\n\nHuman: {text}\n\nAssistant: Ho",
+        "rejected": f"\n\nHuman: {text}\n\nAssistant: No",
+    },
+    "pairs as turns": lambda text: {
+        "chosen": asked(text, "Ho")["messages"],
+        "rejected": asked(text, "No")["messages"],
+    },
+    "dpo": lambda text: {
+        "conversations": [{"from": "human", "value": text}],
+        "chosen": {"from": "gpt", "value": "Ho"},
+        "rejected": {"from": "gpt", "value": "No"},
+    },
+    "csv": lambda text: {"messages": json.dumps(asked(text, "Ho")["messages"])},
+    "mbpp": lambda text: {"text": text, "code": "x = 1", "test_list": ["assert f(1) == 1"]},
+    "nemotron": lambda text: {"responses_create_params": {"input": text}},
+    "swe": lambda text: {"problem_statement": text, "patch": "x"},
+    "wildchat": lambda text: {"conversation": [{"role": "user", "content": text}]},
+    "aime": lambda text: {"ID": "I-1", "Problem": text, "Answer": 2},
+}
+# Twenty letters each of scripts without spaces.
+CHINESE = "".join(map(chr, range(0x4E00, 0x4E14)))
+THAI = "".join(map(chr, range(0x0E01, 0x0E15)))
+
+
+def shared_with(rows, held_out):
+    def named(rows):
+        return [(f"row {n}", row) for n, row in enumerate(rows, 1)]
+
+    return [shared for _, _, shared in decontaminate.decontaminate(named(rows), named(held_out))]
+
+
+@pytest.mark.parametrize("schema", ASKING)
+def test_a_set_against_itself_loses_every_row_in_every_schema(schema):
+    """It once said "removed 0 of 300 rows", since it knew no field of the rows."""
+    texts = ["Hi", "What is 2 + 2?", CHINESE, THAI, "word " * 30, "Same."]
+    # Twenty equal rows are no wording around problems, and neither are short ones.
+    rows = [ASKING[schema](text) for text in [*texts, *["Same."] * 20, *["Say: " + "a " * 9] * 20]]
+    assert all(shared_with(rows, rows))
+    # In another schema the questions are the same.
+    if not schema.startswith("alpaca"):
+        assert all(shared_with(rows, [ASKING["messages"](text) for text in texts] + rows[-1:]))
+    # Other questions share nothing, and answers are not compared.
+    others = [ASKING[schema](text) for text in ("Why?", CHINESE[::-1], THAI[::-1])]
+    assert shared_with(others, rows) == ["", "", ""]
+
+
+@pytest.mark.parametrize("text", [CHINESE, THAI])
+def test_a_run_of_characters_is_an_overlap_where_no_spaces_part_words(text):
+    """Eighteen characters are as nine words; seventeen are not."""
+    tokens = decontaminate.tokens_of(text)
+    assert len(tokens) >= 18
+    before, behind = CHINESE[::-1][:6], THAI[::-1][:6]
+    held_out = [{"problem": text}]
+    for count, found in ((18, True), (17, False)):
+        part = "".join(tokens[:count])
+        (shared,) = shared_with([{"problem": f"{before} {part} {behind}"}], held_out)
+        assert bool(shared) == found
+    # In the midst of words of another language, too, and in the wide forms of its letters.
+    (shared,) = shared_with([{"problem": f"Solve for x: {''.join(tokens[:18])} ok"}], held_out)
+    assert shared
+
+
+def test_letters_and_digits_of_other_forms_are_the_same():
+    wide = "\uff26\uff49\uff4e\uff44 \uff11\uff12 Stra\u00dfe"
+    assert decontaminate.tokens_of(wide) == decontaminate.tokens_of("find 12 STRASSE")
+    # The vowels of Hindi are marks inside its words.
+    assert (
+        len(decontaminate.tokens_of("\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902")) == 2
+    )
+
+
+def test_rows_that_ask_nothing_are_said_and_a_set_of_them_is_no_all_clear(tmp_path, capsys):
+    unknown = {"utterance": "What is 2 + 2?", "label": 4}
+    known = {"problem": "What is 2 + 2?"}
+
+    def run(train, held_out):
+        paths = [
+            rows_of(tmp_path / f"{name}.jsonl", rows)
+            for name, rows in (("train", train), ("held_out", held_out))
+        ]
+        out = tmp_path / "out.jsonl"
+        cfg = decontaminate.Decontamination(paths[0], paths[1], str(out))
+        decontaminate.write_decontaminated(cfg)
+        return len(out.read_text().splitlines()), capsys.readouterr().out
+
+    left, said = run([known, unknown, unknown], [known, unknown])
+    assert left == 2 and "removed 1 of 3 rows" in said
+    assert "2 of 3 rows ask nothing and are kept" in said and "has: utterance, label" in said
+    assert "1 of 2 rows ask nothing and cannot be found in the training set" in said
+    for train, held_out in (([unknown], [known]), ([known], [unknown]), ([{}], [known])):
+        with pytest.raises(SystemExit) as stop:
+            run(train, held_out)
+        assert stop.value.code == 2
+        assert "asks anything in a known field" in capsys.readouterr().err
 
 
 # ---- Files ---------------------------------------------------------------------------------------
