@@ -122,7 +122,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
 
 # ---- 2. Data -------------------------------------------------------------------------------------
 # Fields of the sets of logged conversations (WildChat, LMSYS, Arena).
-LOGGED = ("conversation", "conversation_a")
+LOGGED = ("conversation", "conversations", "conversation_a")
 
 
 def normalize(row, where):

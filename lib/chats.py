@@ -28,9 +28,11 @@ ROLE_NAMES = {
 }
 # ShareGPT has turns whose text is a tool call.
 CALL_ROLES = ("function_call", "tool_call")
-# What a chat about images has in its text where the image stood.
+# What a chat about images has in its text where the image stood: at an end, or on its own line.
 PLACEHOLDER = re.compile(
-    r"^\s*<(image|video|audio)>|<(image|video|audio)>\s*$|<\|(image|video)_pad\|>"
+    r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z|^\s*<(image|video|audio)>\s*$"
+    r"|<\|(image|video)_pad\|>",
+    re.M,
 )
 
 
@@ -62,9 +64,9 @@ def only_question(turns, name):
 
 def has_role(turn):
     """Whether a turn is an object with the role of its speaker, like "user"."""
-    return isinstance(turn, dict) and isinstance(
-        turn.get(first_nonempty(turn, "role", "from")), str
-    )
+    if not isinstance(turn, dict):
+        return False
+    return isinstance(turn.get(first_nonempty(turn, "role", "from")), str)
 
 
 def as_message(turn, name):
@@ -119,7 +121,7 @@ def text_of_part(part):
     """The text of a part of a message, which has it under one of several names; None without."""
     if isinstance(part, str):
         return part
-    if isinstance(part, dict):
+    if isinstance(part, dict) and not part.get("image") and not part.get("image_url"):
         for name in ("text", "value", "content", "thinking", "reasoning"):
             if isinstance(part.get(name), str):
                 return part[name]
@@ -279,14 +281,14 @@ def read_chat(row):
     name = first_nonempty(row, *CHATS)
     if name in row:
         turns = row[name]
-        # A .csv has its lists as text.
-        messages = as_messages(json_objects(turns, name) if isinstance(turns, str) else turns, name)
+        if isinstance(turns, str):
+            turns = json_objects(turns, name)  # a .csv has its lists as text
+        messages = as_messages(turns, name)
         mode = row.get(first_nonempty(row, "thinking", "enable_thinking"))
         if not isinstance(mode, (bool, type(None))):
             raise BadRow('field "thinking" is neither true nor false')
     else:
         messages, mode = read_question_and_answer(row)
-
     return with_system(row, messages), mode
 
 
@@ -297,6 +299,8 @@ def with_system(row, messages):
     if not system or re.fullmatch("detailed thinking (on|off)", str(system)):
         return messages
     if messages and messages[0]["role"] in SYSTEM_ROLES:
+        if messages[0]["content"].strip() == str(system).strip():
+            return messages
         raise BadRow("a system prompt in the row and another in its messages")
     return [*as_messages([{"role": "system", "content": system}], "system"), *messages]
 
@@ -327,7 +331,9 @@ def read_question(row):
     asked = first_nonempty(row, *QUESTIONS)
     messages = as_messages(row[asked], asked)
     # Alpaca says what to do in the instruction, and to what in the input (Dolly: the context).
-    about = row.get(first_nonempty(row, "input", "context")) if asked != "input" else ""
+    about = ""
+    if asked != "input":
+        about = row.get(first_nonempty(row, "input", "context"))
     if about:
         if not isinstance(about, str) or not messages:
             raise BadRow('field "input" beside the question is not text')

@@ -4,11 +4,18 @@ One chat in six schemas trains on the same tokens. Thoughts are found wherever s
 them. What no code looked at is said, and what matters among it stops the run.
 """
 
+import contextlib
+import importlib
+import io
 import json
 import os
+import pathlib
+import re
+import tempfile
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import coderl
 import ifrl
@@ -191,6 +198,9 @@ def test_a_mode_that_the_thoughts_contradict_is_dropped():
 
 
 # ---- Questions and turns -------------------------------------------------------------------------
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
 def question_of(row):
     return sft.normalize(row, "row 1")["messages"][-2]["content"]
 
@@ -229,7 +239,17 @@ def test_a_turn_that_is_a_call_and_its_observation_are_a_tool_call_and_its_reply
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference row"),
         (asked("<image>\nWhat is this?", "A cat."), "an image"),
         (asked("What is this?\n<image>", "A cat."), "an image"),
+        (asked("Look:\n<image>\nWhat is this?", "A cat."), "an image"),
         (asked([{"type": "image_url", "image_url": {"url": "x"}}], "A cat."), "not text"),
+        (asked([{"type": "text", "text": "What?", "image": "x"}], "A cat."), "not text"),
+        (
+            {
+                **asked("Hi", "Ho"),
+                "messages": [BRIEF, *asked("Hi", "Ho")["messages"]],
+                "system": "x",
+            },
+            "a system prompt in the row and another",
+        ),
         (asked("Hi", "Ho", weight=0), "not to be trained on"),
         (asked("Hi", "Ho", loss_weight=0.0), "not to be trained on"),
         (asked("Hi", "Ho", train=False), "not to be trained on"),
@@ -819,3 +839,114 @@ def test_a_hidden_file_in_a_folder_is_no_data(tmp_path):
     path = rows_of(tmp_path / "rows.jsonl", [{"n": 1}])
     (tmp_path / ".golds.json").write_text("[]")
     assert data.data_files(str(tmp_path)) == [path]
+
+
+# ---- The table of docs/data.md: schema x stage ---------------------------------------------------
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+IFEVAL = {
+    "prompt": "Hi",
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+}
+SWE = {
+    "problem_statement": "The sum is wrong.",
+    "relevant_file_contents": {"a.py": "x = 1\n"},
+    "golden_patch": "--- a/a.py\n+++ b/a.py\n@@ -1 +1 @@\n-x = 1\n+x = 2\n",
+}
+SCHEMAS = {  # what it is: its smallest row
+    "messages": asked("Hi", "Ho"),
+    "messages, thought in the text": asked("Hi", "<think>\nHm.\n</think>\n\nHo"),
+    "messages, the template opened the thought": asked("Hi", "Hm.\n</think>\n\nHo"),
+    "messages, thought in a field": asked("Hi", "Ho", reasoning_content="Hm."),
+    "messages, empty thought": asked("Hi", "<think>\n\n</think>\n\nHo"),
+    "messages, contents in parts": asked([{"type": "text", "value": "Hi"}], "Ho"),
+    "messages, an image among the parts": asked([{"type": "text", "text": "Hi"}, IMAGE], "Ho"),
+    "messages and images": {**asked("Hi", "Ho"), "images": ["a.png"]},
+    "messages and a label (KTO)": {**asked("Hi", "Ho"), "label": False},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    },
+    "Alpaca": {"instruction": "Translate.", "input": "Hi", "output": "Ho"},
+    "prompt and completion": {"prompt": "Hi", "completion": "Ho"},
+    "Llama-Nemotron": {"input": [{"role": "user", "content": "Hi"}], "output": "Ho"},
+    "prompt": {"prompt": "Hi"},
+    "chosen and rejected": {"prompt": "Hi", "chosen": "Ho", "rejected": "No"},
+    "hh-rlhf": ASKING["hh-rlhf"]("Hi"),
+    "HelpSteer3": {
+        "context": [{"role": "user", "content": "Hi"}],
+        "response1": "Ho",
+        "response2": "No",
+        "overall_preference": -1,
+    },
+    "IFEval": IFEVAL,
+    "problem and answer (MATH)": {"problem": "1 + 1?", "answer": "2"},
+    "question and solution (GSM8K)": {"question": "1 + 1?", "answer": "1 + 1 is two.\n#### 2"},
+    "prompt and reward_model (verl)": {
+        "prompt": [{"role": "user", "content": "1 + 1?"}],
+        "reward_model": {"ground_truth": "2"},
+    },
+    "problem and tests (APPS, DeepCoder)": {
+        "problem": "Double it.",
+        "tests": {"inputs": ["1\n"], "outputs": ["2\n"]},
+    },
+    "HumanEval": HUMAN_EVAL,
+    "MBPP": MBPP,
+    "issue, files and patch": SWE,
+}
+COLUMNS = ("sft", "rlhf", "its pairs", "ifrl", "mathrl", "coderl", "swerl")
+BEGIN, END = "<!-- begin: schemas -->\n", "<!-- end: schemas -->\n"
+
+
+def what_is_done(column, path):
+    """A cell: "read", "-" where no field is known, or why the row is dropped or stops the run."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            if column == "sft":
+                read_sft(path)
+            elif column == "its pairs":
+                reward_model.load_pairs(path, None, rlhf.Config())
+            else:
+                stage = importlib.import_module(column)
+                flags = {"swerl": {"min_prompt_tokens": 0}, "mathrl": {"reward_workers": 1}}
+                stage.load_rows(stage.Config(data=path, **flags.get(column, {})))
+            return "read"
+        except SystemExit:
+            pass
+    sentence = said.getvalue()
+    if "(has: " in sentence:
+        return "-"
+    stops = re.search(r": (\S+), an? \w+ by its name", sentence)
+    if stops:
+        return f"stops: `{stops[1]}`"
+    return "no: " + re.search(r"no usable row \(\d+ x (.*)\)", sentence)[1]
+
+
+def schema_table(folder):
+    """The table as Markdown, measured: every row is given to every stage."""
+    lines = [f"| a row of | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, row in SCHEMAS.items():
+        path = rows_of(folder / "row.jsonl", [row])
+        cells = [what_is_done(column, path) for column in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture()
+def without_a_tokenizer(monkeypatch):
+    monkeypatch.setattr(reward_model, "score_ids", lambda *args: [0])
+
+
+def test_the_table_of_the_data_page_is_what_the_stages_do(without_a_tokenizer, tmp_path):
+    """`python tests/test_schemas.py` writes it anew."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert schema_table(tmp_path) == page.partition(BEGIN)[2].partition(END)[0]
+
+
+if __name__ == "__main__":
+    reward_model.score_ids = lambda *args: [0]
+    page = ROOT / "docs" / "data.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    behind = rest.partition(END)[2]
+    with tempfile.TemporaryDirectory() as folder:
+        page.write_text(before + BEGIN + schema_table(pathlib.Path(folder)) + END + behind)
