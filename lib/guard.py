@@ -318,8 +318,8 @@ def check_step(step, metrics, state, cfg):
     run.
     """
 
-    def stop(reason):
-        fail(f"step {step}, {reason}.", note="The last checkpoint is whole.")
+    def stop(reason, note="The last checkpoint is whole."):
+        fail(f"step {step}, {reason}.", note=note)
 
     # Rewards that failed for a reason outside the completion. SFT has none, and no such flag.
     infra = metrics.get("status/infra", 0)
@@ -336,7 +336,10 @@ def check_step(step, metrics, state, cfg):
     if state["skipped"] >= 3:
         stop(
             f"train_step: loss ({metrics['loss']}) or gradient ({metrics['grad_norm']}) "
-            f"was not finite three times in a row (lr {cfg.lr})"
+            f"was not finite three times in a row (lr {cfg.lr})",
+            # The last step that was applied may have broken the weights.
+            note="The last checkpoint is whole. If this comes again, lower --lr and remove those "
+            f"from step {step - 3} on.",
         )
 
     if finite and "gap" in metrics:

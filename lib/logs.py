@@ -4,6 +4,7 @@ rollouts.
 
 import collections
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -139,8 +140,8 @@ class Logger:
         # SFT samples nothing, and has no such flag.
         gigabytes = cfg.keep_rollouts if hasattr(cfg, "keep_rollouts") else 0.0
         self.rollouts = RolloutFile(cfg.out_dir, self.rank, gigabytes / world)
-        self.rollouts.cut_back(step)
         if self.rank == 0:
+            cut_back_rollouts(cfg.out_dir, step)
             history = self.cut_back(step)
             self.health = Health(cfg, history)
             self.describe_run(world)
@@ -251,7 +252,7 @@ class RolloutFile:
     """The rollouts that a rank sampled, one a line, in the order of the steps.
 
     {"step", "prompt" (its row), "sample", "reward", "status", "advantage", "tokens",
-    "finish_reason", "text"}; sample 0 of each prompt has "question" besides, the last turn.
+    "finish_reason", "text"}; the first line of a prompt has "question" besides, its last turn.
 
     gigabytes: the limit of this rank, 0 keeps none. A file that has grown to half of it becomes the
     older half, and the older half before it goes: the newest rollouts stay.
@@ -261,14 +262,6 @@ class RolloutFile:
         self.path = os.path.join(out_dir, f"rollouts.rank{rank}.jsonl")
         self.older = os.path.join(out_dir, f"rollouts.rank{rank}.older.jsonl")
         self.most_bytes = gigabytes * 1e9 / 2
-
-    def cut_back(self, step):
-        """Remove the rollouts of later steps, and a line without its end."""
-        for path in (self.path, self.older):
-            if os.path.exists(path):
-                # Steps only grow, so what goes is the end of the file.
-                with open(path, "rb+") as f:
-                    f.truncate(end_of_step(f, step))
 
     def write(self, step, rollouts):
         if not self.most_bytes or not rollouts:
@@ -282,6 +275,15 @@ class RolloutFile:
             size = f.tell()
         if size > self.most_bytes:
             os.replace(self.path, self.older)
+
+
+def cut_back_rollouts(out_dir, step):
+    """Remove the rollouts of later steps, and lines without their end, from the files of all ranks:
+    the run before may have had more of them."""
+    for path in glob.glob(os.path.join(glob.escape(out_dir), "rollouts.rank*.jsonl")):
+        # Steps only grow, so what goes is the end of a file.
+        with open(path, "rb+") as f:
+            f.truncate(end_of_step(f, step))
 
 
 def as_line(step, r, with_question):

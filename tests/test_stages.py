@@ -238,6 +238,9 @@ def test_a_killed_and_resumed_run_equals_a_straight_one_bit_for_bit(
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "final" / name).read_bytes() == (one / "final" / name).read_bytes(), name
     assert metrics(tmp_path) == metrics(one)
+    if stage != "sft":
+        kept, kept_straight = (out / "rollouts.rank0.jsonl" for out in (tmp_path, one))
+        assert kept.read_bytes() == kept_straight.read_bytes()
 
 
 @pytest.mark.slow

@@ -278,6 +278,18 @@ def test_the_newest_rollouts_stay_within_the_limit(tmp_path):
     }
 
 
+def test_a_run_on_fewer_ranks_cuts_back_the_files_of_all(tmp_path, monkeypatch):
+    for rank in (0, 1):
+        monkeypatch.setattr(logs, "ranks", lambda rank=rank: (rank, 2))
+        logger = logs.Logger(config(tmp_path), 0)
+        for step in (1, 2, 3):
+            logger.log(step, {"grad_norm": 1.0}, rollouts=rollouts_of(step))
+    monkeypatch.setattr(logs, "ranks", lambda: (0, 1))
+    logs.Logger(config(tmp_path), 1)
+    for rank in (0, 1):
+        assert {row["step"] for row in lines_of(tmp_path / f"rollouts.rank{rank}.jsonl")} == {1}
+
+
 def test_none_are_kept_where_none_are_wanted(tmp_path):
     logger = logs.Logger(config(tmp_path, keep_rollouts=0), 0)
     logger.log(1, {"grad_norm": 1.0}, rollouts=rollouts_of(1))
