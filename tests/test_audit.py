@@ -34,7 +34,12 @@ def audited(world, capsys, **settings):
     return kinds, printed
 
 
-@pytest.mark.parametrize("stage", ROWS)
+SLOW = ("coderl", "ifrl")  # they start processes of their own
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in ROWS]
+)
 def test_a_stage_pays_golds_and_nothing_else(stage, world, capsys):
     data = str(world / f"{ROWS[stage]}.jsonl")
     kinds, printed = audited(world, capsys, stage=stage, data=data)
