@@ -727,6 +727,23 @@ def refuse_unknown(names):
         )
 
 
+def missing_for(name, path, outside):
+    """Return a sentence for each thing that a task lacks to be measured."""
+    task_row = TASKS[name]
+    if task_row["needs"]:
+        return task_row["needs"](path, outside)
+    if not task_row["hub"] and not os.path.exists(path):
+        return [f"there is no {path}"]
+    return []
+
+
+def refuse_missing(name, path, outside):
+    """End the process with one sentence if a task lacks something."""
+    sentences = missing_for(name, path, outside)
+    if sentences:
+        fail(f"{name}: {'; '.join(sentences)}.", note="Nothing was measured.")
+
+
 def check_tasks(names, cfg):
     """End the process with one sentence that says what tasks lack to be measured, if anything.
 
@@ -736,13 +753,7 @@ def check_tasks(names, cfg):
     # {what is missing: the tasks that need it}
     missing = {}
     for name in names:
-        path = source(name, cfg)
-        sentences = []
-        if TASKS[name]["needs"]:
-            sentences = TASKS[name]["needs"](path, outside_of(cfg))
-        elif not TASKS[name]["hub"] and not os.path.exists(path):
-            sentences = [f"there is no {path}"]
-        for sentence in sentences:
+        for sentence in missing_for(name, source(name, cfg), outside_of(cfg)):
             missing.setdefault(sentence, []).append(name)
     if missing:
         parts = [f"{', '.join(tasks)}: {sentence}" for sentence, tasks in missing.items()]
@@ -790,6 +801,8 @@ def load(cfg, device, rope_factor):
 def measure(names, tokenizer, cfg, rank, world, device):
     """Measure one task after the other; append their lines to --results and print them."""
     loaded_rope_factor = None
+    for name in names:
+        refuse_missing(name, source(name, cfg), outside_of(cfg))
     for name in names:
         how = protocol(name, cfg)
         if loaded_rope_factor != how["rope_factor"]:

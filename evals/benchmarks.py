@@ -135,13 +135,7 @@ def benchmark(load, hub, samples, protocol, needs=needs_nothing, **changes):
     needs(path, outside) -> a sentence for each flag, folder or package that load would miss.
     samples: completions of each problem. changes: what differs from the protocol
     """
-
-    def load_with_needs(path, outside):
-        for sentence in needs(path, outside):
-            fail(sentence, note="Nothing was measured.")
-        return load(path, outside)
-
-    row = {"load": load_with_needs, "hub": hub, "samples": samples, "needs": needs}
+    row = {"load": load, "hub": hub, "samples": samples, "needs": needs}
     return {**row, **protocol, **changes}
 
 
@@ -279,13 +273,16 @@ def read_mmlu(row, where):
 
 def read_gpqa(row, where):
     """Read a row of GPQA. The question seeds the shuffle, so it is the same in every run."""
-    texts = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-    order = random.Random(row["Question"]).sample(range(4), 4)
-    return choice_row(row["Question"], [texts[i] for i in order], order.index(0))
+    question = required_field(row, where, "Question")
+    texts = [required_field(row, where, "Correct Answer")]
+    for number in (1, 2, 3):
+        texts.append(required_field(row, where, f"Incorrect Answer {number}"))
+    order = random.Random(question).sample(range(4), 4)
+    return choice_row(question, [texts[i] for i in order], order.index(0))
 
 
 def plain(text):
-    """Drop \text{}, blanks, dollars, a dot at the end, and the case. Signs stay: -1 is not 1."""
+    r"""Drop \text{}, blanks, dollars, a dot at the end, and the case. Signs stay: -1 is not 1."""
     text = TEXT.sub(r"\1", text)
     return re.sub(r"[\s$*]|\\[ ,;!]", "", text).rstrip(".").casefold()
 
@@ -519,9 +516,9 @@ def score_humaneval(row, answer):
 
 # ---- Code: LiveCodeBench Pro ---------------------------------------------------------------------
 # Rows: the hub; problems of one difficulty. Tests and checkers are not in them.
-# Prompt: a C++ program in one block.
+# Prompt: a C++ program in one block [D54].
 # Judge: LightCPVerifier, the benchmark's own server, at --code_judge. A program is posted, and its
-#     verdict is asked for until it is there [D54].
+#     verdict is asked for until it is there.
 # Trap: the server answers 404 until it has queued the program, which is no failure.
 PRO = (
     "Solve this contest problem in C++17, from standard input to standard output. "

@@ -63,6 +63,7 @@ def load(name, rows, tmp_path, **changes):
         **changes,
     }
     path = evaluate.source(name, evaluate.Config(data=str(tmp_path)))
+    evaluate.refuse_missing(name, path, outside)
     loaded, (submit, collect), metric = evaluate.TASKS[name]["load"](path, outside)
 
     def graded(row, text, think=True):
