@@ -28,7 +28,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from lib.progress import break_silence, under_way
+from lib.progress import break_silence, count_under_way
 
 # Set once an exception is reported, which says more than a SIGTERM that comes after it.
 exception_is_reported = threading.Event()
@@ -247,8 +247,9 @@ def watch(signal_pipe, limit_s):
         # of its micro-batches, and in a sync, a small part of it may pass.
         allowed_s, what, began = limit_s, "--phase_timeout", since
         if is_update(frames):
-            if under_way and under_way[-1].done != micro_batch:
-                micro_batch, since_micro_batch = under_way[-1].done, time.monotonic()
+            count = count_under_way()
+            if count and count.done != micro_batch:
+                micro_batch, since_micro_batch = count.done, time.monotonic()
             allowed_s, began = update_limit(limit_s), since_micro_batch
             if allowed_s < limit_s:
                 what = "of the --phase_timeout, without a micro-batch more"

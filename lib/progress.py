@@ -35,6 +35,13 @@ def span(seconds):
     return f"{seconds:.0f} s"
 
 
+def count_under_way():
+    """The innermost Count that is under way, or None. For other threads: the main thread may end it
+    at any instant."""
+    counts = list(under_way)
+    return counts[-1] if counts else None
+
+
 class Count:
     """How much of a long piece of work is done: `done` of `total` (0: not known)."""
 
@@ -103,7 +110,7 @@ def break_silence(position, seconds):
     """
     if os.environ.get("RANK", "0") != "0" or time.monotonic() - last_printed["at"] < SILENCE_S:
         return
-    count = under_way[-1] if under_way else None
+    count = count_under_way()
     if count and not count.bar.disable:
         return
     printed()
