@@ -467,3 +467,12 @@ def test_a_verdict_takes_milliseconds_whatever_the_text():
     slowest = max(seconds, key=seconds.get)
     print(f"slowest: {slowest!r}, {1e3 * seconds[slowest]:.0f} ms of CPU (limit 500)")
     assert seconds[slowest] < 0.5
+
+
+def test_a_prompt_that_is_not_english_leaves_the_reply_alone():
+    """The paper punishes other languages "when the prompt is purely in English" (4.3.2). A Chinese
+    prompt is not, whatever script the reply is in; the same reply to an English one is mixed."""
+    chinese = "\u8bf7\u89e3\u91ca\u4e00\u4e0b\u96e8\u662f\u600e\u4e48\u6765\u7684"
+    russian = "\u0414\u043e\u0436\u0434\u044c \u044d\u0442\u043e \u0432\u043e\u0434\u0430"
+    assert language_ok(chinese, russian)
+    assert not language_ok("Explain where rain comes from.", russian)

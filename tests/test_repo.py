@@ -546,6 +546,27 @@ def test_every_gap_is_cited_where_it_is_filled():
     assert cited == set(listed)
 
 
+def test_every_row_of_the_audit_names_a_test_or_a_number():
+    """docs/paper.md lists H1 to H28 and M1 to M11; its tests exist and its numbers are explained."""
+    text = (ROOT / "docs" / "paper.md").read_text()
+    rows = re.findall(r"^\| ([HM]\d+) \|.*\| (.*) \|$", text, re.MULTILINE)
+    assert [label for label, _ in rows] == [f"H{i}" for i in range(1, 29)] + [
+        f"M{i}" for i in range(1, 12)
+    ]
+    tests = set()
+    for path in tracked(".py"):
+        if path.parent.name == "tests":
+            tests |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    explained = set(re.findall(r"^### (D\d+):|^\| (G\d+) \|", text, re.MULTILINE))
+    numbers = {number for pair in explained for number in pair if number}
+    for label, now in rows:
+        named = set(re.findall(r"`(test_\w+)`", now))
+        cited = set(re.findall(r"\b[DG]\d+\b", now))
+        assert named <= tests, (label, named - tests)
+        assert cited <= numbers, (label, cited - numbers)
+        assert named or cited or "](" in now, label
+
+
 def test_the_places_of_the_deviations_are_there():
     """A "Where:" paragraph of docs/paper.md names files, and before each file names that occur in
     that file."""
