@@ -500,3 +500,30 @@ def load_table(path, normalize, limit=0, ignore_fields=None, kinds=ASKED):
     """
     items = progress(read_rows(path, limit), "rows")
     return list(normal_rows(items, normalize, path, ignore_fields, kinds))
+
+
+def one_row_each(rows, path):
+    """One row of each problem: DAPO repeats its problems. Copies with other answers are said.
+
+    The most frequent answer of a problem counts. Where two are equally frequent, none does.
+    """
+    rows_of = {}  # problem -> answer -> its rows
+    for row in rows:
+        answers = rows_of.setdefault(row["messages"][0]["content"], {})
+        answers.setdefault(row["answer"], []).append(row)
+    kept, num_contradicted, num_unclear = [], 0, 0
+    for answers in rows_of.values():
+        copies = sorted(answers.values(), key=len, reverse=True)
+        num_contradicted += len(copies) > 1
+        if len(copies) > 1 and len(copies[0]) == len(copies[1]):
+            num_unclear += 1
+        else:
+            kept.append(copies[0][-1])
+    if len(rows_of) < len(rows):
+        print0(f"data {path}: dropped {len(rows) - len(rows_of)} repeated problems")
+    if num_contradicted:
+        print0(
+            f"data {path}: {num_contradicted} problems have different answers; "
+            f"{num_unclear} without a most frequent one are dropped"
+        )
+    return kept

@@ -547,7 +547,7 @@ def test_every_gap_is_cited_where_it_is_filled():
 
 
 def test_every_row_of_the_audit_names_a_test_or_a_number():
-    """docs/paper.md lists H1 to H28 and M1 to M11; its tests exist and its numbers are explained."""
+    """docs/paper.md lists H1 to H28 and M1 to M11; its tests are there, its numbers explained."""
     text = (ROOT / "docs" / "paper.md").read_text()
     rows = re.findall(r"^\| ([HM]\d+) \|.*\| (.*) \|$", text, re.MULTILINE)
     assert [label for label, _ in rows] == [f"H{i}" for i in range(1, 29)] + [

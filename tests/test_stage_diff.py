@@ -28,7 +28,7 @@ EVERY_STAGE = {
 }
 
 # Only Math RL has this one: the answer of its data sets stands under one of several names.
-MATH_RL = {"find_answer", "one_row_each"}
+MATH_RL = {"find_answer"}
 
 DISTILL = {"compute_advantages", "grpo_loss"}
 
