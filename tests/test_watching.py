@@ -134,6 +134,7 @@ def test_the_line_a_minute_has_the_score(silent_for, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_never_silent():
     slow = """
 import time
