@@ -11,10 +11,10 @@ called: IFBench, BFCL, SWE-bench. What a benchmark needs besides its rows is in 
 is asked before anything is sampled and, by `evaluate.py --check_tasks`, before a cascade trains.
 
 Deviations from the paper, numbered as in docs/paper.md: D23 length by characters; D39 prompts in
-our own words; D51 a YaRN factor of 2 in every benchmark; D52 how a letter is read; D53 answers are
-judged by the stages' verifiers; D54 programs of LiveCodeBench Pro are C++17; D55 IFEval strict,
-IFBench loose; D56 Arena-Hard's judge is asked in our words; D57 the part of BFCL V3 that has one
-turn; D58 SWE-bench's files are localised by the model alone; D59 GSM8K, HumanEval and MATH-500.
+our own words; D40 a YaRN factor of 2 in every benchmark; D41 how a letter is read; D42 answers are
+judged by the stages' verifiers; D43 programs of LiveCodeBench Pro are C++17; D44 IFEval strict,
+IFBench loose; D45 Arena-Hard's judge is asked in our words; D46 the part of BFCL V3 that has one
+turn; D47 SWE-bench's files are localised by the model alone; D48 GSM8K, HumanEval and MATH-500.
 """
 
 import base64
@@ -61,7 +61,7 @@ from verifiers.answers import last_box
 from verifiers.programs import extract_code, run_tests
 
 # Two protocols of appendix B: long answers, and shorter ones. Both have the YaRN factor of the
-# model cards, so that a benchmark is measured in the same way after every stage [D51].
+# model cards, so that a benchmark is measured in the same way after every stage [D40].
 K = 1024
 THINK = {
     "modes": ("think",),
@@ -223,7 +223,7 @@ def needs_package(package, module, outside):
 #     GPQA, a CSV, one "Correct Answer" and three "Incorrect Answer", which have to be shuffled.
 # Prompt: the question, the options with letters, and the wish for one letter in a box [D39].
 # Judge: the letter in the last box, or the option whose text is in it; without either the last "the
-#     answer is (X)", and without that a first or last line that is a letter [D52].
+#     answer is (X)", and without that a first or last line that is a letter [D41].
 # Trap: "\boxed{Vitamin C}" names no letter, "\boxed{B. Vitamin A}" does, and two letters are a
 #     hedge that scores 0, in a box ("B or A") and outside of one.
 LETTERS = "ABCDEFGHIJ"
@@ -336,7 +336,7 @@ def score_choice(row, answer):
 # ---- Math: AIME 2024, AIME 2025, MATH-500, GSM8K -------------------------------------------------
 # Rows: the hub; "problem" or "question", and "answer". mathrl.py reads them. GSM8K's "answer" is a
 #     worked solution that ends in "#### 1,250".
-# Prompt, judge: those of Math RL [D53].
+# Prompt, judge: those of Math RL [D42].
 # Traps: AIME's golds have leading zeros ("033"), and math-verify has to take "33" for them; GSM8K's
 #     have commas.
 def read_gsm8k(row, where):
@@ -358,7 +358,7 @@ def score_math(row, answer):
 # ---- Code: LiveCodeBench v5, v6 ------------------------------------------------------------------
 # Rows: the hub's raw files, since datasets refuses the loading script; public and private tests.
 # Prompt: that of Code RL, with the function header where there is one.
-# Judge: that of Code RL; every test has to pass in the sandbox [D53].
+# Judge: that of Code RL; every test has to pass in the sandbox [D42].
 # Traps: the private tests are a pickle, which is never unpickled; the two versions are windows of
 #     contest dates; a sandbox that failed says nothing about the program; and the files have 4.5
 #     GB, so that one rank of a node reads them, once, and leaves the tests on the disk.
@@ -516,7 +516,7 @@ def score_humaneval(row, answer):
 
 # ---- Code: LiveCodeBench Pro ---------------------------------------------------------------------
 # Rows: the hub; problems of one difficulty. Tests and checkers are not in them.
-# Prompt: a C++ program in one block [D54].
+# Prompt: a C++ program in one block [D43].
 # Judge: LightCPVerifier, the benchmark's own server, at --code_judge. A program is posted, and its
 #     verdict is asked for until it is there.
 # Trap: the server answers 404 until it has queued the program, which is no failure.
@@ -584,7 +584,7 @@ def load_lcb_pro(difficulty):
 # ---- Instruction following: IFEval ---------------------------------------------------------------
 # Rows: the hub; "prompt", "instruction_id_list", "kwargs". ifrl.py reads them.
 # Prompt: as it is.
-# Judge: prompt-level strict [D55]: all constraints of a prompt hold, by our table of checks.
+# Judge: prompt-level strict [D44]: all constraints of a prompt hold, by our table of checks.
 # Trap: the hub's rows carry every possible argument, filled with None.
 def load_ifeval(path, outside):
     def score(row, answer):
@@ -603,7 +603,7 @@ def load_ifeval(path, outside):
 # Prompt: as it is.
 # Judge: prompt-level loose, as IFBench's authors report: a constraint counts if it holds in the
 #     answer, or in the answer without its first line, its last line or its stars. The 58 checks are
-#     those of the package [D55].
+#     those of the package [D44].
 # Traps: a check may need the prompt itself; some raise on an answer without words; and they share a
 #     random state, so they run in one thread.
 def ifbench_checks():
@@ -676,7 +676,7 @@ def load_ifbench(path, outside):
 # Rows: the hub's question file, and the answers of the baseline beside it; of a local file
 #     arenahard_baseline.jsonl in --data, which is that file, or the field "baseline" of its rows.
 # Prompt: the question.
-# Judge: a model at --judge compares the answer with the baseline's [D56]. The score is the win rate
+# Judge: a model at --judge compares the answer with the baseline's [D45]. The score is the win rate
 #     over two games; a clear win or loss weighs three votes, and a tie is half a win. No answer
 #     loses both games clearly.
 # Traps: judges prefer the side that they read first, hence two games with swapped sides; the
@@ -800,7 +800,7 @@ def load_arenahard(path, outside):
 # ---- Function calls: BFCL ------------------------------------------------------------------------
 # Rows: BFCL's own files: a folder bfcl in --data with BFCL_v4_*.json (or v3) and possible_answer/,
 #     or without one the data folder of the package bfcl-eval in the environment of
-#     --verifier_python. The categories of one turn are read [D57].
+#     --verifier_python. The categories of one turn are read [D46].
 # Prompt: the question, and the functions as tools of the chat template.
 # Judge: the package's AST checker. It runs in that environment, since bfcl-eval pins packages of
 #     its own. In the irrelevance categories no function may be called; in the relevance one any
@@ -999,7 +999,7 @@ def load_bfcl(path, outside):
 # ---- SWE-bench Verified, agentless, first half: which files have to change -----------------------
 # Rows: the hub; the repositories are git clones in the folder --repos.
 # Prompt: the issue, and the names of all Python files of the repository that are no tests.
-# Judge: the share of the golden patch's files among the first five that the answer names [D58].
+# Judge: the share of the golden patch's files among the first five that the answer names [D47].
 # Trap: a repository is read at the commit of its row, not as it stands in the clone.
 LOCALISE = """An issue was filed against a repository. Which files have to change?
 
@@ -1267,7 +1267,7 @@ def lcb_pro(difficulty, months):
 
 
 # name: loader or (reader, judge), hub id, completions of each problem, protocol, needs. GSM8K,
-# HumanEval and MATH-500 are not among the paper's [D59].
+# HumanEval and MATH-500 are not among the paper's [D48].
 BENCHMARKS = {
     "mmlu": simple(read_mmlu, score_choice, "cais/mmlu:all@test", 1, THINK),
     "mmlu_pro": simple(read_mmlu, score_choice, "TIGER-Lab/MMLU-Pro@test", 1, THINK),

@@ -25,9 +25,9 @@ program on standard input. It prints {"score": share of the subtask's points, 0 
 text for the model}; rows then need neither samples nor tests, and a subtask with "partial": true
 may earn a part of its points.
 
-Deviations from the paper, numbered as in docs/paper.md: D71 scripts that reproduce an issue are
-written without seeing patches, and judged by how they end; D72 tail confidence is the mean log-prob
-of the drawn tokens; D73 without --grader programs are Python, and a subtask is all or nothing.
+Deviations from the paper, numbered as in docs/paper.md: D50 scripts that reproduce an issue are
+written without seeing patches, and judged by how they end; D51 tail confidence is the mean log-prob
+of the drawn tokens; D52 without --grader programs are Python, and a subtask is all or nothing.
 """
 
 import contextlib
@@ -155,7 +155,7 @@ REPRODUCE = (
 
 
 def reproduction_scripts(row, n, sample, count):
-    """Return the distinct scripts among `count` that the model writes for the issue [D71]."""
+    """Return the distinct scripts among `count` that the model writes for the issue [D50]."""
     messages = as_messages(REPRODUCE.format(format=coderl.FORMAT, issue=row["issue"]))
     scripts = []
     for r in sample([messages] * count, (n, 1), row):
@@ -327,7 +327,7 @@ class Submission:
 
 
 def sandbox_judge(code, problem, subtask):
-    """Return (share of the points, verdict) of a Python program by the tests of the row [D73].
+    """Return (share of the points, verdict) of a Python program by the tests of the row [D52].
 
     As at the IOI a subtask is worth what its worst test is worth; here a test is passed or not.
     subtask None: the samples
@@ -362,7 +362,7 @@ def command_judge(command):
 
 
 def confidence(rollout):
-    """Return the mean log-prob of the last tokens: how sure the model was of its program [D72]."""
+    """Return the mean log-prob of the last tokens: how sure the model was of its program [D51]."""
     if not len(rollout.sampler_logprobs):
         return -float("inf")
     return float(np.mean(rollout.sampler_logprobs[-TAIL:]))

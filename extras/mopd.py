@@ -22,7 +22,7 @@ a good run it climbs towards 0. Below the waterline two functions are not as in 
 DOMAINS is for instance rlhf:chat.jsonl:out/rlhf/final,mathrl:math.jsonl:out/mathrl/final.
 
 Deviations from the paper, numbered as in docs/paper.md: D24 a domain is drawn as often as it has
-prompts; D25 every rank holds a whole teacher, one after the other; D70 the teacher of a domain is
+prompts; D25 every rank holds a whole teacher, one after the other; D49 the teacher of a domain is
 the checkpoint of its own stage, and the learning rate warms up from 0.
 """
 
@@ -102,7 +102,7 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
 
     lr: PositiveFloat = 2e-6  # learning rate of AdamW; Cascade 2 section 4.4 (table 8: 3e-6)
     final_lr: Share = 1.0  # last learning rate as a fraction of lr, linear decay
-    # steps of linear warm-up of the learning rate, from 0 [D70]; Cascade 2 section 4.4
+    # steps of linear warm-up of the learning rate, from 0 [D49]; Cascade 2 section 4.4
     warmup_steps: int = 30
     beta1: Beta = 0.9  # of AdamW
     beta2: Beta = 0.95  # of AdamW
