@@ -73,6 +73,7 @@ class Config:
     # whose pins contradict each other have two, joined by a comma.
     verifier_python: str = ""
     repos: str = ""  # swebench: folder of git clones named owner__name
+    ignore_fields: str = ""  # a task of a stage: fields that matter and may stay unread, as there
     # swebench: tokens of a prompt; the paper's 14B model has 65536, with --rope_factor=3
     prompt_tokens: PositiveInt = 32768
     engine: str = "auto"  # auto, torch or vllm
@@ -151,7 +152,12 @@ def stage_task(script, modes, **settings):
         values = {"data": path}
         known = {field.name for field in dataclasses.fields(stage.Config)}
         # think_share: RLHF loads each prompt once for either mode; here each mode is set in turn.
-        for name, value in {"reward_workers": 2, "think_share": 1.0}.items():
+        defaults = {
+            "reward_workers": 2,
+            "think_share": 1.0,
+            "ignore_fields": outside.get("ignore_fields", ""),
+        }
+        for name, value in defaults.items():
             if name in known:
                 values[name] = value
         values.update(settings)
@@ -544,6 +550,7 @@ def outside_of(cfg):
         "code_judge": cfg.code_judge,
         "verifier_python": cfg.verifier_python,
         "repos": cfg.repos,
+        "ignore_fields": cfg.ignore_fields,
         "samples": samples_folder(cfg),
         "prompt_tokens": cfg.prompt_tokens,
         "tasks": task_names(cfg.check_tasks or cfg.tasks),

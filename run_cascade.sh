@@ -135,7 +135,9 @@ check_tasks() {
     local check=".venv/bin/python evaluate.py --check_tasks=${TASKS:-} --results=$OUT/results.jsonl"
     check="$check --data=${EVAL_DATA:-$OUT/data} ${EVAL_FLAGS:-}"
     if [ -z "${TASKS:-}" ]; then return; fi
-    if [ "${DRY_RUN:-}" = 1 ]; then
+    if [ ! -e .venv/installed ]; then
+        echo "run_cascade.sh: whether TASKS can be measured is not checked before setup"
+    elif [ "${DRY_RUN:-}" = 1 ]; then
         $check --offline=true 2>&1 || true
     else
         $check || exit 2

@@ -94,6 +94,8 @@ def copy(tmp_path_factory):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    if (ROOT / ".venv").exists():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
     for command in (["init", "-q"], ["add", "-A"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder

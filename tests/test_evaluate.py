@@ -686,8 +686,9 @@ def test_settings_of_a_stage_task_are_fields_of_its_config(countdown, monkeypatc
     seen = []
     module = evaluate.import_stage("my_countdown")
     monkeypatch.setattr(module, "make_reward", seen.append)
-    task["load"](str(countdown / "countdown_test.jsonl"), {})
+    task["load"](str(countdown / "countdown_test.jsonl"), {"ignore_fields": "label"})
     assert (seen[0].target, seen[0].data) == (24, str(countdown / "countdown_test.jsonl"))
+    assert seen[0].ignore_fields == "label"
 
 
 def test_a_script_that_is_not_there_is_one_sentence(capsys):
@@ -858,10 +859,15 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(world, monkeypatch, capsys):
     replies = []
     generate = engine.generate
 
+    def ctrl_c_after_a_token():
+        while not replies[0].completion_ids:
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+
     def interrupted(rollouts, *settings):
         replies.extend(rollouts)
         # Ctrl-C, as the main thread gets it while this thread samples.
-        threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+        threading.Thread(target=ctrl_c_after_a_token).start()
         generate(rollouts, *settings)
 
     def no_input(prompt):

@@ -116,7 +116,7 @@ def test_every_flag_is_explained():
     ("flags", "sentence"),
     [
         ({"stage": "sft"}, "--stage=sft: expected rlhf, ifrl, mathrl, coderl, swerl."),
-        ({"init_from": "nowhere"}, "--init_from=nowhere: no checkpoint there"),
+        ({"init_from": "nowhere"}, "--init_from=nowhere: no such folder"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"stage": "rlhf", "rm": "nowhere"}, "--rm: nowhere is not there"),
     ],
