@@ -348,7 +348,8 @@ def load_rows(cfg, path=None, limit=0):
 
     rows = load_table(path, normalize_row, limit, cfg.ignore_fields)
     num_own = sum(row["own_prompt"] for row in rows)
-    print0(f"data {path}: {num_own} of {len(rows)} prompts are the rows' own, the others ours")
+    if num_own:
+        print0(f"data {path}: {num_own} of {len(rows)} prompts are the rows' own, the others ours")
     return rows
 
 
