@@ -209,7 +209,8 @@ def shard(model, device, how="full"):
         fail(f"--shard={how}: expected full, hybrid, offload or replicate.")
     # Weights in bf16 are wrapped on CPUs, too, since FSDP casts them to fp32 for the computation.
     kept_whole = how == "replicate" and device.type != "cuda"
-    if not dist.is_initialized() or (kept_whole and model.head_weight.dtype == torch.float32):
+    in_fp32 = next(model.parameters()).dtype == torch.float32
+    if not dist.is_initialized() or (kept_whole and in_fp32):
         return model
 
     # The import takes a while, so that only runs that shard pay for it.
