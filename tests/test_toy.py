@@ -35,6 +35,8 @@ def load(world, skill, split):
         cfg.reward_workers = 2
     elif skill == "swe":
         cfg.min_prompt_tokens = 0
+    elif skill == "chat":
+        cfg.think_share = 1.0  # each prompt once
     return stage, cfg, stage.load_rows(cfg, str(world / f"{skill}_{split}.jsonl"))
 
 
