@@ -686,9 +686,20 @@ def test_settings_of_a_stage_task_are_fields_of_its_config(countdown, monkeypatc
     seen = []
     module = evaluate.import_stage("my_countdown")
     monkeypatch.setattr(module, "make_reward", seen.append)
-    task["load"](str(countdown / "countdown_test.jsonl"), {"ignore_fields": "label"})
+    task["load"](str(countdown / "countdown_test.jsonl"), {})
     assert (seen[0].target, seen[0].data) == (24, str(countdown / "countdown_test.jsonl"))
-    assert seen[0].ignore_fields == "label"
+
+
+def test_a_field_that_training_may_ignore_may_be_ignored_here(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "Sum it up.", "context": "A long text."}) + "\n")
+    monkeypatch.setattr(evaluate.import_stage("rlhf"), "make_reward", lambda cfg: None)
+    task = evaluate.stage_task("rlhf", ("think",))
+    with pytest.raises(SystemExit):
+        task["load"](str(path), {})
+    assert "context" in capsys.readouterr().err
+    rows, *_ = task["load"](str(path), {"ignore_fields": "context"})
+    assert len(rows) == 1
 
 
 def test_a_script_that_is_not_there_is_one_sentence(capsys):

@@ -1223,20 +1223,25 @@ def test_code_rl_and_benchmarks_end_with_the_same_sentence(monkeypatch, capfd, t
 
     data = tmp_path / "lcb.jsonl"
     tests = json.dumps([{"input": "1", "output": "1"}])
-    problem = {"contest_date": "2024-09-01", "question_content": "Echo."}
+    problem = {
+        "question_id": "1",
+        "contest_date": "2024-09-01",
+        "question_content": "Echo.",
+    }
     problem = {**problem, "public_test_cases": tests, "private_test_cases": tests}
     data.write_text(json.dumps(problem))
     monkeypatch.delenv("SANDBOX_ALLOW_WEAK", raising=False)
     sandbox.close()
     sandbox._mode = "bare"
     said = []
-    row = {"think": False, "tests": stdin_tests("", "1")}
+    (tmp_path / "tests.json").write_text(json.dumps(stdin_tests("", "1")))
+    row = {"think": False, "tests": str(tmp_path / "tests.json")}
     submit, collect = benchmarks.hook(benchmarks.score_code)
     rollout = types.SimpleNamespace(row=row, text="```python\nprint(1)\n```")
     starts = (
         lambda: coderl.make_reward(coderl.Config()),
         lambda: collect([rollout]),
-        lambda: benchmarks.BENCHMARKS["lcb_v5"]["load"](str(data), {}),
+        lambda: benchmarks.BENCHMARKS["lcb_v5"]["load"](str(data), {"data": str(tmp_path)}),
     )
     for start in starts:
         with pytest.raises(SystemExit) as ended:

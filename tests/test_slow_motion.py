@@ -17,7 +17,7 @@ from conftest import ROOT, make_tiny, run_python
 
 from extras import slow_motion, slow_motion_view
 from lib.flags import field_comments, field_names
-from model import save_tokenizer
+from model import tokenizer_files
 from verifiers import reward_model
 
 # Problems that the model was taught, so that some rewards differ.
@@ -43,10 +43,11 @@ finish()
 def rm(world, tmp_path_factory):
     """Folder of a small reward model. Its head is not zero, so that answers score differently."""
     folder = tmp_path_factory.mktemp("rm") / "rm"
-    model = reward_model.RewardModel(make_tiny(vocab_size=640, std=0.1))
+    body = make_tiny(vocab_size=640, std=0.1)
+    body.tokenizer_files = tokenizer_files(world / "base")
+    model = reward_model.RewardModel(body)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(3))
     model.save_pretrained(folder)
-    save_tokenizer(str(world / "base"), str(folder))
     return folder
 
 
