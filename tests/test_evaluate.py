@@ -868,7 +868,11 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(world, monkeypatch, capsys):
     engine = TorchEngine(model, tokenizer)
     engine.stops = []  # a reply that would go on to the end of the context
     replies = []
-    generate = engine.generate
+    generate, decode = engine.generate, engine._decode
+
+    def decode_slowly(*args):
+        time.sleep(0.01)  # 900 tokens take 9 seconds: Ctrl-C comes first, however busy the machine
+        return decode(*args)
 
     def ctrl_c_after_a_token():
         while not replies[0].completion_ids:
@@ -887,6 +891,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(world, monkeypatch, capsys):
         return "Hello"
 
     monkeypatch.setattr(engine, "generate", interrupted)
+    monkeypatch.setattr(engine, "_decode", decode_slowly)
     monkeypatch.setattr("builtins.input", no_input)
     evaluate.chat(model, engine, tokenizer, evaluate.Config(max_new_tokens=900))
     (reply,) = replies
