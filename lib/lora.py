@@ -4,12 +4,12 @@
                                           scale = alpha / rank
 
 B starts at 0, so that training starts from the base model. --lora_rank=32 puts such a pair beside
-every linear layer of attention and MLP. They are all that the optimizer and the gradients have to
-hold: 8B train in 18 GB of weights and optimizer instead of 131.
+every linear layer of attention and MLP. Gradients and optimizer hold these alone: with the weights
+they take 18 GB at 8B instead of 131.
 
-Who asks for the weights of a LoRA model gets merged ones, W + scale * B A, made in fp32 and rounded
-once: the samplers (engine.whole_parameters) and the folder of a checkpoint. In a folder `adapter`
-beside the merged weights lies the adapter itself, as peft and vLLM open it.
+Whoever asks for the weights of a LoRA model gets merged ones, W + scale * B A, made in fp32 and
+rounded once: the samplers (engine.whole_parameters) and the folder of a checkpoint. In a folder
+`adapter` beside the merged weights lies the adapter itself, as peft and vLLM open it.
 
 The base is kept in the precision of the computation, bf16 on GPUs, and sharded by FSDP2 like any
 weights. The adapters stay fp32 and whole on every rank, since they are small;
