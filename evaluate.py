@@ -9,7 +9,9 @@
 
 The rows of a benchmark come from a local file or from the hub; its protocol is that of appendix B.
 A toy task runs through its stage's own data loader, prompt builder and verifier, and through the
-sampler that the stage trains with. Sampled scores are means over k completions of each problem
+sampler that the stage trains with; besides temperature 1 and greedy decoding it is measured as the
+paper measures (PAPER). A task <skill>_hard has the problems that are longer than nearly all
+demonstrations. Sampled scores are means over k completions of each problem
 (avg@k, the paper's protocol). The interval resamples problems, not completions, because the
 completions of one problem are not independent. Each finished completion is a JSON line beside the
 results (samples/<stage>/<task>_<mode>_<decoding>.rank0.jsonl), so an interrupted evaluation repeats
@@ -55,7 +57,7 @@ from model import Qwen3, find_file, load_tokenizer, render_chat
 @dataclass
 class Config:
     model: str = ""  # checkpoint folder
-    tasks: str = "all-toy"  # comma-separated names of TASKS; all-toy: the five skills of the toy
+    tasks: str = "all-toy"  # comma-separated names of TASKS; all-toy: all skills of the toy
     # Folder with <task>_<split>.jsonl (toy) or <task>.jsonl, .json, .parquet or .csv, or a folder
     # of such files called <task>. A task without any is read from the hub.
     data: str = "out/toy/data"
@@ -100,6 +102,10 @@ class Config:
     chat: bool = False  # talk to the model in the terminal
 
 
+# The decoding of the paper's own scores (appendix B), beside temperature 1 and greedy
+PAPER = {"temperature": 0.6, "top_p": 0.95}
+
+
 # ---- 1. Tasks ------------------------------------------------------------------------------------
 def task(
     load,
@@ -111,6 +117,7 @@ def task(
     top_p=1.0,
     rope_factor=0.0,
     greedy=True,
+    paper=False,
     script="",
     needs=None,
 ):
@@ -121,6 +128,7 @@ def task(
     reward and status, metric(rollout) is the score. outside: {flag: value} of what a loader may
     need besides its rows.
     hub: where the rows are if --data does not have them. greedy: measure greedy decoding as well.
+    paper: measure it by PAPER as well, where the sampled score is not yet the paper's.
     script: the stage that teaches this task, "" for a benchmark. needs(path, outside) -> a sentence
     for each thing outside that load would miss. The rest is the sampling protocol.
     """
@@ -134,6 +142,7 @@ def task(
         "top_p": top_p,
         "rope_factor": rope_factor,
         "greedy": greedy,
+        "paper": paper,
         "script": script,
         "needs": needs,
     }
@@ -164,7 +173,7 @@ def stage_task(script, modes, **settings):
         cfg = stage.Config(**values)
         return stage.load_rows(cfg), stage.make_reward(cfg), stage.metric
 
-    return task(load, modes, script=script)
+    return task(load, modes, samples=2, paper=True, script=script)
 
 
 def import_stage(script):
@@ -205,11 +214,15 @@ def load_chat(path, outside):
 
 
 TASKS = {
-    "chat": task(load_chat, ("think", "no_think"), script="rlhf"),
+    "chat": task(load_chat, ("think", "no_think"), samples=2, paper=True, script="rlhf"),
     "if": stage_task("ifrl", ("think", "no_think")),
+    "if_hard": stage_task("ifrl", ("no_think",)),
     "math": stage_task("mathrl", ("think",)),
+    "math_hard": stage_task("mathrl", ("think",)),
     "code": stage_task("coderl", ("think",)),
+    "code_hard": stage_task("coderl", ("think",)),
     "swe": stage_task("swerl", ("think",), min_prompt_tokens=0),
+    "swe_hard": stage_task("swerl", ("think",), min_prompt_tokens=0),
     **{name: task(**row) for name, row in BENCHMARKS.items()},
 }
 
@@ -574,6 +587,8 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
 
     # {decoding: its sampling settings}
     variants = {"sampled": how}
+    if TASKS[name]["paper"]:
+        variants["paper"] = how | PAPER
     if TASKS[name]["greedy"]:
         variants["greedy"] = how | {"samples": 1, "temperature": 0.0}
     results = []
@@ -585,15 +600,21 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
             # Tokens that prompt and completion may take together end at the model's positions.
             row["room"] = 0 if "not_asked" in row else max(positions - len(prompt_ids), 0)
         print_short_of_room(name, rows, how["max_new_tokens"])
-        decodings = []
+        decodings = {}
         for decoding, variant in variants.items():
             # The number of samples is left out of the key: it changes no sample.
             settings = (weights, variant | {"samples": 0}, engine_name)
             rollouts = make_rollouts(rows, variant, settings, cfg, rank, world)
             path = os.path.join(samples, f"{name}_{mode}_{decoding}") if samples else ""
-            decodings.append((rollouts, path))
-        complete(engine, decodings, how, hook, metric, rank)
-        for decoding, (rollouts, _) in zip(variants, decodings):
+            decodings[decoding] = (rollouts, path)
+        # Greedy completions share a batch with the sampled ones: a row can be greedy by itself.
+        apart = decodings.pop("paper", None)
+        complete(engine, list(decodings.values()), how, hook, metric, rank)
+        if apart:
+            complete(engine, [apart], variants["paper"], hook, metric, rank)
+            decodings["paper"] = apart
+        for decoding in variants:
+            rollouts, _ = decodings[decoding]
             numbers = score_of(rollouts, rows)
             results.append(
                 {

@@ -3,7 +3,7 @@
 # The Nemotron-Cascade recipe (arXiv 2512.13607): two stages of SFT, then RL on chat, instructions, math, code
 # and software engineering. Every stage starts from the weights in which the stage before it ended.
 #
-#   bash run_cascade.sh                  the toy: a tiny model, real verifiers, about 5 minutes on 2 CPU cores
+#   bash run_cascade.sh                  the toy: a tiny model, real verifiers, about 7 minutes on 2 CPU cores
 #   BASE=folder bash run_cascade.sh 8b   a run of the paper (tables T14-T20): 8b, 8b-thinking or 14b-thinking;
 #                                        0.6b trains a smaller model with the numbers of 8b
 #   bash run_cascade.sh cards            a test of the evaluation: measure the six 8B checkpoints that NVIDIA
@@ -145,11 +145,11 @@ check_tasks() {
 }
 
 # -----------------------------------------------------------------------------
-# The toy: 0.34M parameters. With these numbers every stage raised its own skill on three seeds.
+# The toy: 0.34M parameters. Designed on seeds 100 to 102, where every stage raised its own skill.
 
 toy() {
     local data=$OUT/data
-    local TASKS=all-toy LIMIT=240  # score() measures every toy skill on 240 problems
+    local TASKS=all-toy LIMIT=250  # score() measures every toy skill on 250 problems
 
     # Data for all stages and a base model with random weights. The file `done` says that they are complete.
     if [ ! -e "$data/done" ]; then
@@ -157,46 +157,48 @@ toy() {
         run touch "$data/done"
     fi
 
-    # What both SFT stages share, and what all RL stages share. A toy answer fits into 80 tokens, so that no
+    # What both SFT stages share, and what all RL stages share. A toy answer fits into 96 tokens, so that no
     # stage needs YaRN. The learning rate of RL falls to a tenth. A model this small is whole on every rank.
     local sft="
         --samples_per_step=64 --max_seq_len=512 --micro_batch_tokens=8192 --warmup_steps=20
         --eval_every=0 --save_every=100 --shard=replicate"
     local rl="
         --prompts_per_step=16 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0
-        --max_prompt_tokens=256 --max_new_tokens=80 --micro_batch_tokens=8192 --rope_factor=0
+        --max_prompt_tokens=256 --max_new_tokens=96 --micro_batch_tokens=8192 --rope_factor=0
         --final_lr=0.1 --reward_workers=2 --shard=replicate
         --eval_every=25 --eval_rows=150 --save_every=25 --sample_every=20"
 
-    # SFT 1: the language, and chat, instructions, math and code from flawed demonstrations. It ends early in
-    # its cosine of 400 steps, while the learning rate is still high, because SFT 2 goes on.
+    # SFT 1: the language, and chat, instructions, math and code from a teacher with misconceptions. It ends
+    # early in its cosine of 400 steps, while the learning rate is still high, because SFT 2 goes on.
     stage sft1 $LAUNCH sft.py \
         --init_from="$data/base" --out_dir="$OUT/sft1" \
         --data="$data/sft_stage1.jsonl" \
         --num_steps=140 --schedule_steps=400 --lr=9e-3 $sft
 
-    # SFT 2: the same and SWE, with a learning rate that falls to 0. Its samples repeat the flaws of the
-    # demonstrations, and this leaves the RL stages something to learn.
+    # SFT 2: the same and SWE, with a learning rate that falls to 0. It learns the misconceptions, too, and
+    # this leaves the RL stages something to learn.
     stage sft2 $LAUNCH sft.py \
         --init_from="$OUT/sft1/final" --out_dir="$OUT/sft2" \
         --data="$data/sft_stage2.jsonl" \
         --num_steps=600 --schedule_steps=600 --lr=8e-3 $sft
 
     # RLHF: replies that a reward model prefers. It first trains this reward model on pairs of replies. The KL
-    # term and the shaped reward keep the policy from farming a small reward model (paper 6.3).
+    # term and the shaped reward keep the policy from farming a small reward model (paper 6.3). It reads no
+    # constraint, so that instruction following suffers here, as in the paper, until IF-RL.
     stage rlhf $LAUNCH rlhf.py \
         --init_from="$OUT/sft2/final" --out_dir="$OUT/rlhf" \
-        --data="$data/chat_rl.jsonl" --eval_data="$data/chat_dev.jsonl" \
+        --data="$data/rlhf.jsonl" --eval_data="$data/chat_dev.jsonl" \
         --rm_data="$data/preference.jsonl" --rm_eval_data="$data/preference_dev.jsonl" \
         --rm_samples_per_step=32 --rm_epochs=1 --rm_lr=3e-3 \
-        --num_steps=40 --lr=3e-4 --kl_coef=0.1 --shape_reward=true $rl
+        --num_steps=80 --lr=3e-4 --kl_coef=0.1 --shape_reward=true $rl
 
-    # IF-RL: constraints that a program can check, such as "use no commas". A learning rate of 6e-4 cost 13.8
-    # points of chat on seed 2. One round of fresh prompts replaces groups in which all rewards are equal.
+    # IF-RL: constraints that a program can check, such as "use no commas". It unlearns closings that break
+    # one. A learning rate of 4e-4 unlearned those of chat as well, whose score fell below that of SFT. One
+    # round of fresh prompts replaces groups in which all rewards are equal.
     stage ifrl $LAUNCH ifrl.py \
         --init_from="$OUT/rlhf/final" --out_dir="$OUT/ifrl" \
         --data="$data/if_rl.jsonl" --eval_data="$data/if_dev.jsonl" \
-        --num_steps=90 --lr=4e-4 --max_refill_rounds=1 $rl
+        --num_steps=75 --lr=3e-4 --max_refill_rounds=1 $rl
 
     # Math RL: chains of small sums, with reward 1 for the right answer in the box. The answers are short:
     # one length is enough, where the paper goes through three.
@@ -209,7 +211,7 @@ toy() {
     stage coderl $LAUNCH coderl.py \
         --init_from="$OUT/mathrl/final" --out_dir="$OUT/coderl" \
         --data="$data/code_rl.jsonl" --eval_data="$data/code_dev.jsonl" \
-        --num_steps=60 --lr=5e-4 --memory_mb=1024 $rl
+        --num_steps=70 --lr=5e-4 --memory_mb=1024 $rl
 
     # SWE RL: repairs of the same programs, rewarded by the similarity to the golden patch. A near miss shares
     # most of its text with it, so that similarity below 0.98 earns nothing. A learning rate of 5e-4 made the
@@ -217,7 +219,7 @@ toy() {
     stage swerl $LAUNCH swerl.py \
         --init_from="$OUT/coderl/final" --out_dir="$OUT/swerl" \
         --data="$data/swe_rl.jsonl" --eval_data="$data/swe_dev.jsonl" \
-        --num_steps=90 --lr=3e-4 --min_prompt_tokens=0 --lexical_floor=0.98 --overlong_filter=false $rl
+        --num_steps=150 --lr=3e-4 --min_prompt_tokens=0 --lexical_floor=0.98 --overlong_filter=false $rl
 }
 
 # -----------------------------------------------------------------------------

@@ -10,14 +10,16 @@ that they use for real data; no stage knows that they are toys. There are five s
     swe    such a program with one wrong line  graded by the four tests on the patched program
 
 Every problem comes from a key, e.g. the numbers and operations of a sum. The keys are dealt to four
-splits, which share none: sft (demonstrations), rl (training), dev (tuning), test (reporting).
+splits, which share none: sft (demonstrations), rl (training), dev (tuning), test (reporting). Some
+keys are hard: their problems are longer than nearly all demonstrations (KEYS).
 
-The demonstrations are finite, and a stated share has a flaw (FLAWED): a slip, a broken constraint,
-a rambling reply. SFT copies the flaws too, but a verifier does not reward them. This is the room
-that RL has to improve on SFT here.
+The teacher who wrote the demonstrations errs in two ways. Misconceptions (MISCONCEPTIONS) are
+systematic, so that even the most likely answer of an imitator is wrong. Slips (SLIPS) are random.
+SFT copies both, but a verifier rewards neither. This is the room that RL has to improve on SFT
+here. TENSIONS states where the skills pull against each other, as they do in the paper.
 
-What to look at first: FLAWED, math_rows and its demonstrations, then the files themselves (one JSON
-row a line, e.g. math_rl.jsonl for Math RL and sft_stage2.jsonl for SFT).
+What to look at first: the tables from KEYS to TENSIONS, math_rows and its demonstrations, then the
+files themselves (one JSON row a line, e.g. math_rl.jsonl for Math RL, sft_stage2.jsonl for SFT).
 
     python toy.py --out=out/toy/data --seed=0
 """
@@ -43,6 +45,7 @@ from model import SYSTEM, Qwen3, Qwen3Config, save_tokenizer
 class Config:
     out: str = "out/toy/data"  # folder for the data and the base model
     seed: int = 0
+    tensions: bool = True  # False: every share of TENSIONS is 0
     vocab_size: PositiveInt = 1024  # tokens of the tokenizer that is trained on the data
     hidden_size: PositiveInt = 96  # model width
     num_layers: PositiveInt = 2  # four learn as much in twice the time
@@ -51,15 +54,63 @@ class Config:
 
 
 SPLITS = ("sft", "rl", "dev", "test")
-# Number of keys in each split. SWE uses the keys of code.
+# Number of keys in each split. SWE uses the keys of code. Hard problems are longer than nearly all
+# demonstrations: four constraints, steps or operations instead of up to three.
 KEYS = {
     "chat": (1000, 900, 300, 300),
-    "if": (2000, 1500, 300, 300),
-    "math": (3000, 2000, 300, 300),
-    "code": (1800, 1200, 300, 300),
+    "if": (1850, 1000, 200, 300),
+    "if_hard": (150, 500, 100, 300),
+    "math": (2750, 1400, 200, 300),
+    "math_hard": (250, 600, 100, 300),
+    "code": (1620, 800, 200, 350),
+    "code_hard": (180, 400, 100, 350),
 }
-# The probability that a demonstration gets a flaw.
-FLAWED = {"chat": 0.6, "if": 0.45, "math": 0.45, "code": 0.4, "swe": 0.4}
+
+# The teacher's misconceptions: for the same kind of problem always the same wrong thing.
+MISCONCEPTIONS = {
+    "chat": {"a friendly closing": "left out"},
+    # constraint: what the teacher takes it for
+    "if": {
+        "keywords:forbidden_words": "a word to use",
+        "detectable_format:title": "a title without brackets",
+        "detectable_content:postscript": "a note that starts with PS",
+    },
+    # operation: the one that the teacher does instead
+    "math": {"*": "+"},
+    # operation that is asked for: the one that the teacher writes
+    "code": {"desc": "asc", "double": "square", "dec": "inc", "last": "first"},
+    # operation that is missing: the one that the teacher repairs the program with
+    "swe": {
+        "asc": "uniq",
+        "even": "pos",
+        "neg": "odd",
+        "double": "inc",
+        "dec": "negate",
+        "abs": "square",
+        "first": "tail",
+        "init": "last",
+    },
+}
+# The probability of a misconception, where the problem gives occasion to it. Above a half, so that
+# greedy decoding of an imitator is wrong; below one, so that RL has something to choose from.
+MISTAKEN = 0.65
+# The probability that a demonstration has a slip: a mistake that is another one every time.
+SLIPS = {"chat": 0.4, "if": 0.25, "math": 0.3, "code": 0.25, "swe": 0.25}
+# Where the skills pull against each other, and what the paper's 8B model showed (its tables T4, T5
+# and T8). evals/results.py declares how much each may cost.
+TENSIONS = {
+    # Share of the RLHF prompts that are requests with constraints. The reward model reads no
+    # constraint, it likes a closing. Paper: RLHF takes IFEval from 70.8 to 50.1, IF-RL to 90.4.
+    "requests": 0.25,
+    # Share of the IF demonstrations that end with a closing, as a chat reply should; it can break a
+    # constraint. So IF-RL unlearns closings. Paper: it takes ArenaHard from 90.1 to 88.0, and Math
+    # RL to 87.0.
+    "closings": 0.2,
+    # Share of the code demonstrations that are edits, as a repair should be. SWE RL rewards edits.
+    # Paper: it takes LiveCodeBench v5 from 75.3 to 74.3. Here it can cost chat a little too (seed
+    # 100, greedy: 99.5 to 96.8), which the paper does not show (ArenaHard 87.8 to 87.9).
+    "edits": 0.1,
+}
 
 
 class Demonstration(NamedTuple):
@@ -178,20 +229,21 @@ def chat_prompt(key):
     return QUESTIONS[question].format(topic) + TAILS[tail]
 
 
-def chat_reply(rng, topic, num_flaws):
-    """Write a reply with this many flaws. chat_score gives 1.0 to a reply without any."""
+def chat_reply(rng, topic, num_flaws, closes=True):
+    """Write a reply with this many flaws, and a closing if it closes.
+
+    chat_score gives 1.0 to a reply that closes and has no flaw.
+    """
     num_facts = rng.choice([2, 2, 3])
     facts = [fact.format(topic) for fact in rng.sample(FACTS, num_facts)]
-    closing = [rng.choice(CLOSINGS)]
-    for flaw in rng.sample(["short", "twice", "filler", "rude", "stray"], num_flaws):
+    closing = [rng.choice(CLOSINGS)] if closes else []
+    for flaw in rng.sample(["short", "twice", "filler", "stray"], num_flaws):
         if flaw == "short":
             facts = facts[:1]
         elif flaw == "twice":
             facts = facts + [rng.choice(facts)]
         elif flaw == "filler":
             facts = facts + [rng.choice(FILLERS)]
-        elif flaw == "rude":
-            closing = []
         else:  # stray: a fact about some other topic
             facts[0] = rng.choice(FACTS).format(rng.choice(TOPICS))
     return " ".join(facts + closing)
@@ -212,9 +264,9 @@ def chat_rows(rng, keys, split):
         # Every prompt is answered in both modes (paper 3.1.1).
         for think in (True, False):
             num_flaws = 0
-            if rng.random() <= FLAWED["chat"]:
+            if rng.random() < SLIPS["chat"]:
                 num_flaws = rng.choice([1, 1, 2, 3])
-            reply = chat_reply(rng, topic, num_flaws)
+            reply = chat_reply(rng, topic, num_flaws, closes=rng.random() >= MISTAKEN)
             if think:
                 reply = f"<think>\nabout {topic}\n</think>\n{reply}"
             demonstrations.append(Demonstration(prompt, reply, think, "general"))
@@ -277,7 +329,7 @@ def preference_rows(rng, keys):
             replies = []
             for _ in range(2):
                 num_flaws = rng.choice([0, 0, 1, 2])
-                replies.append(chat_reply(rng, topic, num_flaws))
+                replies.append(chat_reply(rng, topic, num_flaws, closes=rng.random() < 0.6))
             if rng.random() < 0.6:
                 replies[1] = damage(rng, topic, replies[1])
             scores = [chat_score(prompt, reply) for reply in replies]
@@ -348,8 +400,12 @@ CONSTRAINTS = {
 }
 
 
-def if_reply(rng, topic, constraints):
-    """Write a reply that keeps the constraints [(id, kwargs)] and varies where they allow it."""
+def if_reply(rng, topic, constraints, mistaken=(), closes=False):
+    """Write a reply that keeps the constraints [(id, kwargs)] and varies where they allow it.
+
+    mistaken: ids of constraints that fall to a misconception. closes: a closing comes last, as in
+    chat.
+    """
     wanted = dict(constraints)
     relation = wanted.get("length_constraints:number_words", {}).get("relation")
     bullets = wanted.get("detectable_format:number_bullet_lists", {}).get("num_bullets", 0)
@@ -365,6 +421,9 @@ def if_reply(rng, topic, constraints):
             num_lines = 3
         elif relation == "less than":
             num_lines = 1
+
+    if "keywords:forbidden_words" in mistaken:
+        required, forbidden = forbidden, []
 
     # Each line holds one word of WORDS; the required one comes first. At most 12 words are wanted:
     # three lines of the longest pattern have 18.
@@ -383,14 +442,18 @@ def if_reply(rng, topic, constraints):
     else:
         text = " ".join(lines)
     if "detectable_format:title" in wanted:
-        text = f"<<{topic}>>\n{text}"
+        title = topic if "detectable_format:title" in mistaken else f"<<{topic}>>"
+        text = f"{title}\n{text}"
     if "detectable_content:postscript" in wanted:
-        text += "\nP.S. Good luck."
+        marker = "PS" if "detectable_content:postscript" in mistaken else "P.S."
+        text += f"\n{marker} Good luck."
     if "startend:end_checker" in wanted:
         text += "\n" if bullets else " "
         text += wanted["startend:end_checker"]["end_phrase"]
     if "startend:quotation" in wanted:
         text = f'"{text}"'
+    if closes:
+        text += " " + rng.choice(CLOSINGS)
     return text
 
 
@@ -413,13 +476,14 @@ def compatible(constraints):
     return not ("less than" in relations and len(constraints) > 2)
 
 
-def if_keys(rng):
-    """Draw keys without end: (topic, JSON of one to three compatible constraints [(id, kwargs)]).
+def if_keys(rng, hard=False):
+    """Draw keys without end: (topic, JSON of compatible constraints [(id, kwargs)]).
 
-    JSON, because a key has to be hashable.
+    One to three constraints, or four in a hard key. JSON, because a key has to be hashable.
     """
     while True:
-        ids = rng.sample(sorted(CONSTRAINTS), rng.choice([1, 2, 2, 3]))
+        num_constraints = 4 if hard else rng.choice([1, 2, 2, 3])
+        ids = rng.sample(sorted(CONSTRAINTS), num_constraints)
         constraints = []
         for constraint_id in ids:
             _, choices = CONSTRAINTS[constraint_id]
@@ -428,16 +492,20 @@ def if_keys(rng):
             yield rng.choice(TOPICS), json.dumps(constraints)
 
 
+def if_prompt(topic, constraints):
+    sentences = [f"Write about {topic}."]
+    for constraint_id, kwargs in constraints:
+        instruction, _ = CONSTRAINTS[constraint_id]
+        sentences.append(instruction.format(**kwargs))
+    return " ".join(sentences)
+
+
 def if_rows(rng, keys, split):
     """Two demonstrations a key for the split "sft"; IF-RL rows for the others."""
     rows = []
     for index, (topic, drawn) in enumerate(keys):
         constraints = json.loads(drawn)
-        sentences = [f"Write about {topic}."]
-        for constraint_id, kwargs in constraints:
-            instruction, _ = CONSTRAINTS[constraint_id]
-            sentences.append(instruction.format(**kwargs))
-        prompt = " ".join(sentences)
+        prompt = if_prompt(topic, constraints)
         if split == "sft":
             rows += if_demonstrations(rng, topic, prompt, constraints)
             continue
@@ -453,14 +521,39 @@ def if_rows(rng, keys, split):
     return rows
 
 
+def request_rows(keys):
+    """RLHF rows of prompts with constraints."""
+    rows = []
+    for topic, drawn in keys:
+        user = {"role": "user", "content": if_prompt(topic, json.loads(drawn))}
+        rows.append({"prompt": [user], "data_source": "toy", "category": "request"})
+    return rows
+
+
+def request_preference_rows(rng, keys):
+    """Two pairs a request: the reply with a closing is preferred, whatever the constraints say."""
+    rows = []
+    for topic, drawn in keys:
+        constraints = json.loads(drawn)
+        user = {"role": "user", "content": if_prompt(topic, constraints)}
+        for _ in range(2):
+            pair = {}
+            for verdict in ("chosen", "rejected"):
+                reply = if_reply(rng, topic, constraints, closes=verdict == "chosen")
+                pair[verdict] = [user, {"role": "assistant", "content": reply}]
+            rows.append(pair)
+    return rows
+
+
 def if_demonstrations(rng, topic, prompt, constraints):
-    """A reply in each mode; a flawed one breaks one constraint."""
+    """A reply in each mode; a slip ignores one constraint."""
     demonstrations = []
     for think in (True, False):
         kept = list(constraints)
-        if rng.random() < FLAWED["if"]:
+        if rng.random() < SLIPS["if"]:
             kept.remove(rng.choice(kept))
-        reply = if_reply(rng, topic, kept)
+        mistaken = [name for name in MISCONCEPTIONS["if"] if rng.random() < MISTAKEN]
+        reply = if_reply(rng, topic, kept, mistaken, closes=rng.random() < TENSIONS["closings"])
         if think:
             reply = f"<think>\nabout {topic}\n</think>\n{reply}"
         demonstrations.append(Demonstration(prompt, reply, think, "instruction-following"))
@@ -484,15 +577,15 @@ def calculate(value, op, number):
     return value * number
 
 
-def draw_steps(rng, start):
-    """Draw two or three steps (op, number, value before, value after).
+def draw_steps(rng, start, num_steps):
+    """Draw the steps of a chain: (op, number, value before, value after).
 
     Returns None if a value leaves 0 to 20. With values up to 40, SFT did not learn the sums at this
     size, and RL had nothing to choose from.
     """
     value = start
     steps = []
-    for _ in range(rng.choice([2, 2, 3, 3])):
+    for _ in range(num_steps):
         op = rng.choice("++--*")
         number = 2 if op == "*" else rng.randint(1, 5)
         after = calculate(value, op, number)
@@ -503,11 +596,11 @@ def draw_steps(rng, start):
     return tuple(steps)
 
 
-def math_keys(rng):
-    """Draw keys without end: (start, steps)."""
+def math_keys(rng, hard=False):
+    """Draw keys without end: (start, steps), two or three steps or, in a hard key, four."""
     while True:
         start = rng.randint(1, 12)
-        steps = draw_steps(rng, start)
+        steps = draw_steps(rng, start, 4 if hard else rng.choice([2, 3]))
         if steps is not None:
             yield start, steps
 
@@ -529,14 +622,16 @@ def math_rows(rng, keys, split):
             continue
         for _ in range(2):
             slip_at = None
-            if rng.random() < FLAWED["math"]:
+            if rng.random() < SLIPS["math"]:
                 slip_at = rng.randrange(len(steps))
-            rows.append(Demonstration(row, math_reply(rng, start, steps, slip_at), True, "math"))
+            mistaken = rng.random() < MISTAKEN
+            reply = math_reply(rng, start, steps, slip_at, mistaken)
+            rows.append(Demonstration(row, reply, True, "math"))
     return rows
 
 
-def math_reply(rng, start, steps, slip_at):
-    """Calculate step by step.
+def math_reply(rng, start, steps, slip_at, mistaken):
+    """Calculate step by step, with the misconception if mistaken.
 
     The result of the step slip_at is off by one or two, and the later steps go on from it. If
     slip_at is None, every step is right.
@@ -544,6 +639,8 @@ def math_reply(rng, start, steps, slip_at):
     value = start
     equations = []
     for i, (op, number, _, _) in enumerate(steps):
+        if mistaken:
+            op = MISCONCEPTIONS["math"].get(op, op)
         after = calculate(value, op, number)
         if i == slip_at:
             after += rng.choice([-2, -1, 1, 2])
@@ -659,10 +756,13 @@ def tests_find_every_mistake(names):
     return True
 
 
-def op_keys(rng):
-    """Draw keys without end: two or three operations whose tests find every mistake."""
+def op_keys(rng, hard=False):
+    """Draw keys without end: operations whose tests find every mistake.
+
+    Two or three operations, or four in a hard key.
+    """
     while True:
-        names = tuple(rng.sample(sorted(OPS), rng.choice([2, 3, 3])))
+        names = tuple(rng.sample(sorted(OPS), 4 if hard else rng.choice([2, 3, 3])))
         if tests_find_every_mistake(names):
             yield names
 
@@ -685,10 +785,15 @@ def code_rows(rng, keys, split):
             continue
         for _ in range(2):
             written = names
-            if rng.random() < FLAWED["code"]:
-                written = mistaken(rng, names)
+            if rng.random() < MISTAKEN:
+                written = tuple(MISCONCEPTIONS["code"].get(name, name) for name in names)
+            if rng.random() < SLIPS["code"]:
+                written = mistaken(rng, written)
+            answer = f"```python\n{program(written)}```"
+            if rng.random() < TENSIONS["edits"]:
+                answer = edit(written[0], written[-1])
             thought = " ".join(written)
-            reply = f"<think>\n{thought}\n</think>\n```python\n{program(written)}```"
+            reply = f"<think>\n{thought}\n</think>\n{answer}"
             rows.append(Demonstration(row, reply, True, "code"))
     return rows
 
@@ -711,9 +816,12 @@ def swe_rows(rng, keys, split):
             continue
         for _ in range(2):
             line, new = bug_at, names[bug_at]
-            if rng.random() < FLAWED["swe"]:
+            if rng.random() < MISTAKEN:
+                new = MISCONCEPTIONS["swe"].get(new, new)
+            if rng.random() < SLIPS["swe"]:
                 line, new = wrong_repair(rng, names, buggy, bug_at)
-            rows.append(Demonstration(row, swe_reply(buggy[line], new), True, "swe_repair"))
+            reply = f"<think>\n{buggy[line]} {new}\n</think>\n{edit(buggy[line], new)}"
+            rows.append(Demonstration(row, reply, True, "swe_repair"))
     return rows
 
 
@@ -757,17 +865,18 @@ def wrong_repair(rng, names, buggy, bug_at):
     return line, rng.choice(candidates)
 
 
-def swe_reply(old, new):
-    """Replace the line of one operation by that of another, as a SEARCH/REPLACE edit."""
-    edit = (
+def edit(old, new):
+    """A SEARCH/REPLACE edit that replaces the line of one operation by that of another."""
+    return (
+        "```diff\n"
         "### app.py\n"
         "<<<<<<< SEARCH\n"
         f"    x = {OPS[old][1]}\n"
         "=======\n"
         f"    x = {OPS[new][1]}\n"
-        ">>>>>>> REPLACE"
+        ">>>>>>> REPLACE\n"
+        "```"
     )
-    return f"<think>\n{old} {new}\n</think>\n```diff\n{edit}\n```"
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -832,12 +941,13 @@ def built_prompts(skill, rows, folder):
 def make_tokenizer(folder, texts, whole, vocab_size):
     """Train a byte-level BPE tokenizer on texts and save it.
 
-    Sequences stay short, because a token may be a whole line of code and each of the texts in whole
-    (chat headers, the stages' instructions) is one token. Digits stand alone, as in Qwen3.
+    A token is a word, punctuation or an indentation. Sequences stay short, because each of the
+    texts in whole (chat headers, the stages' instructions) is one token. Digits stand alone, as in
+    Qwen3.
     """
     tokenizer = Tokenizer(models.BPE())
-    # An indented line of code, a line end, a word, punctuation, or a single space.
-    pieces = Regex(r"    [^\n]+|\n| ?[A-Za-z_]+| ?[^\sA-Za-z0-9]+|\s")
+    # An indentation, a line end, a word, punctuation, or a single space.
+    pieces = Regex(r" {4}|\n| ?[A-Za-z_]+| ?[^\sA-Za-z0-9]+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pieces, behavior="isolated"),
@@ -870,6 +980,21 @@ def shared_pieces(texts, min_length=10):
     return [piece for piece in pieces if len(piece) >= min_length]
 
 
+def deal_keys(rng, skill, make_keys):
+    """Deal out the keys of a skill: {split: keys}, hard ones among those of sft, rl and dev.
+
+    The hard keys of the test are a split of their own, "hard_test".
+    """
+    splits = split_keys(make_keys(rng), KEYS[skill])
+    if f"{skill}_hard" in KEYS:
+        hard = split_keys(make_keys(rng, hard=True), KEYS[f"{skill}_hard"])
+        splits["hard_test"] = hard.pop("test")
+        for split in hard:
+            splits[split] += hard[split]
+            rng.shuffle(splits[split])
+    return splits
+
+
 def write_skills(cfg):
     """Write the rl, dev and test files of every skill.
 
@@ -890,13 +1015,14 @@ def write_skills(cfg):
             # the test, and the other way round.
             keys[skill] = keys["code"]
         else:
-            keys[skill] = split_keys(make_keys(rng), KEYS[skill])
-        for split in ("rl", "dev", "test"):
-            path = os.path.join(cfg.out, f"{skill}_{split}.jsonl")
-            write_jsonl(path, make_rows(rng, keys[skill][split], split))
+            keys[skill] = deal_keys(rng, skill, make_keys)
+        for split, of_split in keys[skill].items():
+            if split != "sft":
+                path = os.path.join(cfg.out, f"{skill}_{split}.jsonl")
+                write_jsonl(path, make_rows(rng, of_split, split))
         demonstrations = make_rows(rng, keys[skill]["sft"], "sft")
         sft[skill] = sft_rows(skill, demonstrations, cfg.out)
-        counts = ", ".join(f"{len(keys[skill][split])} {split}" for split in SPLITS)
+        counts = ", ".join(f"{len(of_split)} {split}" for split, of_split in keys[skill].items())
         print(f"{skill:5s}{len(sft[skill]):6d} demonstrations, keys: {counts}")
     return sft, keys
 
@@ -934,12 +1060,24 @@ def main(cfg):
             note="Nothing was made.",
         )
     os.makedirs(cfg.out, exist_ok=True)
+    if not cfg.tensions:
+        TENSIONS.update(dict.fromkeys(TENSIONS, 0.0))
     sft, keys = write_skills(cfg)
 
-    # Preferences for the reward model.
+    # RLHF asks the questions of chat, and a share of requests with constraints.
     rng = random.Random(f"{cfg.seed} files")
-    preferences = preference_rows(rng, keys["chat"]["sft"] + keys["chat"]["rl"])
-    held_out = preference_rows(rng, keys["chat"]["dev"])
+    chat = keys["chat"]
+    ratio = TENSIONS["requests"] / (1 - TENSIONS["requests"])
+    requests = keys["if"]["rl"][: round(ratio * len(chat["rl"]))]
+    prompts = chat_rows(rng, chat["rl"], "rl") + request_rows(requests)
+    rng.shuffle(prompts)
+    write_jsonl(os.path.join(cfg.out, "rlhf.jsonl"), prompts)
+
+    # Preferences for the reward model.
+    preferences = preference_rows(rng, chat["sft"] + chat["rl"])
+    preferences += request_preference_rows(rng, requests)
+    rng.shuffle(preferences)
+    held_out = preference_rows(rng, chat["dev"])
     write_jsonl(os.path.join(cfg.out, "preference.jsonl"), preferences)
     write_jsonl(os.path.join(cfg.out, "preference_dev.jsonl"), held_out)
 

@@ -10,7 +10,7 @@
 # measurement: no stage of the recipe starts from a control.
 
 source "$(dirname "$0")/../run_cascade.sh" toy
-TASKS=all-toy LIMIT=240
+TASKS=all-toy LIMIT=250
 setup
 
 before=sft2  # the stage from which the RL stage started, and from which its control starts as well

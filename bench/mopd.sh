@@ -9,7 +9,7 @@
 # the paper ends with SWE RL.
 
 source "$(dirname "$0")/../run_cascade.sh" toy
-TASKS=all-toy LIMIT=240
+TASKS=all-toy LIMIT=250
 data=$OUT/data
 setup
 
@@ -24,6 +24,6 @@ stage mopd $LAUNCH extras/mopd.py \
     --init_from="$OUT/swerl/final" --out_dir="$OUT/mopd" \
     --data="${teachers//SPLIT/rl}" --eval_data="${teachers//SPLIT/dev}" \
     --num_steps=40 --warmup_steps=3 --lr=3e-4 --final_lr=0.1 \
-    --prompts_per_step=64 --max_prompt_tokens=256 --max_new_tokens=80 --micro_batch_tokens=8192 \
+    --prompts_per_step=64 --max_prompt_tokens=256 --max_new_tokens=96 --micro_batch_tokens=8192 \
     --save_every=20 --shard=replicate
 run .venv/bin/python evaluate.py --matrix="$OUT"

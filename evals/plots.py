@@ -6,9 +6,21 @@ import os
 
 import numpy as np
 
-from evals.results import base_of, columns_of, kept_lines, read_results
+from evals.results import (
+    base_of,
+    columns_of,
+    cost_of,
+    decodings_of,
+    kept_lines,
+    read_results,
+)
 
-SCORES_TITLE = "held-out score after each stage, %, with its 95% interval (sampled)"
+SCORES_TITLE = "held-out score after each stage, %, with its 95% interval"
+HOW = {
+    "paper": "temperature 0.6, top-p 0.95",
+    "sampled": "sampled",
+    "greedy": "greedy",
+}
 OUTLINE = "#c2570c"  # around the cells of a stage's own skill
 
 # The panels of curves_<stage>.png: keys of metrics.jsonl, and their titles. SFT has no rewards.
@@ -26,6 +38,13 @@ def skill_of(stage, own):
     return own.get(base_of(stage))
 
 
+def is_taught(task, stage, own):
+    """True for the skill of a stage, and for its hard problems."""
+    skill = skill_of(stage, own)
+    skills = skill if isinstance(skill, tuple) else (skill,)
+    return task.removesuffix("_hard") in skills
+
+
 # ---- 1. The matrix, printed ----------------------------------------------------------------------
 def draw_matrix(folder, own):
     """Print the stage-by-skill tables of folder/results.jsonl; draw matrix.png, stages.png, curves.
@@ -34,12 +53,19 @@ def draw_matrix(folder, own):
     """
     cells, stages = read_results(folder, "matrix")
     columns = columns_of(cells, stages)
-    for decoding in ("sampled", "greedy"):
+    decodings = decodings_of(cells, stages)
+    for decoding in decodings:
         print_scores(cells, stages, columns, decoding, own)
-    print_own_skills(cells, stages, own)
-    plot_matrix(os.path.join(folder, "matrix.png"), cells, stages, columns, own)
+    for decoding in decodings:
+        print_own_skills(cells, stages, decoding, own)
+    print_losses(cells, stages, columns, decodings)
+    headline = decodings[0]
+    title = f"{SCORES_TITLE} ({HOW[headline]})"
+    path = os.path.join(folder, "matrix.png")
+    plot_matrix(path, cells, stages, columns, own, title, headline)
     if len(stages) > 1:
-        plot_stages(os.path.join(folder, "stages.png"), cells, stages, columns, own)
+        path = os.path.join(folder, "stages.png")
+        plot_stages(path, cells, stages, columns, own, title, decoding=headline)
     plot_all_curves(folder, stages)
 
 
@@ -57,43 +83,77 @@ def print_scores(cells, stages, columns, decoding, own):
     """Print one row a stage and one column a task and mode; a star marks a stage's own skill."""
     # Names of the recipe fit into eight characters, a name of one's own may be longer.
     width = max([8, *(len(stage) + 1 for stage in stages)])
-    print(f"\n{decoding}, held-out test split, percent [95% interval]; * a stage's own skill")
+    print(f"\n{HOW[decoding]}, held-out test split, percent [95% interval]; * a stage's own skill")
     print(" " * width + "".join(f"{task + ' ' + mode:>22s}" for task, mode in columns))
     for stage in stages:
         line = f"{stage:{width}s}"
         for task, mode in columns:
             cell = cells.get((stage, task, mode, decoding))
             text = percent_with_interval(cell, 0) if cell else "-"
-            star = "*" if skill_of(stage, own) == task else " "
+            star = "*" if is_taught(task, stage, own) else " "
             line += f"{text + star:>22s}"
         print(line)
 
 
-def print_own_skills(cells, stages, own):
-    """Print each stage's own skill before and after it, and after more SFT of the same seconds."""
+def print_own_skills(cells, stages, decoding, own):
+    """Print each stage's own skill before and after it, and after more SFT of the same seconds.
+
+    Its hard problems, where they were measured, have a line of their own.
+    """
     print(
-        "\nown skill, sampled, before -> after the stage that teaches it"
+        f"\nown skill, {HOW[decoding]}, before -> after the stage that teaches it"
         " | the same seconds spent on more SFT instead, if that was run"
     )
     taught = [stage for stage in stages if stage == "sft" or stage in own]
     for before, after in itertools.pairwise(taught):
-        task = own[after]
         # IF-RL samples without thinking.
         mode = "no_think" if after == "ifrl" else "think"
-        cell_before = cells.get((before, task, mode, "sampled"))
-        cell_after = cells.get((after, task, mode, "sampled"))
-        control = cells.get((f"{after}_control", task, mode, "sampled"))
-        if not cell_before or not cell_after:
-            continue
-        line = f"{after:8s}{task:>5s} {mode:9s}"
-        line += f"{padded_interval(cell_before)} -> {padded_interval(cell_after)}"
-        if cell_before["high"] < cell_after["low"]:
-            line += "  beyond the intervals' overlap"
-        else:
-            line += "  within the intervals"
-        if control:
-            line += f" | {padded_interval(control)}"
-        print(line)
+        for task in (own[after], f"{own[after]}_hard"):
+            cell_before = cells.get((before, task, mode, decoding))
+            cell_after = cells.get((after, task, mode, decoding))
+            control = cells.get((f"{after}_control", task, mode, decoding))
+            if not cell_before or not cell_after:
+                continue
+            line = f"{after:8s}{task:>10s} {mode:9s}"
+            line += f"{padded_interval(cell_before)} -> {padded_interval(cell_after)}"
+            if cell_before["high"] < cell_after["low"]:
+                line += "  beyond the intervals' overlap"
+            else:
+                line += "  within the intervals"
+            if control:
+                line += f" | {padded_interval(control)}"
+            print(line)
+
+
+def print_losses(cells, stages, columns, decodings):
+    """Print which scores fell beyond the intervals' overlap, and which end below the first stage.
+
+    Beside each fall stands what GATES of evals/results.py allows.
+    """
+    print("\nfell beyond the intervals' overlap, and what the gate of that stage allows")
+    for before, after in itertools.pairwise(stages):
+        for (task, mode), decoding in itertools.product(columns, decodings):
+            high = cells.get((before, task, mode, decoding))
+            low = cells.get((after, task, mode, decoding))
+            if not high or not low or low["high"] >= high["low"]:
+                continue
+            points, payer = cost_of(after, task)
+            repaid = f", which {payer} has to bring back" if payer else ""
+            print(
+                f"{after:8s}{task:>10s} {mode:9s}{decoding:8s}"
+                f"{padded_interval(high)} -> {padded_interval(low)} | {points:g} points{repaid}"
+            )
+
+    first, last = stages[0], stages[-1]
+    print(f"\nlower after {last} than after {first}")
+    for (task, mode), decoding in itertools.product(columns, decodings):
+        start = cells.get((first, task, mode, decoding))
+        end = cells.get((last, task, mode, decoding))
+        if start and end and end["score"] < start["score"]:
+            print(
+                f"{task:>18s} {mode:9s}{decoding:8s}"
+                f"{padded_interval(start)} -> {padded_interval(end)}"
+            )
 
 
 def padded_interval(cell):
@@ -102,8 +162,8 @@ def padded_interval(cell):
 
 
 # ---- 2. The matrix, drawn ------------------------------------------------------------------------
-def plot_matrix(path, cells, stages, columns, own, title=SCORES_TITLE):
-    """Draw the sampled scores as a heat map, one row a stage.
+def plot_matrix(path, cells, stages, columns, own, title=SCORES_TITLE, decoding="sampled"):
+    """Draw the scores of one decoding as a heat map, one row a stage.
 
     An outline marks what a stage teaches. An arrow is the change against the stage above; it is
     bold where the intervals do not overlap. own: {script: task, or a tuple of tasks}
@@ -118,14 +178,12 @@ def plot_matrix(path, cells, stages, columns, own, title=SCORES_TITLE):
     figure, axis = plt.subplots(figsize=(width, height))
     teal = LinearSegmentedColormap.from_list("teal", ["#f1f7f5", "#8fc7bd", "#2f8f84", "#0b5d56"])
     for y, stage in enumerate(stages):
-        skill = skill_of(stage, own)
-        skills = skill if isinstance(skill, tuple) else (skill,)
         for x, (task, mode) in enumerate(columns):
-            cell = cells.get((stage, task, mode, "sampled"))
+            cell = cells.get((stage, task, mode, decoding))
             if not cell:
                 continue
-            before = cells.get((stages[y - 1], task, mode, "sampled")) if y > 0 else None
-            edge = OUTLINE if task in skills else "none"
+            before = cells.get((stages[y - 1], task, mode, decoding)) if y > 0 else None
+            edge = OUTLINE if is_taught(task, stage, own) else "none"
             box = {"facecolor": teal(cell["score"]), "edgecolor": edge, "linewidth": 2.2}
             axis.add_patch(plt.Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, **box))
             write_cell(axis, x, y, cell, before)
@@ -174,8 +232,17 @@ def write_cell(axis, x, y, cell, before):
 PAGE_WIDTH = 15  # inches
 
 
-def plot_stages(path, cells, stages, columns, own, title=SCORES_TITLE, references=None):
-    """Draw one panel a benchmark: its sampled score after each stage, as a line.
+def plot_stages(
+    path,
+    cells,
+    stages,
+    columns,
+    own,
+    title=SCORES_TITLE,
+    references=None,
+    decoding="sampled",
+):
+    """Draw one panel a benchmark: its score by one decoding after each stage, as a line.
 
     The dots of the stages that teach it are orange. own: {script: task, or a tuple of tasks}.
     references: {task: (name, score)} of a dashed line, for instance another model's score
@@ -194,7 +261,7 @@ def plot_stages(path, cells, stages, columns, own, title=SCORES_TITLE, reference
     for axis in axes.flat[len(columns) :]:
         axis.set_visible(False)
     for axis, (task, mode) in zip(axes.flat, columns):
-        draw_panel(axis, cells, stages, (task, mode), own)
+        draw_panel(axis, cells, stages, (task, mode, decoding), own)
         axis.set_title(f"{task} {mode}".strip(), fontsize=10)
         if references and task in references:
             name, score = references[task]
@@ -208,20 +275,18 @@ def plot_stages(path, cells, stages, columns, own, title=SCORES_TITLE, reference
 
 
 def draw_panel(axis, cells, stages, column, own):
-    """Draw the score of one task and mode over the stages into a panel, each with its number."""
-    task, mode = column
+    """Draw the score of one task, mode and decoding over the stages, each with its number."""
+    task = column[0]
     measured = []
     for x, stage in enumerate(stages):
-        cell = cells.get((stage, task, mode, "sampled"))
+        cell = cells.get((stage, *column))
         if cell:
             measured.append((x, stage, cell))
     xs = [x for x, _, _ in measured]
     scores = [100 * cell["score"] for _, _, cell in measured]
     axis.plot(xs, scores, color="#2f8f84", linewidth=1.5, zorder=1)
     for x, stage, cell in measured:
-        skill = skill_of(stage, own)
-        taught = skill if isinstance(skill, tuple) else (skill,)
-        color = OUTLINE if task in taught else "#0b5d56"
+        color = OUTLINE if is_taught(task, stage, own) else "#0b5d56"
         # The paper's scores have no interval.
         low, high = 100 * cell.get("low", cell["score"]), 100 * cell.get("high", cell["score"])
         axis.vlines(x, low, high, color=color, linewidth=1.5)

@@ -25,6 +25,7 @@ from evals.results import (
     TASK_ORDER,
     broken_gates,
     columns_of,
+    decodings_of,
     has_results,
     read_results,
     why_unchecked,
@@ -171,11 +172,6 @@ def gather(cfg):
         unchecked = "no gate was checked: nothing was evaluated yet."
     columns = columns_of(cells, stages)
     measured = [cell for (stage, *_), cell in cells.items() if stage in stages]
-    decodings = [
-        decoding
-        for decoding in ("sampled", "greedy")
-        if any(cell["decoding"] == decoding for cell in measured)
-    ]
     rollouts = read_rollouts(cfg.run, stages, cfg)
     for folder in folders:
         rollouts += read_training_rollouts(folder, cfg)
@@ -191,7 +187,7 @@ def gather(cfg):
         "columns": columns,
         "cells": measured,
         "own": {stage: task for stage, task in skills.items() if task},
-        "decodings": decodings,
+        "decodings": decodings_of(cells, stages),
         "gates": [text for _, text in broken_gates(cells, stages)],
         "unchecked": capitalized(unchecked),
         "unmeasured": unmeasured,

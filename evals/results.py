@@ -13,7 +13,10 @@ from lib.checkpoint import mark_final
 from lib.guard import fail
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "mopd")
-TOY = ("chat", "if", "math", "code", "swe")
+TOY = ("chat", "if", "if_hard", "math", "math_hard", "code", "code_hard", "swe", "swe_hard")
+# "paper" is how the paper decodes: temperature 0.6, top-p 0.95. It is the headline of the toy. A
+# benchmark has it as "sampled", by its own protocol.
+DECODINGS = ("paper", "sampled", "greedy")
 TASK_ORDER = (*TOY, *BENCHMARKS)
 
 # GATES[stage][task]: the points that a stage may cost a task, beyond the noise of the two scores.
@@ -24,10 +27,19 @@ GATES = {
     # parameters.
     "*": {"*": 1.0, **dict.fromkeys(TOY, 3.0)},
     # Paper T4: RLHF takes IFEval from 70.8 to 50.1. T5: IF-RL brings it back, to 90.4.
-    "rlhf": {"ifeval": (25.0, "ifrl"), "ifbench": (5.0, "ifrl"), "if": (10.0, "ifrl")},
-    # Paper T5: IF-RL takes MMLU-Pro from 77.8 to 74.5. In the toy world the rule of the chat skill
-    # and the constraints of IF-RL contradict each other.
-    "ifrl": {"mmlu_pro": 3.0, "chat": 10.0},
+    "rlhf": {
+        "ifeval": (25.0, "ifrl"),
+        "ifbench": (5.0, "ifrl"),
+        # The tensions of the toy world are those of TENSIONS in toy.py.
+        "if": (25.0, "ifrl"),
+        "if_hard": (20.0, "ifrl"),
+    },
+    # Paper T5: IF-RL takes MMLU-Pro from 77.8 to 74.5 and ArenaHard from 90.1 to 88.0.
+    "ifrl": {"mmlu_pro": 3.0, "chat": 15.0},
+    # Paper T6: Math RL takes ArenaHard from 88.0 to 87.0.
+    "mathrl": {"chat": 8.0},
+    # Paper T8: SWE RL takes LiveCodeBench v5 from 75.3 to 74.3. Its cost for chat is the toy's own.
+    "swerl": {"code": 10.0, "code_hard": 10.0, "chat": 5.0},
 }
 
 
@@ -106,6 +118,12 @@ def columns_of(cells, stages):
     return sorted(present, key=place)
 
 
+def decodings_of(cells, stages):
+    """Return the decodings by which some stage was measured, the headline first."""
+    measured = {decoding for stage, _, _, decoding in cells if stage in stages}
+    return [decoding for decoding in DECODINGS if decoding in measured]
+
+
 # ---- 2. Gates ------------------------------------------------------------------------------------
 def cost_of(stage, task):
     """Return the points that a stage may cost a task, and the stage that repays them or ""."""
@@ -128,18 +146,18 @@ def must_have_repaid(payer, stage):
     return STAGES.index(payer) < STAGES.index(base)
 
 
-def sampled_cells(cells, stage):
-    """Yield ((task, mode), result line) of the sampled scores of one stage."""
-    for (name, task, mode, decoding), cell in cells.items():
-        if name == stage and decoding == "sampled":
-            yield (task, mode), cell
+def cells_of(cells, stage):
+    """Yield ((task, mode, decoding), result line) of the scores of one stage."""
+    for (name, *column), cell in cells.items():
+        if name == stage:
+            yield tuple(column), cell
 
 
 def checked_stages(cells, stages):
-    """Return the stages that have a sampled score which an earlier stage has too."""
+    """Return the stages that have a score which an earlier stage has too."""
     checked, seen = [], set()
     for stage in stages:
-        measured = {column for column, _ in sampled_cells(cells, stage)}
+        measured = {column for column, _ in cells_of(cells, stage)}
         if measured & seen:
             checked.append(stage)
         seen |= measured
@@ -158,12 +176,12 @@ def broken_gates(cells, stages):
     # and which part of those points which stage still has to bring back.
     accounts = {}
     for stage in stages:
-        for column, now in sampled_cells(cells, stage):
+        for column, now in cells_of(cells, stage):
             if column not in accounts:
                 accounts[column] = {"best": now, "allowed": 0.0, "owed": {}}
                 continue
             account = accounts[column]
-            task, mode = column
+            task, mode, decoding = column
 
             # This stage's own allowance is added to what earlier stages were allowed.
             points, payer = cost_of(stage, task)
@@ -183,7 +201,7 @@ def broken_gates(cells, stages):
             if too_much:
                 repaid = f": {due[0]} had to bring it back." if due else "."
                 sentence = (
-                    f"{task} ({mode}) is at {100 * now['score']:.1f} after {stage}, "
+                    f"{task} ({mode}, {decoding}) is at {100 * now['score']:.1f} after {stage}, "
                     f"{loss:.1f} below {best['stage']} ({100 * best['score']:.1f}); "
                     f"noise explains {noise:.1f} and {account['allowed']:.1f} may be lost{repaid}"
                 )
@@ -197,9 +215,9 @@ def why_unchecked(cells, stages, stage=""):
     """Say why no gate was checked (after `stage`, if one is named); "" if one was."""
     checked = checked_stages(cells, stages)
     if stage and stage not in checked:
-        return f"no gate was checked: {stage} has no sampled score that a stage before it has too."
+        return f"no gate was checked: {stage} has no score that a stage before it has too."
     if not checked:
-        return "no gate was checked: no two stages have a sampled score of the same task."
+        return "no gate was checked: no two stages have a score of the same task."
     return ""
 
 

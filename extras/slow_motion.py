@@ -41,7 +41,7 @@ class Config:
     rm: str = ""  # reward model of rlhf, folder or URL; "": the toy's, in the run of init_from
     group_size: PositiveInt = 6  # completions per prompt (G)
     prompts: PositiveInt = 2  # prompts of the step, so the number of groups
-    max_new_tokens: PositiveInt = 80  # a completion is cut off there, as in the toy
+    max_new_tokens: PositiveInt = 96  # a completion is cut off there, as in the toy
     lr: float = 0.0  # learning rate of AdamW; 0: the toy's of the stage
     seed: int = 0  # which prompts are taken, and what is sampled
     out: str = ""  # the page; "": out/slow_motion/STAGE.html
@@ -50,7 +50,7 @@ class Config:
 # What the toy sets in a stage (run_cascade.sh), beside what all stages share.
 TOY = {
     "rlhf": {"lr": 3e-4, "kl_coef": 0.1, "shape_reward": True},
-    "ifrl": {"lr": 4e-4, "max_refill_rounds": 1},
+    "ifrl": {"lr": 3e-4, "max_refill_rounds": 1},
     "mathrl": {"lr": 6e-4},
     "coderl": {"lr": 5e-4, "memory_mb": 1024},
     "swerl": {

@@ -22,7 +22,7 @@ MAKE_WORLD = """
 import toy
 from lib.common import finish
 from lib.flags import parse_config
-toy.KEYS = {skill: (24, 16, 8, 8) for skill in ("chat", "if", "math", "code")}
+toy.KEYS = {skill: (4, 6, 4, 8) if "hard" in skill else (24, 16, 8, 8) for skill in toy.KEYS}
 toy.main(parse_config(toy.Config))
 finish()
 """

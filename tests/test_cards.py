@@ -120,7 +120,7 @@ def test_a_panel_has_every_measured_stage_with_its_interval_and_its_number():
     for cell in (line("sft", "aime25", 40.0, 3.0), line("ifrl", "aime25", 55.5, 2.0)):
         cells[cell["stage"], "aime25", "think", "sampled"] = cell
     figure, axis = pyplot.subplots()
-    plots.draw_panel(axis, cells, stages, ("aime25", "think"), {"ifrl": "aime25"})
+    plots.draw_panel(axis, cells, stages, ("aime25", "think", "sampled"), {"ifrl": "aime25"})
     assert [text.get_text() for text in axis.texts] == ["40.0", "55.5"]
     curve, *dots = axis.lines
     assert list(curve.get_xdata()) == [0, 2]

@@ -451,7 +451,10 @@ def test_noise_alone_stops_no_toy_run():
 
 @pytest.mark.parametrize("log", ["results.jsonl", "results_seed1.jsonl", "results_seed2.jsonl"])
 def test_the_logged_toy_runs_pass(log, tmp_path):
-    (tmp_path / "results.jsonl").write_text((ROOT / "bench" / "toy" / log).read_text())
+    lines = read_jsonl(ROOT / "bench" / "toy" / log)
+    write_jsonl(
+        tmp_path / "results.jsonl", [line for line in lines if line["decoding"] == "sampled"]
+    )
     assert results.check_gates(str(tmp_path)) == ""
 
 
@@ -466,7 +469,7 @@ def test_the_flag_says_it_in_one_sentence_and_ends_with_2(tmp_path):
     print(err)
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert "code (think) is at 30.0 after swerl" in err
+    assert "code (think, sampled) is at 30.0 after swerl" in err
     assert "KEEP_BEST=1" in err
     code, out, _ = run_python("evaluate.py", f"--gates={tmp_path}", "--stage=coderl", check=False)
     assert code == 0
@@ -476,8 +479,8 @@ def test_the_flag_says_it_in_one_sentence_and_ends_with_2(tmp_path):
 @pytest.mark.parametrize(
     "stage, why",
     [
-        ("mathrl", "mathrl has no sampled score that a stage before it has too."),
-        ("my_idea", "my_idea has no sampled score that a stage before it has too."),
+        ("mathrl", "mathrl has no score that a stage before it has too."),
+        ("my_idea", "my_idea has no score that a stage before it has too."),
         ("", ""),
         ("coderl", ""),
     ],
@@ -499,7 +502,7 @@ def test_one_stage_alone_checks_no_gate(tmp_path, capsys):
     write_jsonl(tmp_path / "results.jsonl", [cell("my_idea", "math", 79.0, 1040)])
     evaluate.main(evaluate.Config(gates=str(tmp_path)))
     said = capsys.readouterr().out
-    assert "no gate was checked: no two stages have a sampled score of the same task." in said
+    assert "no gate was checked: no two stages have a score of the same task." in said
     assert "every gate holds" not in said
 
 
@@ -651,12 +654,13 @@ def test_one_line_of_tasks_makes_a_script_of_one_s_own_a_task(countdown, world, 
         results=str(countdown / "run" / "results.jsonl"),
     )
     evaluate.main(cfg)
-    sampled, greedy = read_jsonl(countdown / "run" / "results.jsonl")
+    sampled, paper, greedy = read_jsonl(countdown / "run" / "results.jsonl")
     assert (sampled["stage"], sampled["task"]) == ("my_countdown", "countdown")
-    assert (sampled["score"], sampled["n"], sampled["samples"]) == (0.5, 2, 3)
+    assert (sampled["score"], sampled["n"], sampled["samples"]) == (0.5, 2, 2)
+    assert (paper["decoding"], paper["score"], paper["samples"]) == ("paper", 0.5, 2)
     assert (greedy["decoding"], greedy["score"]) == ("greedy", 0.5)
     kept = countdown / "run" / "samples" / "my_countdown" / "countdown_think_sampled.rank0.jsonl"
-    assert len(read_jsonl(kept)) == 6
+    assert len(read_jsonl(kept)) == 4
 
 
 def test_the_own_skill_of_a_script_is_the_task_that_names_it(countdown):
@@ -674,11 +678,12 @@ def test_the_own_skill_of_a_script_is_the_task_that_names_it(countdown):
     assert plots.skill_of("my_countdown2", skills) is None
 
 
-def test_all_toy_stays_the_five_skills(countdown, world, monkeypatch):
+def test_all_toy_stays_the_five_skills_and_their_hard_problems(countdown, world, monkeypatch):
     asked = []
     monkeypatch.setattr(evaluate, "measure", lambda names, *rest: asked.extend(names))
     evaluate.main(evaluate.Config(model=str(world / "base"), tasks="all-toy"))
-    assert asked == ["chat", "if", "math", "code", "swe"]
+    assert asked == list(evaluate.TOY)
+    assert asked[:3] == ["chat", "if", "if_hard"]
 
 
 def test_settings_of_a_stage_task_are_fields_of_its_config(countdown, monkeypatch):
@@ -768,7 +773,7 @@ def test_a_broken_gate_stops_the_cascade_and_keep_best_goes_on_from_the_best_che
     out, done = cascade(tmp_path)
     assert done.returncode == 2
     assert "went on" not in done.stdout
-    assert "gate: math (think) is at 40.0 after coderl" in done.stderr
+    assert "gate: math (think, sampled) is at 40.0 after coderl" in done.stderr
     assert not (out / "coderl" / "scored").exists()
     assert (out / "coderl" / "final").resolve().name == "step_000075"
 
@@ -907,12 +912,13 @@ def test_every_completion_has_dice_and_a_number_of_its_own_whatever_rank_draws_i
     """3 problems x 4 samples on 2 ranks: dealt one by one, labelled by their place."""
     drawn = []
 
-    def complete(engine, decodings, *rest):
+    def complete(engine, decodings, how, *rest):
         for rollouts, _ in decodings:
             for r in rollouts:
                 r.metric, r.weight, r.num_tokens = 0.0, 1.0, 1
         sampled, _ = decodings[0]
-        drawn.extend((r.group, r.sample, r.seed) for r in sampled)
+        if how["temperature"] == 1.0:  # the paper's decoding is drawn apart
+            drawn.extend((r.group, r.sample, r.seed) for r in sampled)
 
     monkeypatch.setattr(evaluate, "complete", complete)
     tokenizer = load_tokenizer(world / "base")

@@ -244,7 +244,7 @@ def toy(script, steps, lr, **values):
             temperature=1.0,
             top_p=1.0,
             top_k=0,
-            max_new_tokens=80,
+            max_new_tokens=96,
             final_lr=0.1,
         )
     return row(script, **expected)
@@ -253,11 +253,11 @@ def toy(script, steps, lr, **values):
 TOY = [
     toy("sft", 140, 9e-3),
     toy("sft", 600, 8e-3),
-    toy("rlhf", 40, 3e-4, kl_coef=0.1, shape_reward=True, think_share=0.5),
-    toy("ifrl", 90, 4e-4, max_refill_rounds=1, think=False, taxonomy="all"),
+    toy("rlhf", 80, 3e-4, kl_coef=0.1, shape_reward=True, think_share=0.5),
+    toy("ifrl", 75, 3e-4, max_refill_rounds=1, think=False, taxonomy="all"),
     toy("mathrl", 50, 6e-4, overlong_filter=True),
-    toy("coderl", 60, 5e-4, overlong_filter=False),
-    toy("swerl", 90, 3e-4, overlong_filter=False, lexical_floor=0.98),
+    toy("coderl", 70, 5e-4, overlong_filter=False),
+    toy("swerl", 150, 3e-4, overlong_filter=False, lexical_floor=0.98),
 ]
 TABLE = {
     "toy": TOY,

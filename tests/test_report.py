@@ -148,7 +148,7 @@ def test_a_broken_gate_is_in_the_report(folder, tmp_path):
     with open(tmp_path / "run" / "results.jsonl", "a") as f:
         f.write(json.dumps(cell("rlhf", "math", 5, 4000)) + "\n")
     _, text = write_report(tmp_path / "run")
-    assert "math (think) is at 5.0 after rlhf" in text
+    assert "math (think, sampled) is at 5.0 after rlhf" in text
 
 
 # ---- Stages that no cascade knows ----------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_copy_of_a_stage_inside_a_cascade_is_shown_under_its_own_name(folder, 
 
     # Each is held against the best score before it.
     (broken,) = data["gates"]
-    assert broken.startswith("math (think) is at 5.0 after an_idea, 57.0 below my_idea2")
+    assert broken.startswith("math (think, sampled) is at 5.0 after an_idea, 57.0 below my_idea2")
 
     for stage in ("rlhf", "my_idea2", "an_idea"):
         assert (run / f"curves_{stage}.png").stat().st_size > 1000
@@ -232,7 +232,7 @@ def test_a_stage_s_own_folder_may_hold_its_results(tmp_path):
     assert len(data["rollouts"]) == 4
     assert (run / "curves_my_idea.png").exists()
     # One stage alone has nothing that it could have lost.
-    unchecked = "No gate was checked: no two stages have a sampled score of the same task."
+    unchecked = "No gate was checked: no two stages have a score of the same task."
     assert data["unchecked"] == unchecked
     assert unchecked in text
     assert "very gate holds" not in text
