@@ -18,6 +18,8 @@
 #   NPROC      ranks on this machine; if unset, one for each GPU, without GPUs at most two
 #   LAUNCH     the launcher of every stage, instead of torchrun on this machine (README, Real sizes)
 #   FLAGS      further flags for every stage, e.g. --shard=hybrid
+#   STAGE_FLAGS   the same for one stage, under its name: MATHRL_FLAGS, SFT1_FLAGS, ... The last of two equal
+#              flags counts, and these come last: MATHRL_FLAGS="--data=my.jsonl --lr=1e-6"
 #   DRY_RUN    1: print the commands instead of running them
 #   KEEP_BEST  1: when a stage breaks a gate, go on from its best checkpoint instead of stopping (G12)
 #   PIP_EXTRA_INDEX_URL   where pip finds the CPU builds of PyTorch
@@ -81,13 +83,14 @@ run() {
 # stage NAME COMMAND...: run the command, which trains into $OUT/NAME, then measure what came out of it.
 # $OUT/NAME/final exists when the training is done, $OUT/NAME/scored when the measuring is done, too.
 stage() {
-    local name=$1
+    local name=$1 own
     shift
+    own=$(echo "$name" | tr '[:lower:]' '[:upper:]')_FLAGS
     if [ -e "$OUT/$name/final" ]; then
         echo "== $name: done"
     else
         echo "== $name: training in $OUT/$name"
-        run "$@" --seed="$SEED" ${FLAGS:-}
+        run "$@" --seed="$SEED" ${FLAGS:-} ${!own:-}
     fi
     # SFT is measured once, after its second stage.
     if [ -n "${TASKS:-}" ] && [ "$name" != sft1 ] && [ ! -e "$OUT/$name/scored" ]; then

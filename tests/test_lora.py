@@ -12,6 +12,7 @@ from test_stages import DATA, command
 import mathrl
 import rlhf
 from bench import fit
+from bench import lora as lora_table
 from engine import Rollout, TorchEngine, request_seed, whole_parameters
 from kernels.adamw import AdamW, adamw_bf16_, first_element
 from lib import plan
@@ -353,3 +354,27 @@ def test_the_page_has_the_table_of_the_plan(capsys):
         size, *cells = row[2:-2].split(" | ")
         with_lora[size] = [one.split(" / ")[2] for one in cells]
     assert with_lora["8B"][2] != "-" and with_lora["4B"][1] != "-" and with_lora["1.7B"][0] != "-"
+
+
+def test_gains_and_losses_are_those_of_a_pencil(tmp_path, capsys):
+    """Two skills, two seeds: Math RL gains 40 and costs IF 10, and IF-RL's gain is half lost."""
+    scores = {  # stage: points of (if no_think, math think), for seeds 0 and 1
+        "sft": ((20, 50), (20, 50)),
+        "ifrl": ((40, 48), (60, 50)),
+        "mathrl": ((30, 88), (50, 90)),
+    }
+    for seed in (0, 1):
+        lines = []
+        for stage, by_seed in scores.items():
+            columns = (("if", "no_think"), ("math", "think"))
+            for (task, mode), points in zip(columns, by_seed[seed], strict=True):
+                line = {"stage": stage, "task": task, "mode": mode, "decoding": "paper"}
+                lines.append(json.dumps({**line, "score": points / 100}))
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "results.jsonl").write_text("\n".join(lines))
+    folders = f"{tmp_path}/0,{tmp_path}/1"
+    lora_table.main(lora_table.Config(full=folders, other=f"{tmp_path}/0"))
+    printed = capsys.readouterr().out
+    assert "| ifrl | +30.0 [+20.0, +40.0] | +20.0 | -1.0 [-2.0, +0.0] | -2.0 |" in printed
+    assert "| mathrl | +40.0 [+40.0, +40.0] | +40.0 | -10.0 [-10.0, -10.0] | -10.0 |" in printed
+    assert "full -5.0 [-5.0, -5.0], other -5.0" in printed

@@ -60,7 +60,7 @@ def parsed(module, flags):
 @functools.cache
 def commands(preset, stages=True):
     """[(script, Config)] of a preset's stages; with stages=False, of everything else it starts."""
-    script = f"bench/{preset}.sh" if preset in ("control", "mopd") else "run_cascade.sh"
+    script = f"bench/{preset}.sh" if preset in ("control", "lora", "mopd") else "run_cascade.sh"
     found = []
     for line in dry_run(script, preset, BASE="models/base", NPROC="8"):
         module, flags = module_and_flags(line)
@@ -455,3 +455,27 @@ def test_an_unknown_preset_prints_the_usage_and_exits_with_2():
         ["bash", "run_cascade.sh", "70b"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "usage: bash run_cascade.sh" in done.stderr
+
+
+def test_lora_of_the_toy_trains_its_rl_stages_at_ten_times_their_learning_rates():
+    """bench/lora.sh runs toy() itself, and its flags come behind those of the toy."""
+    toy, lora = commands("toy"), commands("lora")
+    assert [script for script, _ in lora] == [script for script, _ in toy]
+    for (script, full), (_, adapted) in zip(toy, lora, strict=True):
+        if script == "sft":
+            assert adapted.lora_rank == 0
+            continue
+        assert adapted.lora_rank == 8
+        assert adapted.lr == pytest.approx(10 * full.lr)
+        # Nothing else differs but the folder.
+        same = dataclasses.asdict(adapted) | {"lora_rank": 0, "lr": full.lr}
+        assert str(same).replace("no_such_run-lora", "no_such_run") == str(dataclasses.asdict(full))
+
+
+def test_flags_of_one_stage_reach_it_alone_and_come_last():
+    lines = dry_run("run_cascade.sh", "toy", FLAGS="--shard=full", MATHRL_FLAGS="--lr=1e-6")
+    stages = [line for line in lines if "--init_from" in line]
+    for line in stages:
+        with_both = line.endswith("--shard=full --lr=1e-6")
+        assert with_both == (" mathrl.py" in line)
+        assert with_both or line.endswith("--shard=full")
