@@ -130,7 +130,7 @@ def print_losses(cells, stages, columns, decodings):
 
     Beside each fall stands what GATES of evals/results.py allows.
     """
-    print("\nfell beyond the intervals' overlap, and what the gate of that stage allows")
+    fallen, lower = [], []
     for before, after in itertools.pairwise(stages):
         for (task, mode), decoding in itertools.product(columns, decodings):
             high = cells.get((before, task, mode, decoding))
@@ -139,21 +139,25 @@ def print_losses(cells, stages, columns, decodings):
                 continue
             points, payer = cost_of(after, task)
             repaid = f", which {payer} has to bring back" if payer else ""
-            print(
+            fallen.append(
                 f"{after:8s}{task:>10s} {mode:9s}{decoding:8s}"
                 f"{padded_interval(high)} -> {padded_interval(low)} | {points:g} points{repaid}"
             )
 
     first, last = stages[0], stages[-1]
-    print(f"\nlower after {last} than after {first}")
     for (task, mode), decoding in itertools.product(columns, decodings):
         start = cells.get((first, task, mode, decoding))
         end = cells.get((last, task, mode, decoding))
         if start and end and end["score"] < start["score"]:
-            print(
+            lower.append(
                 f"{task:>18s} {mode:9s}{decoding:8s}"
                 f"{padded_interval(start)} -> {padded_interval(end)}"
             )
+
+    print("\nfell beyond the intervals' overlap, and what the gate of that stage allows")
+    print("\n".join(fallen) or "none")
+    print(f"\nlower after {last} than after {first}")
+    print("\n".join(lower) or "none")
 
 
 def padded_interval(cell):

@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from evals.plots import draw_matrix, plot_all_curves, skill_of
+from evals.plots import HOW, draw_matrix, plot_all_curves, skill_of
 from evals.results import (
     TASK_ORDER,
     broken_gates,
@@ -321,7 +321,7 @@ def scores_md(data, cells):
                     text = f"{100 * cell['score']:.1f} [{low:.1f}, {high:.1f}]"
                 row.append(text)
             rows.append(row)
-        caption = f"Held-out, {decoding}, percent [95% interval]."
+        caption = f"Held-out, {HOW[decoding]}, percent [95% interval]."
         paragraphs.append(f"{caption}\n\n{table(head, rows)}")
     return paragraphs
 
