@@ -6,6 +6,8 @@
 #   bash run_cascade.sh                  the toy: a tiny model, real verifiers, about 7 minutes on 2 CPU cores
 #   BASE=folder bash run_cascade.sh 8b   a run of the paper (tables T14-T20): 8b, 8b-thinking or 14b-thinking;
 #                                        0.6b trains a smaller model with the numbers of 8b
+#   bash run_cascade.sh 0.6b-1gpu        a first real run on one card of 80 GB, from Qwen3-0.6B-Base and
+#                                        public sets; 4b-1gpu with LoRA. By the plan in under 6 hours
 #   bash run_cascade.sh cards            a test of the evaluation: measure the six 8B checkpoints that NVIDIA
 #                                        released, and lay the scores beside those of their card
 #   bash run_cascade.sh setup            only install into .venv
@@ -24,12 +26,12 @@
 #   KEEP_BEST  1: when a stage breaks a gate, go on from its best checkpoint instead of stopping (G12)
 #   PIP_EXTRA_INDEX_URL   where pip finds the CPU builds of PyTorch
 # Only for the real sizes:
-#   BASE       folder of a Qwen3 base model
+#   BASE       folder of a Qwen3 base model; the presets of one card download theirs if it is unset
 #   RM         folder or URL of a reward model; if unset, RLHF trains one from the policy
 #   JUDGE      URL of the judge of SWE RL; if unset, similarity to the golden patch is the reward, which the
 #              paper found worse and from which the toy learned nothing at the paper's floor
 #   TASKS      what to measure after every stage, e.g. ifeval,math500; nothing if unset;
-#              for cards the benchmarks of the card
+#              for cards the benchmarks of the card, on one card four small ones
 #   EVAL_DATA  folder with the files of these tasks
 #   EVAL_FLAGS what else they need, as flags of evaluate.py: --judge, --code_judge, --repos and
 #              --verifier_python. What is missing is said before anything is trained
@@ -236,10 +238,11 @@ toy() {
 #   Code RL          lengths and temperatures by model (text: 44K to 48K tokens at temperature 1)
 #   SWE RL           no overlong filter in the stage with 24K prompts (text: it filters)
 
-# setting NAME 8B 8B-THINKING 14B-THINKING: give the variable NAME the value of this preset's model.
+# setting NAME 8B 8B-THINKING 14B-THINKING: give the variable NAME the value of this preset's model. On one
+# card it is setting NAME 0.6B 4B.
 setting() {
     case $PRESET in
-        8b-thinking) printf -v "$1" %s "$3" ;;
+        8b-thinking | 4b-1gpu) printf -v "$1" %s "$3" ;;
         14b-thinking) printf -v "$1" %s "$4" ;;
         *) printf -v "$1" %s "$2" ;;
     esac
@@ -378,6 +381,77 @@ real() {
 }
 
 # -----------------------------------------------------------------------------
+# One card of 80 GB and an afternoon: the stages whose verifier is a program, in the paper's order, on public
+# sets. RLHF and SWE RL are left out, since they want a reward model and a judge. `python bench/hours.py
+# --preset=0.6b-1gpu` prints what this takes by the plan. Nobody has run it at these sizes yet;
+# tests/test_rehearsal.py runs it with a tiny model.
+
+# What differs between the models. LoRA trains with ten times the learning rates of full training.
+one_card_settings() {
+    #       variable              0.6b-1gpu               4b-1gpu
+    setting hub_id                Qwen/Qwen3-0.6B-Base    Qwen/Qwen3-4B-Base
+    setting lora_rank             0                       32
+    setting sft_steps             960                     320
+    setting sft_tokens            4096                    2048
+    setting sft_lr                2e-5                    2e-4
+    setting rl_lr                 2e-6                    2e-5
+    setting ifrl_steps            40                      20
+    setting mathrl_steps          100                     40
+    setting coderl_steps          30                      15
+}
+
+one_card() {
+    one_card_settings
+    local TASKS=${TASKS-gsm8k,math500,humaneval,ifeval}
+    # Answers as long as in training, one a problem, without YaRN.
+    local EVAL_FLAGS="--samples=1 --max_new_tokens=2048 --rope_factor=1 ${EVAL_FLAGS:-}"
+    local base=${BASE:-models/${hub_id#*/}}
+    check_tasks
+    if [ -z "${BASE:-}" ] && [ ! -e "$base" ]; then
+        run .venv/bin/hf download "$hub_id" --local-dir "$base"
+    fi
+
+    # SFT: chat in both modes, which teaches the form of a thought and of an answer. 62K conversations, of
+    # which those of the first two sets think; 960 steps see each of them about once.
+    local chat=HuggingFaceTB/smoltalk2:SFT
+    local data=$chat@smoltalk_systemchats_Qwen3_32B_think
+    data+=,$chat@smoltalk_everyday_convs_reasoning_Qwen3_32B_think
+    data+=,$chat@tulu_3_sft_personas_instruction_following_no_think
+    data+=,$chat@smoltalk_smollm3_everyday_conversations_no_think
+    stage sft $LAUNCH sft.py \
+        --init_from="$base" --out_dir="$OUT/sft" \
+        --data="$data" \
+        --num_steps=$sft_steps --schedule_steps=$sft_steps --warmup_steps=20 --samples_per_step=64 \
+        --lr=$sft_lr --max_seq_len=$sft_tokens --lora_rank=$lora_rank --save_every=100
+
+    # What all RL stages share.
+    local rl="
+        --prompts_per_step=32 --group_size=8 --temperature=1.0 --top_p=1.0 --top_k=0
+        --max_prompt_tokens=1024 --rope_factor=0 --lr=$rl_lr --lora_rank=$lora_rank --save_every=20"
+
+    # IF-RL: constraints that a program can check, without thinking.
+    stage ifrl $LAUNCH ifrl.py \
+        --init_from="$OUT/sft/final" --out_dir="$OUT/ifrl" \
+        --data=nvidia/Nemotron-Cascade-RL-Instruction-Following --taxonomy=ifeval \
+        --num_steps=$ifrl_steps --max_new_tokens=1024 --max_refill_rounds=1 $rl
+
+    # Math RL: GSM8K, of whose 7,473 problems 100 steps see 3,200. An answer that is cut off stays out of the
+    # loss.
+    stage mathrl $LAUNCH mathrl.py \
+        --init_from="$OUT/ifrl/final" --out_dir="$OUT/mathrl" \
+        --data=openai/gsm8k:main@train \
+        --num_steps=$mathrl_steps --max_new_tokens=2048 $rl
+
+    # Code RL: MBPP without its test split, small functions with three tests each.
+    local mbpp=google-research-datasets/mbpp:full
+    stage coderl $LAUNCH coderl.py \
+        --init_from="$OUT/mathrl/final" --out_dir="$OUT/coderl" \
+        --data=$mbpp@train,$mbpp@validation \
+        --num_steps=$coderl_steps --max_new_tokens=2048 --reward_workers=16 $rl
+    if [ -n "$TASKS" ]; then run .venv/bin/python -m evals.report --run="$OUT"; fi
+}
+
+# -----------------------------------------------------------------------------
 # The card of 8B: its eleven benchmarks on the checkpoint that NVIDIA released after each stage.
 
 cards() {
@@ -431,8 +505,13 @@ case $PRESET in
         real
         if [ -n "${TASKS:-}" ]; then run .venv/bin/python -m evals.report --run="$OUT"; fi
         ;;
+    0.6b-1gpu | 4b-1gpu)
+        setup
+        one_card
+        ;;
     *)
-        echo "usage: bash run_cascade.sh [toy|0.6b|8b|8b-thinking|14b-thinking|cards|setup]" >&2
+        echo "usage: bash run_cascade.sh" \
+            "[toy|0.6b-1gpu|4b-1gpu|0.6b|8b|8b-thinking|14b-thinking|cards|setup]" >&2
         exit 2
         ;;
 esac

@@ -278,6 +278,7 @@ def read_chat(row):
 
     mode: True (think), False (no_think), or None where the row does not say.
     """
+    row = with_template_fields(row)
     name = first_nonempty(row, *CHATS)
     if name in row:
         turns = row[name]
@@ -290,6 +291,28 @@ def read_chat(row):
     else:
         messages, mode = read_question_and_answer(row)
     return with_system(row, messages), mode
+
+
+# What rows say to the chat template (SmolTalk2), and the field of a row that means the same.
+TEMPLATE_FIELDS = {"custom_instructions": "system_prompt", "enable_thinking": "thinking"}
+
+
+def with_template_fields(row):
+    """The row with what its chat_template_kwargs hold in fields of its own.
+
+    SmolTalk2 has taken the system prompt out of the messages and put it there, and the tools, too:
+    their form differs from set to set, so a row with tools is dropped.
+    """
+    given = row.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise BadRow('field "chat_template_kwargs" is no object')
+    if given.get("xml_tools") or given.get("python_tools"):
+        raise BadRow("tools in chat_template_kwargs")
+    fields = {}
+    for name, field in TEMPLATE_FIELDS.items():
+        if given.get(name) not in (None, ""):
+            fields[field] = given[name]
+    return row | fields
 
 
 def with_system(row, messages):

@@ -363,6 +363,9 @@ def time_of_flags(config, cfg, world, device, longest, nll, pair, plan, free):
     else:
         flops, bandwidth = 2e10, 5e9
         room = float("inf")
-    return time_plan(
+    generation_s, update_s = time_plan(
         config, world, rows * longest, longest, new_tokens, rows, flops, bandwidth, room
     )
+    # Dynamic sampling of IF-RL: a round of fresh prompts may be as large as the first.
+    rounds = 1 + getattr(cfg, "max_refill_rounds", 0)
+    return rounds * generation_s, update_s

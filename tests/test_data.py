@@ -209,6 +209,36 @@ SETS = {
         sft_form([CASCADE2, *CHAT], True, "all"),
         ["messages"],
     ),
+    "HuggingFaceTB/smoltalk2:SFT, think": (
+        "sft",
+        {
+            "messages": CHAT,
+            "chat_template_kwargs": {
+                "custom_instructions": "Be brief.",
+                "enable_thinking": True,
+                "python_tools": [],
+                "xml_tools": [],
+            },
+            "source": "smoltalk_systemchats_Qwen3_32B_think",
+        },
+        sft_form([SAFE, *CHAT], True, "all"),
+        ["messages"],
+    ),
+    "HuggingFaceTB/smoltalk2:SFT, no_think": (
+        "sft",
+        {
+            "messages": [USER, {"role": "assistant", "content": "4"}],
+            "chat_template_kwargs": {
+                "custom_instructions": "",
+                "enable_thinking": False,
+                "python_tools": None,
+                "xml_tools": None,
+            },
+            "source": "tulu_3_sft_personas_instruction_following_no_think",
+        },
+        sft_form([USER, {"role": "assistant", "content": "4"}], False, "all"),
+        ["messages"],
+    ),
     "nvidia/Llama-Nemotron-Post-Training-Dataset": (
         "sft",
         {
@@ -411,6 +441,15 @@ SETS = {
         math_form("Find x.", "-\\frac{2}{3}"),
         ["problem"],
     ),
+    "openai/gsm8k:main": (
+        "mathrl",
+        {
+            "question": "What is twice 536?",
+            "answer": "Twice 536 is 2*536=<<2*536=1072>>1072.\n#### 1,072",
+        },
+        math_form("What is twice 536?", "1,072"),
+        ["question", "answer"],
+    ),
     "nvidia/Nemotron-RL-coding-competitive_coding": (
         "coderl",
         {
@@ -432,6 +471,19 @@ SETS = {
         },
         code_form("Double it.", STDIN),
         ["responses_create_params"],
+    ),
+    "google-research-datasets/mbpp:full": (
+        "coderl",
+        {
+            "task_id": 601,
+            "text": "Write a function to double it.",
+            "code": "def double(x):\r\n  return 2 * x",
+            "test_list": ["assert double(3) == 6"],
+            "test_setup_code": "",
+            "challenge_test_list": [],
+        },
+        code_form("Write a function to double it.", FUNCTION, "def double(x):\r\n  return 2 * x"),
+        ["text", "test_list"],
     ),
     "agentica-org/DeepCoder-Preview-Dataset:primeintellect": (
         "coderl",
@@ -684,6 +736,9 @@ def test_a_row_of_every_set_loads_to_the_stages_normal_form(name, ending, load, 
 def test_every_first_and_second_choice_is_in_the_table():
     assert {name.split(":")[0].split(",")[0] for name in SETS} == {
         "nvidia/Nemotron-Cascade-SFT-Stage-1",
+        "HuggingFaceTB/smoltalk2",
+        "openai/gsm8k",
+        "google-research-datasets/mbpp",
         "nvidia/Llama-Nemotron-Post-Training-Dataset",
         "nvidia/Nemotron-Cascade-SFT-Stage-2",
         "nvidia/Nemotron-Cascade-SFT-SWE",
@@ -766,7 +821,9 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused_or_dropped_and_co
             "response1",
             "response2",
             "problem",
+            "question",
             "prompt",
+            "text",
             "context",
             "input",
             "description",
@@ -815,6 +872,21 @@ CORRUPTED = [  # set, changes to its row, part of the sentence
     (SFT, {"messages": [USER, {"content": "4"}]}, 'field "messages" is no list of chat messages'),
     (SFT, {"messages": [{"role": "critic", "content": "x"}, *CHAT]}, "a turn of an unknown role"),
     (SFT, {"tools": "[{"}, 'field "tools" is not valid JSON'),
+    (
+        "HuggingFaceTB/smoltalk2:SFT, think",
+        {"chat_template_kwargs": {"xml_tools": ['{"name": "add"}'], "enable_thinking": True}},
+        "tools in chat_template_kwargs",
+    ),
+    (
+        "HuggingFaceTB/smoltalk2:SFT, think",
+        {"chat_template_kwargs": '{"enable_thinking": true}'},
+        'field "chat_template_kwargs" is no object',
+    ),
+    (
+        "HuggingFaceTB/smoltalk2:SFT, no_think",
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        "a think conversation without a thought",
+    ),
     (SFT, {"tools": '["add"]'}, 'field "tools" is no list of objects'),
     (
         SFT,

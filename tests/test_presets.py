@@ -2,59 +2,31 @@
 
 DRY_RUN=1 prints one command a stage. The scripts' own parsers have to take every flag, and the
 values that make the recipe have to be those of the tables. The toy is not in the paper: its values
-are those that were run.
+are those that were run. Those of one card follow from the plan of memory and time.
 """
 
 import dataclasses
 import functools
-import importlib
 import os
 import pathlib
-import shlex
 import subprocess
-import sys
 
 import pytest
 
 import evaluate
+from bench import hours
+from bench.hours import STAGES, module_and_flags, parsed
 from bench.paper_table import PAPER
 from evals.results import in_stage_order
-from lib.flags import parse_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 K = 1024
-STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras.mopd")
 
 
 @functools.cache
 def dry_run(*command, **environment):
     """The lines that a shell script prints with DRY_RUN=1."""
-    env = {**os.environ, "DRY_RUN": "1", "OUT": "out/no_such_run", **environment}
-    done = subprocess.run(
-        ["bash", *command], cwd=ROOT, env=env, capture_output=True, text=True, check=True
-    )
-    return done.stdout.splitlines()
-
-
-def module_and_flags(line):
-    """("extras.mopd", flags) of a printed command, (None, []) of a line that starts no Python."""
-    words = shlex.split(line)
-    for i, word in enumerate(words):
-        if word.endswith(".py"):
-            return word.removesuffix(".py").replace("/", "."), words[i + 1 :]
-        if word == "-m":
-            return words[i + 1], words[i + 2 :]
-    return None, []
-
-
-def parsed(module, flags):
-    """The Config that a script would make of its flags."""
-    argv = sys.argv
-    sys.argv = [module, *flags]
-    try:
-        return parse_config(importlib.import_module(module).Config)
-    finally:
-        sys.argv = argv
+    return hours.dry_run(*command, **environment)
 
 
 @functools.cache
@@ -62,7 +34,7 @@ def commands(preset, stages=True):
     """[(script, Config)] of a preset's stages; with stages=False, of everything else it starts."""
     script = f"bench/{preset}.sh" if preset in ("control", "lora", "mopd") else "run_cascade.sh"
     found = []
-    for line in dry_run(script, preset, BASE="models/base", NPROC="8"):
+    for line in dry_run(script, preset, BASE="models/base", NPROC="8", TASKS=""):
         module, flags = module_and_flags(line)
         if module is None or line.startswith("=="):
             continue
@@ -259,8 +231,42 @@ TOY = [
     toy("coderl", 70, 5e-4, overlong_filter=False),
     toy("swerl", 150, 3e-4, overlong_filter=False, lexical_floor=0.98),
 ]
+
+
+def one_card(steps, sft_lr, rl_lr, rank):
+    """The four stages of a card, with what decides how long they take and what they learn from."""
+    sft_steps, sft_tokens, *rl_steps = steps
+    sets = ("systemchats_Qwen3_32B_think", "everyday_convs_reasoning_Qwen3_32B_think")
+    chats = [f"smoltalk_{name}" for name in sets]
+    chats += ["tulu_3_sft_personas_instruction_following_no_think"]
+    chats += ["smoltalk_smollm3_everyday_conversations_no_think"]
+    rows = [
+        row(
+            "sft",
+            num_steps=sft_steps,
+            schedule_steps=sft_steps,
+            samples_per_step=64,
+            max_seq_len=sft_tokens,
+            lr=sft_lr,
+            lora_rank=rank,
+            data=",".join(f"HuggingFaceTB/smoltalk2:SFT@{name}" for name in chats),
+        )
+    ]
+    mbpp = "google-research-datasets/mbpp:full"
+    for script, num_steps, tokens, data in (
+        ("ifrl", rl_steps[0], 1024, "nvidia/Nemotron-Cascade-RL-Instruction-Following"),
+        ("mathrl", rl_steps[1], 2048, "openai/gsm8k:main@train"),
+        ("coderl", rl_steps[2], 2048, f"{mbpp}@train,{mbpp}@validation"),
+    ):
+        values = dict(num_steps=num_steps, max_new_tokens=tokens, data=data, lr=rl_lr)
+        rows.append(row(script, prompts_per_step=32, group_size=8, lora_rank=rank, **values))
+    return rows
+
+
 TABLE = {
     "toy": TOY,
+    "0.6b-1gpu": one_card((960, 4096, 40, 100, 30), 2e-5, 2e-6, rank=0),
+    "4b-1gpu": one_card((320, 2048, 20, 40, 15), 2e-4, 2e-5, rank=32),
     "8b": UNIFIED,
     "0.6b": UNIFIED,
     "8b-thinking": sft(20000, 32000, 2e-5, True)
@@ -479,3 +485,31 @@ def test_flags_of_one_stage_reach_it_alone_and_come_last():
         with_both = line.endswith("--shard=full --lr=1e-6")
         assert with_both == (" mathrl.py" in line)
         assert with_both or line.endswith("--shard=full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["0.6b-1gpu", "4b-1gpu"])
+def test_one_card_is_an_afternoon_by_the_plan(preset):
+    """Every stage and every measurement fits 80 GB, and all of them together 6 hours."""
+    costs = hours.preset_costs(preset, card=80)
+    names = [name for name, *_ in costs]
+    tasks = ("gsm8k", "math500", "humaneval", "ifeval")
+    expected = []
+    for stage in ("sft", "ifrl", "mathrl", "coderl"):
+        expected += [stage, *(f"{task} after {stage}" for task in tasks)]
+    assert names == expected
+    total = sum(spent for *_, spent in costs)
+    print(f"{preset}: {total:.2f} hours, at most {max(gb for _, _, gb, _ in costs):.0f} GB")
+    assert 4 < total < 6
+    assert all(gb < 0.93 * 80 for _, _, gb, _ in costs)
+
+
+def test_the_base_of_one_card_is_downloaded_unless_base_names_one():
+    lines = dry_run("run_cascade.sh", "4b-1gpu", TASKS="")
+    download = ".venv/bin/hf download Qwen/Qwen3-4B-Base --local-dir models/Qwen3-4B-Base"
+    assert lines[0] == download
+    stages = [line for line in lines if "--init_from" in line]
+    assert len(stages) == 4 and "--init_from=models/Qwen3-4B-Base " in stages[0]
+    # TASKS= measures nothing.
+    assert not any(" evaluate.py" in line or "evals.report" in line for line in lines)
+    assert download not in dry_run("run_cascade.sh", "4b-1gpu", TASKS="", BASE="models/base")
