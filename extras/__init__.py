@@ -1,1 +1,1 @@
-"""Beside the paper: MOPD (Cascade 2), a step in slow motion, decontamination of a data set."""
+"""Beside the paper: MOPD (Cascade 2), joint RL, a step in slow motion, decontamination of data."""

@@ -96,15 +96,16 @@ class RolloutFlags(MachineFlags):
 
 
 # ---- From the command line to a Config -----------------------------------------------------------
-def parse_config(Config):
+def parse_config(Config, words=None):
     """Config from the command line: --lr=1e-6 or --lr 1e-6, also --num-steps for --num_steps.
 
-    A flag that does not exist, a value of another type or out of bounds ends the script with a
-    sentence.
+    words: the flags; None: those of this process. A flag that does not exist, a value of another
+    type or out of bounds ends the script with a sentence.
     """
     sys.excepthook = file_trouble
     parser = make_parser(Config)
-    arguments = [underscores(word) for word in sys.argv[1:]]
+    words = sys.argv[1:] if words is None else words
+    arguments = [underscores(word) for word in words]
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown, Config)}")

@@ -23,7 +23,7 @@ from lib import flags
 ROOT = Path(__file__).resolve().parent.parent
 
 STAGES = ("sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl")
-EXTRAS = ("extras/mopd", "extras/slow_motion")
+EXTRAS = ("extras/mopd", "extras/jointrl", "extras/slow_motion")
 SCRIPTS = (*STAGES, *EXTRAS, "evaluate", "evals/report", "evals/scaling", "toy")
 PLUMBING = tuple(
     f"lib/{name}.py"
@@ -176,6 +176,8 @@ def test_every_flag_is_read_and_explained(script):
     readers = [ROOT / f"{script}.py", *(ROOT / "lib").glob("*.py")]
     if script == "rlhf":
         readers.append(ROOT / "verifiers" / "reward_model.py")
+    if script == "extras/jointrl":  # its flags are those of its domains
+        readers += [ROOT / f"{stage}.py" for stage in STAGES[1:]]
     if script == "evals/report":
         readers.append(ROOT / "evals" / "training.py")
     text = "".join(path.read_text() for path in readers)
@@ -196,7 +198,7 @@ def test_all_rl_stages_share_the_flags_of_the_loop():
 def test_no_stage_has_a_flag_of_the_machine_that_lib_has():
     """The flags of the machine (--shard, --engine, ...) are declared in lib/flags.py. A stage may
     declare one again only to give it another default."""
-    for script in (*STAGES, "extras/mopd"):
+    for script in (*STAGES, "extras/mopd", "extras/jointrl"):
         Config = config_of(script)
         shared = {f.name: f.default for f in dataclasses.fields(flags.RolloutFlags)}
         own = [name for name in Config.__annotations__ if name in shared]
@@ -223,7 +225,7 @@ def scripts_that_deviate():
 
 
 def test_every_stage_lists_its_deviations():
-    assert {*STAGES, "extras/mopd"} <= set(scripts_that_deviate())
+    assert {*STAGES, "extras/mopd", "extras/jointrl"} <= set(scripts_that_deviate())
 
 
 @pytest.mark.parametrize("script", scripts_that_deviate())

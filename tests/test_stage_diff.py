@@ -31,6 +31,7 @@ EVERY_STAGE = {
 MATH_RL = {"find_answer"}
 
 DISTILL = {"compute_advantages", "grpo_loss"}
+JOIN = {"rollout", "grpo_loss"}
 
 EXPECTED = {
     # The reward is a Bradley-Terry model (verifiers/reward_model.py), trained first, or an
@@ -96,6 +97,19 @@ EXPECTED = {
         "absent": {"normalize", "verdict", "reward", "judge"},
         "own": {"load_domain", "load_teacher", "ask_teacher", "differences"},
     },
+    # Every rollout has the reward, the masks and the KL term of its own domain's stage.
+    "extras/jointrl.py": {
+        "changed": JOIN,
+        "absent": {"normalize", "verdict", "reward", "judge"},
+        "own": {
+            "parse_domains",
+            "domains_of",
+            "take_prompts",
+            "reference_model",
+            "add_reference",
+            "fresh_prompts",
+        },
+    },
 }
 
 # The functions that differ from Math RL's below the waterline.
@@ -105,6 +119,7 @@ BELOW = {
     "coderl.py": set(),
     "swerl.py": set(),
     "extras/mopd.py": DISTILL,
+    "extras/jointrl.py": JOIN,
 }
 
 
@@ -167,7 +182,7 @@ def test_a_stage_differs_from_mathrl_only_where_the_table_says(script):
 def test_stages_share_rewards_where_they_are_taught_and_nothing_else():
     """No stage imports another one at its top. Inside a function, SWE RL's evaluation imports Code
     RL to run the tests."""
-    stages = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras/mopd"}
+    stages = {"sft", "rlhf", "ifrl", "mathrl", "coderl", "swerl", "extras/mopd", "extras/jointrl"}
     shared = {}
     for stage in stages | {"verifiers/reward_model", "verifiers/constraints", "verifiers/patches"}:
         tree = ast.parse((ROOT / f"{stage}.py").read_text())

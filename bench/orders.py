@@ -1,0 +1,798 @@
+"""The cascade against its alternatives on the toy: does the order of the stages matter?
+
+    python bench/orders.py          # hours; the same command goes on where it was killed
+
+Every arm starts from the same SFT checkpoint and has the same verifiers, RL steps, prompts and
+samples of every domain, and so about the same tokens, which are counted:
+
+    paper      the cascade: RLHF, IF-RL, Math RL, Code RL, SWE RL
+    backward   the same stages, the last one first
+    rlhf_last  the cascade with RLHF at its end instead of its start
+    joint      one stage with all domains in every batch (extras/jointrl.py)
+    mopd       a specialist of each domain from the SFT checkpoint, then their distillation into it
+               (extras/mopd.py), whose own tokens come on top
+    mean       the same specialists, their weights averaged
+    repair     the cascade, then MOPD from its own checkpoints: tokens on top, too
+
+Commands and flags are those that run_cascade.sh and bench/mopd.sh print with DRY_RUN=1; only where
+a stage starts and what it is called differ. One learning rate has to serve all domains in `joint`:
+the mean of the stages' own, weighted by their steps. RLHF trains its reward model from the SFT
+checkpoint, in the arm paper; the others take this one, so that all have the same reward.
+
+Each arm runs on every seed, in the toy's world with its tensions and in the one without
+(toy.py --tensions=false). The scores are held-out, of each arm's end, of the SFT checkpoint and of
+the specialists. An interval is 95% of a bootstrap of two levels: seeds are drawn with replacement,
+and in each of them problems. Differences are taken problem by problem, since all arms of a seed
+answer the same ones. Seconds are those of sampling, verifying and updating, times the ranks. The
+results go to bench/toy/orders.json and orders.png; runs and logs are under --out.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+# In front of bench/, which has files called sft.py and kernels.py as well.
+sys.path.insert(0, str(ROOT))
+
+from evals.results import DECODINGS, kept_lines  # noqa: E402
+from lib.flags import PositiveInt, parse_config  # noqa: E402
+from lib.guard import fail  # noqa: E402
+
+STAGES = ("rlhf", "ifrl", "mathrl", "coderl", "swerl")
+ORDERS = {
+    "paper": STAGES,
+    "backward": STAGES[::-1],
+    "rlhf_last": ("ifrl", "mathrl", "coderl", "swerl", "rlhf"),
+}
+ARMS = ("paper", "backward", "rlhf_last", "mopd", "mean", "repair", "joint")
+# Where the scores of an arm are: a folder of its world, and the label in its results.jsonl.
+ENDS = {
+    "sft": ("paper", "sft"),
+    "paper": ("paper", "swerl"),
+    "backward": ("backward", "rlhf"),
+    "rlhf_last": ("rlhf_last", "rlhf"),
+    "joint": ("joint", "joint"),
+    "mopd": ("specialists", "mopd"),
+    "mean": ("specialists", "mean"),
+    "repair": ("repair", "mopd"),
+}
+# The specialist of chat is the first stage of the paper's order, which starts from SFT as well.
+SPECIALISTS = {stage: ("specialists", stage) for stage in STAGES} | {"rlhf": ("paper", "rlhf")}
+COLUMNS = (
+    ("chat", "think"),
+    ("chat", "no_think"),
+    ("if", "no_think"),
+    ("if", "think"),
+    ("if_hard", "no_think"),
+    ("math", "think"),
+    ("math_hard", "think"),
+    ("code", "think"),
+    ("code_hard", "think"),
+    ("swe", "think"),
+    ("swe_hard", "think"),
+)
+TEACHES = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swerl": "swe"}
+REASONING = [column for column in COLUMNS if column[0].startswith(("math", "code"))]
+# CPU seconds of a piece on the machine of bench/README.md, for the estimate before the start.
+TYPICAL = {
+    "data": 15,
+    "sft1": 35,
+    "sft2": 150,
+    "rlhf": 45,
+    "ifrl": 50,
+    "mathrl": 30,
+    "coderl": 80,
+    "swerl": 120,
+    "joint": 330,
+    "mopd": 60,
+    "mean": 5,
+    "score": 60,
+}
+# What a dry run of run_cascade.sh calls its run folder here.
+PLACE = "RUN_FOLDER"
+
+
+@dataclass
+class Config:
+    seeds: str = "0,1,2"  # comma-separated; 100 to 102 are those that the world was designed on
+    tensions: str = "true,false"  # worlds: true, false or both
+    arms: str = ",".join(ARMS)  # comma-separated names of arms to run; "": only the table
+    jobs: PositiveInt = 2  # worlds that run side by side, each in one process
+    # take finished runs of run_cascade.sh (out/toy, out/toy-seed1, ...) as the arm paper of the
+    # worlds with tensions, where that arm has not begun
+    reuse: bool = False
+    out: str = "out/orders"  # folder of all runs
+    report: str = "bench/toy/orders"  # path of the results without ending; "": none
+
+
+# ---- 1. The commands of run_cascade.sh -----------------------------------------------------------
+def dry_run(script, seed):
+    """The commands that a shell script prints with DRY_RUN=1, as lists of words."""
+    env = os.environ | {"DRY_RUN": "1", "OUT": PLACE, "SEED": str(seed)}
+    # One process without a launcher: on few cores, runs side by side beat ranks side by side.
+    env["LAUNCH"] = ".venv/bin/python"
+    done = subprocess.run(
+        ["bash", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    return [shlex.split(line) for line in done.stdout.splitlines() if "python" in line]
+
+
+def name_of(words):
+    """The name of a command: the last part of its --out_dir, else that of its script."""
+    for word in words:
+        if word.startswith("--out_dir="):
+            return os.path.basename(word)
+    return Path(words[1]).stem
+
+
+@functools.cache
+def commands(seed):
+    """{name: words} of the toy's commands: toy, sft1, sft2, the stages, evaluate and mopd."""
+    found = {}
+    for words in dry_run("run_cascade.sh", seed) + dry_run("bench/mopd.sh", seed):
+        # All calls of evaluate.py are the same but for the checkpoint.
+        found.setdefault(name_of(words), words)
+    return found
+
+
+def with_flags(words, **flags):
+    """A command with some of its flags replaced, or added."""
+    for name, value in flags.items():
+        words = [word for word in words if not word.startswith(f"--{name}=")]
+        words = [*words, f"--{name}={value}"]
+    return words
+
+
+def flag(words, name):
+    """The value of a flag that a command has."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+    return values[-1]  # as the script itself takes them, the last one counts
+
+
+def joint_command(stages):
+    """The command of extras/jointrl.py. stages: {stage: its command in the cascade}.
+
+    A domain has its stage's flags, and as many prompts as its stage has in all its steps. The flags
+    that all five stages have are the run's own.
+    """
+    shared = [w for w in stages["rlhf"][2:] if all(w in words for words in stages.values())]
+    # Verifiers are a domain's own, whatever their number.
+    shared = [word for word in shared if not word.startswith("--reward_workers=")]
+    not_own = ("--init_from=", "--out_dir=", "--eval_data=", "--lr=")
+    domains, steps, weighted_lr = [], 0, 0.0
+    for stage, words in stages.items():
+        num_steps = int(flag(words, "num_steps"))
+        own = [w for w in words[2:] if w not in shared and not w.startswith(not_own)]
+        own = with_flags(own, num_steps=num_steps)
+        domains.append(shlex.join([stage, *own]))
+        steps += num_steps
+        weighted_lr += num_steps * float(flag(words, "lr"))
+    command = [stages["rlhf"][0], "extras/jointrl.py", *shared]
+    lr = f"{weighted_lr / steps:.2e}"
+    # The cost of held-out metrics is no part of what is compared, so none is taken.
+    return with_flags(command, data="; ".join(domains), num_steps=steps, lr=lr, eval_every=0)
+
+
+# ---- 2. The pieces of a world --------------------------------------------------------------------
+@dataclass
+class Piece:
+    """A command, or the averaging of weights; it has been done when a file exists."""
+
+    kind: str  # key of TYPICAL
+    done: Path
+    words: list  # of the command; of "mean" the checkpoints
+    log: Path
+
+
+class World:
+    """One seed with or without tensions: its folder, and the pieces of its arms."""
+
+    def __init__(self, seed, tensions, cfg):
+        self.seed, self.tensions = seed, tensions
+        self.name = f"seed{seed}-{'tensions' if tensions else 'plain'}"
+        self.folder = Path(cfg.out) / self.name
+        self.pieces = {}  # by the file that says that it is done, so that none is there twice
+
+    def place(self, words):
+        """The words of a command, with this world's run of the paper's order as its run folder."""
+        return [word.replace(PLACE, str(self.folder / "paper")) for word in words]
+
+    def add(self, kind, done, words):
+        name = "_".join(dict.fromkeys([*done.parts[-3:-1], kind]))
+        log = self.folder / "logs" / f"{name}.log"
+        self.pieces.setdefault(done, Piece(kind, done, words, log))
+
+    def train(self, stage, arm, before, **flags):
+        """Add the training of a stage into an arm, from a checkpoint; return where it ends."""
+        folder = self.folder / arm / stage
+        words = self.place(commands(self.seed)[stage])
+        words = with_flags(words, init_from=before, out_dir=folder, **flags)
+        self.add(stage, folder / "final", words)
+        return folder / "final"
+
+    def score(self, checkpoint, label=""):
+        """Add the evaluation of a checkpoint into the results.jsonl of its arm."""
+        folder = checkpoint.parent
+        label = label or folder.name
+        words = with_flags(
+            self.place(commands(self.seed)["evaluate"]),
+            model=checkpoint,
+            stage=label,
+            results=folder.parent / "results.jsonl",
+        )
+        self.add("score", folder / "scored", words)
+
+    def plan(self, arms):
+        """Add the pieces of these arms, in an order in which each finds what it needs."""
+        paper = self.folder / "paper"
+        words = with_flags(
+            self.place(commands(self.seed)["toy"]), tensions=str(self.tensions).lower()
+        )
+        self.add("data", paper / "data" / "done", words)
+        sft1 = self.train("sft1", "paper", paper / "data" / "base")
+        sft = self.train("sft2", "paper", sft1)
+        self.score(sft, "sft")
+        # RLHF comes first in every world, since all arms need its reward model.
+        self.train("rlhf", "paper", sft)
+        self.score(paper / "rlhf" / "final")
+        for arm in arms:
+            getattr(self, f"plan_{arm}", functools.partial(self.plan_order, arm))(sft)
+
+    def rlhf_flags(self, stage):
+        """Outside of the arm paper, RLHF takes the reward model that it trained there."""
+        return {"rm": self.folder / "paper" / "rlhf" / "rm"} if stage == "rlhf" else {}
+
+    def plan_order(self, arm, sft):
+        before = sft
+        for stage in ORDERS[arm]:
+            # In the arm paper, RLHF trains the reward model.
+            flags = self.rlhf_flags(stage) if arm != "paper" else {}
+            before = self.train(stage, arm, before, **flags)
+            if arm == "paper":
+                self.score(before)
+        self.score(before)
+
+    def plan_joint(self, sft):
+        stages = {stage: self.place(commands(self.seed)[stage]) for stage in STAGES}
+        stages["rlhf"] = with_flags(stages["rlhf"], **self.rlhf_flags("rlhf"))
+        folder = self.folder / "joint" / "joint"
+        words = with_flags(joint_command(stages), init_from=sft, out_dir=folder)
+        self.add("joint", folder / "final", words)
+        self.score(folder / "final")
+
+    def specialists(self, sft):
+        """Add a specialist of each domain; return {stage: its checkpoint}."""
+        trained = {"rlhf": self.folder / "paper" / "rlhf" / "final"}
+        for stage in STAGES[1:]:
+            trained[stage] = self.train(stage, "specialists", sft)
+            self.score(trained[stage])
+        return trained
+
+    def distil(self, arm, before, teachers):
+        """Add MOPD from teachers {stage: checkpoint}, whose commands name those of the cascade."""
+        words = commands(self.seed)["mopd"]
+        flags = {}
+        for name in ("data", "eval_data"):
+            flags[name] = flag(words, name)
+            for stage, teacher in teachers.items():
+                flags[name] = flags[name].replace(f"{PLACE}/{stage}/final", str(teacher))
+            (flags[name],) = self.place([flags[name]])
+        self.score(self.train("mopd", arm, before, **flags))
+
+    def plan_mopd(self, sft):
+        self.distil("specialists", sft, self.specialists(sft))
+
+    def plan_mean(self, sft):
+        mean = self.folder / "specialists" / "mean" / "final"
+        self.add("mean", mean, list(self.specialists(sft).values()))
+        self.score(mean)
+
+    def plan_repair(self, sft):
+        self.plan_order("paper", sft)
+        self.distil("repair", self.folder / "paper" / "swerl" / "final", {})
+
+    def open_pieces(self):
+        return [piece for piece in self.pieces.values() if not piece.done.exists()]
+
+
+def link_finished(world):
+    """Take the folder of a finished run_cascade.sh as this world's arm paper."""
+    name = f"toy-seed{world.seed}" if world.seed else "toy"
+    finished, arm = ROOT / "out" / name, world.folder / "paper"
+    if world.tensions and not arm.exists() and (finished / "swerl" / "scored").exists():
+        world.folder.mkdir(parents=True, exist_ok=True)
+        arm.symlink_to(finished)
+        print(f"{world.name}: the arm paper is out/{name}", flush=True)
+
+
+def average(checkpoints, folder):
+    """Write a checkpoint whose weights are the mean of those of others, in fp32.
+
+    It has the tokenizer and the configuration of the first one.
+    """
+    import torch
+
+    from model import Qwen3, save_tokenizer
+
+    models = [Qwen3.from_pretrained(checkpoint) for checkpoint in checkpoints]
+    weights = [model.state_dict() for model in models]
+    mean = {}
+    for name in weights[0]:
+        mean[name] = torch.stack([of_model[name] for of_model in weights]).mean(dim=0)
+    # The folder gets its name last, so one with that name is complete.
+    written = folder.with_name(folder.name + ".tmp")
+    models[0].save_pretrained(written, mean)
+    save_tokenizer(checkpoints[0], written)
+    written.rename(folder)
+
+
+# ---- 3. Run --------------------------------------------------------------------------------------
+running = set()  # processes that this one has started and that have not ended
+
+
+def run_piece(piece):
+    """Run the command of a piece; its output goes to its log."""
+    if piece.kind == "mean":
+        return average(piece.words, piece.done)
+    piece.log.parent.mkdir(parents=True, exist_ok=True)
+    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    with open(piece.log, "a") as log:
+        print(shlex.join(piece.words), file=log, flush=True)
+        process = subprocess.Popen(
+            piece.words, cwd=ROOT, env=env | os.environ, stdout=log, stderr=subprocess.STDOUT
+        )
+        running.add(process)
+        code = process.wait()
+        running.discard(process)
+    if code:
+        raise RuntimeError(f"{shlex.join(piece.words[1:3])} ended with {code}: see {piece.log}")
+    if not piece.done.exists():
+        piece.done.touch()  # a stage makes `final` itself
+
+
+def run_world(world):
+    """Run what is open in a world, one piece after the other. Returns the sentence of a failure."""
+    for piece in world.open_pieces():
+        began = time.time()
+        try:
+            run_piece(piece)
+        except (RuntimeError, OSError) as error:
+            print(f"{world.name}: {error}", flush=True)
+            return f"{world.name}: {error}"
+        name = "/".join(piece.done.parts[-3:-1])
+        print(f"{world.name}: {piece.kind} of {name} in {time.time() - began:.0f} s", flush=True)
+    return ""
+
+
+def stop_children(number, frame):
+    for process in list(running):
+        process.terminate()
+    os._exit(128 + number)
+
+
+def run(worlds, jobs):
+    """Run all worlds, so many at a time."""
+    to_do = [piece for world in worlds for piece in world.open_pieces()]
+    seconds = sum(TYPICAL[piece.kind] for piece in to_do)
+    print(
+        f"{len(to_do)} pieces to do, about {seconds / 60:.0f} CPU minutes, or "
+        f"{seconds / 60 / min(jobs, len(worlds)):.0f} minutes with {jobs} at a time on quiet cores",
+        flush=True,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_children)
+    with ThreadPoolExecutor(jobs) as pool:
+        failures = [failure for failure in pool.map(run_world, worlds) if failure]
+    if failures:
+        fail("; ".join(failures) + ".", note="What has ended is kept.")
+
+
+# ---- 4. Scores -----------------------------------------------------------------------------------
+def problem_scores(folder, line):
+    """Mean score of each problem of a result line [problems], from the samples beside it."""
+    name = f"{line['task']}_{line['mode']}_{line['decoding']}.rank*.jsonl"
+    sums, counts = np.zeros(line["n"]), np.zeros(line["n"])
+    seen = set()
+    for row in kept_lines(glob.escape(str(folder / "samples" / line["stage"])) + "/" + name):
+        place = row["problem"], row["sample"]
+        # An evaluation with more problems or samples may have left more in the file.
+        if row["problem"] >= line["n"] or row["sample"] >= line["samples"] or place in seen:
+            continue
+        seen.add(place)
+        sums[row["problem"]] += row["score"]
+        counts[row["problem"]] += 1
+    scores = sums / counts
+    assert abs(scores.mean() - line["score"]) < 1e-6, f"{folder}: samples are not those of {line}"
+    return scores
+
+
+@functools.cache
+def read_scores(folder):
+    """{(label, task, mode, decoding): scores [problems]} of an arm's folder."""
+    lines = {}
+    for line in kept_lines(glob.escape(str(folder)) + "/results.jsonl"):
+        lines[line["stage"], line["task"], line["mode"], line["decoding"]] = line
+    return {key: problem_scores(folder, line) for key, line in lines.items()}
+
+
+def scores_of(world, end, column, decoding):
+    """Scores [problems] of a checkpoint, (arm folder, label), or None if it was not measured."""
+    folder, label = end
+    return read_scores(world.folder / folder).get((label, *column, decoding))
+
+
+def two_level(scores_SP, resamples=2000):
+    """(mean, low, high) of scores [seeds, problems], with the 95% interval of both levels.
+
+    Seeds are drawn with replacement, then problems of each drawn seed. With one seed it is the
+    interval over problems.
+    """
+    scores_SP = np.asarray(scores_SP, dtype=np.float64)
+    num_seeds, num_problems = scores_SP.shape
+    rng = np.random.default_rng(0)
+    means_R = np.zeros(resamples)
+    for _ in range(num_seeds):
+        seeds_R = rng.integers(0, num_seeds, resamples)
+        problems_RP = rng.integers(0, num_problems, (resamples, num_problems))
+        means_R += scores_SP[seeds_R[:, None], problems_RP].mean(axis=1) / num_seeds
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return float(scores_SP.mean()), float(low), float(high)
+
+
+def compare(worlds, end, base, columns, decoding):
+    """two_level of what a checkpoint scores above another one, problem by problem, or None.
+
+    base: (arm folder, label) of the other, None: the score itself. Several columns are joined.
+    """
+    of_seeds = []
+    for world in worlds:
+        own = [scores_of(world, end, column, decoding) for column in columns]
+        other = [np.zeros(1)] * len(own)
+        if base:
+            other = [scores_of(world, base, column, decoding) for column in columns]
+        if any(scores is None for scores in own + other):
+            continue
+        of_seeds.append(np.concatenate([a - b for a, b in zip(own, other, strict=True)]))
+    if not of_seeds:
+        return None
+    return {"seeds": len(of_seeds), "of": two_level(of_seeds)}
+
+
+def percent(comparison, sign=""):
+    """ "58.3 [54.3, 62.4]", or "-" for None. sign: "+" for differences."""
+    if comparison is None:
+        return "-"
+    mean, low, high = (100 * value for value in comparison["of"])
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def costs(world, arm):
+    """{"sampled", "trained", "seconds"} of an arm's RL and distillation, or None if it has not
+    ended.
+
+    sampled: tokens of the completions to a step's own prompts; the replacements that IF-RL samples
+    for flat groups are in no log. trained: tokens in the loss. seconds: times the ranks.
+    """
+    trainings = {
+        "joint": [("joint", "joint")],
+        "mean": list(SPECIALISTS.values()),
+        "mopd": [*SPECIALISTS.values(), ("specialists", "mopd")],
+        "repair": [*(("paper", stage) for stage in STAGES), ("repair", "mopd")],
+    }
+    trainings |= {name: [(name, stage) for stage in order] for name, order in ORDERS.items()}
+    sums = {"sampled": 0.0, "trained": 0.0, "seconds": 0.0}
+    for folder in (world.folder / arm / stage for arm, stage in trainings[arm]):
+        if not (folder / "final").exists():
+            return None
+        run_json = json.loads((folder / "run.json").read_text())
+        completions = run_json["config"]["prompts_per_step"] * run_json["config"]["group_size"]
+        for metrics in kept_lines(glob.escape(str(folder)) + "/metrics.jsonl"):
+            seconds = metrics["time/gen"] + metrics["time/train"]
+            sums["sampled"] += metrics["len"] * completions
+            sums["trained"] += metrics["num_tokens"]
+            sums["seconds"] += seconds * run_json["world"]
+    return sums
+
+
+# ---- 5. The report -------------------------------------------------------------------------------
+def print_table(title, worlds, rows, base_of, columns, decoding, sign=""):
+    """Print a Markdown table. rows: {name: (arm folder, label)}; base_of(column): what to take
+    off, or None."""
+    print(f"\n**{title}**\n")
+    print("| | " + " | ".join(" ".join(column) for column in columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, end in rows.items():
+        cells = [compare(worlds, end, base_of(column), [column], decoding) for column in columns]
+        if any(cells):
+            print(f"| {name} | " + " | ".join(percent(cell, sign) for cell in cells) + " |")
+
+
+def own_column(stage):
+    """(task, mode) of what a stage teaches."""
+    return TEACHES[stage], "no_think" if stage == "ifrl" else "think"
+
+
+def specialist_of(column):
+    """(arm folder, label) of the specialist of a column's domain."""
+    (stage,) = (s for s, task in TEACHES.items() if column[0].removesuffix("_hard") == task)
+    return SPECIALISTS[stage]
+
+
+def print_costs(worlds):
+    """Print tokens and seconds of each arm, means over seeds with their range."""
+    print("\n| | sampled tokens, M | trained tokens, M | core seconds [least, most] | seeds |")
+    print("|---|---|---|---|---|")
+    for arm in ARMS:
+        found = [cost for cost in (costs(world, arm) for world in worlds) if cost]
+        if not found:
+            continue
+        sampled = np.mean([cost["sampled"] for cost in found]) / 1e6
+        trained = np.mean([cost["trained"] for cost in found]) / 1e6
+        seconds = [cost["seconds"] for cost in found]
+        print(
+            f"| {arm} | {sampled:.2f} | {trained:.2f} | {np.mean(seconds):.0f} "
+            f"[{min(seconds):.0f}, {max(seconds):.0f}] | {len(found)} |"
+        )
+
+
+def direction(comparison):
+    """Where an interval lies: "up", "down" or "level" (it holds 0); "" without a comparison."""
+    if comparison is None:
+        return ""
+    _, low, high = comparison["of"]
+    return "up" if low > 0 else "down" if high < 0 else "level"
+
+
+def falls(worlds):
+    """(falls, cells) of the paper's order: scores of skills taught before that a later stage took
+    beyond the overlap of the two intervals, in any decoding, and how many there are."""
+    fell, num_cells = [], 0
+    for world in worlds:
+        lines = {}
+        for line in kept_lines(glob.escape(str(world.folder / "paper")) + "/results.jsonl"):
+            lines[line["stage"], line["task"], line["mode"], line["decoding"]] = line
+        for number, (before, after) in enumerate(itertools.pairwise(STAGES), 1):
+            taught = {TEACHES[stage] for stage in STAGES[:number]}
+            for column, decoding in itertools.product(COLUMNS, DECODINGS):
+                high = lines.get((before, *column, decoding))
+                low = lines.get((after, *column, decoding))
+                if column[0].removesuffix("_hard") not in taught or not high or not low:
+                    continue
+                num_cells += 1
+                if low["high"] < high["low"]:
+                    lost = 100 * (high["score"] - low["score"])
+                    name = f"{column[0]} {column[1]} ({decoding}) -{lost:.1f} by {after}"
+                    fell.append(f"seed {world.seed}: {name}")
+    return fell, num_cells
+
+
+def claims(worlds):
+    """{sentence of the paper: (verdict, lines of evidence)} for worlds of one kind."""
+    found = {}
+    decoding = DECODINGS[0]
+
+    # RLHF first lifts reasoning.
+    itself = compare(worlds, ("paper", "rlhf"), ENDS["sft"], REASONING, decoding)
+    first = compare(worlds, ENDS["paper"], ENDS["rlhf_last"], REASONING, decoding)
+    evidence = [
+        f"RLHF itself, math and code against the SFT row: {percent(itself, '+')}",
+        f"the end of the paper's order against RLHF last: {percent(first, '+')}",
+    ]
+    for column in REASONING:
+        of_column = compare(worlds, ENDS["paper"], ENDS["rlhf_last"], [column], decoding)
+        evidence.append(f"  of it {column[0]}: {percent(of_column, '+')}")
+    verdict = ""
+    if itself and first:
+        ways = {direction(itself), direction(first)}
+        verdict = "not told apart"
+        if ways == {"up"}:
+            verdict = "holds"
+        elif "down" in ways:
+            verdict = "does not hold"
+    found["RLHF first lifts reasoning"] = verdict, evidence
+
+    # Later stages rarely degrade earlier ones: at most one cell in ten.
+    fell, num_cells = falls(worlds)
+    verdict = ""
+    if num_cells:
+        verdict = "holds" if len(fell) <= num_cells / 10 else "does not hold"
+    evidence = [f"{len(fell)} of {num_cells} cells fell beyond the intervals' overlap", *fell]
+    found["later stages rarely degrade earlier ones (at most one cell in ten)"] = verdict, evidence
+
+    # Domain-wise is cheaper than joint.
+    pairs = [(costs(world, "paper"), costs(world, "joint")) for world in worlds]
+    pairs = [pair for pair in pairs if all(pair)]
+    score = compare(worlds, ENDS["paper"], ENDS["joint"], COLUMNS, decoding)
+    evidence, verdict = [], ""
+    if pairs and score:
+        seconds = [joint["seconds"] / paper["seconds"] for paper, joint in pairs]
+        tokens = [joint["trained"] / paper["trained"] for paper, joint in pairs]
+        evidence.append(
+            f"joint takes {np.mean(seconds):.2f} times the seconds [{min(seconds):.2f}, "
+            f"{max(seconds):.2f}] and {np.mean(tokens):.2f} times the trained tokens"
+        )
+        evidence.append(f"the paper's order ends above joint by {percent(score, '+')}, all columns")
+        verdict = "not told apart"
+        if min(seconds) > 1:
+            verdict = "holds"
+        elif max(seconds) < 1:
+            verdict = "does not hold"
+    found["domain-wise is cheaper than joint"] = verdict, evidence
+    return found
+
+
+def print_claims(kinds):
+    """Print each claim with its evidence. kinds: {name of a kind of world: its worlds}."""
+    of_kind = {kind: claims(worlds) for kind, worlds in kinds.items()}
+    print("\n**Three sentences of the paper, at this size**")
+    for claim in next(iter(of_kind.values())):
+        print(f"\n{claim}")
+        verdicts = {}
+        for kind, found in of_kind.items():
+            verdicts[kind], evidence = found[claim]
+            print(f"- {kind}: {verdicts[kind] or 'not measured'}")
+            for line in evidence:
+                print(f"  - {line}")
+        if verdicts.get("with tensions") == "holds" != verdicts.get("without tensions", "holds"):
+            print(f"- it holds only with the tensions: without, {verdicts['without tensions']}")
+    return {kind: {c: v for c, (v, _) in found.items()} for kind, found in of_kind.items()}
+
+
+def plot(kinds, path):
+    """One panel a column: every arm's score with its interval, with and without tensions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    decoding = DECODINGS[0]
+    figure, axes = plt.subplots(3, 4, figsize=(13, 9), sharey=True)
+    colours = {"with tensions": "tab:blue", "without tensions": "tab:orange"}
+    shifts = {"with tensions": -0.15, "without tensions": 0.15}
+    for axis, column in zip(axes.flat, COLUMNS):
+        for kind, worlds in kinds.items():
+            for place, end in enumerate(ENDS.values()):
+                cell = compare(worlds, end, None, [column], decoding)
+                if not cell:
+                    continue
+                mean, low, high = (100 * value for value in cell["of"])
+                y = place + shifts[kind]
+                axis.plot([low, high], [y, y], color=colours[kind], lw=2)
+                axis.plot(mean, y, "o", color=colours[kind], ms=4)
+                if place == 0:
+                    axis.axvline(mean, color=colours[kind], lw=0.8, ls=":")
+        axis.set_title(" ".join(column), fontsize=9)
+        axis.set_yticks(range(len(ENDS)), list(ENDS))
+        axis.grid(axis="x", alpha=0.3)
+    axes.flat[0].invert_yaxis()
+    legend = axes.flat[-1]
+    legend.axis("off")
+    for kind, worlds in kinds.items():
+        legend.plot([], [], "o-", color=colours[kind], label=f"{kind}, {len(worlds)} seeds")
+    legend.legend(loc="center", fontsize=9, title="held-out score at the end of each arm, %")
+    figure.suptitle(
+        "The cascade against its alternatives: temperature 0.6, top-p 0.95; bars: 95% over seeds "
+        "and problems; dotted: SFT",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def as_json(kinds):
+    """Every cell in every decoding: score, gain over SFT and difference to the paper's order."""
+    cells = []
+    ends = ENDS | {f"specialist {stage}": end for stage, end in SPECIALISTS.items()}
+    for kind, worlds in kinds.items():
+        for (arm, end), column in itertools.product(ends.items(), COLUMNS):
+            for decoding in DECODINGS:
+                score = compare(worlds, end, None, [column], decoding)
+                if not score:
+                    continue
+                cell = {"world": kind, "arm": arm, "task": column[0], "mode": column[1]}
+                cell |= {"decoding": decoding, "seeds": score["seeds"], "score": score["of"]}
+                bases = {"above_sft": ENDS["sft"], "above_paper": ENDS["paper"]}
+                bases["above_specialist"] = specialist_of(column)
+                for name, base in bases.items():
+                    difference = compare(worlds, end, base, [column], decoding)
+                    cell[name] = difference["of"] if difference else None
+                cells.append(cell)
+    return cells
+
+
+def report(worlds, cfg):
+    """Print the tables and the claims; write the JSON and the plot."""
+    kinds = {}
+    for world in worlds:
+        kind = "with tensions" if world.tensions else "without tensions"
+        if scores_of(world, ENDS["sft"], COLUMNS[0], DECODINGS[0]) is not None:
+            kinds.setdefault(kind, []).append(world)
+    if not kinds:
+        fail("no world has a score of its SFT checkpoint yet.", note="")
+    decoding = DECODINGS[0]
+    specialists = {f"specialist {stage}": end for stage, end in SPECIALISTS.items()}
+    for kind, of_kind in kinds.items():
+        seeds = ", ".join(str(world.seed) for world in of_kind)
+        arms = {arm: end for arm, end in ENDS.items() if arm != "sft"}
+        titles = f"{kind}, seeds {seeds}, temperature 0.6, top-p 0.95, percent [95% interval]"
+
+        def nothing(column):
+            return None
+
+        def sft(column):
+            return ENDS["sft"]
+
+        print_table(f"score: {titles}", of_kind, ENDS | specialists, nothing, COLUMNS, decoding)
+        print_table(
+            f"above SFT: {titles}", of_kind, arms | specialists, sft, COLUMNS, decoding, "+"
+        )
+        print_table(
+            f"above the specialist of the column (what the other domains gave or took): {titles}",
+            of_kind,
+            arms,
+            specialist_of,
+            COLUMNS,
+            decoding,
+            "+",
+        )
+        others = {arm: end for arm, end in arms.items() if arm != "paper"}
+        print_table(
+            f"above the paper's order: {titles}",
+            of_kind,
+            others,
+            lambda column: ENDS["paper"],
+            COLUMNS,
+            decoding,
+            "+",
+        )
+        print_costs(of_kind)
+    verdicts = print_claims(kinds)
+    if cfg.report:
+        costs_of = []
+        for world, arm in itertools.product(worlds, ARMS):
+            with contextlib.suppress(FileNotFoundError):
+                cost = costs(world, arm)
+                if cost:
+                    costs_of.append({"world": world.name, "arm": arm, **cost})
+        found = {"command": "python bench/orders.py", "config": dataclasses.asdict(cfg)}
+        found |= {"cells": as_json(kinds), "costs": costs_of, "claims": verdicts}
+        Path(cfg.report).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        plot(kinds, Path(cfg.report).with_suffix(".png"))
+
+
+def main(cfg):
+    os.chdir(ROOT)
+    arms = [arm for arm in cfg.arms.split(",") if arm]
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        fail(f"--arms: {', '.join(unknown)} unknown (has: {', '.join(ARMS)}).", note="")
+    worlds = []
+    for tensions, seed in itertools.product(cfg.tensions.split(","), cfg.seeds.split(",")):
+        worlds.append(World(int(seed), tensions == "true", cfg))
+    for world in worlds:
+        if cfg.reuse:
+            link_finished(world)
+        if arms:
+            world.plan(arms)
+    if arms:
+        run(worlds, cfg.jobs)
+    report(worlds, cfg)
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
