@@ -558,20 +558,23 @@ def direction(comparison):
     return "up" if low > 0 else "down" if high < 0 else "level"
 
 
-def falls(worlds):
-    """(falls, cells) of the paper's order: scores of skills taught before that a later stage took
-    beyond the overlap of the two intervals, in any decoding, and how many there are."""
+def falls(worlds, taught_before):
+    """(falls, cells) of the paper's order: scores that a stage took beyond the overlap of the two
+    intervals, in any decoding, and how many scores there are. taught_before: count only what an
+    earlier RL stage taught."""
     fell, num_cells = [], 0
     for world in worlds:
         lines = {}
         for line in kept_lines(glob.escape(str(world.folder / "paper")) + "/results.jsonl"):
             lines[line["stage"], line["task"], line["mode"], line["decoding"]] = line
-        for number, (before, after) in enumerate(itertools.pairwise(STAGES), 1):
+        for number, (before, after) in enumerate(itertools.pairwise(("sft", *STAGES))):
             taught = {TEACHES[stage] for stage in STAGES[:number]}
             for column, decoding in itertools.product(COLUMNS, DECODINGS):
                 high = lines.get((before, *column, decoding))
                 low = lines.get((after, *column, decoding))
-                if column[0].removesuffix("_hard") not in taught or not high or not low:
+                if not high or not low:
+                    continue
+                if taught_before and column[0].removesuffix("_hard") not in taught:
                     continue
                 num_cells += 1
                 if low["high"] < high["low"]:
@@ -607,11 +610,16 @@ def claims(worlds):
     found["RLHF first lifts reasoning"] = verdict, evidence
 
     # Later stages rarely degrade earlier ones: at most one cell in ten.
-    fell, num_cells = falls(worlds)
+    fell, num_cells = falls(worlds, taught_before=True)
+    of_all, num_all = falls(worlds, taught_before=False)
     verdict = ""
     if num_cells:
         verdict = "holds" if len(fell) <= num_cells / 10 else "does not hold"
-    evidence = [f"{len(fell)} of {num_cells} cells fell beyond the intervals' overlap", *fell]
+    evidence = [
+        f"{len(fell)} of {num_cells} cells that an earlier stage had taught fell beyond the "
+        f"intervals' overlap; of all cells {len(of_all)} of {num_all}"
+    ]
+    evidence += fell
     found["later stages rarely degrade earlier ones (at most one cell in ten)"] = verdict, evidence
 
     # Domain-wise is cheaper than joint.
@@ -679,7 +687,7 @@ def plot(kinds, path):
         axis.set_title(" ".join(column), fontsize=9)
         axis.set_yticks(range(len(ENDS)), list(ENDS))
         axis.grid(axis="x", alpha=0.3)
-    axes.flat[0].invert_yaxis()
+    axes.flat[0].set_ylim(len(ENDS) - 0.5, -0.5)
     legend = axes.flat[-1]
     legend.axis("off")
     for kind, worlds in kinds.items():

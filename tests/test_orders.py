@@ -1,0 +1,204 @@
+"""Guards: bench/orders.py compares equals. Every arm has the cascade's flags, the same steps and
+prompts of every domain and the same reward model; weights and intervals are what they say."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from bench import orders
+from extras import jointrl
+from lib.flags import parse_config
+from model import Qwen3, save_tokenizer
+
+ARMS_OF_STAGES = ("paper", "backward", "rlhf_last", "specialists")
+
+
+@pytest.fixture(scope="module")
+def planned():
+    planned = orders.World(1, False, orders.Config(out="out/no_such_run"))
+    planned.plan(orders.ARMS)
+    return planned
+
+
+def parsed(words):
+    module = words[1].removesuffix(".py").replace("/", ".")
+    return parse_config(importlib.import_module(module).Config, words[2:])
+
+
+@pytest.fixture(scope="module")
+def found(planned):
+    """{(arm, stage): Config} of everything that is trained after SFT."""
+    found = {}
+    for piece in planned.pieces.values():
+        arm, stage, _ = piece.done.parts[-3:]
+        if piece.kind in (*orders.STAGES, "joint", "mopd"):
+            found[arm, stage] = parsed(piece.words)
+    return found
+
+
+# ---- The commands --------------------------------------------------------------------------------
+def test_every_arm_differs_from_the_cascade_in_where_its_stages_start_alone(planned, found):
+    assert {arm for arm, _ in found} == {*ARMS_OF_STAGES, "joint", "repair"}
+    paper = planned.folder / "paper"
+    for (arm, stage), cfg in found.items():
+        if arm not in ARMS_OF_STAGES or stage == "mopd":
+            continue
+        own = vars(cfg).copy()
+        cascade = vars(found["paper", stage]).copy()
+        for values in (own, cascade):
+            for name in ("init_from", "out_dir", "rm"):
+                values.pop(name, None)
+        assert own == cascade, (arm, stage)
+        # One reward model for all arms: the one that the paper's order trained.
+        if stage == "rlhf" and arm != "paper":
+            assert cfg.rm == str(paper / "rlhf" / "rm")
+    assert found["paper", "rlhf"].rm == ""
+
+    # Each stage starts where the one before it ended.
+    sft = str(paper / "sft2" / "final")
+    for arm, order in orders.ORDERS.items():
+        before = sft
+        for stage in order:
+            assert found[arm, stage].init_from == before
+            before = f"{found[arm, stage].out_dir}/final"
+    for stage in orders.STAGES[1:]:
+        assert found["specialists", stage].init_from == sft
+    assert found["joint", "joint"].init_from == sft
+    assert all(cfg.seed == 1 for cfg in found.values())
+
+
+def test_joint_rl_has_the_steps_prompts_and_rewards_of_the_stages(found):
+    joint = found["joint", "joint"]
+    domains = jointrl.domains_of(joint)
+    assert list(domains) == list(orders.STAGES)
+    steps = sum(found["paper", stage].num_steps for stage in orders.STAGES)
+    assert joint.num_steps == steps == sum(cfg.num_steps for cfg in domains.values())
+    lrs = [found["paper", stage].lr for stage in orders.STAGES]
+    assert min(lrs) < joint.lr < max(lrs)
+    for stage, cfg in domains.items():
+        alone = vars(found["paper", stage])
+        own = vars(cfg)
+        differ = {name for name in own if own[name] != alone[name]}
+        free = {"init_from", "out_dir", "lr", "eval_every", "eval_data", "rm"}
+        assert differ <= free, (stage, differ - free)
+
+
+def test_the_teachers_of_mopd_are_the_specialists_and_in_the_repair_the_cascade_s(planned, found):
+    for arm, start in (("specialists", "sft2"), ("repair", "swerl")):
+        cfg = found[arm, "mopd"]
+        assert cfg.init_from == str(planned.folder / "paper" / start / "final")
+        for domain in cfg.data.split(","):
+            stage, data, teacher = domain.split(":")
+            assert data.startswith(str(planned.folder / "paper" / "data"))
+            folder = "paper" if arm == "repair" or stage == "rlhf" else "specialists"
+            assert teacher == str(planned.folder / folder / stage / "final")
+
+
+def test_every_end_and_every_specialist_is_scored(planned):
+    scored = set()
+    for piece in planned.pieces.values():
+        if piece.kind == "score":
+            cfg = parsed(piece.words)
+            arm = piece.done.parts[-3]
+            assert cfg.results == str(planned.folder / arm / "results.jsonl")
+            scored.add((arm, cfg.stage))
+    wanted = {*orders.ENDS.values(), *orders.SPECIALISTS.values()}
+    assert wanted <= scored
+    # And of the rest the stages of the paper's order, for its gains and losses.
+    assert scored - wanted == {("paper", stage) for stage in ("ifrl", "mathrl", "coderl")}
+
+
+def test_a_world_without_tensions_is_another_one(planned):
+    (words,) = [piece.words for piece in planned.pieces.values() if piece.kind == "data"]
+    assert "--tensions=false" in words and "--seed=1" in words
+
+
+# ---- Running -------------------------------------------------------------------------------------
+def piece_of(folder, code):
+    words = [sys.executable, "-c", code]
+    return orders.Piece("score", folder / "done", words, folder / "logs" / "piece.log")
+
+
+def test_a_piece_is_done_once_and_a_failure_names_its_log(tmp_path):
+    world = orders.World(0, True, orders.Config(out=str(tmp_path)))
+    good = piece_of(tmp_path, "print('hello')")
+    world.pieces = {good.done: good}
+    assert orders.run_world(world) == ""
+    assert good.done.exists() and "hello" in good.log.read_text()
+    assert world.open_pieces() == []
+
+    bad = piece_of(tmp_path / "bad", "raise SystemExit(3)")
+    world.pieces = {bad.done: bad}
+    assert f"ended with 3: see {bad.log}" in orders.run_world(world)
+    assert world.open_pieces() == [bad]
+
+
+def test_the_mean_of_weights_is_the_mean_of_every_number(world, tmp_path):
+    from conftest import make_tiny
+    from safetensors.torch import load_file
+
+    folders = []
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        make_tiny(seed).save_pretrained(folder)
+        folders.append(folder)
+    save_tokenizer(world / "base", folders[0])
+    orders.average(folders, tmp_path / "mean" / "final")
+    files = [load_file(folder / "model.safetensors") for folder in folders]
+    mean = load_file(tmp_path / "mean" / "final" / "model.safetensors")
+    assert mean.keys() == files[0].keys()
+    worst = 0.0
+    for name, tensor in mean.items():
+        # Number by number, in Python's double precision.
+        columns = zip(*(file[name].flatten().tolist() for file in files), strict=True)
+        twin = [sum(numbers) / 3 for numbers in columns]
+        worst = max(worst, np.abs(np.array(twin) - tensor.flatten().numpy()).max())
+    print(f"mean of weights: max difference {worst:.1e}, tolerance 2e-7")
+    assert worst < 2e-7
+    Qwen3.from_pretrained(tmp_path / "mean" / "final")
+
+
+# ---- Scores --------------------------------------------------------------------------------------
+def test_problem_scores_reads_the_samples_of_the_result_and_no_others(tmp_path):
+    line = {"stage": "sft", "task": "math", "mode": "think", "decoding": "paper"}
+    line |= {"n": 2, "samples": 2, "score": 0.5}
+    folder = tmp_path / "samples" / "sft"
+    folder.mkdir(parents=True)
+    scores = {(0, 0): 1, (0, 1): 0, (1, 0): 0, (1, 1): 1, (0, 2): 1, (2, 0): 1}
+    rows = []
+    for (problem, sample), score in scores.items():
+        rows.append(json.dumps({"problem": problem, "sample": sample, "score": score}))
+    (folder / "math_think_paper.rank0.jsonl").write_text("\n".join(rows) + "\n")
+    assert orders.problem_scores(tmp_path, line).tolist() == [0.5, 0.5]
+    with pytest.raises(AssertionError, match="samples are not those"):
+        orders.problem_scores(tmp_path, line | {"score": 0.6})
+
+
+def test_the_interval_has_the_width_of_both_levels():
+    """Against the variance of the two-level bootstrap in closed form."""
+    rng = np.random.default_rng(1)
+    scores_SP = rng.random((3, 200)) + np.array([[0.0], [0.1], [0.3]])
+    mean, low, high = orders.two_level(scores_SP, resamples=8000)
+    within = np.mean([np.var(scores) / scores.size for scores in scores_SP]) / 3
+    between = np.var(scores_SP.mean(axis=1)) / 3
+    exact = 2 * 1.96 * np.sqrt(within + between)
+    print(f"width {high - low:.4f}, in closed form {exact:.4f}, tolerance 5%")
+    assert mean == pytest.approx(scores_SP.mean())
+    assert high - low == pytest.approx(exact, rel=0.05)
+    # One seed leaves the interval over problems.
+    _, low, high = orders.two_level(scores_SP[:1], resamples=8000)
+    exact = 2 * 1.96 * np.std(scores_SP[0]) / np.sqrt(200)
+    assert high - low == pytest.approx(exact, rel=0.05)
+
+
+def test_a_claim_that_needs_the_tensions_says_so(monkeypatch, capsys):
+    verdicts = {"tense": "holds", "plain": "does not hold"}
+    monkeypatch.setattr(orders, "claims", lambda kind: {"order matters": (verdicts[kind], [])})
+    orders.print_claims({"with tensions": "tense", "without tensions": "plain"})
+    assert "it holds only with the tensions: without, does not hold" in capsys.readouterr().out
+    verdicts["plain"] = "holds"
+    orders.print_claims({"with tensions": "tense", "without tensions": "plain"})
+    assert "only with" not in capsys.readouterr().out
