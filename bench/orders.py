@@ -88,20 +88,20 @@ COLUMNS = (
 )
 TEACHES = {"rlhf": "chat", "ifrl": "if", "mathrl": "math", "coderl": "code", "swerl": "swe"}
 REASONING = [column for column in COLUMNS if column[0].startswith(("math", "code"))]
-# CPU seconds of a piece on the machine of bench/README.md, for the estimate before the start.
+# Seconds of a piece, two at a time on two cores, for the estimate before the start.
 TYPICAL = {
-    "data": 15,
-    "sft1": 35,
-    "sft2": 150,
-    "rlhf": 45,
-    "ifrl": 50,
-    "mathrl": 30,
-    "coderl": 80,
-    "swerl": 120,
-    "joint": 330,
-    "mopd": 60,
-    "mean": 5,
-    "score": 60,
+    "data": 10,
+    "sft1": 18,
+    "sft2": 88,
+    "rlhf": 24,
+    "ifrl": 35,
+    "mathrl": 12,
+    "coderl": 48,
+    "swerl": 50,
+    "joint": 200,
+    "mopd": 40,
+    "mean": 1,
+    "score": 22,
 }
 # What a dry run of run_cascade.sh calls its run folder here.
 PLACE = "RUN_FOLDER"
@@ -388,10 +388,11 @@ def stop_children(number, frame):
 def run(worlds, jobs):
     """Run all worlds, so many at a time."""
     to_do = [piece for world in worlds for piece in world.open_pieces()]
-    seconds = sum(TYPICAL[piece.kind] for piece in to_do)
+    minutes = sum(TYPICAL[piece.kind] for piece in to_do) / 60
+    at_once = min(jobs, len(worlds))
     print(
-        f"{len(to_do)} pieces to do, about {seconds / 60:.0f} CPU minutes, or "
-        f"{seconds / 60 / min(jobs, len(worlds)):.0f} minutes with {jobs} at a time on quiet cores",
+        f"{len(to_do)} pieces to do: about {minutes:.0f} minutes of a core, "
+        f"{minutes / at_once:.0f} minutes with {at_once} worlds at a time on quiet cores",
         flush=True,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -436,41 +437,45 @@ def scores_of(world, end, column, decoding):
     return read_scores(world.folder / folder).get((label, *column, decoding))
 
 
-def two_level(scores_SP, resamples=2000):
-    """(mean, low, high) of scores [seeds, problems], with the 95% interval of both levels.
+def two_level(scores_CSP, resamples=2000):
+    """(mean, low, high) of scores [columns, seeds, problems], with the 95% interval of both levels.
 
-    Seeds are drawn with replacement, then problems of each drawn seed. With one seed it is the
-    interval over problems.
+    The mean is that of the columns' means. Seeds are drawn with replacement, the same for all
+    columns, then problems of each drawn seed and column. With one seed it is the interval over
+    problems.
     """
-    scores_SP = np.asarray(scores_SP, dtype=np.float64)
-    num_seeds, num_problems = scores_SP.shape
+    scores_CSP = np.asarray(scores_CSP, dtype=np.float64)
+    num_columns, num_seeds, num_problems = scores_CSP.shape
     rng = np.random.default_rng(0)
     means_R = np.zeros(resamples)
     for _ in range(num_seeds):
         seeds_R = rng.integers(0, num_seeds, resamples)
-        problems_RP = rng.integers(0, num_problems, (resamples, num_problems))
-        means_R += scores_SP[seeds_R[:, None], problems_RP].mean(axis=1) / num_seeds
+        for scores_SP in scores_CSP:
+            problems_RP = rng.integers(0, num_problems, (resamples, num_problems))
+            drawn_RP = scores_SP[seeds_R[:, None], problems_RP]
+            means_R += drawn_RP.mean(axis=1) / (num_seeds * num_columns)
     low, high = np.percentile(means_R, [2.5, 97.5])
-    return float(scores_SP.mean()), float(low), float(high)
+    return float(scores_CSP.mean()), float(low), float(high)
 
 
-def compare(worlds, end, base, columns, decoding):
+def compare(worlds, end, base_of, columns, decoding):
     """two_level of what a checkpoint scores above another one, problem by problem, or None.
 
-    base: (arm folder, label) of the other, None: the score itself. Several columns are joined.
+    end: (arm folder, label) of the checkpoint. base_of: {column: that of the other one}, None for
+    the score itself. Several columns are averaged.
     """
     of_seeds = []
     for world in worlds:
         own = [scores_of(world, end, column, decoding) for column in columns]
         other = [np.zeros(1)] * len(own)
-        if base:
-            other = [scores_of(world, base, column, decoding) for column in columns]
+        if base_of:
+            other = [scores_of(world, base_of[column], column, decoding) for column in columns]
         if any(scores is None for scores in own + other):
             continue
-        of_seeds.append(np.concatenate([a - b for a, b in zip(own, other, strict=True)]))
+        of_seeds.append([a - b for a, b in zip(own, other, strict=True)])
     if not of_seeds:
         return None
-    return {"seeds": len(of_seeds), "of": two_level(of_seeds)}
+    return {"seeds": len(of_seeds), "of": two_level(np.swapaxes(of_seeds, 0, 1))}
 
 
 def percent(comparison, sign=""):
@@ -510,27 +515,47 @@ def costs(world, arm):
 
 
 # ---- 5. The report -------------------------------------------------------------------------------
-def print_table(title, worlds, rows, base_of, columns, decoding, sign=""):
-    """Print a Markdown table. rows: {name: (arm folder, label)}; base_of(column): what to take
-    off, or None."""
-    print(f"\n**{title}**\n")
-    print("| | " + " | ".join(" ".join(column) for column in columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name, end in rows.items():
-        cells = [compare(worlds, end, base_of(column), [column], decoding) for column in columns]
-        if any(cells):
-            print(f"| {name} | " + " | ".join(percent(cell, sign) for cell in cells) + " |")
-
-
-def own_column(stage):
-    """(task, mode) of what a stage teaches."""
-    return TEACHES[stage], "no_think" if stage == "ifrl" else "think"
-
-
 def specialist_of(column):
     """(arm folder, label) of the specialist of a column's domain."""
     (stage,) = (s for s, task in TEACHES.items() if column[0].removesuffix("_hard") == task)
     return SPECIALISTS[stage]
+
+
+# What a score is compared with: {name: {column: (arm folder, label)}}
+BASES = {
+    "above_sft": dict.fromkeys(COLUMNS, ENDS["sft"]),
+    "above_specialist": {column: specialist_of(column) for column in COLUMNS},
+    "above_paper": dict.fromkeys(COLUMNS, ENDS["paper"]),
+}
+
+
+def print_table(title, worlds, rows, base_of=None):
+    """Print a Markdown table of the headline decoding, a row an arm, the mean of all columns last.
+
+    rows: {name: (arm folder, label)}. base_of: what to take off, as in compare.
+    """
+    print(f"\n**{title}**, percent [95% interval]\n")
+    print("| | " + " | ".join(" ".join(column) for column in COLUMNS) + " | all |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    groups = [*([column] for column in COLUMNS), COLUMNS]
+    for name, end in rows.items():
+        cells = [compare(worlds, end, base_of, group, DECODINGS[0]) for group in groups]
+        if any(cells):
+            texts = [percent(cell, "+" if base_of else "") for cell in cells]
+            print(f"| {name} | " + " | ".join(texts) + " |")
+
+
+def print_lost(worlds):
+    """Print which columns of each arm end below SFT in some decoding, by the whole interval."""
+    print("\nBelow SFT by the whole interval, any decoding:\n")
+    for arm, end in ENDS.items():
+        lost, gain = [], None
+        for column, decoding in itertools.product(COLUMNS, DECODINGS):
+            gain = compare(worlds, end, BASES["above_sft"], [column], decoding)
+            if direction(gain) == "down":
+                lost.append(f"{' '.join(column)} {decoding} {percent(gain, '+')}")
+        if gain and arm != "sft":
+            print(f"- {arm}: {', '.join(lost) or 'none'}")
 
 
 def print_costs(worlds):
@@ -590,14 +615,15 @@ def claims(worlds):
     decoding = DECODINGS[0]
 
     # RLHF first lifts reasoning.
-    itself = compare(worlds, ("paper", "rlhf"), ENDS["sft"], REASONING, decoding)
-    first = compare(worlds, ENDS["paper"], ENDS["rlhf_last"], REASONING, decoding)
+    last = dict.fromkeys(COLUMNS, ENDS["rlhf_last"])
+    itself = compare(worlds, SPECIALISTS["rlhf"], BASES["above_sft"], REASONING, decoding)
+    first = compare(worlds, ENDS["paper"], last, REASONING, decoding)
     evidence = [
         f"RLHF itself, math and code against the SFT row: {percent(itself, '+')}",
         f"the end of the paper's order against RLHF last: {percent(first, '+')}",
     ]
     for column in REASONING:
-        of_column = compare(worlds, ENDS["paper"], ENDS["rlhf_last"], [column], decoding)
+        of_column = compare(worlds, ENDS["paper"], last, [column], decoding)
         evidence.append(f"  of it {column[0]}: {percent(of_column, '+')}")
     verdict = ""
     if itself and first:
@@ -625,11 +651,12 @@ def claims(worlds):
     # Domain-wise is cheaper than joint.
     pairs = [(costs(world, "paper"), costs(world, "joint")) for world in worlds]
     pairs = [pair for pair in pairs if all(pair)]
-    score = compare(worlds, ENDS["paper"], ENDS["joint"], COLUMNS, decoding)
+    joint = dict.fromkeys(COLUMNS, ENDS["joint"])
+    score = compare(worlds, ENDS["paper"], joint, COLUMNS, decoding)
     evidence, verdict = [], ""
     if pairs and score:
-        seconds = [joint["seconds"] / paper["seconds"] for paper, joint in pairs]
-        tokens = [joint["trained"] / paper["trained"] for paper, joint in pairs]
+        seconds = [of_joint["seconds"] / of_paper["seconds"] for of_paper, of_joint in pairs]
+        tokens = [of_joint["trained"] / of_paper["trained"] for of_paper, of_joint in pairs]
         evidence.append(
             f"joint takes {np.mean(seconds):.2f} times the seconds [{min(seconds):.2f}, "
             f"{max(seconds):.2f}] and {np.mean(tokens):.2f} times the trained tokens"
@@ -714,10 +741,8 @@ def as_json(kinds):
                     continue
                 cell = {"world": kind, "arm": arm, "task": column[0], "mode": column[1]}
                 cell |= {"decoding": decoding, "seeds": score["seeds"], "score": score["of"]}
-                bases = {"above_sft": ENDS["sft"], "above_paper": ENDS["paper"]}
-                bases["above_specialist"] = specialist_of(column)
-                for name, base in bases.items():
-                    difference = compare(worlds, end, base, [column], decoding)
+                for name, base_of in BASES.items():
+                    difference = compare(worlds, end, base_of, [column], decoding)
                     cell[name] = difference["of"] if difference else None
                 cells.append(cell)
     return cells
@@ -732,42 +757,18 @@ def report(worlds, cfg):
             kinds.setdefault(kind, []).append(world)
     if not kinds:
         fail("no world has a score of its SFT checkpoint yet.", note="")
-    decoding = DECODINGS[0]
     specialists = {f"specialist {stage}": end for stage, end in SPECIALISTS.items()}
     for kind, of_kind in kinds.items():
         seeds = ", ".join(str(world.seed) for world in of_kind)
+        about = f"{kind}, seeds {seeds}, temperature 0.6, top-p 0.95"
         arms = {arm: end for arm, end in ENDS.items() if arm != "sft"}
-        titles = f"{kind}, seeds {seeds}, temperature 0.6, top-p 0.95, percent [95% interval]"
-
-        def nothing(column):
-            return None
-
-        def sft(column):
-            return ENDS["sft"]
-
-        print_table(f"score: {titles}", of_kind, ENDS | specialists, nothing, COLUMNS, decoding)
-        print_table(
-            f"above SFT: {titles}", of_kind, arms | specialists, sft, COLUMNS, decoding, "+"
-        )
-        print_table(
-            f"above the specialist of the column (what the other domains gave or took): {titles}",
-            of_kind,
-            arms,
-            specialist_of,
-            COLUMNS,
-            decoding,
-            "+",
-        )
         others = {arm: end for arm, end in arms.items() if arm != "paper"}
-        print_table(
-            f"above the paper's order: {titles}",
-            of_kind,
-            others,
-            lambda column: ENDS["paper"],
-            COLUMNS,
-            decoding,
-            "+",
-        )
+        print_table(f"Score: {about}", of_kind, ENDS | specialists)
+        print_table(f"Above SFT: {about}", of_kind, arms | specialists, BASES["above_sft"])
+        title = f"Above the specialist of the column: {about}"
+        print_table(title, of_kind, arms, BASES["above_specialist"])
+        print_table(f"Above the paper's order: {about}", of_kind, others, BASES["above_paper"])
+        print_lost(of_kind)
         print_costs(of_kind)
     verdicts = print_claims(kinds)
     if cfg.report:

@@ -181,7 +181,7 @@ def test_the_interval_has_the_width_of_both_levels():
     """Against the variance of the two-level bootstrap in closed form."""
     rng = np.random.default_rng(1)
     scores_SP = rng.random((3, 200)) + np.array([[0.0], [0.1], [0.3]])
-    mean, low, high = orders.two_level(scores_SP, resamples=8000)
+    mean, low, high = orders.two_level([scores_SP], resamples=8000)
     within = np.mean([np.var(scores) / scores.size for scores in scores_SP]) / 3
     between = np.var(scores_SP.mean(axis=1)) / 3
     exact = 2 * 1.96 * np.sqrt(within + between)
@@ -189,7 +189,7 @@ def test_the_interval_has_the_width_of_both_levels():
     assert mean == pytest.approx(scores_SP.mean())
     assert high - low == pytest.approx(exact, rel=0.05)
     # One seed leaves the interval over problems.
-    _, low, high = orders.two_level(scores_SP[:1], resamples=8000)
+    _, low, high = orders.two_level([scores_SP[:1]], resamples=8000)
     exact = 2 * 1.96 * np.std(scores_SP[0]) / np.sqrt(200)
     assert high - low == pytest.approx(exact, rel=0.05)
 
