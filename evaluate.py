@@ -24,6 +24,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -36,10 +37,14 @@ import torch
 
 from engine import Rollout, make_engine, request_seed
 from evals.benchmarks import BENCHMARKS
+from evals.pass_at import fields as pass_at_fields
+from evals.pass_at import plot_pass_at, print_pass_at
 from evals.plots import draw_matrix
 from evals.results import (
+    DECODINGS,
     TOY,
     check_gates,
+    interval,
     keep_best,
     kept_lines,
     print_gates,
@@ -80,6 +85,10 @@ class Config:
     prompt_tokens: PositiveInt = 32768
     engine: str = "auto"  # auto, torch or vllm
     modes: str = ""  # think, no_think or think,no_think; "": the task's own
+    decodings: str = ""  # of sampled, paper, greedy, joined by commas; "": the task's own
+    # e.g. 1,2,4,8,16: pass@k of these k as well, of at least so many samples of each problem
+    # (evals/pass_at.py)
+    pass_at: str = ""
     # The next five replace the task's own protocol; their defaults leave it as it is.
     samples: int = 0  # completions of each problem for the sampled score
     temperature: float = -1.0  # of the sampled score
@@ -93,7 +102,8 @@ class Config:
     gates: str = ""  # run folder: check the gates of its results.jsonl; with --stage of that stage
     # Stage folder: the best of its checkpoints in candidates.jsonl becomes its final one.
     keep_best: str = ""
-    # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run.
+    # "RL folder,SFT folder": print how many SFT steps cost the seconds of that RL run. A third
+    # folder, of extras/rejection.py: less the seconds that its sampling took.
     same_compute: str = ""
     # Names of TASKS: only say what they lack to be measured with these flags, and exit with code 2
     # if that is something. run_cascade.sh asks before it trains.
@@ -248,12 +258,17 @@ def source(name, cfg):
     return TASKS[name]["hub"] or paths[0]
 
 
+def ks_of(cfg):
+    """Return the k of --pass_at, in order."""
+    return sorted({int(k) for k in cfg.pass_at.split(",") if k})
+
+
 def protocol(name, cfg):
     """Return the sampling settings of a task: the flags that were given, else its own."""
     own = TASKS[name]
     # The keys of finished samples depend on this order (see make_rollouts).
     return {
-        "samples": cfg.samples or own["samples"],
+        "samples": max(cfg.samples or own["samples"], *ks_of(cfg), 1),
         "top_p": cfg.top_p or own["top_p"],
         "max_new_tokens": cfg.max_new_tokens or own["max_new_tokens"],
         "rope_factor": cfg.rope_factor or own["rope_factor"],
@@ -363,24 +378,6 @@ def finish_file(rollouts, out):
 
 
 # ---- 3. Scores -----------------------------------------------------------------------------------
-def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
-    """Return (mean, low, high) of the weighted mean score, with its 95% bootstrap interval.
-
-    P problems with G completions each; whole problems are drawn with replacement.
-    """
-    scores_PG = np.asarray(scores_PG, dtype=np.float64)
-    if weights_PG is None:
-        weights_PG = np.ones_like(scores_PG)
-    weights_PG = np.asarray(weights_PG, dtype=np.float64)
-    sums_P = (scores_PG * weights_PG).sum(axis=1)
-    weights_P = weights_PG.sum(axis=1)
-    # [resamples, P]: the problems of each resampled set
-    draws = np.random.default_rng(seed).integers(0, len(sums_P), (resamples, len(sums_P)))
-    means = sums_P[draws].sum(axis=1) / weights_P[draws].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(sums_P.sum() / weights_P.sum()), float(low), float(high)
-
-
 class ScoreSoFar:
     """The mean of the verdicts that are there, with its 95% interval, for the bar of an evaluation.
 
@@ -518,10 +515,11 @@ def make_rollouts(rows, how, settings, cfg, rank, world):
     return rollouts
 
 
-def score_of(rollouts, rows):
+def score_of(rollouts, rows, ks=()):
     """Return the numbers of a result line, over the rollouts of all ranks.
 
-    parts: {"parts": {difficulty or half of the benchmark: its score}} where rows have such a part.
+    more: {"parts": {difficulty or half of the benchmark: its score}} where rows have such a part,
+    and pass@k of these ks.
     """
     num_rows = len(rows)
     mine = [(r.group, r.sample, r.metric, r.weight, r.num_tokens) for r in rollouts]
@@ -536,6 +534,9 @@ def score_of(rollouts, rows):
     for part in sorted(set(parts) - {None}):
         mine = [i for i, other in enumerate(parts) if other == part]
         score_of_part[part], _, _ = interval(scores_PG[mine], weights_PG[mine], resamples=1)
+    more = {"parts": score_of_part} if score_of_part else {}
+    if ks:
+        more |= pass_at_fields(scores_PG, ks)
     return {
         "score": score,
         "low": low,
@@ -543,7 +544,7 @@ def score_of(rollouts, rows):
         "n": num_rows,
         "samples": max(samples) + 1,
         "tokens": sum(tokens) / len(tokens),
-        "parts": {"parts": score_of_part} if score_of_part else {},
+        "more": more,
     }
 
 
@@ -571,6 +572,19 @@ def outside_of(cfg):
     }
 
 
+def variants_of(name, how, cfg):
+    """Return {decoding: its sampling settings} of a task, whose protocol is `how`."""
+    variants = {"sampled": how}
+    if TASKS[name]["paper"]:
+        variants["paper"] = how | PAPER
+    if TASKS[name]["greedy"]:
+        variants["greedy"] = how | {"samples": 1, "temperature": 0.0}
+    if cfg.decodings:
+        asked = cfg.decodings.split(",")
+        variants = {decoding: how for decoding, how in variants.items() if decoding in asked}
+    return variants
+
+
 def score_task(name, engine, tokenizer, cfg, rank, world, positions):
     """Return one result line for each mode and decoding of a task; every rank decodes its share.
 
@@ -585,12 +599,7 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
     weights = weights_of(cfg.model)
     engine_name = type(engine).__name__
 
-    # {decoding: its sampling settings}
-    variants = {"sampled": how}
-    if TASKS[name]["paper"]:
-        variants["paper"] = how | PAPER
-    if TASKS[name]["greedy"]:
-        variants["greedy"] = how | {"samples": 1, "temperature": 0.0}
+    variants = variants_of(name, how, cfg)
     results = []
     for mode in modes:
         for row in rows:
@@ -609,13 +618,16 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
             decodings[decoding] = (rollouts, path)
         # Greedy completions share a batch with the sampled ones: a row can be greedy by itself.
         apart = decodings.pop("paper", None)
-        complete(engine, list(decodings.values()), how, hook, metric, rank)
+        if decodings:
+            complete(engine, list(decodings.values()), how, hook, metric, rank)
         if apart:
             complete(engine, [apart], variants["paper"], hook, metric, rank)
             decodings["paper"] = apart
         for decoding in variants:
             rollouts, _ = decodings[decoding]
-            numbers = score_of(rollouts, rows)
+            # Greedy completions of a problem are all equal: there is nothing to choose from.
+            ks = ks_of(cfg) if variants[decoding]["temperature"] > 0 else []
+            numbers = score_of(rollouts, rows, ks)
             results.append(
                 {
                     "stage": cfg.stage,
@@ -630,7 +642,7 @@ def score_task(name, engine, tokenizer, cfg, rank, world, positions):
                     "seed": cfg.label_seed,
                     "split": cfg.split,
                     "tokens": numbers["tokens"],
-                    **numbers["parts"],
+                    **numbers["more"],
                 }
             )
     return results
@@ -805,6 +817,19 @@ def check_flags(names, cfg):
             f"--modes: {', '.join(unknown)} unknown (has: think, no_think).",
             note="Nothing was measured.",
         )
+    unknown = [
+        decoding for decoding in cfg.decodings.split(",") if decoding not in ("", *DECODINGS)
+    ]
+    if unknown:
+        fail(
+            f"--decodings: {', '.join(unknown)} unknown (has: {', '.join(DECODINGS)}).",
+            note="Nothing was measured.",
+        )
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", cfg.pass_at):
+        fail(
+            f"--pass_at={cfg.pass_at}: expected numbers above 0, joined by commas.",
+            note="Nothing was measured.",
+        )
     # vLLM keeps the RoPE it was started with, and one process has one vLLM.
     rope_factors = {protocol(name, cfg)["rope_factor"] for name in names}
     if len(rope_factors) > 1 and cfg.engine != "torch" and torch.cuda.is_available():
@@ -855,6 +880,8 @@ def measure(names, tokenizer, cfg, rank, world, device):
 def main(cfg):
     if cfg.matrix:
         draw_matrix(cfg.matrix, own_skills())
+        print_pass_at(cfg.matrix)
+        plot_pass_at(cfg.matrix, own_skills())
         return
     if cfg.gates:
         print_gates(cfg.gates, cfg.stage)

@@ -12,6 +12,7 @@ from evals.results import (
     cost_of,
     decodings_of,
     kept_lines,
+    own_skill_rows,
     read_results,
 )
 
@@ -96,33 +97,25 @@ def print_scores(cells, stages, columns, decoding, own):
 
 
 def print_own_skills(cells, stages, decoding, own):
-    """Print each stage's own skill before and after it, and after more SFT of the same seconds.
+    """Print each stage's own skill before and after it, and after what else took the same seconds.
 
     Its hard problems, where they were measured, have a line of their own.
     """
     print(
         f"\nown skill, {HOW[decoding]}, before -> after the stage that teaches it"
-        " | the same seconds spent on more SFT instead, if that was run"
+        " | the same seconds spent on something else instead, if that was run"
     )
-    taught = [stage for stage in stages if stage == "sft" or stage in own]
-    for before, after in itertools.pairwise(taught):
-        # IF-RL samples without thinking.
-        mode = "no_think" if after == "ifrl" else "think"
-        for task in (own[after], f"{own[after]}_hard"):
-            cell_before = cells.get((before, task, mode, decoding))
-            cell_after = cells.get((after, task, mode, decoding))
-            control = cells.get((f"{after}_control", task, mode, decoding))
-            if not cell_before or not cell_after:
-                continue
-            line = f"{after:8s}{task:>10s} {mode:9s}"
-            line += f"{padded_interval(cell_before)} -> {padded_interval(cell_after)}"
-            if cell_before["high"] < cell_after["low"]:
-                line += "  beyond the intervals' overlap"
-            else:
-                line += "  within the intervals"
-            if control:
-                line += f" | {padded_interval(control)}"
-            print(line)
+    for row in own_skill_rows(cells, stages, decoding, own):
+        stage, task, mode, before, after, controls = row
+        line = f"{stage:8s}{task:>10s} {mode:9s}"
+        line += f"{padded_interval(before)} -> {padded_interval(after)}"
+        if before["high"] < after["low"]:
+            line += "  beyond the intervals' overlap"
+        else:
+            line += "  within the intervals"
+        for name, control in controls.items():
+            line += f" | {name} {padded_interval(control)}"
+        print(line)
 
 
 def print_losses(cells, stages, columns, decodings):

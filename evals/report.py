@@ -20,13 +20,16 @@ import sys
 import time
 from dataclasses import dataclass
 
-from evals.plots import HOW, draw_matrix, plot_all_curves, skill_of
+from evals.pass_at import plot_pass_at, print_pass_at, read_pass_at, table_of
+from evals.plots import HOW, draw_matrix, percent_with_interval, plot_all_curves, skill_of
 from evals.results import (
+    CONTROLS,
     TASK_ORDER,
     broken_gates,
     columns_of,
     decodings_of,
     has_results,
+    own_skill_rows,
     read_results,
     why_unchecked,
 )
@@ -112,6 +115,21 @@ def read_rollouts(folder, stages, cfg):
     return sorted(shown, key=place)
 
 
+def read_controls(cells, stages):
+    """Return [(stage, task, mode, decoding, [lines])] of own skills for which a control was run.
+
+    Lines: before the stage, after it, and of each of CONTROLS; None where it was not run.
+    """
+    found = []
+    for decoding in decodings_of(cells, stages):
+        for row in own_skill_rows(cells, stages, decoding, own_skills()):
+            stage, task, mode, before, after, controls = row
+            if controls:
+                lines = [before, after, *(controls.get(name) for name in CONTROLS.values())]
+                found.append((stage, task, mode, decoding, lines))
+    return found
+
+
 def versions():
     """Name the versions of python and of the packages that decide what a run computes."""
     found = [f"python {sys.version.split()[0]}"]
@@ -188,6 +206,9 @@ def gather(cfg):
         "cells": measured,
         "own": {stage: task for stage, task in skills.items() if task},
         "decodings": decodings_of(cells, stages),
+        "pass_at": pass_at_data(cfg.run),
+        "pass_at_table": table_of(cfg.run),
+        "controls": read_controls(cells, stages),
         "gates": [text for _, text in broken_gates(cells, stages)],
         "unchecked": capitalized(unchecked),
         "unmeasured": unmeasured,
@@ -212,6 +233,10 @@ def page_data(name, subtitle, runs, rollouts, reload_s):
         "cells": [],
         "own": {},
         "decodings": [],
+        "pass_at": [],
+        "pass_at_table": ([], []),
+        "controls": [],
+        "control_names": ["before", "after RL", *CONTROLS.values()],
         "gates": [],
         "unchecked": "",
         "unmeasured": "",
@@ -223,6 +248,22 @@ def page_data(name, subtitle, runs, rollouts, reload_s):
         "versions": versions(),
         "footer": f"Written by evals/report.py at commit {git_hash()[:10]}.",
     }
+
+
+def pass_at_data(folder):
+    """The curves of pass@k, of the headline decoding: {"task", "mode", "curves"} a panel.
+
+    curves: [(stage, decoding, [[k, score, low, high]])]
+    """
+    panels = {}
+    for (task, mode, decoding), stages in read_pass_at(folder).items():
+        panel = panels.setdefault((task, mode), {"task": task, "mode": mode, "curves": []})
+        if panel["curves"] and panel["curves"][0][1] != decoding:
+            continue
+        for stage, line in stages.items():
+            points = sorted([int(k), *estimate] for k, estimate in line["pass_at"].items())
+            panel["curves"].append((stage, decoding, points))
+    return list(panels.values())
 
 
 def tiles_of(runs):
@@ -326,6 +367,27 @@ def scores_md(data, cells):
     return paragraphs
 
 
+def controls_md(data):
+    """Return the table of own skills beside the controls; where none was run, a sentence."""
+    if not data["controls"]:
+        return "No control was run (`bash bench/control.sh`)."
+    rows = []
+    for stage, task, mode, decoding, lines in data["controls"]:
+        scores = [percent_with_interval(line, 1) if line else "-" for line in lines]
+        rows.append([stage, f"{task} {mode}", decoding, *scores])
+    return table(["stage", "own skill", "decoding", *data["control_names"]], rows)
+
+
+def pass_at_md(data):
+    """Return the table of pass@k before and after each stage; unmeasured, a sentence."""
+    ks, rows = data["pass_at_table"]
+    if not rows:
+        return "It was not measured before and after a stage (`--pass_at` of evaluate.py)."
+    head = ["stage", "task", "mode", "decoding", *(f"pass@{k}" for k in ks)]
+    caption = "Before -> after the stage, percent [95% interval of the difference]."
+    return f"{caption}\n\n{table(head, rows)}"
+
+
 def gates_md(data):
     if data["gates"]:
         return "\n".join(f"- {text}" for text in data["gates"])
@@ -389,6 +451,10 @@ def write_md(data, path):
         data["subtitle"] + ".",
         "## Scores",
         *scores_md(data, cells),
+        "## The same seconds, spent on something else",
+        controls_md(data),
+        "## pass@k",
+        pass_at_md(data),
         "## Gates",
         gates_md(data),
         "## Time and tokens",
@@ -418,6 +484,8 @@ def write_report(cfg):
         plot_all_curves(cfg.run, [folder_name(folder) for folder in stage_folders(cfg.run)])
     else:
         draw_matrix(cfg.run, own_skills())
+        print_pass_at(cfg.run)
+        plot_pass_at(cfg.run, own_skills())
 
 
 def goes_on(cfg):

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -62,9 +63,17 @@ def base_of(stage):
     return base if base in STAGES else stage
 
 
+# Endings of names that are comparisons, not stages (bench/control.sh), e.g. of mathrl_control: what
+# the seconds of the stage before the ending were spent on instead
+CONTROLS = {
+    "_control": "more SFT",
+    "_rejection": "SFT on own samples that passed",
+}
+
+
 def is_control(stage):
-    """True for mathrl_control and the like (bench/control.sh): a comparison, not a stage."""
-    return stage.endswith("_control")
+    """True for mathrl_control, mathrl_rejection and the like."""
+    return stage.endswith(tuple(CONTROLS))
 
 
 def in_stage_order(names):
@@ -122,6 +131,47 @@ def decodings_of(cells, stages):
     """Return the decodings by which some stage was measured, the headline first."""
     measured = {decoding for stage, _, _, decoding in cells if stage in stages}
     return [decoding for decoding in DECODINGS if decoding in measured]
+
+
+def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
+    """Return (mean, low, high) of the weighted mean score, with its 95% bootstrap interval.
+
+    P problems with G completions each; whole problems are drawn with replacement.
+    """
+    scores_PG = np.asarray(scores_PG, dtype=np.float64)
+    if weights_PG is None:
+        weights_PG = np.ones_like(scores_PG)
+    weights_PG = np.asarray(weights_PG, dtype=np.float64)
+    sums_P = (scores_PG * weights_PG).sum(axis=1)
+    weights_P = weights_PG.sum(axis=1)
+    # [resamples, P]: the problems of each resampled set
+    draws = np.random.default_rng(seed).integers(0, len(sums_P), (resamples, len(sums_P)))
+    means = sums_P[draws].sum(axis=1) / weights_P[draws].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(sums_P.sum() / weights_P.sum()), float(low), float(high)
+
+
+def own_skill_rows(cells, stages, decoding, own):
+    """Yield (stage, task, mode, line before, line after, {name of CONTROLS: its line}).
+
+    One row for the skill that a stage teaches, and one for its hard problems where they were
+    measured. A control that was not run is missing.
+    """
+    taught = [stage for stage in stages if stage == "sft" or stage in own]
+    for before, after in itertools.pairwise(taught):
+        # IF-RL samples without thinking.
+        mode = "no_think" if after == "ifrl" else "think"
+        for task in (own[after], f"{own[after]}_hard"):
+            line_before = cells.get((before, task, mode, decoding))
+            line_after = cells.get((after, task, mode, decoding))
+            if not line_before or not line_after:
+                continue
+            controls = {}
+            for ending, name in CONTROLS.items():
+                control = cells.get((after + ending, task, mode, decoding))
+                if control:
+                    controls[name] = control
+            yield after, task, mode, line_before, line_after, controls
 
 
 # ---- 2. Gates ------------------------------------------------------------------------------------
@@ -267,16 +317,19 @@ def keep_best(folder):
     print(f"{folder}/final -> {best}, mean dev score {100 * means[best]:.1f} ({listed})")
 
 
-def steps_of_same_compute(rl_folder, sft_folder):
+def steps_of_same_compute(rl_folder, sft_folder, sampling_folder=""):
     """Return the SFT steps that take as long as the RL run's sampling, verifying and training.
 
-    Evaluations are left out of both.
+    Evaluations are left out of both. sampling_folder: of extras/rejection.py, whose own sampling
+    and verifying is a part of these seconds; SFT gets the rest, and one step at least.
     """
 
-    def read_metrics(folder):
-        with open(os.path.join(folder, "metrics.jsonl")) as lines:
+    def read(folder, name="metrics.jsonl"):
+        with open(os.path.join(folder, name)) as lines:
             return [json.loads(line) for line in lines]
 
-    rl_seconds = sum(row["time/gen"] + row["time/train"] for row in read_metrics(rl_folder))
-    step_seconds = float(np.median([row["time/train"] for row in read_metrics(sft_folder)]))
-    return round(rl_seconds / step_seconds)
+    seconds = sum(row["time/gen"] + row["time/train"] for row in read(rl_folder))
+    if sampling_folder:
+        seconds -= sum(row["time/gen"] for row in read(sampling_folder, "steps.jsonl"))
+    step_seconds = float(np.median([row["time/train"] for row in read(sft_folder)]))
+    return max(round(seconds / step_seconds), 1)

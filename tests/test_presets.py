@@ -29,10 +29,14 @@ def dry_run(*command, **environment):
     return hours.dry_run(*command, **environment)
 
 
+# Scripts of bench/ that start stages or measure them.
+IN_BENCH = ("control", "lora", "mopd", "passk")
+
+
 @functools.cache
 def commands(preset, stages=True):
     """[(script, Config)] of a preset's stages; with stages=False, of everything else it starts."""
-    script = f"bench/{preset}.sh" if preset in ("control", "lora", "mopd") else "run_cascade.sh"
+    script = f"bench/{preset}.sh" if preset in IN_BENCH else "run_cascade.sh"
     found = []
     for line in dry_run(script, preset, BASE="models/base", NPROC="8", TASKS=""):
         module, flags = module_and_flags(line)
@@ -320,14 +324,14 @@ def test_prompt_and_response_fit_the_positions_of_qwen3(preset):
         assert cfg.rope_factor in (0.0, 2.0)
 
 
-@pytest.mark.parametrize("preset", ["toy", "control", "mopd"])
+@pytest.mark.parametrize("preset", ["toy", "control", "mopd", "passk"])
 def test_every_flag_of_the_other_commands_is_one_of_their_scripts(preset):
-    """commands() parses the flags of all that a run starts, and of two scripts in bench/."""
+    """commands() parses the flags of all that a run starts, and of three scripts in bench/."""
     scripts = {script for script, _ in commands(preset, stages=False)}
     assert "evaluate" in scripts
     if preset == "toy":
         assert {"toy", "report"} <= scripts
-    assert len(commands(preset)) == {"toy": 7, "control": 5, "mopd": 1}[preset]
+    assert len(commands(preset)) == {"toy": 7, "control": 10, "mopd": 1, "passk": 0}[preset]
 
 
 # A run with servers, flags and two tasks to measure.
