@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kernels.attention import flash_attention_varlen
 from kernels.decode_attention import decode_attention, slot_bias
+from kernels.linear_logprob import head_logits
 from kernels.sampling import sample_tokens
 from lib.common import compute_device, print0
 from lib.guard import engine_name, fail, vllm_is_installed
@@ -137,7 +137,7 @@ def check_parity(engine, model, prompt="What is 2 + 3? Think, then answer in one
     scored_M = batch["loss_index"]
     gap_M = logprobs_T[scored_M] - batch["sampler_logprobs_T"][scored_M]
     gap = gap_M.abs().mean().item()
-    limit = 0.03 if logprobs_T.is_cuda else 1e-4
+    limit = 0.03 if compute_dtype(model) == torch.bfloat16 else 1e-4
     if not gap < limit:
         raise RuntimeError(
             f"weight sync {engine.syncs}: the engine's log-probs are {gap:.1e} a token off the "
@@ -321,7 +321,7 @@ class TorchEngine:
         input_ids_T = torch.tensor(np.concatenate(prompts), device=device)
         last_P = cu_seqlens[1:].long() - 1
         hidden_PD = self.model.hidden_states(input_ids_T, position_T, attend, keep_M=last_P)
-        logits_PV = F.linear(hidden_PD, self.model.head_weight).float()
+        logits_PV = head_logits(hidden_PD, self.model.head_weight)
         return logits_PV[prompt_R], cache
 
     def _decode(self, token_B, position_B, slot_1, cache, bias_BKS):
@@ -344,7 +344,7 @@ class TorchEngine:
             return decode_attention(q_BNH, *cache[layer], start_B, length_1, bias_BKS)
 
         hidden_BD = self.model.hidden_states(token_B, position_B, attend)
-        return F.linear(hidden_BD, self.model.head_weight).float()
+        return head_logits(hidden_BD, self.model.head_weight)
 
 
 class Wave:
@@ -532,8 +532,7 @@ class VLLMEngine:
         self.syncs = 0
         self.warned = False
         self.on_gpu = compute_device(model).type == "cuda"
-        # The trainer's compute precision.
-        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.dtype = compute_dtype(model)
         if self.on_gpu:
             place = {
                 "enable_sleep_mode": True,
@@ -559,6 +558,8 @@ class VLLMEngine:
                 skip_tokenizer_init=True,
                 generation_config="vllm",
                 dtype=str(self.dtype).removeprefix("torch."),
+                # As head_logits and linear_logprob: logits in bf16 would be another policy's.
+                hf_overrides={"head_dtype": "float32"},
                 max_num_seqs=max_rows,
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
@@ -658,6 +659,15 @@ class VLLMEngine:
                 reason = "stop" if r.completion_ids[-1] in self.stops else "length"
                 finish_rollout(r, reason, self.tokenizer, on_finished)
         self._sleep(True)
+
+
+def compute_dtype(model):
+    """The precision in which the trainer computes: bf16 on GPUs, and on CPUs that of its weights,
+    which FSDP casts to fp32."""
+    parameter = next(model.parameters())
+    if compute_device(model).type == "cuda":
+        return torch.bfloat16
+    return torch.float32 if hasattr(parameter, "full_tensor") else parameter.dtype
 
 
 def check_cpu_attention(head_dim):

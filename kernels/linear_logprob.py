@@ -24,6 +24,7 @@ sampler then disagree about the policy.
 """
 
 import torch
+import torch.nn.functional as F
 
 from kernels.dispatch import tl, triton, use_triton, wide_dtype
 
@@ -269,6 +270,18 @@ def mm_fp32(a, b, out):
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def head_logits(hidden, weight):
+    """The logits hidden @ weight.T [N, V] of a sampler: the product that linear_logprob makes.
+
+    Operands in bf16 are multiplied and summed in fp32, and the sum stays in fp32.
+    """
+    wide = wide_dtype(hidden)
+    if hidden.is_cuda and hidden.dtype != wide:
+        return torch.mm(hidden, weight.T, out_dtype=wide)
+    # PyTorch's CPU has no product of bf16 operands with an fp32 result.
+    return F.linear(hidden.to(wide), weight.to(wide))
 
 
 def addmm_fp32(out, a, b):

@@ -15,8 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import make_tiny
 
+import engine as module
 from engine import Rollout, TorchEngine, check_parity, make_engine, request_seed, uniforms
+from kernels.linear_logprob import linear_logprob
 from lib.packing import pack_rollouts
 from model import Qwen3, packed_batch, render_chat, stop_ids
 from verifiers.pool import in_background
@@ -146,6 +150,38 @@ def test_logprobs_of_the_sampler_are_those_of_the_trainer(
         gaps.append((ours - torch.tensor(r.sampler_logprobs)).abs().max().item())
     print(f"sampler against trainer: max gap {max(gaps):.1e}, tolerance 1e-05")
     assert max(gaps) < 1e-5
+
+
+def test_in_bf16_the_sampler_s_logits_are_the_trainer_s_in_fp32(tokenizer, monkeypatch):
+    """Prefill and decode: from the same hidden states as linear_logprob, and as near to float64.
+
+    Rounded to bf16, a logit of 20 is off by up to 0.06.
+    """
+    model = make_tiny(vocab_size=tokenizer.get_vocab_size(), std=1.0).to(torch.bfloat16)
+    model.requires_grad_(False)
+    engine = TorchEngine(model, tokenizer)
+    engine.stops = []
+    seen, head = [], module.head_logits
+
+    def watch(hidden, weight):
+        seen.append((hidden, head(hidden, weight)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(module, "head_logits", watch)
+    rollouts = [Rollout({}, 0, [3 + i, 5], seed=i) for i in range(3)]
+    engine.generate(rollouts, 4, 1.0)
+    assert len(seen) == 4, "one prefill and three decoding steps"
+    weight, worst, rounded = model.head_weight, 0.0, 0.0
+    for step, (hidden, logits) in enumerate(seen):
+        exact = hidden.double() @ weight.double().T
+        worst = max(worst, (logits - exact).abs().max().item())
+        rounded = max(rounded, (F.linear(hidden, weight) - exact).abs().max().item())
+        tokens = torch.tensor([r.completion_ids[step] for r in rollouts])
+        ours = linear_logprob(hidden, weight, tokens)[0]
+        theirs = torch.tensor([r.sampler_logprobs[step] for r in rollouts])
+        worst = max(worst, (ours - theirs).abs().max().item())
+    print(f"off by {worst:.1e} nats, tolerance 1e-04; rounded to bf16 by {rounded:.1e}")
+    assert worst < 1e-4 < rounded
 
 
 def test_a_completion_does_not_depend_on_what_it_is_batched_with(engine, tokenizer):

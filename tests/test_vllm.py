@@ -19,7 +19,7 @@ pytest.importorskip(
     "then python -m pytest tests/test_vllm.py",
 )
 
-from conftest import make_tiny
+from conftest import make_tiny, run_python
 from test_engine import ask, outputs, trainer_logprobs
 
 from engine import TorchEngine, make_engine
@@ -88,6 +88,21 @@ def test_log_probs_are_those_of_the_trainer_at_the_sampling_temperature(
     gap = largest_gap(model, rollouts, temperature)
     print(f"vLLM against trainer at temperature {temperature}: max gap {gap:.1e}, tolerance 1e-04")
     assert gap < 1e-4
+
+
+def test_in_bf16_both_sides_agree_best_with_logits_in_fp32():
+    """The table of bench/vllm_head.py, in a process of its own: one vLLM a process."""
+    rms = {}
+    for row in run_python("bench/vllm_head.py")[1].splitlines():
+        if row.startswith(("| torch |", "| vllm |")):
+            _, sampler, precision, fp32, bf16, _ = row.split("|")
+            rms[sampler.strip(), precision.strip()] = [
+                float(cell.split(",")[1]) for cell in (fp32, bf16)
+            ]
+    for sampler in ("torch", "vllm"):
+        both, one_sided = rms[sampler, "fp32"]
+        print(f"{sampler}: rms gap {both} nats with fp32 on both sides, {one_sided} on one")
+        assert both < min(one_sided, *rms[sampler, "bf16"])
 
 
 def test_ten_updates_reach_every_weight_and_no_cache_survives(engine, model, tokenizer):
