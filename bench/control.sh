@@ -11,6 +11,8 @@
 #   bash bench/control.sh      needs a finished `bash run_cascade.sh`; ends with the matrix of the run, in
 #                              which every RL stage stands beside its controls
 #
+# The seconds are those of the clock: the machine has to be as quiet, and NPROC the same, as in the cascade.
+#
 # Environment variables: those of run_cascade.sh. The controls are not part of run_cascade.sh, because they
 # are measurements: no stage of the recipe starts from a control.
 

@@ -14,16 +14,17 @@ setup
 
 before=sft2
 for name in rlhf ifrl mathrl coderl swerl; do
-    # The skill of the stage, in the mode in which the stage trains; chat has no hard problems.
-    mode=think
+    # The skill of the stage, in the mode in which the stage trains; chat has no hard problems. RLHF costs
+    # instruction following, so that before IF-RL there is the SFT checkpoint, too.
+    mode=think checkpoints="$before $name"
     case $name in
         rlhf) tasks=chat ;;
-        ifrl) tasks=if,if_hard mode=no_think ;;
+        ifrl) tasks=if,if_hard mode=no_think checkpoints="sft2 rlhf ifrl" ;;
         mathrl) tasks=math,math_hard ;;
         coderl) tasks=code,code_hard ;;
         swerl) tasks=swe,swe_hard ;;
     esac
-    for checkpoint in $before $name; do
+    for checkpoint in $checkpoints; do
         label=${checkpoint/sft2/sft}
         if [ -e "$OUT/$name/passk_$label" ]; then continue; fi
         run $LAUNCH evaluate.py --model="$OUT/$checkpoint/final" --stage="$label" \

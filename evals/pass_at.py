@@ -177,7 +177,7 @@ def plot_pass_at(folder, own):
             is_headline = decoding == decodings[0]
             draw_curves(axis, columns[task, mode, decoding], own, is_headline)
         axis.set_title(f"{task} {mode} ({HOW[decodings[0]]})", fontsize=10)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, loc="best")
     dotted = {decoding for decodings in panels.values() for decoding in decodings[1:]}
     legend = "pass@k, %, with its 95% interval; orange: after the stage that teaches it"
     for decoding in sorted(dotted):
