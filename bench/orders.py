@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # In front of bench/, which has files called sft.py and kernels.py as well.
 sys.path.insert(0, str(ROOT))
 
-from evals.results import DECODINGS, kept_lines  # noqa: E402
+from evals.results import DECODINGS, kept_lines, problem_scores  # noqa: E402
 from lib.flags import PositiveInt, parse_config  # noqa: E402
 from lib.guard import fail  # noqa: E402
 
@@ -404,31 +404,16 @@ def run(worlds, jobs):
 
 
 # ---- 4. Scores -----------------------------------------------------------------------------------
-def problem_scores(folder, line):
-    """Mean score of each problem of a result line [problems], from the samples beside it."""
-    name = f"{line['task']}_{line['mode']}_{line['decoding']}.rank*.jsonl"
-    sums, counts = np.zeros(line["n"]), np.zeros(line["n"])
-    seen = set()
-    for row in kept_lines(glob.escape(str(folder / "samples" / line["stage"])) + "/" + name):
-        place = row["problem"], row["sample"]
-        # An evaluation with more problems or samples may have left more in the file.
-        if row["problem"] >= line["n"] or row["sample"] >= line["samples"] or place in seen:
-            continue
-        seen.add(place)
-        sums[row["problem"]] += row["score"]
-        counts[row["problem"]] += 1
-    scores = sums / counts
-    assert abs(scores.mean() - line["score"]) < 1e-6, f"{folder}: samples are not those of {line}"
-    return scores
-
-
 @functools.cache
 def read_scores(folder):
     """{(label, task, mode, decoding): scores [problems]} of an arm's folder."""
     lines = {}
     for line in kept_lines(glob.escape(str(folder)) + "/results.jsonl"):
         lines[line["stage"], line["task"], line["mode"], line["decoding"]] = line
-    return {key: problem_scores(folder, line) for key, line in lines.items()}
+    scores = {key: problem_scores(folder, line) for key, line in lines.items()}
+    missing = [key for key, of_problems in scores.items() if of_problems is None]
+    assert not missing, f"{folder}: samples are not those of the scores of {missing[0]}"
+    return scores
 
 
 def scores_of(world, end, column, decoding):

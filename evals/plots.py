@@ -13,6 +13,7 @@ from evals.results import (
     decodings_of,
     kept_lines,
     own_skill_rows,
+    paired_difference,
     read_results,
 )
 
@@ -58,7 +59,7 @@ def draw_matrix(folder, own):
     for decoding in decodings:
         print_scores(cells, stages, columns, decoding, own)
     for decoding in decodings:
-        print_own_skills(cells, stages, decoding, own)
+        print_own_skills(folder, cells, stages, decoding, own)
     print_losses(cells, stages, columns, decodings)
     headline = decodings[0]
     title = f"{SCORES_TITLE} ({HOW[headline]})"
@@ -96,19 +97,24 @@ def print_scores(cells, stages, columns, decoding, own):
         print(line)
 
 
-def print_own_skills(cells, stages, decoding, own):
+def print_own_skills(folder, cells, stages, decoding, own):
     """Print each stage's own skill before and after it, and after what else took the same seconds.
 
     Its hard problems, where they were measured, have a line of their own.
     """
     print(
-        f"\nown skill, {HOW[decoding]}, before -> after the stage that teaches it"
+        f"\nown skill, {HOW[decoding]}, before -> after the stage that teaches it,"
+        " and the difference problem by problem"
         " | the same seconds spent on something else instead, if that was run"
     )
     for row in own_skill_rows(cells, stages, decoding, own):
         stage, task, mode, before, after, controls = row
         line = f"{stage:8s}{task:>10s} {mode:9s}"
         line += f"{padded_interval(before)} -> {padded_interval(after)}"
+        difference = paired_difference(folder, before, after)
+        if difference:
+            mean, low, high = (100 * value for value in difference)
+            line += f"  {mean:+.1f} [{low:.1f}, {high:.1f}]"
         if before["high"] < after["low"]:
             line += "  beyond the intervals' overlap"
         else:

@@ -151,6 +151,42 @@ def interval(scores_PG, weights_PG=None, seed=0, resamples=2000):
     return float(sums_P.sum() / weights_P.sum()), float(low), float(high)
 
 
+def problem_scores(folder, line):
+    """Mean score of each problem of a result line [problems], from the samples beside it.
+
+    None if the samples are not there, or not those of the line.
+    """
+    samples = os.path.join(glob.escape(os.path.join(folder, "samples", line["stage"])), "")
+    name = f"{line['task']}_{line['mode']}_{line['decoding']}.rank*.jsonl"
+    num_problems, num_samples = line.get("n", 0), line.get("samples", 0)
+    sums, counts = np.zeros(num_problems), np.zeros(num_problems)
+    seen = set()
+    for row in kept_lines(samples + name):
+        place = row["problem"], row["sample"]
+        # An evaluation with more problems or samples may have left more in the file.
+        if row["problem"] >= num_problems or row["sample"] >= num_samples or place in seen:
+            continue
+        seen.add(place)
+        sums[row["problem"]] += row["score"]
+        counts[row["problem"]] += 1
+    if not num_problems or not counts.all():
+        return None
+    scores = sums / counts
+    return scores if abs(scores.mean() - line["score"]) < 1e-6 else None
+
+
+def paired_difference(folder, before, after):
+    """(mean, low, high) of what `after` scores above `before`, problem by problem, or None.
+
+    The 95% interval resamples problems. Both lines answer the same ones, so that it is narrower
+    than the two intervals beside each other tell.
+    """
+    scores_before, scores_after = problem_scores(folder, before), problem_scores(folder, after)
+    if scores_before is None or scores_after is None or len(scores_before) != len(scores_after):
+        return None
+    return interval((scores_after - scores_before)[:, None])
+
+
 def own_skill_rows(cells, stages, decoding, own):
     """Yield (stage, task, mode, line before, line after, {name of CONTROLS: its line}).
 

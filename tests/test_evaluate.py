@@ -476,6 +476,41 @@ def test_the_flag_says_it_in_one_sentence_and_ends_with_2(tmp_path):
     assert "every gate holds" in out
 
 
+def test_problem_scores_reads_the_samples_of_the_result_and_no_others(tmp_path):
+    line = {"stage": "sft", "task": "math", "mode": "think", "decoding": "paper"}
+    line |= {"n": 2, "samples": 2, "score": 0.5}
+    folder = tmp_path / "samples" / "sft"
+    folder.mkdir(parents=True)
+    scores = {(0, 0): 1, (0, 1): 0, (1, 0): 0, (1, 1): 1, (0, 2): 1, (2, 0): 1}
+    rows = []
+    for (problem, sample), score in scores.items():
+        rows.append(json.dumps({"problem": problem, "sample": sample, "score": score}))
+    (folder / "math_think_paper.rank0.jsonl").write_text("\n".join(rows) + "\n")
+    assert results.problem_scores(tmp_path, line).tolist() == [0.5, 0.5]
+    assert results.problem_scores(tmp_path, line | {"score": 0.6}) is None
+    assert results.problem_scores(tmp_path / "moved", line) is None
+
+
+def test_the_paired_difference_is_of_the_same_problems(tmp_path):
+    # Both stages are as often right; the second one is right at exactly one problem more.
+    right = {"sft": [1, 0, 0, 1, 0, 0, 1, 0], "mathrl": [1, 0, 1, 1, 0, 0, 1, 0]}
+    lines = {}
+    for stage, scores in right.items():
+        folder = tmp_path / "samples" / stage
+        folder.mkdir(parents=True)
+        write_jsonl(
+            folder / "math_think_paper.rank0.jsonl",
+            [{"problem": i, "sample": 0, "score": score} for i, score in enumerate(scores)],
+        )
+        lines[stage] = {"stage": stage, "task": "math", "mode": "think", "decoding": "paper"}
+        lines[stage] |= {"n": 8, "samples": 1, "score": sum(scores) / 8}
+    mean, low, high = results.paired_difference(tmp_path, lines["sft"], lines["mathrl"])
+    # The number of times that this problem is drawn in eight is binomial: 0 to 3 times in 97%.
+    assert (mean, low, high) == (1 / 8, 0.0, 3 / 8)
+    lines["sft"]["n"] = 7  # measured on other problems
+    assert results.paired_difference(tmp_path, lines["sft"], lines["mathrl"]) is None
+
+
 @pytest.mark.parametrize(
     "stage, why",
     [

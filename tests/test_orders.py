@@ -2,7 +2,6 @@
 prompts of every domain and the same reward model; weights and intervals are what they say."""
 
 import importlib
-import json
 import sys
 
 import numpy as np
@@ -162,21 +161,6 @@ def test_the_mean_of_weights_is_the_mean_of_every_number(world, tmp_path):
 
 
 # ---- Scores --------------------------------------------------------------------------------------
-def test_problem_scores_reads_the_samples_of_the_result_and_no_others(tmp_path):
-    line = {"stage": "sft", "task": "math", "mode": "think", "decoding": "paper"}
-    line |= {"n": 2, "samples": 2, "score": 0.5}
-    folder = tmp_path / "samples" / "sft"
-    folder.mkdir(parents=True)
-    scores = {(0, 0): 1, (0, 1): 0, (1, 0): 0, (1, 1): 1, (0, 2): 1, (2, 0): 1}
-    rows = []
-    for (problem, sample), score in scores.items():
-        rows.append(json.dumps({"problem": problem, "sample": sample, "score": score}))
-    (folder / "math_think_paper.rank0.jsonl").write_text("\n".join(rows) + "\n")
-    assert orders.problem_scores(tmp_path, line).tolist() == [0.5, 0.5]
-    with pytest.raises(AssertionError, match="samples are not those"):
-        orders.problem_scores(tmp_path, line | {"score": 0.6})
-
-
 def test_the_interval_has_the_width_of_both_levels():
     """Against the variance of the two-level bootstrap in closed form."""
     rng = np.random.default_rng(1)
