@@ -2,10 +2,14 @@
 prompts of every domain and the same reward model; weights and intervals are what they say."""
 
 import importlib
+import json
 import sys
 
 import numpy as np
 import pytest
+import torch
+from conftest import make_tiny, run_python
+from safetensors.torch import load_file
 
 from bench import orders
 from extras import jointrl
@@ -27,6 +31,10 @@ def parsed(words):
     return parse_config(importlib.import_module(module).Config, words[2:])
 
 
+def flags_of(words):
+    return dict(word.removeprefix("--").split("=", 1) for word in words[2:])
+
+
 @pytest.fixture(scope="module")
 def found(planned):
     """{(arm, stage): Config} of everything that is trained after SFT."""
@@ -40,7 +48,7 @@ def found(planned):
 
 # ---- The commands --------------------------------------------------------------------------------
 def test_every_arm_differs_from_the_cascade_in_where_its_stages_start_alone(planned, found):
-    assert {arm for arm, _ in found} == {*ARMS_OF_STAGES, "joint", "repair"}
+    assert {arm for arm, _ in found} == {*ARMS_OF_STAGES, "joint", "joint_2x", "repair"}
     paper = planned.folder / "paper"
     for (arm, stage), cfg in found.items():
         if arm not in ARMS_OF_STAGES or stage == "mopd":
@@ -65,7 +73,7 @@ def test_every_arm_differs_from_the_cascade_in_where_its_stages_start_alone(plan
             before = f"{found[arm, stage].out_dir}/final"
     for stage in orders.STAGES[1:]:
         assert found["specialists", stage].init_from == sft
-    assert found["joint", "joint"].init_from == sft
+    assert found["joint", "joint"].init_from == found["joint_2x", "joint"].init_from == sft
     assert all(cfg.seed == 1 for cfg in found.values())
 
 
@@ -77,6 +85,10 @@ def test_joint_rl_has_the_steps_prompts_and_rewards_of_the_stages(found):
     assert joint.num_steps == steps == sum(cfg.num_steps for cfg in domains.values())
     lrs = [found["paper", stage].lr for stage in orders.STAGES]
     assert min(lrs) < joint.lr < max(lrs)
+    twice = found["joint_2x", "joint"]
+    assert twice.lr == pytest.approx(2 * joint.lr, rel=0.01)
+    for name in ("data", "num_steps", "prompts_per_step", "group_size"):
+        assert getattr(twice, name) == getattr(joint, name)
     for stage, cfg in domains.items():
         alone = vars(found["paper", stage])
         own = vars(cfg)
@@ -100,10 +112,10 @@ def test_every_end_and_every_specialist_is_scored(planned):
     scored = set()
     for piece in planned.pieces.values():
         if piece.kind == "score":
-            cfg = parsed(piece.words)
+            flags = flags_of(piece.words)
             arm = piece.done.parts[-3]
-            assert cfg.results == str(planned.folder / arm / "results.jsonl")
-            scored.add((arm, cfg.stage))
+            assert flags["results"] == str(planned.folder / arm / "results.jsonl")
+            scored.add((arm, flags["stage"]))
     wanted = {*orders.ENDS.values(), *orders.SPECIALISTS.values()}
     assert wanted <= scored
     # And of the rest the stages of the paper's order, for its gains and losses.
@@ -113,6 +125,40 @@ def test_every_end_and_every_specialist_is_scored(planned):
 def test_a_world_without_tensions_is_another_one(planned):
     (words,) = [piece.words for piece in planned.pieces.values() if piece.kind == "data"]
     assert "--tensions=false" in words and "--seed=1" in words
+
+
+def test_the_clock_times_the_arms_own_commands(planned):
+    whole, slices = {}, []
+    for piece in planned.pieces.values():
+        arm, stage, _ = piece.done.parts[-3:]
+        if piece.kind == "clock":
+            slices.append((stage, flags_of(piece.words)))
+        elif piece.kind in orders.STAGES and arm in ("specialists", "backward"):
+            whole[stage] = flags_of(piece.words)
+        elif arm == "joint" and piece.kind == "joint":
+            whole[stage] = flags_of(piece.words)
+    assert len(slices) == orders.CLOCK_ROUNDS * (len(orders.STAGES) + 1)
+    free = dict.fromkeys(("init_from", "out_dir", "num_steps", "eval_every"))
+    for stage, flags in slices:
+        assert flags | free == whole[stage] | free, stage
+
+
+def test_the_clock_weighs_a_step_by_the_steps_of_its_stage(tmp_path):
+    """Stages of 1 s a step, Code RL of 3 s, joint RL of 2 s; first steps are not counted."""
+    world = orders.World(0, True, orders.Config(out=str(tmp_path)))
+    for stage in (*orders.STAGES, "joint"):
+        folder = world.folder / "clock0" / stage
+        folder.mkdir(parents=True)
+        seconds = {"coderl": 3, "joint": 2}.get(stage, 1)
+        lines = [{"time/gen": 50, "time/train": 9}, {"time/gen": seconds - 0.5, "time/train": 0.5}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert orders.clock_ratios(world) == []
+    (world.folder / "clock0" / "joint" / "final").touch()
+    steps = {}
+    for stage in orders.STAGES:
+        steps[stage] = int(orders.flag(orders.commands(0)[stage], "num_steps"))
+    total = sum(steps.values())
+    assert orders.clock_ratios(world) == [pytest.approx(2 * total / (total + 2 * steps["coderl"]))]
 
 
 # ---- Running -------------------------------------------------------------------------------------
@@ -136,9 +182,6 @@ def test_a_piece_is_done_once_and_a_failure_names_its_log(tmp_path):
 
 
 def test_the_mean_of_weights_is_the_mean_of_every_number(world, tmp_path):
-    from conftest import make_tiny
-    from safetensors.torch import load_file
-
     folders = []
     for seed in range(3):
         folder = tmp_path / str(seed)
@@ -158,6 +201,25 @@ def test_the_mean_of_weights_is_the_mean_of_every_number(world, tmp_path):
     print(f"mean of weights: max difference {worst:.1e}, tolerance 2e-7")
     assert worst < 2e-7
     Qwen3.from_pretrained(tmp_path / "mean" / "final")
+
+
+@pytest.mark.slow
+def test_with_the_reward_model_that_it_trained_rlhf_is_the_same_to_the_bit(world, tmp_path):
+    """So the arm paper, which trains the reward model, and the others have the same RLHF."""
+    flags = {"init_from": world / "base", "data": world / "chat_rl.jsonl", "num_steps": 2}
+    flags |= {"rm_data": world / "preference_dev.jsonl", "rm_samples_per_step": 8, "rm_lr": 3e-3}
+    flags |= {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 12, "lr": 1e-3}
+    flags |= {"max_prompt_tokens": 128, "rm_max_len": 512}
+    weights = []
+    for number in range(2):
+        if number == 1:
+            flags["rm"] = tmp_path / "0" / "rm"
+        words = [f"--{k}={v}" for k, v in (flags | {"out_dir": tmp_path / str(number)}).items()]
+        run_python("rlhf.py", *words)
+        weights.append(load_file(tmp_path / str(number) / "final" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    before = load_file(world / "base" / "model.safetensors")
+    assert max((weights[0][name] - before[name]).abs().max() for name in before) > 1e-4
 
 
 # ---- Scores --------------------------------------------------------------------------------------
