@@ -14,8 +14,8 @@ samples of every domain, and so about the same tokens, which are counted:
                (extras/mopd.py), whose own tokens come on top
     mean       the same specialists, their weights averaged
     repair     the cascade, then MOPD from its own checkpoints: tokens on top, too
-    clock      no training to keep: short slices of every stage and of joint RL, in turns, so that
-               a busy moment of the machine slows both down
+    clock      no training to keep: short slices of every stage, of joint RL and of MOPD, in turns,
+               so that a busy moment of the machine slows all of them down
 
 Commands and flags are those that run_cascade.sh and bench/mopd.sh print with DRY_RUN=1; only where
 a stage starts and what it is called differ. One learning rate has to serve all domains in `joint`:
@@ -77,6 +77,7 @@ ENDS = {
     "mean": ("specialists", "mean"),
     "repair": ("repair", "mopd"),
 }
+SAMPLED = ("sampled", "trained")  # tokens
 COSTLY = tuple(arm for arm in ENDS if arm != "sft")  # arms that train something to keep
 # The specialist of chat is the first stage of the paper's order, which starts from SFT as well.
 SPECIALISTS = {stage: ("specialists", stage) for stage in STAGES} | {"rlhf": ("paper", "rlhf")}
@@ -111,8 +112,9 @@ TYPICAL = {
     "score": 22,
     "clock": 12,
 }
-# The slices of the arm clock: rounds, steps of every stage in a round, and of joint RL.
-CLOCK_ROUNDS, CLOCK_STEPS, CLOCK_JOINT_STEPS = 3, 9, 25
+# The slices of the arm clock: rounds, and steps of a slice; the first one is not counted.
+CLOCK_ROUNDS = 3
+CLOCK_STEPS = dict.fromkeys(STAGES, 9) | {"joint": 25, "mopd": 5}
 # What a dry run of run_cascade.sh calls its run folder here.
 PLACE = "RUN_FOLDER"
 
@@ -294,12 +296,15 @@ class World:
 
     def plan_clock(self, sft):
         """Add the slices; each one starts from the SFT checkpoint and measures nothing held-out."""
+        self.plan_order("paper", sft)  # MOPD's teachers
         for number in range(CLOCK_ROUNDS):
             arm = f"clock{number}"
             for stage in STAGES:
-                flags = self.rlhf_flags(stage) | {"num_steps": CLOCK_STEPS, "eval_every": 0}
-                self.train(stage, arm, sft, **flags)
-            self.train_joint(arm, sft, num_steps=CLOCK_JOINT_STEPS)
+                flags = self.rlhf_flags(stage)
+                self.train(stage, arm, sft, num_steps=CLOCK_STEPS[stage], eval_every=0, **flags)
+            self.train_joint(arm, sft, num_steps=CLOCK_STEPS["joint"])
+            flags = {"num_steps": CLOCK_STEPS["mopd"], "eval_every": 0}
+            self.train("mopd", arm, sft, **self.teachers({}), **flags)
 
     def specialists(self, sft):
         """Add a specialist of each domain; return {stage: its checkpoint}."""
@@ -309,19 +314,20 @@ class World:
             self.score(trained[stage])
         return trained
 
-    def distil(self, arm, before, teachers):
-        """Add MOPD from teachers {stage: checkpoint}, whose commands name those of the cascade."""
+    def teachers(self, of_stages):
+        """MOPD's flags that name teachers, {stage: checkpoint}; the others are the cascade's."""
         words = commands(self.seed)["mopd"]
         flags = {}
         for name in ("data", "eval_data"):
-            flags[name] = flag(words, name)
-            for stage, teacher in teachers.items():
-                flags[name] = flags[name].replace(f"{PLACE}/{stage}/final", str(teacher))
-            (flags[name],) = self.place([flags[name]])
-        self.score(self.train("mopd", arm, before, **flags))
+            domains = flag(words, name)
+            for stage, teacher in of_stages.items():
+                domains = domains.replace(f"{PLACE}/{stage}/final", str(teacher))
+            (flags[name],) = self.place([domains])
+        return flags
 
     def plan_mopd(self, sft):
-        self.distil("specialists", sft, self.specialists(sft))
+        flags = self.teachers(self.specialists(sft))
+        self.score(self.train("mopd", "specialists", sft, **flags))
 
     def plan_mean(self, sft):
         mean = self.folder / "specialists" / "mean" / "final"
@@ -330,7 +336,8 @@ class World:
 
     def plan_repair(self, sft):
         self.plan_order("paper", sft)
-        self.distil("repair", self.folder / "paper" / "swerl" / "final", {})
+        end = self.folder / "paper" / "swerl" / "final"
+        self.score(self.train("mopd", "repair", end, **self.teachers({})))
 
     def open_pieces(self):
         return [piece for piece in self.pieces.values() if not piece.done.exists()]
@@ -500,53 +507,65 @@ def percent(comparison, sign=""):
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
+def trainings_of(arm):
+    """[(arm folder, stage)] of the RL and the distillation that an arm consists of."""
+    stages = {name: [(name, stage) for stage in order] for name, order in ORDERS.items()}
+    specialists = list(SPECIALISTS.values())
+    parts = stages | {"mean": specialists, "mopd": [*specialists, ("specialists", "mopd")]}
+    parts |= {"repair": [*stages["paper"], ("repair", "mopd")]}
+    return parts.get(arm, [(arm, "joint")])
+
+
+def read_steps(folder):
+    """[metrics] of the steps of a training."""
+    return list(kept_lines(glob.escape(str(folder)) + "/metrics.jsonl"))
+
+
+def step_seconds(metrics):
+    return metrics["time/gen"] + metrics["time/train"]
+
+
 def costs(world, arm):
-    """{"sampled", "trained", "seconds"} of an arm's RL and distillation, or None if it has not
-    ended.
+    """{"sampled", "trained", "logged", "steps"} of an arm, or None if it has not ended.
 
     sampled: tokens of the completions to a step's own prompts; the replacements that IF-RL samples
-    for flat groups are in no log. trained: tokens in the loss. seconds: times the ranks.
+    for flat groups are in no log. trained: tokens in the loss. logged: seconds times ranks, however
+    busy the machine was. steps: {stage: its steps}.
     """
-    trainings = {
-        "joint": [("joint", "joint")],
-        "joint_2x": [("joint_2x", "joint")],
-        "mean": list(SPECIALISTS.values()),
-        "mopd": [*SPECIALISTS.values(), ("specialists", "mopd")],
-        "repair": [*(("paper", stage) for stage in STAGES), ("repair", "mopd")],
-    }
-    trainings |= {name: [(name, stage) for stage in order] for name, order in ORDERS.items()}
-    sums = {"sampled": 0.0, "trained": 0.0, "seconds": 0.0}
-    for folder in (world.folder / arm / stage for arm, stage in trainings[arm]):
+    sums = {"sampled": 0.0, "trained": 0.0, "logged": 0.0}
+    steps = {}
+    for part, stage in trainings_of(arm):
+        folder = world.folder / part / stage
         if not (folder / "final").exists():
             return None
         run_json = json.loads((folder / "run.json").read_text())
         completions = run_json["config"]["prompts_per_step"] * run_json["config"]["group_size"]
-        for metrics in kept_lines(glob.escape(str(folder)) + "/metrics.jsonl"):
-            seconds = metrics["time/gen"] + metrics["time/train"]
+        steps[stage] = len(read_steps(folder))
+        for metrics in read_steps(folder):
             sums["sampled"] += metrics["len"] * completions
             sums["trained"] += metrics["num_tokens"]
-            sums["seconds"] += seconds * run_json["world"]
-    return sums
+            sums["logged"] += step_seconds(metrics) * run_json["world"]
+    return sums | {"steps": steps}
 
 
-def step_seconds(folder):
-    """Mean seconds of a step of a training, without the first one, which warms up."""
-    steps = kept_lines(glob.escape(str(folder)) + "/metrics.jsonl")
-    seconds = [metrics["time/gen"] + metrics["time/train"] for metrics in steps]
-    return float(np.mean(seconds[1:]))
-
-
-def clock_ratios(world):
-    """Seconds of joint RL over those of the cascade's stages at equal steps, one for each round of
-    the arm clock that has ended."""
-    steps = {stage: int(flag(commands(world.seed)[stage], "num_steps")) for stage in STAGES}
-    ratios = []
+def clocked(world):
+    """[{stage: mean seconds of a step}], one for each round of the arm clock that has ended."""
+    rounds = []
     for number in range(CLOCK_ROUNDS):
         folder = world.folder / f"clock{number}"
-        if (folder / "joint" / "final").exists():
-            cascade = sum(n * step_seconds(folder / stage) for stage, n in steps.items())
-            ratios.append(sum(steps.values()) * step_seconds(folder / "joint") / cascade)
-    return ratios
+        seconds = {}
+        for stage in CLOCK_STEPS:
+            if (folder / stage / "final").exists():
+                steps = [step_seconds(metrics) for metrics in read_steps(folder / stage)]
+                seconds[stage] = float(np.mean(steps[1:]))
+        if len(seconds) == len(CLOCK_STEPS):
+            rounds.append(seconds)
+    return rounds
+
+
+def seconds_of(steps, seconds):
+    """Seconds of an arm with these steps {stage: number}, by one round of the clock."""
+    return sum(number * seconds[stage] for stage, number in steps.items())
 
 
 # ---- 5. The report -------------------------------------------------------------------------------
@@ -594,20 +613,26 @@ def print_lost(worlds):
 
 
 def print_costs(worlds):
-    """Print tokens and seconds of each arm, means over seeds with their range."""
-    print("\n| | sampled tokens, M | trained tokens, M | core seconds [least, most] | seeds |")
+    """Print tokens and seconds of each arm, means over seeds or rounds, with the range of these."""
+    rounds = [seconds for world in worlds for seconds in clocked(world)]
+    print("\n| | sampled tokens, M | trained tokens, M | core seconds by the clock | as logged |")
     print("|---|---|---|---|---|")
     for arm in COSTLY:
         found = [cost for cost in (costs(world, arm) for world in worlds) if cost]
         if not found:
             continue
-        sampled = np.mean([cost["sampled"] for cost in found]) / 1e6
-        trained = np.mean([cost["trained"] for cost in found]) / 1e6
-        seconds = [cost["seconds"] for cost in found]
-        print(
-            f"| {arm} | {sampled:.2f} | {trained:.2f} | {np.mean(seconds):.0f} "
-            f"[{min(seconds):.0f}, {max(seconds):.0f}] | {len(found)} |"
-        )
+        texts = [f"{np.mean([cost[name] for cost in found]) / 1e6:.2f}" for name in SAMPLED]
+        clock = [seconds_of(found[0]["steps"], seconds) for seconds in rounds]
+        for seconds in (clock, [cost["logged"] for cost in found]):
+            text = "-"
+            if seconds:
+                text = f"{np.mean(seconds):.0f} [{min(seconds):.0f}, {max(seconds):.0f}]"
+            texts.append(text)
+        print(f"| {arm} | " + " | ".join(texts) + " |")
+    print(
+        "\nAs logged: however busy the machine was when the arm ran. By the clock: steps times the "
+        f"seconds of a step in {len(rounds)} rounds of slices in turns [least, most]."
+    )
 
 
 def direction(comparison):
@@ -684,25 +709,26 @@ def claims(worlds):
     found["later stages rarely degrade earlier ones (at most one cell in ten)"] = verdict, evidence
 
     # Domain-wise is cheaper than joint.
-    pairs = [(costs(world, "paper"), costs(world, "joint")) for world in worlds]
-    pairs = [pair for pair in pairs if all(pair)]
-    ratios = [ratio for world in worlds for ratio in clock_ratios(world)]
-    evidence, verdict = [], ""
-    if pairs:
-        tokens = np.mean(
-            [of_joint["trained"] / of_paper["trained"] for of_paper, of_joint in pairs]
-        )
-        evidence.append(f"joint takes {tokens:.2f} times the trained tokens")
-        for arm in ("joint", "joint_2x"):
-            base_of = dict.fromkeys(COLUMNS, ENDS[arm])
-            score = compare(worlds, ENDS["paper"], base_of, COLUMNS, decoding)
-            evidence.append(
-                f"the paper's order ends above {arm} by {percent(score, '+')}, all columns"
-            )
+    evidence, ratios, tokens = [], [], []
+    for world in worlds:
+        cascade, joint = costs(world, "paper"), costs(world, "joint")
+        if not cascade or not joint:
+            continue
+        tokens.append(joint["trained"] / cascade["trained"])
+        for seconds in clocked(world):
+            of_both = [seconds_of(cost["steps"], seconds) for cost in (joint, cascade)]
+            ratios.append(of_both[0] / of_both[1])
+    if tokens:
+        evidence.append(f"joint takes {np.mean(tokens):.2f} times the trained tokens")
+    for arm in ("joint", "joint_2x"):
+        base_of = dict.fromkeys(COLUMNS, ENDS[arm])
+        score = compare(worlds, ENDS["paper"], base_of, COLUMNS, decoding)
+        evidence.append(f"the paper's order ends above {arm} by {percent(score, '+')}, all columns")
+    verdict = ""
     if ratios:
         evidence.append(
-            f"slices in turns: joint takes {np.mean(ratios):.2f} times the seconds of the stages "
-            f"at equal steps [{min(ratios):.2f}, {max(ratios):.2f}], {len(ratios)} rounds"
+            f"by the clock joint takes {np.mean(ratios):.2f} times the seconds at equal steps "
+            f"[{min(ratios):.2f}, {max(ratios):.2f}], {len(ratios)} rounds"
         )
         verdict = "not told apart"
         if min(ratios) > 1:

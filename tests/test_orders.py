@@ -135,9 +135,9 @@ def test_the_clock_times_the_arms_own_commands(planned):
             slices.append((stage, flags_of(piece.words)))
         elif piece.kind in orders.STAGES and arm in ("specialists", "backward"):
             whole[stage] = flags_of(piece.words)
-        elif arm == "joint" and piece.kind == "joint":
+        elif piece.kind in ("joint", "mopd") and arm in ("joint", "repair"):
             whole[stage] = flags_of(piece.words)
-    assert len(slices) == orders.CLOCK_ROUNDS * (len(orders.STAGES) + 1)
+    assert len(slices) == orders.CLOCK_ROUNDS * len(orders.CLOCK_STEPS)
     free = dict.fromkeys(("init_from", "out_dir", "num_steps", "eval_every"))
     for stage, flags in slices:
         assert flags | free == whole[stage] | free, stage
@@ -146,19 +146,17 @@ def test_the_clock_times_the_arms_own_commands(planned):
 def test_the_clock_weighs_a_step_by_the_steps_of_its_stage(tmp_path):
     """Stages of 1 s a step, Code RL of 3 s, joint RL of 2 s; first steps are not counted."""
     world = orders.World(0, True, orders.Config(out=str(tmp_path)))
-    for stage in (*orders.STAGES, "joint"):
+    for stage in orders.CLOCK_STEPS:
+        assert orders.clocked(world) == []
         folder = world.folder / "clock0" / stage
         folder.mkdir(parents=True)
         seconds = {"coderl": 3, "joint": 2}.get(stage, 1)
         lines = [{"time/gen": 50, "time/train": 9}, {"time/gen": seconds - 0.5, "time/train": 0.5}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert orders.clock_ratios(world) == []
-    (world.folder / "clock0" / "joint" / "final").touch()
-    steps = {}
-    for stage in orders.STAGES:
-        steps[stage] = int(orders.flag(orders.commands(0)[stage], "num_steps"))
-    total = sum(steps.values())
-    assert orders.clock_ratios(world) == [pytest.approx(2 * total / (total + 2 * steps["coderl"]))]
+        (folder / "final").touch()
+    (seconds,) = orders.clocked(world)
+    assert orders.seconds_of({"rlhf": 10, "coderl": 4}, seconds) == pytest.approx(10 + 4 * 3)
+    assert orders.seconds_of({"joint": 14}, seconds) == pytest.approx(28)
 
 
 # ---- Running -------------------------------------------------------------------------------------
