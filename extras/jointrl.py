@@ -146,12 +146,26 @@ def domains_of(cfg):
 
 
 def load_rows(cfg, path=None, limit=0):
-    """Rows of all domains of cfg.data (or path), each as its stage loads it, with its domain."""
-    rows = []
+    """Rows of all domains of cfg.data (or path), each as its stage loads it, with its domain.
+
+    They are spread evenly, so that the first eval_rows of them are of all domains.
+    """
+    places = []
     for stage, stage_cfg in domains_of(replace(cfg, data=path or cfg.data)).items():
         loaded = importlib.import_module(stage).load_rows(stage_cfg, limit=limit)
-        rows += [row | {"domain": stage} for row in loaded]
-    return rows
+        places += spread(row | {"domain": stage} for row in loaded)
+    return in_order(places)
+
+
+def spread(items):
+    """[(place, item)]: item k of n stands at (k + 1/2) / n of a whole."""
+    items = list(items)
+    return [((k + 0.5) / len(items), item) for k, item in enumerate(items)]
+
+
+def in_order(places):
+    """The items by their places; equal places keep the order of domains."""
+    return [item for _, item in sorted(places, key=operator.itemgetter(0))]
 
 
 def select_rows(rows, epoch, history, cfg):
@@ -164,11 +178,8 @@ def select_rows(rows, epoch, history, cfg):
     for stage, stage_cfg in domains_of(cfg).items():
         count = stage_cfg.num_steps
         of_domain = [row for row in rows if row["domain"] == stage]
-        taken = take_prompts(of_domain, stage, stage_cfg, epoch * count, count)
-        # Prompt k of n stands at (k + 1/2) / n of the epoch.
-        places += [((k + 0.5) / count, index) for k, index in enumerate(taken)]
-    places.sort(key=operator.itemgetter(0))  # stable: equal places keep the order of domains
-    return [index for _, index in places]
+        places += spread(take_prompts(of_domain, stage, stage_cfg, epoch * count, count))
+    return in_order(places)
 
 
 def take_prompts(rows, stage, cfg, start, count):

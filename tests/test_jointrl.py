@@ -57,6 +57,8 @@ def test_rows_and_prompts_are_those_of_the_stages(joint, tokenizer):
         without = [{k: v for k, v in row.items() if k not in ("domain", "index")} for row in ours]
         assert without == [{k: v for k, v in row.items() if k != "index"} for row in own]
     assert [row["index"] for row in rows] == list(range(len(rows)))
+    # The head of the rows, which the held-out metric takes, has all domains.
+    assert {row["domain"] for row in rows[:6]} == set(STEPS)
 
 
 def test_every_batch_has_all_domains_and_each_its_stage_s_prompts_in_their_order(joint):
