@@ -57,6 +57,13 @@ def num_programs(device, per_sm=4):
     return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def shared_memory(device):
+    """Bytes of shared memory that a program may take; the interpreter has no limit."""
+    if device.type == "cpu":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def cpu_without_grad(*tensors):
     """True if an op may call its CPU forward directly, without an autograd node.
 

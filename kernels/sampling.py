@@ -9,7 +9,8 @@ whatever it is batched with. The log-probability is of the full tempered softmax
 the trainer computes; top-k and top-p only restrict what can be drawn. Equal logits at the edge of
 top-k or top-p are kept together, so ties need no order.
 
-The CPU path sorts each row. The kernel does not sort: it finds the thresholds by bisection.
+The CPU path sorts each row. The kernel does not sort. It searches for the smallest p that is kept:
+9 passes over a row at most for top-p (10 for top-k), and 2 or 3 where few tokens are likely.
 """
 
 import numpy as np
@@ -22,6 +23,12 @@ from kernels.dispatch import tl, triton, use_triton
 
 # The CPU path sums probabilities in blocks of this many tokens.
 WIDTH = 32
+
+# The kernel reads a row in blocks of BLOCK tokens. Its search tries TRIES values in a pass, with
+# smaller blocks, because a program keeps a running sum for every value and place in the block.
+BLOCK = 4096
+TRIES = 8
+TRIES_BLOCK = 1024
 
 
 def sample_tokens_ref(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
@@ -103,53 +110,97 @@ def first_above(sums, below):
 
 
 @triton.jit
-def load_block(row_ptr, start, inverse_temperature, V: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of tempered logits in fp32; past the end -inf, which is probability 0."""
-    cols = start + tl.arange(0, BLOCK)
-    z = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
-    return z * inverse_temperature, cols
+def probabilities(row_ptr, start, top, inverse_temperature, V: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, 1]: p = exp((logit - top) / temperature) of one block; past the end of the row 0.
 
-
-@triton.jit
-def order_key(z):
-    """fp32 -> int32 of the same order: a threshold is bisected exactly in at most 32 steps."""
-    bits = z.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-
-
-@triton.jit
-def amount_at_or_above(
-    row_ptr, key, m, inverse_temperature, MASS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The number of logits whose key is at least `key`; with MASS, their sum of exp(z - m)."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        z, cols = load_block(row_ptr, start, inverse_temperature, V, BLOCK)
-        inside = (order_key(z) >= key) & (cols < V)
-        total += tl.where(inside, tl.exp(z - m) if MASS else 1.0, 0.0)
-    return tl.sum(total)
+    `top` is the largest logit of the row. So p is the softmax times a factor, and the best token
+    has 1. Every pass over the row computes the same bits.
+    """
+    cols = start + tl.arange(0, BLOCK)[:, None]
+    logit = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+    return tl.exp((logit - top) * inverse_temperature)
 
 
 @triton.jit
 def threshold(
     row_ptr,
-    low,
-    high,
-    goal,
-    m,
+    top,
     inverse_temperature,
+    low,
+    goal,
     MASS: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    TRIES: tl.constexpr,
 ):
-    """The largest key in [low, high) with amount_at_or_above(key) >= goal."""
+    """The largest p such that the tokens with this p or more reach the goal: in number, or with
+    MASS in sum. At `low` they have to reach it.
+
+    Floats that are not negative are in the order of their bits, so this is a search for an integer.
+    A pass over the row tries TRIES values at once, and one of the TRIES + 1 parts between them
+    remains.
+    """
+    # The goal is reached at `low`. It is not at `high`, which is above every p.
+    low = tl.full([], low, tl.float32).to(tl.int32, bitcast=True)
+    high = tl.full([], 1.0, tl.float32).to(tl.int32, bitcast=True) + 1
     while high - low > 1:
-        middle = low + (high - low) // 2
-        if amount_at_or_above(row_ptr, middle, m, inverse_temperature, MASS, V, BLOCK) >= goal:
-            low = middle
-        else:
-            high = middle
-    return low
+        step = (high - low + TRIES) // (TRIES + 1)
+        tries = tl.minimum(low + step * (1 + tl.arange(0, TRIES)[None, :]), high - 1)
+        tried_p = tries.to(tl.float32, bitcast=True)
+        low_p = low.to(tl.float32, bitcast=True)
+        high_p = high.to(tl.float32, bitcast=True)
+
+        # One pass: the amount at or above each value, the lowest p from low on, and the highest p
+        # below high. A `where` around the addition is one instruction less than one inside it.
+        amounts = tl.zeros([BLOCK, TRIES], tl.float32)
+        lowest = tl.full([BLOCK, 1], 1.0, tl.float32)
+        highest = tl.zeros([BLOCK, 1], tl.float32)
+        for start in tl.range(0, V, BLOCK, num_stages=3):
+            p = probabilities(row_ptr, start, top, inverse_temperature, V, BLOCK)
+            amounts = tl.where(p >= tried_p, amounts + (p if MASS else 1.0), amounts)
+            lowest = tl.where(p >= low_p, tl.minimum(lowest, p), lowest)
+            highest = tl.where(p < high_p, tl.maximum(highest, p), highest)
+
+        # The range shrinks to the part whose lower end reaches the goal and whose upper end does
+        # not, and then to the tokens in the old range. If these all have one p, the search ends.
+        reached = tl.sum(amounts, 0)[None, :] >= goal
+        low = tl.max(tl.where(reached, tries, low))
+        high = tl.min(tl.where(reached, high, tries))
+        low = tl.maximum(low, tl.min(lowest).to(tl.int32, bitcast=True))
+        high = tl.minimum(high, tl.max(highest).to(tl.int32, bitcast=True) + 1)
+    return low.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_masses(
+    row_ptr,
+    top,
+    inverse_temperature,
+    floor,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """[BLOCKS]: the sum of the kept p of every block."""
+    masses = tl.zeros([BLOCKS], tl.float32)
+    for block in range(tl.cdiv(V, BLOCK)):
+        p = probabilities(row_ptr, block * BLOCK, top, inverse_temperature, V, BLOCK)
+        p = tl.where(p >= floor, p, 0.0)
+        masses = tl.where(tl.arange(0, BLOCKS) == block, tl.sum(p), masses)
+    return masses
+
+
+@triton.jit
+def first_passing(amounts, below, N: tl.constexpr):
+    """The first place at which the running sum of amounts [N] passes `below`.
+
+    No place with amount 0 is taken. Rounding may leave the last sum short of `below`: then it is
+    the last place with an amount.
+    """
+    place = tl.arange(0, N)
+    passed = (tl.cumsum(amounts, 0) > below) & (amounts > 0.0)
+    last = tl.max(tl.where(amounts > 0.0, place, 0))
+    return tl.minimum(tl.min(tl.where(passed, place, N)), last)
 
 
 @triton.jit
@@ -167,58 +218,60 @@ def sample_kernel(
     TOP_P: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TRIES_BLOCK: tl.constexpr,
+    TRIES: tl.constexpr,
 ):
-    """One program per row; a row of 152K logits stays in the L2 cache over its passes."""
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
 
-    # For log_softmax: the running max m, the running sum s of exp(z - m), and where the max stands.
-    m = -float("inf")
-    s = 0.0
-    best = 0
+    # The largest logit, where it stands, and the sum of p, the denominator of the softmax: a
+    # running sum, which shrinks whenever a block has a larger logit.
+    top = -1e30
+    total = 0.0
+    token = 0
     for start in range(0, V, BLOCK):
-        z, cols = load_block(row_ptr, start, inverse_temperature, V, BLOCK)
-        block_max = tl.max(z)
-        if block_max > m:
-            best = start + tl.argmax(z, 0)
-        new_m = tl.maximum(m, block_max)
-        s = s * tl.exp(m - new_m) + tl.sum(tl.exp(z - new_m))
-        m = new_m
+        cols = start + tl.arange(0, BLOCK)
+        logit = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        block_top = tl.max(logit)
+        if block_top > top:
+            token = start + tl.argmax(logit, 0)
+        new_top = tl.maximum(top, block_top)
+        total = total * tl.exp((top - new_top) * inverse_temperature)
+        total += tl.sum(tl.exp((logit - new_top) * inverse_temperature))
+        top = new_top
 
-    token = best
     if not GREEDY:
-        # kept = top-k, then top-p of what top-k left: the tokens whose key is at least `low`
-        low = tl.full([], -2147483648, tl.int64)
-        high = order_key(m).to(tl.int64) + 1
+        # kept = top-k, then top-p of what top-k left: the tokens whose p is at least `floor`
+        floor = 0.0
+        mass = total
         if TOP_K:
-            low = threshold(row_ptr, low, high, top_k, m, inverse_temperature, False, V, BLOCK)
+            floor = threshold(
+                row_ptr, top, inverse_temperature, floor, top_k, False, V, TRIES_BLOCK, TRIES
+            )
+            mass = tl.sum(block_masses(row_ptr, top, inverse_temperature, floor, V, BLOCK, BLOCKS))
         if TOP_P:
-            mass = amount_at_or_above(row_ptr, low, m, inverse_temperature, True, V, BLOCK)
-            goal = top_p * mass
-            low = threshold(row_ptr, low, high, goal, m, inverse_temperature, True, V, BLOCK)
+            # The mass is 1 or more. Tokens below (1 - top_p) / V together have less than 1 - top_p,
+            # so the goal is reached without them.
+            low = tl.maximum(floor, (1.0 - top_p) / V)
+            floor = threshold(
+                row_ptr, top, inverse_temperature, low, top_p * mass, True, V, TRIES_BLOCK, TRIES
+            )
 
-        # token = first t with cumsum(p * kept)[t] > uniform * sum(p * kept); p is exp(z - m) here
-        uniform = tl.load(uniform_ptr + row)
-        mass = amount_at_or_above(row_ptr, low, m, inverse_temperature, True, V, BLOCK)
-        below = uniform * mass
-        done = 0.0
-        token = V
-        last = 0
-        for start in range(0, V, BLOCK):
-            z, cols = load_block(row_ptr, start, inverse_temperature, V, BLOCK)
-            kept = (order_key(z) >= low) & (cols < V)
-            p = tl.where(kept, tl.exp(z - m), 0.0)
-            reached = (done + tl.cumsum(p, 0) > below) & (p > 0.0)
-            token = tl.minimum(token, tl.min(tl.where(reached, cols, V)))
-            last = tl.maximum(last, tl.max(tl.where(p > 0.0, cols, 0)))
-            done += tl.sum(p)
-        # Rounding may leave the last running sum short of `below`: then take the last kept token.
-        token = tl.minimum(token, last)
+        # token = first t with cumsum(p * kept)[t] > uniform * sum(p * kept): first its block
+        masses = block_masses(row_ptr, top, inverse_temperature, floor, V, BLOCK, BLOCKS)
+        below = tl.load(uniform_ptr + row) * tl.sum(masses)
+        block = first_passing(masses, below, BLOCKS)
+        mass_before = tl.sum(tl.where(tl.arange(0, BLOCKS) < block, masses, 0.0))
+        p = probabilities(row_ptr, block * BLOCK, top, inverse_temperature, V, BLOCK)
+        p = tl.where(p >= floor, p, 0.0)
+        token = block * BLOCK + first_passing(tl.reshape(p, [BLOCK]), below - mass_before, BLOCK)
 
     # logprob = log_softmax(logits / temperature)[token]
-    chosen = tl.load(row_ptr + token).to(tl.float32) * inverse_temperature
+    chosen = tl.load(row_ptr + token).to(tl.float32)
     tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(logprob_ptr + row, chosen - m - tl.log(s))
+    tl.store(logprob_ptr + row, (chosen - top) * inverse_temperature - tl.log(total))
 
 
 def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
@@ -233,6 +286,7 @@ def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     rows, vocab = logits.shape
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     sample_kernel[(rows,)](
@@ -248,7 +302,10 @@ def sample_tokens(logits, uniform, temperature=1.0, top_p=1.0, top_k=0):
         TOP_K=0 < top_k < vocab,
         TOP_P=top_p < 1.0,
         V=vocab,
-        BLOCK=min(4096, triton.next_power_of_2(vocab)),
+        BLOCK=block,
+        BLOCKS=triton.next_power_of_2(triton.cdiv(vocab, block)),
+        TRIES_BLOCK=min(TRIES_BLOCK, block),
+        TRIES=TRIES,
         num_warps=8,
     )
     return token, logprob

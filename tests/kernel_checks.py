@@ -340,7 +340,8 @@ def decode_attention_batched():
 @check
 def sampling_fp32(module=sampling):
     """The same token as the CPU path unless the uniform number is within 1e-5 of a CDF step."""
-    errors = []
+    errors, usual = [], (module.BLOCK, module.TRIES_BLOCK)
+    module.BLOCK = module.TRIES_BLOCK = 1024
     logits = torch.randn(4, 5003)[:, 3:] * 3
     logits[1, 7:] = -torch.inf
     logits[2] = logits[2].round()  # many ties
@@ -365,7 +366,93 @@ def sampling_fp32(module=sampling):
         logprobs = torch.log_softmax(logits.double() / (temperature or 1.0), dim=-1)
         exact = logprobs.gather(1, token[:, None])[:, 0]
         errors.append((logprob - exact).abs().max().item())
+    module.BLOCK, module.TRIES_BLOCK = usual
     return worst(errors)
+
+
+def hard_rows(vocab):
+    """[8, vocab] logits in ascending order, hard on a search for the edge of a nucleus.
+
+    Normal numbers; one token with nearly all of the probability; all equal; many ties; only two
+    possible tokens; each token e^0.01 times as likely as the one before; neighbouring floats; bf16.
+    """
+    place = torch.arange(vocab)
+    rows = [torch.randn(vocab) * 3, torch.randn(vocab), torch.zeros(vocab)]
+    rows += [(torch.randn(vocab) * 2).round(), torch.full((vocab,), -torch.inf), place * 0.01]
+    rows += [20 + place * 2.0**-19, (torch.randn(vocab) * 3).bfloat16().float()]
+    rows[1][0], rows[4][-2:] = 30.0, torch.tensor([0.5, 1.0])
+    return torch.stack(rows).sort(dim=-1).values
+
+
+def nucleus_size(logits, temperature, top_p, top_k):
+    """Tokens [B] that top-k and then top-p leave, by sorting in float64; ties are kept together."""
+    probs = (logits.double() / temperature).softmax(-1).sort(descending=True).values
+    if top_k:
+        probs = probs.where(probs >= probs[:, top_k - 1, None], 0.0)
+    mass_of_larger = probs.cumsum(-1) - probs
+    kept = (mass_of_larger < top_p * probs.sum(-1, keepdim=True)) & (probs > 0)
+    smallest = probs.gather(1, kept.sum(-1, keepdim=True) - 1)
+    return (probs >= smallest).sum(-1)
+
+
+# (temperature, top_p, top_k)
+RESTRICTIONS = [(1.0, top_p, 0) for top_p in (0.95, 0.5, 1e-6, 0.9999, 1.0)]
+RESTRICTIONS += [(1.0, 1.0, 1), (1.0, 1.0, 20), (0.8, 0.9, 4_000)]
+
+
+@check
+def sampling_nucleus(module=sampling, vocab=5_003, restrictions=RESTRICTIONS, block=2048):
+    """The share of rows whose nucleus is not the one of sorting, for no top_p within 5e-5 of it.
+
+    In a row in ascending order the number 0 draws the least likely token that is left. Sums are
+    fp32, and NumPy adds the columns of the interpreter's blocks number by number, so that ties add
+    their rounding up.
+    """
+    errors, usual = [], (module.BLOCK, module.TRIES_BLOCK)
+    if not ON_GPU:
+        # The interpreter takes as long for a small block as for a large one.
+        module.BLOCK = module.TRIES_BLOCK = block
+    for temperature, top_p, top_k in restrictions:
+        logits = hard_rows(vocab)
+        least, _ = module.sample_tokens(logits, torch.zeros(8), temperature, top_p, top_k)
+        size = vocab - least
+        low, high = (
+            nucleus_size(logits, temperature, top_p * near, top_k) for near in (1 - 5e-5, 1 + 5e-5)
+        )
+        errors.append(((size < low) | (size > high)).double().mean().item())
+    module.BLOCK, module.TRIES_BLOCK = usual
+    return worst(errors)
+
+
+@check
+def sampling_nucleus_151936():
+    """At Qwen3's vocabulary, which is not a multiple of a block, and its usual sampling."""
+    return sampling_nucleus(vocab=151_936, restrictions=[(0.6, 0.95, 0)], block=2**14)
+
+
+def search_passes():
+    """The passes over each of the hard rows in which the interpreter finds four nuclei of it."""
+    probabilities = sampling.probabilities
+    usual = sampling.BLOCK, sampling.TRIES_BLOCK
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return probabilities(*args)
+
+    # With one block a row, a pass is one call.
+    sampling.probabilities = counted
+    sampling.BLOCK = sampling.TRIES_BLOCK = 8192
+    passes = []
+    for row in hard_rows(5_003):
+        for top_p in (0.95, 0.5, 1e-6, 0.9999):
+            calls.clear()
+            sampling.sample_tokens(row[None], torch.zeros(1), 1.0, top_p)
+            # Two passes are not the search's: the masses of the blocks, and the token in its block.
+            passes.append(len(calls) - 2)
+    sampling.probabilities = probabilities
+    sampling.BLOCK, sampling.TRIES_BLOCK = usual
+    return passes
 
 
 @check
@@ -427,7 +514,10 @@ MUTANTS = [
     ),
     ("decode_attention", "+ (length - 1)", "+ length", decode_attention_fp32),
     ("decode_attention", "+ split * SPLIT", "* 0 + split * SPLIT", decode_attention_fp32),
-    ("sampling", "            low = middle", "            high = middle", sampling_fp32),
+    ("sampling", "below - mass_before", "below", sampling_fp32),
+    ("sampling", "(1.0 - top_p) / V", "1.0 - top_p", sampling_nucleus),
+    ("sampling", "[None, :] >= goal", "[None, :] >= 0.99 * goal", sampling_nucleus),
+    ("sampling", "bitcast=True) + 1)", "bitcast=True))", sampling_nucleus),
     ("adamw", "hash1 >> 16, mask", "hash1 & 0xFFFF, mask", adamw_bf16),
 ]
 
@@ -549,6 +639,8 @@ def main():
     results = {name: fn() for name, fn in CHECKS.items()}
     for name, right, wrong, fn in MUTANTS:
         results[f"broken {name}: {right} -> {wrong}"] = fn(broken(name, right, wrong))
+    if not ON_GPU:
+        results["search_passes"] = search_passes()
     results |= {f"int64 {name}": error for name, error in int64_offsets(FAR_KERNELS)}
     print(json.dumps(results))
 

@@ -71,6 +71,8 @@ TOLERANCES = {
     "decode_attention_fp16": 2e-3,
     "decode_attention_batched": 0,  # bits of a row that its company changes
     "sampling_fp32": 1e-5,
+    "sampling_nucleus": 0,  # share of rows with another nucleus than sorting has
+    "sampling_nucleus_151936": 0,
     "adamw_bf16": 1e-2,  # share of elements that differ from the CPU path at all
 }
 
@@ -94,7 +96,7 @@ def test_kernel_matches_float64_reference_forward_and_every_gradient(interpreted
 def test_a_deliberately_broken_kernel_fails(interpreted):
     broken = {name: error for name, error in interpreted.items() if name.startswith("broken")}
     print(*(f"{name}: error {error:.1e}" for name, error in broken.items()), sep="\n")
-    assert len(broken) == 20 and not any(error <= 0.05 for error in broken.values())
+    assert len(broken) == 23 and not any(error <= 0.05 for error in broken.values())
 
 
 @pytest.mark.slow
@@ -103,6 +105,24 @@ def test_rows_beyond_two_billion_elements_are_found(interpreted):
     far = {name: error for name, error in interpreted.items() if name.startswith("int64")}
     print(far)
     assert len(far) == 7 and all(error < 1e-5 for error in far.values())
+
+
+@pytest.mark.slow
+@needs_triton
+def test_top_p_finds_the_nucleus_in_nine_passes_over_a_row(interpreted):
+    passes = interpreted["search_passes"]
+    print(f"passes over 8 hard rows at 4 values of top_p: {passes}")
+    assert max(passes) <= 9 and min(passes) == 1
+
+    # No row needs more: each pass leaves a ninth of the range of bits, rounded up.
+    def bits(p):
+        return torch.tensor(p).view(torch.int32).item()
+
+    for top_p in (0.0, 0.95, 1 - 2.0**-24):
+        left = bits(1.0) + 1 - bits((1 - top_p) / 151_936)
+        for _ in range(9):
+            left = -(-left // 9)
+        assert left == 1
 
 
 @needs_triton
@@ -154,6 +174,21 @@ def test_every_kernel_compiles_for_hopper_and_hardly_spills():
         assert kernel["tensor_cores"] == wanted, "a product that does not run on the tensor cores"
         assert not kernel["float_atomics"] and not kernel["fp64"]
         assert kernel["wide_loads"] or "HALF': 12" in kernel["kernel"], "no 16-byte loads"
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("capability, shared_bytes", [(100, 232448), (120, 101376)])
+def test_every_kernel_compiles_for_blackwell_and_fits(capability, shared_bytes):
+    """B200, and the cards of workstations; the latter have as little shared memory as sm_86 and
+    sm_89."""
+    for kernel in run_python(HERE / "aot_report.py", str(capability)):
+        print(
+            "{registers:4d} registers {spilled_bytes:3d} B spilled "
+            "{shared_bytes:7d} B shared {kernel}".format(**kernel)
+        )
+        assert kernel["shared_bytes"] <= shared_bytes
+        assert kernel["spilled_bytes"] <= 300
 
 
 # ---- the CPU paths -------------------------------------------------------------------------------
