@@ -85,7 +85,7 @@ def pieces():
     )
 
     def rollout():
-        return mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, cfg, hook, rank, world)[0]
+        return mathrl.rollout(engine, rows, range(grpo.PROMPTS), 1, {}, cfg, hook, rank, world)[0]
 
     sft_cfg = sft.Config(
         init_from=toy_folder("base"),

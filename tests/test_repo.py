@@ -460,6 +460,66 @@ def test_a_process_on_cpus_imports_no_compiler_and_no_triton():
     assert done.stdout.strip() == f"[] {p.tolist()}", done.stdout + done.stderr[-1000:]
 
 
+def wrong_calls(path, tree, functions):
+    """Calls in a file of functions of this repository that do not take such arguments.
+
+    functions: {(module, function): ast.arguments} of the top level of every module.
+    """
+    names = {}  # what a name in this file stands for: a module or a function of one
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name] = (alias.name,)
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            for alias in node.names:
+                names[alias.asname or alias.name] = (node.module, alias.name)
+    wrong = []
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call):
+            continue
+        known = None
+        if isinstance(call.func, ast.Name):
+            known = names.get(call.func.id)
+        elif isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
+            known = (".".join(names.get(call.func.value.id, ())), call.func.attr)
+        args = functions.get(known)
+        starred = any(isinstance(a, ast.Starred) for a in call.args)
+        if args is None or starred or any(k.arg is None for k in call.keywords):
+            continue
+        places = [a.arg for a in args.posonlyargs + args.args]
+        needed = places[: len(places) - len(args.defaults)]
+        optional = [a.arg for a, default in zip(args.kwonlyargs, args.kw_defaults) if default]
+        needed += [a.arg for a in args.kwonlyargs if a.arg not in optional]
+        given = {*places[: len(call.args)], *(k.arg for k in call.keywords)}
+        allowed = {*places, *(a.arg for a in args.kwonlyargs)}
+        too_many = len(call.args) > len(places) and not args.vararg
+        unknown = given - allowed and not args.kwarg
+        if too_many or unknown or not given.issuperset(needed):
+            wrong.append(f"{path}:{call.lineno}: {ast.unparse(call.func)}")
+    return wrong
+
+
+def test_functions_are_called_with_the_arguments_that_they_take():
+    """Benches run once a month, so that a changed signature would be noticed late."""
+    trees = {}
+    functions = {}
+    for path in tracked(".py"):
+        name = path.relative_to(ROOT)
+        if name.parts[0] == "tests":
+            continue
+        trees[name] = ast.parse(path.read_text())
+        for node in trees[name].body:
+            if isinstance(node, ast.FunctionDef):
+                functions[".".join(name.with_suffix("").parts), node.name] = node.args
+                # Benches import each other from beside them.
+                if name.parts[0] == "bench" and name.stem not in STAGES:
+                    functions[name.stem, node.name] = node.args
+    found = [wrong for path, tree in trees.items() for wrong in wrong_calls(path, tree, functions)]
+    assert not found, found
+    broken = ast.parse("import mathrl\nmathrl.rollout(engine, rows, indices, 1, cfg, hook, 0, 1)")
+    assert wrong_calls("bench", broken, functions) == ["bench:2: mathrl.rollout"]
+
+
 def test_every_python_file_says_what_it_is():
     missing = []
     for path in tracked(".py"):
