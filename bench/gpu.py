@@ -14,9 +14,9 @@ is in bf16.
            liger-kernel), transformers with Liger's kernels. The sequences have equal lengths, then
            mixed lengths, which transformers has to pad. Contestants take turns, and their losses
            have to agree.
-MFU counts 6 FLOPs a weight and token plus causal attention, without recomputation, over the matmul
-rate of this GPU measured in the same run. A prompt counts for each of its completions, shared or
-not.
+MFU counts 6 FLOPs a weight and token plus causal attention, without recomputation. It is given over
+the matmul rate of this GPU measured in the same run, and over the datasheet's. A prompt counts for
+each of its completions, shared or not.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import functools
 import gc
 import importlib.util
 import json
+import math
 import statistics
 import time
 
@@ -39,6 +40,8 @@ from lib.common import finish, init_distributed, shard
 from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, packed_batch
 
 LENGTHS = {"equal": [4096] * 2, "mixed": [1024, 1536, 2048, 3584]}  # tokens of a pass: 8,192
+# FLOP/s of dense bf16 products on NVIDIA's datasheets, by a part of the device's name.
+DATASHEET = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -74,6 +77,21 @@ def useful_flops(config, total, sequences):
     weights = total - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return sum(6 * weights * n + attention * n * n for n in sequences)
+
+
+def utilisation(flop_per_s, matmul_rate):
+    """MFU over the matmul rate measured here, and over the datasheet's: None if that is unknown."""
+    name = torch.cuda.get_device_name()
+    peaks = [peak for part, peak in DATASHEET.items() if part in name]
+    of_datasheet = flop_per_s / peaks[0] if peaks else None
+    return {"mfu": flop_per_s / matmul_rate, "mfu_datasheet": of_datasheet}
+
+
+def shown(row):
+    """The two MFUs of a row as text: of the measured rate, then of the datasheet's."""
+    datasheet = row["mfu_datasheet"]
+    of_datasheet = "?" if datasheet is None else f"{datasheet:.0%}"
+    return f"MFU {row['mfu']:.0%} (datasheet {of_datasheet})"
 
 
 def build(size, dtype):
@@ -199,7 +217,7 @@ def race(size, setting, rounds, flop_rate):
             row |= {
                 "seconds": middle,
                 "tokens_per_s": sum(LENGTHS[setting]) / middle,
-                "mfu": flops / middle / flop_rate,
+                **utilisation(flops / middle, flop_rate),
                 "peak_gib": max(peaks),
                 "loss": losses[who],
                 "ratio": statistics.median(ratios),
@@ -208,7 +226,7 @@ def race(size, setting, rounds, flop_rate):
             }
             print(
                 f"{size} pass, {setting:5s} {who:21s} {1e3 * middle:8.1f} ms "
-                f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  {max(peaks):5.1f} GiB  "
+                f"{row['tokens_per_s']:8.0f} tok/s  {shown(row)}  {max(peaks):5.1f} GiB  "
                 f"x{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of our "
                 f"time, loss {row['loss']:.4f}",
                 flush=True,
@@ -297,12 +315,12 @@ def report(part, size, setting, rounds, run, sequences, config, total, rates):
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "seconds_min": min(turns)[0],
         "seconds_max": max(turns)[0],
-        "mfu": useful_flops(config, total, sequences) / middle / rates[0],
+        **utilisation(useful_flops(config, total, sequences) / middle, rates[0]),
     }
     print(
         f"{size} {part} {setting:15s} {1e3 * middle:8.1f} ms "
         f"[{1e3 * row['seconds_min']:.1f}, {1e3 * row['seconds_max']:.1f}] for {tokens} tokens: "
-        f"{row['tokens_per_s']:8.0f} tok/s  MFU {row['mfu']:.0%}  "
+        f"{row['tokens_per_s']:8.0f} tok/s  {shown(row)}  "
         f"{row['peak_gib']:5.1f} GiB with weights and AdamW",
         flush=True,
     )
@@ -398,17 +416,20 @@ def plot(rows, title, path):
         f"{row['size']} {row['part']} {row['setting']}, {row['who']}".replace(" ,", ",")
         for row in found
     ]
-    for axis, key, label in zip(
-        axes, ("mfu", "peak_gib"), ("share of this GPU's matmul rate (MFU)", "peak GiB")
-    ):
+    labels = (
+        [f"{row['mfu']:.2f} ({row['mfu_datasheet'] or math.nan:.2f})" for row in found],
+        [f"{row['peak_gib']:.0f}" for row in found],
+    )
+    titles = ("MFU: share of the matmul rate measured here (of the datasheet's)", "peak GiB")
+    for axis, key, texts, title_ in zip(axes, ("mfu", "peak_gib"), labels, titles):
         bars = axis.barh(
             range(len(found)),
             [row[key] for row in found],
             color=["tab:blue" if row["who"] == "ours" else "0.7" for row in found],
         )
-        axis.bar_label(bars, fmt="%.2f" if key == "mfu" else "%.0f", fontsize=8, padding=2)
-        axis.margins(x=0.08)
-        axis.set_xlabel(label)
+        axis.bar_label(bars, texts, fontsize=8, padding=2)
+        axis.margins(x=0.16)
+        axis.set_xlabel(title_)
     axes[0].set_yticks(range(len(found)), names, fontsize=8)
     axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=9)
