@@ -253,8 +253,6 @@ class TorchEngine:
         """
         if not rollouts:
             return
-        was_checkpointing = self.model.gradient_checkpointing
-        self.model.gradient_checkpointing = False
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         longest = max(len(r.prompt_ids) for r in rollouts) + max_new_tokens
         rows = self.max_rows or self._rows_that_fit(longest)
@@ -264,7 +262,6 @@ class TorchEngine:
             first = len(rollouts) * i // waves
             last = len(rollouts) * (i + 1) // waves
             Wave(self, rollouts[first:last], max_new_tokens, sampling, on_finished).run()
-        self.model.gradient_checkpointing = was_checkpointing
 
     def _rows_that_fit(self, length):
         """How many KV caches of `length` tokens fit half of the GPU memory that no tensor holds, or

@@ -14,6 +14,7 @@ to ask the model:
     H head width   F mlp width   V vocabulary   M scored tokens   U tokens with distinct pasts
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -26,13 +27,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import flash_attention_varlen
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
 from kernels.qk_norm_rope import qk_norm_rope
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rms_norm import add_rms_norm
 from kernels.swiglu import swiglu
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -321,17 +323,29 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size)
 
     def forward(self, x_TD, residual_TD, rope, attend, keep_M=None):
+        # x_TD None: the caller has made the sum.
         norm = self.input_layernorm.weight
-        if x_TD is None:
-            # Under gradient checkpointing the caller has made the sum: one tensor is kept, not two.
-            h_TD = rms_norm(residual_TD, norm, self.eps)
-        else:
-            h_TD, residual_TD = add_rms_norm(x_TD, residual_TD, norm, self.eps)
+        h_TD, residual_TD = add_rms_norm(x_TD, residual_TD, norm, self.eps)
         h_MD = self.self_attn(h_TD, rope, attend, keep_M)
         residual_MD = take_rows(residual_TD, keep_M)
         norm = self.post_attention_layernorm.weight
         h_MD, residual_MD = add_rms_norm(h_MD, residual_MD, norm, self.eps)
         return self.mlp(h_MD), residual_MD
+
+
+@dataclass
+class Checkpointing:
+    """What a forward pass keeps for backward: everything, unless lib/plan.py finds it too much.
+
+    The gradients are equal bit for bit, whatever is kept.
+    """
+
+    # The first so many layers keep their input alone, and backward computes them again.
+    layers: int = 0
+    # The first so many of these keep the output of attention, too, which is then not made again.
+    attention: int = 0
+    # The inputs wait for backward in host memory.
+    offload: bool = False
 
 
 class Body(nn.Module):
@@ -368,7 +382,7 @@ class Qwen3(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False
+        self.checkpointing = Checkpointing()
         # Of the folder that the model was loaded from, which may be gone when the model is saved.
         self.tokenizer_files = {}
         # (cos, sin) in fp32, made at first use: never cast by mixed precision, never in a
@@ -440,8 +454,13 @@ class Qwen3(nn.Module):
         )
         position_ids_T = torch.arange(num_tokens, device=input_ids_T.device) - start_T
 
+        # Of layers that backward computes again, the outputs of attention: {layer: [one]}.
+        outputs = {}
+        num_kept = self.checkpointing.attention if torch.is_grad_enabled() else 0
+
         def attend(layer, q_TNH, k_TKH, v_TKH):
-            return flash_attention_varlen(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen)
+            kept = outputs.setdefault(layer, []) if layer < num_kept else None
+            return flash_attention_varlen(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, kept)
 
         if shared is None:
             return self.hidden_states(input_ids_T, position_ids_T, attend, keep_M)
@@ -483,13 +502,18 @@ class Qwen3(nn.Module):
                 return attend(i, q_TNH, k_TKH, v_TKH)
 
             keep = keep_M if i == last else None
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if i < self.checkpointing.layers and torch.is_grad_enabled():
+                # One tensor is kept, not two.
                 sum_TD = x_TD + residual_TD
+                where = contextlib.nullcontext()
+                if self.checkpointing.offload:
+                    where = save_on_cpu(pin_memory=sum_TD.is_cuda)
                 # Nothing in a layer is random, so no state of a generator has to be kept.
                 options = {"use_reentrant": False, "preserve_rng_state": False}
-                x_TD, residual_TD = checkpoint(
-                    layer, None, sum_TD, rope, attend_here, keep, **options
-                )
+                with where:
+                    x_TD, residual_TD = checkpoint(
+                        layer, None, sum_TD, rope, attend_here, keep, **options
+                    )
             else:
                 x_TD, residual_TD = layer(x_TD, residual_TD, rope, attend_here, keep)
         return add_rms_norm(x_TD, residual_TD, self.model.norm.weight, self.config.rms_norm_eps)[0]

@@ -32,7 +32,16 @@ import torch
 from lib.chats import json_objects, read_chat, tool_calls_of, with_thought, without_tags
 from lib.check import end_before_training
 from lib.checkpoint import load_checkpoint, load_policy, lock, mark_final, save_checkpoint
-from lib.common import all_gather, all_reduce, average_gradients, finish, print0, ranks, start_run
+from lib.common import (
+    all_gather,
+    all_reduce,
+    average_gradients,
+    finish,
+    micro_batches,
+    print0,
+    ranks,
+    start_run,
+)
 from lib.data import (
     BadRow,
     first_nonempty,
@@ -349,7 +358,7 @@ def train_step(model, optimizer, samples, cfg, device, world):
     batches, num_real = pack(samples, cfg.micro_batch_tokens, device)
 
     loss_sum = 0.0
-    for i, batch in enumerate(progress(batches, "update")):
+    for i, batch in enumerate(micro_batches(batches, model)):
         is_real = i < num_real
         # Forward and loss: -log p summed over the trained tokens, over the global denominator.
         loss = model.nll(batch) / num_tokens

@@ -37,7 +37,7 @@ from engine import Rollout, TorchEngine, request_seed
 from lib import packing
 from lib.checkpoint import git_hash
 from lib.common import finish, init_distributed, shard
-from model import QWEN3_SIZES, Qwen3, Qwen3Config, hf_config, packed_batch
+from model import QWEN3_SIZES, Checkpointing, Qwen3, Qwen3Config, hf_config, packed_batch
 
 LENGTHS = {"equal": [4096] * 2, "mixed": [1024, 1536, 2048, 3584]}  # tokens of a pass: 8,192
 # FLOP/s of dense bf16 products on NVIDIA's datasheets, by a part of the device's name.
@@ -244,7 +244,7 @@ def steps(size, rounds, rates, device):
     """
     model = build(size, torch.float32)
     config, total = model.config, sum(p.numel() for p in model.parameters())
-    model.gradient_checkpointing = True
+    model.checkpointing = Checkpointing(config.num_hidden_layers)
     model = shard(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     rng = torch.Generator().manual_seed(0)

@@ -79,15 +79,16 @@ def parsed(module, flags):
 
 # ---- What that costs -----------------------------------------------------------------------------
 def stage_costs(config, cfg, free):
-    """(GB at the peak, seconds of a step) of a stage on one card with so many bytes free."""
+    """(GB at the least, seconds of a step) of a stage on one card with so many bytes free."""
     nll = hasattr(cfg, "max_seq_len")
     if not nll:
         cfg = dataclasses.replace(cfg, engine="vllm")
-    longest = plan.longest_sequence(cfg)
-    tokens = max(cfg.micro_batch_tokens, longest)
-    memory = plan.plan_of_flags(config, cfg, 1, GPU, tokens, longest, nll)
-    seconds = plan.time_of_flags(config, cfg, 1, GPU, longest, nll, 0, memory, free)
-    return max(sum(parts.values()) for parts in memory.values()) / plan.GB, sum(seconds)
+    run = plan.Run(config, cfg, 1, GPU, plan.longest_sequence(cfg), nll, pair=False, free=free)
+    # The least memory, with all layers computed again; what is left of the card buys time.
+    memory = plan.plan_of_flags(run)
+    seconds = plan.time_of_flags(run, memory, plan.choose_checkpointing(run, reduce_once=False))
+    peak = max(sum(parts.values()) for parts in memory.values())
+    return peak / plan.GB, sum(seconds.values())
 
 
 def evaluation_costs(config, cfg, free):
@@ -105,7 +106,7 @@ def evaluation_costs(config, cfg, free):
 
 
 def preset_costs(preset, card):
-    """[(what, number of steps, GB at the peak, hours)] of all commands of a preset."""
+    """[(what, number of steps, GB at the least, hours)] of all commands of a preset."""
     config = Qwen3Config(**QWEN3_SIZES[preset.partition("-")[0]])
     free = USABLE * card * plan.GB
     costs = []
@@ -129,7 +130,7 @@ def main(cfg):
         fail(f"--preset={cfg.preset}: expected 0.6b-1gpu or 4b-1gpu.", note="")
     costs = preset_costs(cfg.preset, cfg.card)
     print(f"{cfg.preset} on one card of {cfg.card:g} GB, at most, by the plan of lib/plan.py")
-    print("| what | steps | GB at the peak | hours |\n|---|---|---|---|")
+    print("| what | steps | GB at the least | hours |\n|---|---|---|---|")
     for name, steps, gb, hours in costs:
         print(f"| {name} | {steps} | {gb:.0f} | {hours:.2f} |")
     fits = all(gb <= USABLE * cfg.card for _, _, gb, _ in costs)

@@ -53,6 +53,7 @@ from lib.common import (
     all_reduce,
     average_gradients,
     finish,
+    micro_batches,
     print0,
     start_run,
     whole_groups,
@@ -62,7 +63,7 @@ from lib.guard import check_step, fail, one_sentence
 from lib.logs import Logger, console_line, show_sample, summarize
 from lib.optimizer import make_optimizer
 from lib.packing import collate, pack_rollouts
-from lib.progress import counted, progress
+from lib.progress import counted
 from lib.prompts import (
     check_same_rows,
     encode_prompts,
@@ -324,7 +325,7 @@ def train_step(model, optimizer, rollouts, cfg, device, world):
     batches, num_real = collate(rollouts, cfg, device)
 
     sums = {"loss": 0.0, "gap": 0.0, "entropy": 0.0, "kl": 0.0, "scored": 0}
-    for i, batch in enumerate(progress(batches, "update")):
+    for i, batch in enumerate(micro_batches(batches, model)):
         is_real = i < num_real
         # Score: log-probs of the completion tokens under the policy, at the sampler's temperature.
         logprobs_T, entropy_T = model.token_logprobs(batch, temperature=cfg.temperature)

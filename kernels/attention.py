@@ -561,8 +561,14 @@ class FlashAttention(torch.autograd.Function):
     """The autograd node: it saves q, k, v, out and one number per token and head."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_seqlen):
-        out, lse = forward_triton(q, k, v, cu_seqlens, max_seqlen)
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, kept):
+        if kept:
+            out, lse = kept.pop()
+        else:
+            out, lse = forward_triton(q, k, v, cu_seqlens, max_seqlen)
+            if kept is not None:
+                # Detached: the history of out leads back to this list, and a ring is never freed.
+                kept.append((out.detach(), lse))
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.max_seqlen = max_seqlen
         return out
@@ -573,7 +579,7 @@ class FlashAttention(torch.autograd.Function):
         dout = dout.contiguous()
         dq, delta = backward_q_triton(dout, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen)
         dk, dv = backward_kv_triton(dout, q, k, v, lse, delta, cu_seqlens, ctx.max_seqlen)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def for_copy_engine(x):
@@ -589,11 +595,15 @@ def for_copy_engine(x):
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen):
+def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen, kept=None):
     """Causal attention of packed sequences: q [T, N, H], k and v [T, K, H] -> [T, N, H].
 
     cu_seqlens [num_seqs + 1] int, max_seqlen a Python int. Raises ValueError on GPUs if a head is
     not a multiple of 16 bytes, which the copy engine needs.
+
+    kept: for gradient checkpointing, a list, empty at first. The first call puts its output there,
+    and the next one, with equal inputs, takes it out instead of computing it again. The CPU path
+    does not use it: PyTorch's attention has a backward of its own.
     """
     if not use_triton(q, k, v, cu_seqlens):
         return flash_attention_varlen_ref(q, k, v, cu_seqlens, max_seqlen)
@@ -605,4 +615,4 @@ def flash_attention_varlen(q, k, v, cu_seqlens, max_seqlen):
     q = for_copy_engine(q)
     k = for_copy_engine(k)
     v = for_copy_engine(v)
-    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen)
+    return FlashAttention.apply(q, k, v, cu_seqlens, max_seqlen, kept)

@@ -296,24 +296,24 @@ class RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, residual, weight, eps):
+    def forward(ctx, x, residual, weight, eps, returns_sum):
         forward = forward_triton if use_triton(x, weight) else forward_torch
         y, summed, rstd = forward(x, residual, weight, eps)
         ctx.save_for_backward(summed, weight, rstd)
         # an output that nobody used has gradient None, not a tensor of zeros
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
-        return (y, summed) if ctx.has_residual else y
+        return (y, summed) if returns_sum else y
 
     @staticmethod
     def backward(ctx, dy, dsummed=None):
         x, weight, rstd = ctx.saved_tensors
         if dy is None:
-            return dsummed, dsummed, None, None
+            return dsummed, dsummed if ctx.has_residual else None, None, None, None
         dsummed = None if dsummed is None else dsummed.contiguous()
         backward = backward_triton if use_triton(x, weight) else backward_torch
         dx, dweight = backward(dy.contiguous(), dsummed, x, weight, rstd)
-        return dx, dx if ctx.has_residual else None, dweight.to(weight.dtype), None
+        return dx, dx if ctx.has_residual else None, dweight.to(weight.dtype), None, None
 
 
 def as_rows(x):
@@ -326,14 +326,22 @@ def rms_norm(x, weight, eps=1e-6):
     """RMSNorm over the last axis: x [..., D], weight [D] -> [..., D]."""
     if cpu_without_grad(x, weight):
         return forward_torch(x, None, weight, eps)[0]
-    return RMSNorm.apply(as_rows(x), None, weight, eps).view(x.shape)
+    return RMSNorm.apply(as_rows(x), None, weight, eps, False).view(x.shape)
 
 
 def add_rms_norm(x, residual, weight, eps=1e-6):
     """Residual addition, then RMSNorm: x, residual [..., D], weight [D] -> (y, summed) with
     summed = x + residual.
+
+    x None: residual is the sum already. Backward then adds the gradient of the sum inside the
+    kernel as well, so that it is rounded as often as where x is given.
     """
+    shape = residual.shape
+    if x is None:
+        x, residual = residual, None
     if cpu_without_grad(x, weight):
         return forward_torch(x, residual, weight, eps)[:2]
-    y, summed = RMSNorm.apply(as_rows(x), as_rows(residual), weight, eps)
-    return y.view(x.shape), summed.view(x.shape)
+    if residual is not None:
+        residual = as_rows(residual)
+    y, summed = RMSNorm.apply(as_rows(x), residual, weight, eps, True)
+    return y.view(shape), summed.view(shape)

@@ -315,7 +315,7 @@ def load_policy(cfg, world, device):
     if cfg.lora_rank:
         folder = cfg.init_from  # the base of the adapters, which alone are resumed
     with one_sentence(f"--init_from={folder}"):
-        check_memory(folder, cfg, world, device)
+        checkpointing, reduce_once = check_memory(folder, cfg, world, device)
         tokenizer = load_tokenizer(folder)
         dtype = weight_dtype(cfg, device)
         model = Qwen3.from_pretrained(folder, dtype, device, rope_factor=cfg.rope_factor)
@@ -343,8 +343,8 @@ def load_policy(cfg, world, device):
             f"{flags} is {longest}, over the {model.max_positions()} positions of {folder}: "
             f"lower it{stretch}."
         )
-    model.gradient_checkpointing = device.type == "cuda"
-    return tokenizer, shard(model, device, cfg.shard), resume
+    model.checkpointing = checkpointing
+    return tokenizer, shard(model, device, cfg.shard, reduce_once), resume
 
 
 def check_method(folder, cfg):

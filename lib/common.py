@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lib.guard import fail, guard, one_sentence
 from lib.lora import lora_parameters
-from lib.progress import printed
+from lib.progress import printed, progress
 from lib.trackers import tracker_names
 
 # After how long a collective gives up: set when the ranks meet, for groups that are made later.
@@ -198,8 +198,10 @@ def without_texts(r):
 SMALLEST_SHARE = 1 << 20
 
 
-def shard(model, device, how="full"):
+def shard(model, device, how="full", reduce_once=False):
     """Wrap the model with FSDP2, in place, and return it. `how` is the stages' flag --shard.
+
+    reduce_once: gradients of all micro-batches are summed before ranks exchange them.
 
     Master weights and the reduction of gradients are fp32; the computation is bf16 on GPUs and fp32
     on CPUs. On CPUs, --shard=replicate leaves the module unwrapped, and average_gradients does the
@@ -243,6 +245,7 @@ def shard(model, device, how="full"):
         if sum(p.numel() for p in layer.parameters()) >= SMALLEST_SHARE:
             fully_shard(layer, **options)
     fully_shard(model, **options)
+    model.reduce_once = reduce_once
     # FSDP gathers the root's weights when forward is called. These methods are entrances, too.
     for method in ("token_logprobs", "nll"):
         if hasattr(model, method):
@@ -264,6 +267,24 @@ def mesh_of_copies(device, ranks_per_copy):
     return DeviceMesh.from_group(
         [replicate, shard], device.type, mesh=grid, mesh_dim_names=("replicate", "shard")
     )
+
+
+def micro_batches(batches, model):
+    """Yield the micro-batches of a step. Ranks exchange gradients as rarely as memory allows."""
+    for i, batch in enumerate(progress(batches, "update")):
+        exchange_gradients(model, i == len(batches) - 1)
+        yield batch
+
+
+def exchange_gradients(model, is_last):
+    """Say whether the next backward is the last one of a step.
+
+    Whole copies of a model (--shard=hybrid, replicate) are averaged in the last one alone, which
+    takes no memory. With reduce_once, shards are made in the last one alone, too.
+    """
+    if hasattr(model, "set_requires_all_reduce"):
+        model.set_requires_gradient_sync(is_last or not model.reduce_once)
+        model.set_requires_all_reduce(is_last)
 
 
 def compute_device(model):

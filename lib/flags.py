@@ -59,6 +59,11 @@ class MachineFlags:
     # node, replicated across nodes), offload (sharded, in host memory), replicate (whole on every
     # rank)
     shard: str = "full"
+    # how many layers keep their input alone in forward and are computed again in backward: auto (on
+    # GPUs as few as memory allows, on CPUs none), all, or a number; no gradient changes by a bit
+    checkpoint_layers: str = "auto"
+    # keep these inputs in host memory: for sequences that are too long for the GPU otherwise
+    offload_activations: bool = False
     # adamw (weights and moments in fp32), or adamw_bf16 (in bf16, rounded stochastically: half of
     # the memory)
     optimizer: str = "adamw"

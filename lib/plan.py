@@ -2,7 +2,8 @@
 
 check_memory is what the stages call. It prints the estimate that follows from their flags, and ends
 a run that cannot fit with one sentence, before anything is loaded. Memory is estimated at the three
-moments at which it peaks (load, update, rollouts), time as the longest that a step may take.
+moments at which it peaks (load, update, rollouts), time as the longest that a step may take. What
+memory is left is spent: fewer layers are computed again in backward (Checkpointing in model.py).
 
 This is arithmetic about the model and no part of it: model.py is Qwen3 alone, and lib/common.py
 imports no model. tests/test_plan.py compares the estimate with counted bytes and matrix products.
@@ -12,32 +13,42 @@ import contextlib
 import functools
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 
-from lib.common import print0
+from lib.common import all_reduce, print0
 from lib.guard import engine_name, fail
-from model import Qwen3, Qwen3Config, read_config
+from model import Checkpointing, Qwen3, Qwen3Config, read_config
 
 GB = 1e9
+# Bytes a second: between two GPUs of a node, between a GPU and host memory, onto a disk.
+LINK, HOST_LINK, DISK = 300e9, 40e9, 1e9
+# Share of a GPU's free memory that an update may fill with what need not be computed again. The
+# rest is for gaps between blocks, NCCL and a plan that errs. vLLM leaves its graphs there, too.
+USABLE, VLLM_ASLEEP = 0.9, 4e9
+# Share of a whole GPU within which gradients wait for the last micro-batch.
+ROOMY = 0.8
 
 
 # ---- Memory --------------------------------------------------------------------------------------
 def activation_elements(config, checkpointing):
     """Number of elements per token that the layers keep for backward, in the compute precision.
 
-    checkpointing: every layer keeps its input alone, and one layer at a time is computed again.
+    Of the layers that are computed again, one at a time is whole. The others come last: when
+    backward computes the first layer again, it is done with them.
     A few fp32 statistics per token are left out.
     """
     D = config.hidden_size
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    query = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
     # D wide: two residual sums and two normalized inputs. Heads: q and k before RoPE, q and k after
     # it, v and the attention output. MLP: gate, up, and their product.
-    layer = 4 * D + 3 * heads + 3 * config.intermediate_size
-    if checkpointing:
-        return D * (config.num_hidden_layers + 1) + layer
-    return layer * config.num_hidden_layers
+    layer = 4 * D + 3 * (query + kv) + 3 * config.intermediate_size
+    whole = max(config.num_hidden_layers - checkpointing.layers, 1)
+    # The inputs of layers that are computed again, and the sum before the last norm.
+    inputs = 1 if checkpointing.offload else checkpointing.layers + 1
+    return D * inputs + query * checkpointing.attention + layer * whole
 
 
 @functools.cache
@@ -87,6 +98,8 @@ def memory_plan(
     reference=False,
     method="adamw",
     lora_rank=0,
+    checkpointing=None,
+    reduce_once=False,
 ):
     """Bytes on one rank at the moments at which memory peaks: {moment: {part: bytes}}.
 
@@ -99,6 +112,8 @@ def memory_plan(
     engine:     of the rollouts: "vllm" or "torch"
     reference:  whether a reference policy is kept for a KL term
     method:     "adamw", "adamw_bf16" or "lora", the last with adapters of lora_rank
+    checkpointing: what backward computes again; None: all layers on GPUs, none on CPUs
+    reduce_once: whether gradients stay whole until the last micro-batch
 
     Parts that depend on the allocator are estimates.
     """
@@ -108,6 +123,8 @@ def memory_plan(
     root = total - layer * config.num_hidden_layers
 
     width = 2 if gpu else 4  # bytes of a number in compute precision: bf16 or fp32
+    if checkpointing is None:
+        checkpointing = Checkpointing(config.num_hidden_layers if gpu else 0)
     lora = method == "lora"
     # Weights in bf16 are wrapped by FSDP on one CPU process, too (lib.common.shard).
     sharded = gpu or world > 1 or method == "adamw_bf16"
@@ -125,6 +142,10 @@ def memory_plan(
 
     update = dict(state)
     update["gradients"] = gradients
+    if reduce_once:
+        # FSDP sums them in fp32, and frees a layer's as it makes its shard.
+        del update["gradients"]
+        update["whole gradients"] = 4 * total
     if sharded:
         # The root and two layers are whole in compute precision: the current one, and the next one,
         # which FSDP gathers ahead. The gradients of the root and of one layer are on their way, in
@@ -135,7 +156,7 @@ def memory_plan(
 
     # Besides what is kept for backward, the gradients inside the MLP of one layer are alive.
     gradients_in_layer = 3 * config.intermediate_size + 2 * config.hidden_size
-    elements = activation_elements(config, gpu) + gradients_in_layer
+    elements = activation_elements(config, checkpointing) + gradients_in_layer
     update["activations"] = width * tokens * elements
     update["logits"] = logits_bytes(config, tokens, width, gpu, nll, frozen=lora)
     # The engine's own copy of the weights. During the update vLLM keeps its copy in host memory.
@@ -183,6 +204,8 @@ def time_plan(
     flops=400e12,
     bandwidth=2e12,
     room=float("inf"),
+    checkpointing=None,
+    nll=False,
 ):
     """(seconds of generation, seconds of the update) of a step of sequences of full length.
 
@@ -193,21 +216,28 @@ def time_plan(
     longest:       tokens of a sequence, of which new_tokens are generated
     room:          bytes of a rank for KV caches. Where they hold few sequences at a time, the
                    weights are read again for every few.
+    checkpointing: what backward computes again; None: all layers
+    nll:           the loss is linear_cross_entropy, which makes its logits once
     """
-    total, _ = count_parameters(json.dumps(asdict(config)))
+    total, layer = count_parameters(json.dumps(asdict(config)))
+    layers = config.num_hidden_layers
+    if checkpointing is None:
+        checkpointing = Checkpointing(layers)
     # Looking up an embedding is no matrix product. A tied embedding is the head as well.
     if not config.tie_word_embeddings:
         total -= config.vocab_size * config.hidden_size
 
-    # Update. A parameter costs 2 operations per token in forward and 4 in backward. Checkpointing
-    # computes each layer again, all but its last product (the down projection): 2 more.
-    down = config.num_hidden_layers * config.hidden_size * config.intermediate_size
-    recomputed = total - down
-    # Causal attention does this much per token in one forward pass. It runs forward twice, and
-    # backward costs 2.5 forward passes: 4.5 in all.
-    heads = config.num_attention_heads * config.head_dim
-    attention = 2 * longest * heads * config.num_hidden_layers
-    operations = tokens * (6 * total + 2 * recomputed + 4.5 * attention)
+    # Update. A parameter costs 2 operations per token in forward and 4 in backward. A layer that is
+    # computed again costs 2 more, all but its last product (the down projection); so do logits.
+    down = config.hidden_size * config.intermediate_size
+    again = checkpointing.layers * (layer - down)
+    if not nll:
+        again += config.vocab_size * config.hidden_size
+    # Causal attention of a layer does this much per token in one forward pass. Backward costs 2.5
+    # forward passes, and computing it again 1.
+    attention = 2 * longest * config.num_attention_heads * config.head_dim
+    runs = 3.5 * layers + checkpointing.layers - checkpointing.attention
+    operations = tokens * (6 * total + 2 * again + runs * attention)
     update_s = operations / (world * flops)
 
     # Generation. Every new token reads the KV caches of all rows of the rank (keys and values, two
@@ -242,6 +272,11 @@ def free_memory(device, world):
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
+def gpu_memory(device):
+    """Bytes of a GPU, whatever is free of them."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def read_number(path):
     """The whole number that a file consists of."""
     with open(path) as f:
@@ -256,52 +291,88 @@ def longest_sequence(cfg):
 
 
 # ---- The plan of a run ---------------------------------------------------------------------------
+@dataclass
+class Run:
+    """What a plan is made from: a model, the flags, and the longest sequences that they allow."""
+
+    config: Qwen3Config
+    cfg: object
+    world: int
+    device: torch.device
+    longest: int  # tokens of the longest sequence
+    nll: bool  # training on given tokens, without rollouts
+    pair: bool  # of these, pairs for a reward model
+    free: float  # bytes that the rank with least may take
+
+    @property
+    def gpu(self):
+        return self.device.type == "cuda"
+
+    @property
+    def tokens(self):
+        """Tokens of a micro-batch; a sequence that is longer is a micro-batch by itself."""
+        return max(self.cfg.micro_batch_tokens, self.longest)
+
+    @property
+    def sharing(self):
+        """Ranks that share the weights."""
+        if self.cfg.shard == "replicate":
+            return 1
+        return ranks_here(self.world) if self.cfg.shard == "hybrid" else self.world
+
+    @property
+    def method(self):
+        if self.pair:
+            return "adamw"  # a reward model trains whole, in fp32
+        return "lora" if self.cfg.lora_rank else self.cfg.optimizer
+
+    @property
+    def engine(self):
+        return "" if self.nll else engine_name(self.cfg.engine)
+
+
+def ranks_here(world):
+    """Ranks of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
 def check_memory(folder, cfg, world, device, pair=0):
     """Print memory and time of a run that starts from `folder`; end a run that cannot fit.
 
+    Returns (the Checkpointing of the model, whether gradients are reduced once a step).
     pair: tokens of the longest pair, if a reward model is trained. It is planned like SFT, although
     it makes no logits.
     """
     # A folder without config.json is no checkpoint. Loading it says so in better words.
     if not os.path.exists(os.path.join(folder, "config.json")):
-        return
+        return Checkpointing(), False
     if not os.path.exists("/proc/meminfo"):
-        return
-    config = read_config(folder)
+        return Checkpointing(), False
     nll = pair > 0 or hasattr(cfg, "max_seq_len")
     longest = pair or longest_sequence(cfg)
-    # A sequence that is longer than a micro-batch is a micro-batch by itself.
-    tokens = max(cfg.micro_batch_tokens, longest)
-    plan = plan_of_flags(config, cfg, world, device, tokens, longest, nll, pair)
-    free = free_memory(device, world)
-    subject = "reward model, " if pair > 0 else ""
+    # All ranks decide alike, by the one that has least.
+    free = -all_reduce({"free": -free_memory(device, world)}, "max")["free"]
+    run = Run(read_config(folder), cfg, world, device, longest, nll, pair > 0, free)
+    reduce_once = has_room_for_gradients(run)
+    checkpointing = choose_checkpointing(run, reduce_once)
+    plan = plan_of_flags(run, checkpointing, reduce_once)
 
-    # Memory, a line for each moment but loading.
+    subject = "reward model, " if pair > 0 else ""
     for moment, parts in plan.items():
         if moment != "load":
             needed = sum(parts.values())
-            listed = ", ".join(f"{part} {n / GB:.2g}" for part, n in parts.items())
-            print0(f"{subject}{moment}: {needed / GB:.3g} of {free / GB:.3g} GB a rank ({listed})")
-
-    # Time, a line.
-    generation_s, update_s = time_of_flags(
-        config, cfg, world, device, longest, nll, pair, plan, free
-    )
-    if nll:
-        parts = f"{update_s:.3g} s"
-    else:
-        parts = f"{generation_s:.3g} s of rollouts and {update_s:.3g} s of update"
-    print0(
-        f"{subject}time: a step takes at most about {parts}, if every sequence has {longest} tokens"
-    )
-    if max(generation_s, update_s) > cfg.phase_timeout:
-        print0(
-            f"time: a phase of more than --phase_timeout={cfg.phase_timeout:g} s ends the run, "
-            "again and again when it is resumed: raise it if such steps are meant"
-        )
+            print0(
+                f"{subject}{moment}: {needed / GB:.3g} of {free / GB:.3g} GB a rank "
+                f"({listed(parts)})"
+            )
+    if run.gpu:
+        print_bought(run, subject, checkpointing, reduce_once, plan)
+        print_host_memory(run, subject, checkpointing)
+    print_time(run, subject, checkpointing, plan)
 
     # Refuse what cannot fit.
     flags = "--rm_max_len and --micro_batch_tokens" if pair > 0 else "--micro_batch_tokens"
+    offload = "" if cfg.offload_activations or not run.gpu else ", or --offload_activations"
     for moment, parts in plan.items():
         needed = sum(parts.values())
         if needed > free:
@@ -309,36 +380,34 @@ def check_memory(folder, cfg, world, device, pair=0):
             fail(
                 f"{folder} on {world} ranks: {moment} needs about {needed / GB:.1f} GB a rank and "
                 f"{free / GB:.1f} GB are free; most of it is {largest}, "
-                f"{parts[largest] / GB:.1f} GB: take more ranks, or fewer {flags} "
-                f"(now {tokens} at a time)."
+                f"{parts[largest] / GB:.1f} GB: take more ranks{offload}, or fewer {flags} "
+                f"(now {run.tokens} at a time)."
             )
+    return checkpointing, reduce_once
 
 
-def plan_of_flags(config, cfg, world, device, tokens, longest, nll, pair=0):
-    """memory_plan of a run with these flags, as --shard spreads it over ranks and host memory."""
-    # Ranks that share the weights.
-    sharing = world
-    if cfg.shard == "replicate":
-        sharing = 1
-    if cfg.shard == "hybrid":
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    gpu = device.type == "cuda"
-    method = "lora" if cfg.lora_rank else cfg.optimizer
-    if pair:
-        method = "adamw"  # a reward model trains whole, in fp32
+def listed(parts):
+    """ "weights 4.1, optimizer 8.2": the parts of a moment in GB."""
+    return ", ".join(f"{part} {size / GB:.2g}" for part, size in parts.items())
+
+
+def plan_of_flags(run, checkpointing=None, reduce_once=False):
+    """memory_plan of a run, as --shard spreads it over ranks and host memory."""
     plan = memory_plan(
-        config,
-        sharing,
-        tokens,
-        longest,
-        gpu=gpu,
-        nll=nll,
-        engine="" if nll else engine_name(cfg.engine),
-        reference=not nll and getattr(cfg, "kl_coef", 0) > 0,
-        method=method,
-        lora_rank=cfg.lora_rank,
+        run.config,
+        run.sharing,
+        run.tokens,
+        run.longest,
+        gpu=run.gpu,
+        nll=run.nll,
+        engine=run.engine,
+        reference=not run.nll and getattr(run.cfg, "kl_coef", 0) > 0,
+        method=run.method,
+        lora_rank=run.cfg.lora_rank,
+        checkpointing=checkpointing,
+        reduce_once=reduce_once,
     )
-    if cfg.shard == "offload" and gpu:
+    if run.cfg.shard == "offload" and run.gpu:
         # These parts rest in host memory and take nothing of the GPU's.
         for parts in plan.values():
             for part in ("weights", "optimizer", "gradients"):
@@ -346,26 +415,191 @@ def plan_of_flags(config, cfg, world, device, tokens, longest, nll, pair=0):
     return plan
 
 
-def time_of_flags(config, cfg, world, device, longest, nll, pair, plan, free):
-    """time_plan of a run with these flags, on an H100 or on one core of a CPU."""
-    if not nll:
+def bytes_of_update(run, checkpointing, reduce_once):
+    return sum(plan_of_flags(run, checkpointing, reduce_once)["update"].values())
+
+
+def choose_checkpointing(run, reduce_once):
+    """The Checkpointing that --checkpoint_layers and --offload_activations mean.
+
+    `auto` is the least that has to be computed again for an update within the free bytes.
+    """
+    layers, offload = run.config.num_hidden_layers, run.cfg.offload_activations
+    flag = run.cfg.checkpoint_layers
+    if flag == "all":
+        return Checkpointing(layers, offload=offload)
+    if flag.isdecimal():
+        return Checkpointing(min(int(flag), layers), offload=offload)
+    if flag != "auto":
+        fail(f"--checkpoint_layers={flag}: expected auto, all or a number of layers.")
+    if not run.gpu:
+        return Checkpointing()
+    room = USABLE * run.free
+    if run.engine == "vllm":
+        room -= VLLM_ASLEEP
+    # The last layer is the first that backward needs, and one layer has to be whole anyway.
+    most = layers - 1
+    choices = [Checkpointing(again, again, offload) for again in range(most)]
+    # Nothing saves more seconds a byte than attention's output, so that is given up last.
+    choices += [Checkpointing(most, attention, offload) for attention in range(most, 0, -1)]
+    for checkpointing in choices:
+        if bytes_of_update(run, checkpointing, reduce_once) <= room:
+            return checkpointing
+    return Checkpointing(most, offload=offload)
+
+
+def has_room_for_gradients(run):
+    """Whether gradients stay whole on every rank, until a step's last micro-batch reduces them.
+
+    It costs nothing where no ranks share the weights. Elsewhere only a GPU on which nothing has to
+    be computed again has room for it. The size of the GPU decides and not what is free just now:
+    the order of the sums depends on it, which a resumed run has to repeat.
+    """
+    if not run.gpu or run.method == "lora":
+        return False
+    whole = bytes_of_update(run, Checkpointing(), True)
+    if whole <= bytes_of_update(run, Checkpointing(), False):
+        return True
+    return whole <= ROOMY * gpu_memory(run.device)
+
+
+def print_bought(run, subject, checkpointing, reduce_once, plan):
+    """What an update computes again, and what the memory that it takes for the rest is worth."""
+    layers = run.config.num_hidden_layers
+    everything = Checkpointing(layers)
+    more = sum(plan["update"].values()) - bytes_of_update(run, everything, reduce_once)
+    seconds = time_of_flags(run, plan, checkpointing)["update"]
+    most_seconds = time_of_flags(run, plan, everything)["update"]
+    without_attention = checkpointing.layers - checkpointing.attention
+    print0(
+        f"{subject}backward computes {checkpointing.layers} of {layers} layers again, attention in "
+        f"{without_attention}: {more / GB:+.3g} GB and {seconds - most_seconds:+.3g} s of update, "
+        "against all of them (--checkpoint_layers)"
+    )
+    if reduce_once:
+        whole = plan["update"]["whole gradients"]
+        more = whole - plan_of_flags(run)["update"].get("gradients", 0)
+        print0(f"{subject}ranks exchange gradients once a step: {more / GB:+.3g} GB")
+
+
+# ---- Host memory ---------------------------------------------------------------------------------
+def host_plan(run, checkpointing):
+    """Bytes of host memory beside GPUs: ({part: bytes} of every rank, {part: bytes} of rank 0)."""
+    width = 2 if run.gpu else 4
+    total, _ = count_parameters(json.dumps(asdict(run.config)))
+    adapters = adapter_elements(run.config, run.cfg.lora_rank)
+    shared_out, _ = state_bytes(total, adapters, width, run.method)
+    every = {}
+    if checkpointing.offload:
+        # PyTorch takes pinned memory in powers of two.
+        tensor = width * run.tokens * run.config.hidden_size
+        every["inputs of layers"] = checkpointing.layers * 2 ** (tensor - 1).bit_length()
+    if run.cfg.shard == "offload":
+        every |= {part: size // run.sharing for part, size in shared_out.items()}
+    if run.engine == "vllm":
+        every["vLLM asleep"] = width * total
+    if not run.nll:
+        every["reward model"] = reward_model_bytes(run, width)
+    every = {part: size for part, size in every.items() if size > 0}
+    return every, {"gathered weights": shared_out["weights"]}
+
+
+def reward_model_bytes(run, width):
+    """Bytes of RLHF's own reward model, which rests in host memory; 0 without one."""
+    # Another one is on the GPU, or behind a URL.
+    if getattr(run.cfg, "rm", "none"):
+        return 0
+    folder = run.cfg.rm_init_from or run.cfg.init_from
+    total, _ = count_parameters(json.dumps(asdict(read_config(folder))))
+    return width * total
+
+
+def print_host_memory(run, subject, checkpointing):
+    """A line: what all ranks of this machine, and rank 0 besides, take of its memory."""
+    every, first = host_plan(run, checkpointing)
+    here = ranks_here(run.world)
+    needed = here * sum(every.values()) + sum(first.values())
+    free = here * free_memory(torch.device("cpu"), run.world)
+    each = f"each of {here} ranks: {listed(every)}; " if every else ""
+    print0(
+        f"{subject}host memory: {needed / GB:.3g} of {free / GB:.3g} GB on this machine "
+        f"({each}rank 0 while it saves: {listed(first)})"
+    )
+    if needed > free:
+        print0(f"{subject}host memory: that is more than is free, and may end the run later")
+
+
+# ---- Seconds -------------------------------------------------------------------------------------
+def time_of_flags(run, plan, checkpointing):
+    """{part of a step: seconds} of a run with these flags, on H100s or on one core of a CPU.
+
+    sync: of the engine; saving: a step's share of a checkpoint.
+    """
+    cfg = run.cfg
+    if not run.nll:
         rows, new_tokens = cfg.prompts_per_step * cfg.group_size, cfg.max_new_tokens
-    elif pair:
+    elif run.pair:
         rows, new_tokens = cfg.rm_samples_per_step, 0
     else:
         rows, new_tokens = cfg.samples_per_step, 0
-    if device.type == "cuda":
-        flops, bandwidth = 400e12, 2e12
+    engine_weights = plan.get("rollouts", {}).get("engine weights", 0)
+    if run.gpu:
+        flops, bandwidth, link = 400e12, 2e12, LINK
         # vLLM gets 60% of the GPU (engine.gpu_share), its weights included. 1 GB at least keeps the
         # estimate finite.
-        weights = plan.get("rollouts", {}).get("engine weights", 0)
-        room = max(0.6 * free - weights, 1e9)
+        room = max(0.6 * run.free - engine_weights, 1e9)
     else:
-        flops, bandwidth = 2e10, 5e9
+        flops, bandwidth, link = 2e10, 5e9, 5e9
         room = float("inf")
     generation_s, update_s = time_plan(
-        config, world, rows * longest, longest, new_tokens, rows, flops, bandwidth, room
+        run.config,
+        run.world,
+        rows * run.longest,
+        run.longest,
+        new_tokens,
+        rows,
+        flops,
+        bandwidth,
+        room,
+        checkpointing,
+        run.nll,
     )
+    # The weights are gathered, then written; vLLM has come from host memory and goes back there.
+    sync_s = engine_weights / link + 2 * engine_weights / bandwidth
+    if run.gpu and run.engine == "vllm":
+        sync_s += 2 * engine_weights / HOST_LINK
     # Dynamic sampling of IF-RL: a round of fresh prompts may be as large as the first.
     rounds = 1 + getattr(cfg, "max_refill_rounds", 0)
-    return rounds * generation_s, update_s
+    seconds = {"rollouts": rounds * generation_s, "update": update_s, "sync": sync_s}
+    if not run.pair:
+        seconds["saving"] = checkpoint_bytes(run) / DISK / cfg.save_every
+    return {part: size for part, size in seconds.items() if size > 0}
+
+
+def checkpoint_bytes(run):
+    """Bytes of a checkpoint: weights and AdamW's two moments; with LoRA merged weights, adapters
+    and their moments."""
+    total, _ = count_parameters(json.dumps(asdict(run.config)))
+    adapters = adapter_elements(run.config, run.cfg.lora_rank)
+    shared_out, whole = state_bytes(total, adapters, 2 if run.gpu else 4, run.method)
+    # An adapter's 16 bytes a number are 4 of weight, 8 of moments, 4 of gradient.
+    of_adapters = whole.get("adapters", 0) * 12 // 16
+    return shared_out["weights"] + shared_out["optimizer"] + of_adapters
+
+
+def print_time(run, subject, checkpointing, plan):
+    """A line: the parts of a step in seconds. Another one if a part is over the limit."""
+    seconds = time_of_flags(run, plan, checkpointing)
+    parts = ", ".join(f"{size:.3g} s of {part}" for part, size in seconds.items())
+    saved = ""
+    if "saving" in seconds:
+        saved = f"; {checkpoint_bytes(run) / GB:.3g} GB are saved every {run.cfg.save_every} steps"
+    print0(
+        f"{subject}time: a step takes at most about {parts}, if every sequence has {run.longest} "
+        f"tokens{saved}"
+    )
+    if max(seconds.values()) > run.cfg.phase_timeout:
+        print0(
+            f"time: a phase of more than --phase_timeout={run.cfg.phase_timeout:g} s ends the run, "
+            "again and again when it is resumed: raise it if such steps are meant"
+        )

@@ -20,6 +20,7 @@ os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1:] == ["cuda"] else "1"
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kernels import (
     adamw,
@@ -117,10 +118,19 @@ def rms_norm_fp32(module=rms_norm, dtype=torch.float32):
 def add_rms_norm_fp32(module=rms_norm, dtype=torch.float32):
     """Both outputs and three gradients; also with only the first or only the second output used."""
     inputs = [randn(5, 37, dtype=dtype), randn(5, 74, dtype=dtype)[:, ::2], randn(37, dtype=dtype)]
-    return worst(
+    errors = [
         compare(module.add_rms_norm, module.add_rms_norm_ref, inputs, only=only)
         for only in (None, 0, 1)
-    )
+    ]
+
+    def of_sum(summed, weight):
+        return module.add_rms_norm(None, summed, weight)
+
+    def of_sum_ref(summed, weight):
+        return module.rms_norm_ref(summed, weight), 1 * summed
+
+    errors += [compare(of_sum, of_sum_ref, inputs[1:], only=only) for only in (None, 0, 1)]
+    return worst(errors)
 
 
 @check
@@ -276,6 +286,36 @@ def attention_fp16():
     The interpreter computes fp16 products right, bf16 products wrong.
     """
     return attention_fp32(dtype=torch.float16)
+
+
+@check
+def attention_kept_fp32(module=attention):
+    """Gradients beside a checkpoint that keeps attention's output, against one that computes it
+    again: 0 if they are equal bit for bit and the forward kernel has run once instead of twice."""
+    cu_seqlens = torch.tensor([0, 9, 30], dtype=torch.int32)
+    inputs = [randn(30, heads, 16) for heads in (4, 2, 2)]
+    runs = []
+    forward = module.forward_triton
+
+    def counted(*args):
+        runs.append(1)
+        return forward(*args)
+
+    module.forward_triton = counted
+    found = []
+    for kept in (None, []):
+
+        def layer(q, k, v, kept=kept):
+            # The product keeps attention's output for backward, as the projection behind it does.
+            return module.flash_attention_varlen(q, k, v, cu_seqlens, 21, kept) * q
+
+        out = checkpoint(layer, *inputs, use_reentrant=False)
+        found += [torch.autograd.grad(out.square().sum(), inputs), len(runs)]
+        assert not kept, "what was kept is taken out again"
+    module.forward_triton = forward
+    again, runs_again, kept, runs_in_all = found
+    assert (runs_again, runs_in_all) == (2, 3)
+    return worst((a - b).abs().max().item() for a, b in zip(again, kept))
 
 
 def decode_case(starts, length, n, k, width, dtype):

@@ -11,7 +11,7 @@ PROGRAM = '''
 import torch
 from lib.common import finish, init_distributed, shard
 from engine import whole_parameters
-from model import Qwen3, Qwen3Config, packed_batch
+from model import Checkpointing, Qwen3, Qwen3Config, packed_batch
 
 rank, world, device = init_distributed(0)
 # Width, heads and feed-forward of Qwen3-8B; 2 of its 36 layers, a small vocabulary.
@@ -59,7 +59,7 @@ if rank == 0:  # the twin: one process, no sharding, no checkpointing
     whole = {name: p.grad for name, p in model.named_parameters()}
     del model
 model = make()
-model.gradient_checkpointing = True
+model.checkpointing = Checkpointing(2)
 sums = {name: p.sum().item() for name, p in model.named_parameters()}
 shard(model, device)
 backward(model, [rank], world)  # FSDP2 averages over ranks

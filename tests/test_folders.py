@@ -18,6 +18,7 @@ import coderl
 from engine import Rollout, TorchEngine
 from lib import checkpoint
 from model import (
+    Checkpointing,
     Qwen3,
     find_file,
     load_tokenizer,
@@ -244,7 +245,7 @@ def test_stretching_is_advised_to_models_of_qwen3_s_context(
 ):
     shutil.copytree(world / "base", tmp_path / "model")
     edit_config(tmp_path / "model", max_position_embeddings=positions)
-    monkeypatch.setattr(checkpoint, "check_memory", lambda *args: None)
+    monkeypatch.setattr(checkpoint, "check_memory", lambda *args: (Checkpointing(), False))
     cfg = coderl.Config(init_from=str(tmp_path / "model"), out_dir=str(tmp_path / "out"))
     cfg.max_new_tokens = 70_000
     with pytest.raises(SystemExit):

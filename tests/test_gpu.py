@@ -24,7 +24,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_logprob import linear_logprob
 from kernels.sampling import sample_tokens, sample_tokens_ref
 from lib.packing import shared_prefixes
-from model import hf_config, packed_batch
+from model import Checkpointing, hf_config, packed_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -249,7 +249,8 @@ def scored(device, share=False, checkpointing=False):
     In the loss, every token has a random weight.
     """
     model = make_tiny().to(device)
-    model.gradient_checkpointing = checkpointing
+    layers = 2 if checkpointing else 0
+    model.checkpointing = Checkpointing(layers, attention=layers, offload=checkpointing)
     args = packed(device)
     args.append(shared_prefixes(SEQUENCES, device) if share else None)
     logprobs_T, entropy_T = model.token_logprobs(packed_batch(*args), temperature=0.7)

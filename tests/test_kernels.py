@@ -67,6 +67,7 @@ TOLERANCES = {
     "linear_heads_bf16": 3e-2,
     "attention_fp32": 5e-6,
     "attention_fp16": 4e-3,
+    "attention_kept_fp32": 0.0,
     "decode_attention_fp32": 2e-6,
     "decode_attention_fp16": 2e-3,
     "decode_attention_batched": 0,  # bits of a row that its company changes

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from transformers import Qwen3Config as TheirConfig
 
+from kernels import attention
 from lib.packing import shared_prefixes
 from model import (
     QWEN3_SIZES,
+    Checkpointing,
     Qwen3,
     Qwen3Config,
     hf_config,
@@ -302,17 +304,80 @@ def test_parameter_counts_are_the_published_ones(size):
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[size]
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    grads = []
-    for checkpointing in (False, True):
-        model = make_tiny()
-        model.gradient_checkpointing = checkpointing
-        row = random_ids(12, vocab=61)
-        cu_seqlens = torch.tensor([0, 12], dtype=torch.int32)
-        batch = packed_batch(row, cu_seqlens, 12, torch.arange(1, 12))
-        model.token_logprobs(batch)[0].sum().backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+def gradients(checkpointing, dtype=torch.float32):
+    """Gradients of log-probs and entropies of a packed batch, in a model of four layers."""
+    model = make_tiny(num_hidden_layers=4).to(dtype)
+    model.checkpointing = checkpointing
+    cu_seqlens = torch.tensor([0, 12, 40], dtype=torch.int32)
+    scored = torch.cat([torch.arange(1, 12), torch.arange(13, 40)])
+    batch = packed_batch(random_ids(40, vocab=61), cu_seqlens, 28, scored)
+    logprobs_T, entropy_T = model.token_logprobs(batch)
+    (logprobs_T + 0.1 * entropy_T).sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_bit_of_a_gradient(dtype):
+    """Of all layers or of some. In bf16 every sum has to be rounded equally often, too."""
+    kept = gradients(Checkpointing(), dtype)
+    for layers in (1, 4):
+        again = gradients(Checkpointing(layers), dtype)
+        assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_attention_that_is_kept_over_a_checkpoint_runs_once_and_changes_no_bit(monkeypatch):
+    """The autograd node is that of GPUs, with PyTorch's attention in the place of the kernels.
+    tests/kernel_checks.py has the kernels themselves."""
+    runs = []
+
+    def forward(*args):
+        runs.append(1)
+        return attention.flash_attention_varlen_ref(*args), torch.zeros(())
+
+    def backward(dout, q, k, v, cu_seqlens, max_seqlen):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = attention.flash_attention_varlen_ref(*inputs, cu_seqlens, max_seqlen)
+        return torch.autograd.grad(out, inputs, dout)
+
+    def backward_q(dout, q, k, v, out, lse, *where):
+        return backward(dout, q, k, v, *where)[0], None
+
+    def backward_kv(dout, q, k, v, lse, delta, *where):
+        return backward(dout, q, k, v, *where)[1:]
+
+    monkeypatch.setattr(attention, "use_triton", lambda *tensors: True)
+    monkeypatch.setattr(attention, "forward_triton", forward)
+    monkeypatch.setattr(attention, "backward_q_triton", backward_q)
+    monkeypatch.setattr(attention, "backward_kv_triton", backward_kv)
+    found = []
+    for checkpointing in (Checkpointing(), Checkpointing(4), Checkpointing(4, attention=3)):
+        runs.clear()
+        found.append((gradients(checkpointing), len(runs)))
+    assert [num_runs for _, num_runs in found] == [4, 8, 5]
+    for again, _ in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0][0], again, strict=True))
+
+
+def test_inputs_of_layers_that_wait_in_host_memory_change_no_bit(monkeypatch):
+    """save_on_cpu gets one tensor of [T, D] a layer, and nothing that is inside a layer."""
+    copied = []
+
+    class SaveOnCpu(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            def pack(tensor):
+                if tensor.is_floating_point():
+                    copied.append(tuple(tensor.shape))
+                return tensor.clone()
+
+            super().__init__(pack, lambda tensor: tensor)
+
+    monkeypatch.setattr("model.save_on_cpu", SaveOnCpu)
+    kept = gradients(Checkpointing())
+    assert copied == []
+    moved = gradients(Checkpointing(3, offload=True))
+    assert copied == 3 * [(40, 32)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, moved, strict=True))
 
 
 def worst_relative_norm(got, expected):
@@ -357,7 +422,7 @@ def test_what_sequences_begin_with_alike_is_computed_once_and_nothing_changes(ch
     found = []
     for prefixes in (shared, None):
         model = make_tiny()
-        model.gradient_checkpointing = checkpointing
+        model.checkpointing = Checkpointing(2 if checkpointing else 0)
         batch = packed_batch(ids, cu_seqlens, 27, index, prefixes)
         logprobs_T, entropy_T = model.token_logprobs(batch, temperature=0.7)
         nll = model.nll(batch)
@@ -438,7 +503,7 @@ def test_gradient_checkpointing_keeps_no_random_states(tiny, monkeypatch):
     states = []
     get_state = torch.get_rng_state
     monkeypatch.setattr(torch, "get_rng_state", lambda: states.append(1) or get_state())
-    tiny.gradient_checkpointing = True
+    tiny.checkpointing = Checkpointing(2)
     tiny(torch.tensor([[1, 2, 3]])).sum().backward()
     assert not states
 

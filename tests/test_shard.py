@@ -15,9 +15,11 @@ from conftest import ROOT
 
 PROGRAM = """
 import json, os, random, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 import mathrl
 from lib import common, packing
-from lib.common import all_gather, average_gradients, finish, init_distributed, print0, shard
+from lib.common import all_gather, average_gradients, finish, init_distributed, micro_batches
+from lib.common import print0, shard
 from conftest import make_tiny
 from engine import Rollout, whole_parameters
 
@@ -25,11 +27,36 @@ rank, world, device = init_distributed(0, timeout_s=77)
 assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 common.SMALLEST_SHARE = 1000  # layers are groups of their own, as at real sizes
 ids_BT = torch.randint(61, (8, 12), generator=torch.Generator().manual_seed(1))
-for how in ("full", "hybrid", "offload", "replicate", "replicate as on GPUs"):
+
+
+class Collectives(TorchDispatchMode):
+    # How many collectives of these kinds are called inside.
+    def __init__(self):
+        super().__init__()
+        self.calls = {"reduce_scatter": 0, "allreduce": 0}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        for kind in self.calls:
+            self.calls[kind] += kind in op.__name__
+        return op(*args, **(kwargs or {}))
+
+
+# Groups of parameters are reduced for each of two micro-batches, or once: two layers and the root.
+layouts = {
+    "full": (6, 0),
+    "full, reduced once": (3, 0),
+    "hybrid": (6, 3),
+    "hybrid, reduced once": (3, 3),
+    "offload": (6, 0),
+    "replicate": (0, 1),
+    "replicate as on GPUs": (0, 3),
+}
+for name, collectives in layouts.items():
+    how, _, once = name.partition(", ")
     if "GPUs" in how:
         # Every rank is a node of its own to the mesh, as --shard=replicate makes it on GPUs.
         os.environ["LOCAL_WORLD_SIZE"], how = "1", "hybrid"
-    one, many = make_tiny(), shard(make_tiny(), device, how)
+    one, many = make_tiny(), shard(make_tiny(), device, how, once != "")
     if how == "hybrid":
         # The groups of a mesh wait as long as the group of all ranks.
         for group in next(many.parameters()).device_mesh.get_all_groups():
@@ -38,9 +65,12 @@ for how in ("full", "hybrid", "offload", "replicate", "replicate as on GPUs"):
         for model, rows in ((one, ids_BT), (many, ids_BT[rank::world])):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             optimizer.zero_grad()
-            model(rows).square().mean().backward()
-            if model is many:
-                average_gradients(model)
+            with Collectives() as seen:
+                for batch in micro_batches(rows.chunk(2), model):
+                    model(batch).square().mean().backward()
+                if model is many:
+                    average_gradients(model)
+                    assert tuple(seen.calls.values()) == collectives, (name, seen.calls)
             optimizer.step()
     pairs = zip(one.parameters(), make_tiny().parameters())
     moved = max((p - q).abs().max().item() for p, q in pairs)
@@ -49,7 +79,7 @@ for how in ("full", "hybrid", "offload", "replicate", "replicate as on GPUs"):
     error = max((p - whole[name]).abs().max().item() for name, p in one.named_parameters())
     places = str(getattr(next(many.parameters()), "placements", "whole"))
     print0(
-        f"{how} {places}: weights moved by up to {moved:.1e}, off one process by {error:.1e}, "
+        f"{name} {places}: weights moved by up to {moved:.1e}, off one process by {error:.1e}, "
         "tolerance 1e-6"
     )
     assert error < 1e-6 < 1e-3 < moved
@@ -139,4 +169,4 @@ def test_hybrid_offloaded_and_whole_copies_train_as_one_process_and_ranks_have_e
     print(printed[0][0])
     errors = "".join(err[-2000:] for _, err in printed)
     assert [node.returncode for node in nodes] == [0, 0], errors
-    assert printed[0][0].count("tolerance") == 7
+    assert printed[0][0].count("tolerance") == 9

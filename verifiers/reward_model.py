@@ -26,7 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lib.chats import CHATS, QUESTIONS, as_messages, read_question, split_text, with_system
-from lib.common import all_gather, all_reduce, average_gradients, print0, ranks, shard
+from lib.common import (
+    all_gather,
+    all_reduce,
+    average_gradients,
+    exchange_gradients,
+    print0,
+    ranks,
+    shard,
+)
 from lib.data import BadRow, first_nonempty, load_table, required_field
 from lib.guard import fail, one_sentence
 from lib.packing import shared_prefixes, split_by_budget
@@ -289,6 +297,7 @@ def backward_pairs(model, pairs, batch, cfg, device):
     packs += [pairs[:1]] * (max_packs - num_real)
 
     for i, pack in enumerate(packs):
+        exchange_gradients(model, i == len(packs) - 1)
         # One forward for the whole pack: scores [pairs of the pack, 2].
         scores = score_pairs(model, pack, math.inf, device)
         # Gradients are averaged over ranks, but len(batch) already counts the pairs of all ranks.
@@ -316,12 +325,14 @@ def train_reward_model(cfg, folder):
     device = rm_device()
     init_from = cfg.rm_init_from or cfg.init_from
     with one_sentence(f"reward model from {init_from}"):
-        check_memory(init_from, cfg, world, device, pair=2 * cfg.rm_max_len)
+        checkpointing, reduce_once = check_memory(
+            init_from, cfg, world, device, pair=2 * cfg.rm_max_len
+        )
         tokenizer = load_tokenizer(init_from)
         qwen3 = Qwen3.from_pretrained(init_from, device=device)
     qwen3.lm_head = None
-    qwen3.gradient_checkpointing = device.type == "cuda"
-    model = shard(RewardModel(qwen3).to(device), device, cfg.shard)
+    qwen3.checkpointing = checkpointing
+    model = shard(RewardModel(qwen3).to(device), device, cfg.shard, reduce_once)
 
     pairs = load_pairs(cfg.rm_data, tokenizer, cfg)
     held_out = load_pairs(cfg.rm_eval_data, tokenizer, cfg) if cfg.rm_eval_data else []
