@@ -30,6 +30,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from side_by_side import machine
+
 from kernels import (
     adamw,
     attention,
@@ -603,7 +605,7 @@ def main():
         init_distributed(0)  # the trainer's memory settings
         torch.set_num_threads(1)  # CPU time of one thread means the same on a busy machine
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else machine()["cpu"]
     rates = ceilings(device, dtype)
     print(
         f"{name}: copy {rates[0] / 1e12:.3f} TB/s, matmul {rates[1] / 1e12:.3f} TFLOP/s ({dtype})\n"
@@ -623,6 +625,7 @@ def main():
     versions["liger"] = liger_version(device)
     head = {
         "device": name,
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "shapes": SHAPES[device],

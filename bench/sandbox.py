@@ -22,6 +22,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from side_by_side import machine
+
 from verifiers import sandbox
 
 # Typical short solutions (source, stdin, output): reading, a loop, a sort, the usual imports.
@@ -177,7 +179,7 @@ def main():
         host = {
             "python": sys.version.split()[0],
             "kernel": platform.release(),
-            "cores": os.cpu_count(),
+            "machine": machine(),
             "mode": sandbox._mode,
             "load": load,
         }

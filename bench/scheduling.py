@@ -26,6 +26,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+
+from bench.side_by_side import machine  # noqa: E402
 from engine import Rollout  # noqa: E402
 from lib.packing import (  # noqa: E402
     Unit,
@@ -372,7 +374,7 @@ def main():
     path = ROOT / "bench" / "scheduling.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     if "--measure" in sys.argv:
-        result["measured on two CPU ranks"] = measure()
+        result["measured on two CPU ranks"] = measure() | {"machine": machine()}
         print(json.dumps(result["measured on two CPU ranks"], indent=1))
     else:
         began = time.time()

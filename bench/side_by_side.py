@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -257,11 +258,15 @@ def summarize(found, per="turn"):
 
 
 def machine():
+    """The host of a measurement. Clouds shorten the name of a CPU; family and model tell it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    text = info.read_text() if info.exists() else ""
+    # The first core's lines, such as "cpu family : 25".
+    core = dict(re.findall(r"^(.*?)\s*: (.*)$", text.split("\n\n")[0], re.M))
     return {
-        "cpu": (cpu or [platform.processor()])[0],
+        "cpu": core.get("model name") or platform.processor(),
+        "family": core.get("cpu family"),
+        "model": core.get("model"),
         "cores": os.cpu_count(),
         "load_at_end": os.getloadavg()[0],
         "os": platform.platform(),
@@ -269,7 +274,10 @@ def machine():
 
 
 def report(bench, settings, groups, title, tokens=False):
-    """Write bench/<bench>.json and .png. groups: {setting: summarize(...)}."""
+    """Write bench/<bench>.json and .png. groups: {setting: summarize(...)}.
+
+    A ratio holds for a host. So what the file says of another CPU stays in it, under other_hosts.
+    """
     git = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -281,9 +289,20 @@ def report(bench, settings, groups, title, tokens=False):
         "python": platform.python_version(),
         "settings": settings,
     }
-    (ROOT / "bench" / f"{bench}.json").write_text(
-        json.dumps(head | {"results": groups}, indent=1) + "\n"
-    )
+    path = ROOT / "bench" / f"{bench}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    hosts = old.pop("other_hosts", []) + ([old] if old else [])
+    others = [host for host in hosts if host["machine"]["cpu"] != head["machine"]["cpu"]]
+    found = head | {"results": groups} | ({"other_hosts": others} if others else {})
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    for host in [found, *others]:
+        for setting, rows in host["results"].items():
+            for name, row in rows.items():
+                ratio = row["cpu_s / ours"]
+                print(
+                    f"{host['machine']['cpu']}: {setting}, {name} {ratio['total']:.1f} "
+                    f"[{ratio['min']:.1f}, {ratio['max']:.1f}]"
+                )
     plot(
         groups,
         f"{title}\n{head['machine']['cores']} x {head['machine']['cpu']}, one thread each",
