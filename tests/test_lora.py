@@ -11,7 +11,7 @@ from test_stages import DATA, command
 
 import mathrl
 import rlhf
-from bench import fit
+from bench import bf16, fit
 from bench import lora as lora_table
 from engine import Rollout, TorchEngine, request_seed, whole_parameters
 from kernels.adamw import AdamW, adamw_bf16_, first_element
@@ -232,6 +232,21 @@ def test_the_optimizer_of_the_flags_steps_what_trains():
             make_optimizer(model, mathrl.Config(**flags))
 
 
+def test_stochastic_rounding_delivers_what_rounding_to_nearest_loses(capsys):
+    """The paper's RL rate on weights of standard deviation 0.02; bench/README.md has the table."""
+    generator = torch.Generator().manual_seed(0)
+    p = (0.02 * torch.randn(1 << 18, generator=generator)).bfloat16()
+    found = bf16.measure(p, 2e-6, 5, generator)
+    (_, lost), (moved, arrives) = found["nearest"], found["stochastic"]
+    print(f"arrives: to nearest {lost:.3f}, stochastic {arrives:.3f}, tolerance 0.1")
+    assert lost < 0.05 and 0.01 < moved < 0.05
+    assert abs(arrives - 1) < 0.1
+    bf16.main(bf16.Config())
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2e-06")]
+    cells = rows[0].removeprefix("| 2e-06")
+    assert cells in (ROOT / "bench" / "README.md").read_text()
+
+
 # ---- The plan ------------------------------------------------------------------------------------
 def test_the_plan_counts_adapters_and_bf16_byte_for_byte():
     model = adapted(rank=4)
@@ -321,6 +336,25 @@ def test_a_resumed_run_is_a_straight_run_and_two_ranks_are_one(flags, world, tau
         assert max(errors) < 1e-4
     else:
         assert differ < 0.005 * total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
+def test_adapters_go_on_on_another_number_of_ranks(first, then, world, taught, tmp_path):
+    """To rounding, as weights do: two steps on some ranks, and two more on others."""
+
+    def run(folder, steps, ranks):
+        code, _, errors = train("sft", folder, taught, world, steps, ranks, lora_rank=4, lr=1e-2)
+        assert code == 0, errors
+        return weights_of(folder)
+
+    straight = run(tmp_path / "straight", 4, 1)
+    before = run(tmp_path / "moved", 2, first)
+    moved = run(tmp_path / "moved", 4, then)
+    error = max((moved[key] - straight[key]).abs().max().item() for key in straight)
+    change = max((moved[key] - before[key]).abs().max().item() for key in straight)
+    print(f"{first} ranks, then {then}: {error:.1e} off, tolerance 1e-3 (two steps: {change:.1e})")
+    assert error < 1e-3 and change > 1e-2
 
 
 @pytest.mark.slow
