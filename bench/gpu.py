@@ -7,8 +7,9 @@ is in bf16.
   steps    sft.train_step and mathrl.train_step as a run has them: FSDP2 (of one rank), fp32 master
            weights and AdamW, activation checkpointing. GRPO trains on 4 prompts x 8 completions of
            64 to 2,048 tokens, with every prompt computed once and with nothing shared.
-  sampler  a decoding step of 64 rows after prompts of 512 tokens: ours and transformers' generate.
-           The floor is the time to read weights and cache once.
+  sampler  a decoding step of 64 rows after prompts of 512 tokens: ours and transformers' generate,
+           at top_p 1 as in training, and ours at 0.95, too, as in evaluation. The floor is the time
+           to read weights and cache once.
   pass     forward, cross-entropy and backward without activation checkpointing, on the same weights
            and tokens: ours, transformers (SDPA) and, where it is installed (pip install
            liger-kernel), transformers with Liger's kernels. The sequences have equal lengths, then
@@ -344,7 +345,7 @@ def sampler(size, rates, rows=64, prompt=512, new=128):
     ids = torch.tensor([range(i % 8, prompt + i % 8) for i in range(rows)], device="cuda")
     twin.generation_config.eos_token_id, twin.generation_config.pad_token_id = None, 0
 
-    def ours(n):
+    def ours(n, top_p=1.0):
         engine.generate(
             [
                 Rollout(row={}, group=0, prompt_ids=p, seed=request_seed(i))
@@ -352,6 +353,7 @@ def sampler(size, rates, rows=64, prompt=512, new=128):
             ],
             n,
             1.0,
+            top_p,
         )
 
     @torch.no_grad()
@@ -376,7 +378,12 @@ def sampler(size, rates, rows=64, prompt=512, new=128):
         * (prompt + 32 + new / 2)
     )
     floor, found = 2 * (weights + cache) / rates[1], []
-    for who, run in {"ours": ours, "transformers": transformers}.items():
+    runs = {
+        "ours": ours,
+        "ours, top-p 0.95": functools.partial(ours, top_p=0.95),
+        "transformers": transformers,
+    }
+    for who, run in runs.items():
         run(8)
         (few, *_), (many, peak, _) = (
             seconds(functools.partial(run, 32)),
