@@ -5,7 +5,8 @@
 It takes two minutes and writes bench/gpu.json and .png. Weights and tokens are random, the compute
 is in bf16.
   steps    sft.train_step and mathrl.train_step as a run has them: FSDP2 (of one rank), fp32 master
-           weights and AdamW, activation checkpointing. GRPO trains on 4 prompts x 8 completions of
+           weights and AdamW, activation checkpointing. SFT also with the output of attention kept,
+           and with a third of the layers kept whole. GRPO trains on 4 prompts x 8 completions of
            64 to 2,048 tokens, with every prompt computed once and with nothing shared.
   sampler  a decoding step of 64 rows after prompts of 512 tokens: ours and transformers' generate,
            at top_p 1 as in training, and ours at 0.95, too, as in evaluation. The floor is the time
@@ -257,19 +258,23 @@ def steps(size, rounds, rates, device):
         (some(4096).int().numpy(), (torch.arange(4096) > 255).numpy(), "all") for _ in range(8)
     ]
     cfg = sft.Config(micro_batch_tokens=32768)
-    rows = [
-        report(
-            "SFT step",
-            size,
-            "",
-            rounds,
-            lambda: sft.train_step(model, optimizer, samples, cfg, device, 1),
-            [4096] * 8,
-            config,
-            total,
-            rates,
-        )
-    ]
+
+    def sft_step():
+        return sft.train_step(model, optimizer, samples, cfg, device, 1)
+
+    # What backward computes again: every layer; all of it but attention; so two layers of three.
+    layers = config.num_hidden_layers
+    most = layers * 2 // 3
+    choices = {
+        "attention kept": Checkpointing(layers, layers),
+        "a third kept": Checkpointing(most, most),
+        "": Checkpointing(layers),
+    }
+    rows = []
+    for setting, choice in choices.items():
+        model.checkpointing = choice
+        row = report("SFT step", size, setting, rounds, sft_step, [4096] * 8, config, total, rates)
+        rows.append(row)
 
     lengths = torch.linspace(64, 2048, 32)[torch.randperm(32, generator=rng)].int().tolist()
     prompts = [some(512).tolist() for _ in range(4)]
