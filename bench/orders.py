@@ -589,14 +589,15 @@ def print_table(title, worlds, rows, base_of=None):
     rows: {name: (arm folder, label)}. base_of: what to take off, as in compare.
     """
     print(f"\n**{title}**, percent [95% interval]\n")
-    print("| | " + " | ".join(" ".join(column) for column in COLUMNS) + " | all |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
+    print("| | " + " | ".join(" ".join(column) for column in COLUMNS) + " | all | seeds |")
+    print("|---" * (len(COLUMNS) + 3) + "|")
     groups = [*([column] for column in COLUMNS), COLUMNS]
     for name, end in rows.items():
         cells = [compare(worlds, end, base_of, group, DECODINGS[0]) for group in groups]
         if any(cells):
             texts = [percent(cell, "+" if base_of else "") for cell in cells]
-            print(f"| {name} | " + " | ".join(texts) + " |")
+            num_seeds = max(cell["seeds"] for cell in cells if cell)
+            print(f"| {name} | " + " | ".join(texts) + f" | {num_seeds} |")
 
 
 def print_lost(worlds):
@@ -633,6 +634,13 @@ def print_costs(worlds):
         "\nAs logged: however busy the machine was when the arm ran. By the clock: steps times the "
         f"seconds of a step in {len(rounds)} rounds of slices in turns [least, most]."
     )
+
+
+def difference(comparison):
+    """ "+1.5 [+0.2, +2.8] over 3 seeds", or "-" for None."""
+    if comparison is None:
+        return "-"
+    return f"{percent(comparison, '+')} over {comparison['seeds']} seeds"
 
 
 def direction(comparison):
@@ -679,12 +687,12 @@ def claims(worlds):
     itself = compare(worlds, SPECIALISTS["rlhf"], BASES["above_sft"], REASONING, decoding)
     first = compare(worlds, ENDS["paper"], last, REASONING, decoding)
     evidence = [
-        f"RLHF itself, math and code against the SFT row: {percent(itself, '+')}",
-        f"the end of the paper's order against RLHF last: {percent(first, '+')}",
+        f"RLHF itself, math and code against the SFT row: {difference(itself)}",
+        f"the end of the paper's order against RLHF last: {difference(first)}",
     ]
     for column in REASONING:
         of_column = compare(worlds, ENDS["paper"], last, [column], decoding)
-        evidence.append(f"  of it {column[0]}: {percent(of_column, '+')}")
+        evidence.append(f"  of it {column[0]}: {difference(of_column)}")
     verdict = ""
     if itself and first:
         ways = {direction(itself), direction(first)}
@@ -723,7 +731,7 @@ def claims(worlds):
     for arm in ("joint", "joint_2x"):
         base_of = dict.fromkeys(COLUMNS, ENDS[arm])
         score = compare(worlds, ENDS["paper"], base_of, COLUMNS, decoding)
-        evidence.append(f"the paper's order ends above {arm} by {percent(score, '+')}, all columns")
+        evidence.append(f"the paper's order ends above {arm} by {difference(score)}, all columns")
     verdict = ""
     if ratios:
         evidence.append(
@@ -810,8 +818,8 @@ def as_json(kinds):
                 cell = {"world": kind, "arm": arm, "task": column[0], "mode": column[1]}
                 cell |= {"decoding": decoding, "seeds": score["seeds"], "score": score["of"]}
                 for name, base_of in BASES.items():
-                    difference = compare(worlds, end, base_of, [column], decoding)
-                    cell[name] = difference["of"] if difference else None
+                    above = compare(worlds, end, base_of, [column], decoding)
+                    cell[name] = above["of"] if above else None
                 cells.append(cell)
     return cells
 
