@@ -95,7 +95,7 @@ def sft_row(r, category):
         "messages": [*r.row["messages"], reply],
         "thinking": r.row["think"],
         "category": category,
-        "prompt": r.row["index"],
+        "index": r.row["index"],
         "sample": r.sample,
     }
 
@@ -113,7 +113,7 @@ def unseen(rows, seen):
     """Return the rows whose prompt, mode and reply are new, and add them to `seen`."""
     new = []
     for row in rows:
-        key = (row["prompt"], row["thinking"], row["messages"][-1]["content"])
+        key = (row["index"], row["thinking"], row["messages"][-1]["content"])
         if key not in seen and is_readable(row):
             seen.add(key)
             new.append(row)
