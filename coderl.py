@@ -531,7 +531,7 @@ def main(cfg):
         start, state = load_checkpoint(resume, optimizer, cfg)
     check_same_rows(checksum, state, resume, cfg)
 
-    engine = make_engine(cfg.engine, model, tokenizer)
+    engine = make_engine(cfg.engine, model, tokenizer, cfg)
     if cfg.check or start >= cfg.num_steps:
         return end_before_training(rows, tokenizer, model, cfg, resume)
     logger = Logger(cfg, start)
@@ -551,7 +551,9 @@ def main(cfg):
         )
         update_clock = time.time()
 
-        # Update: linear warm-up, linear decay, one gradient step, new weights for the sampler.
+        # Update: the sampler frees its memory on a GPU. Linear warm-up, linear decay, one gradient
+        # step, new weights for the sampler.
+        engine.sleep()
         warmup = min(1.0, step / max(cfg.warmup_steps, 1))
         decay = cfg.final_lr + (1 - cfg.final_lr) * (1 - step / cfg.num_steps)
         for group in optimizer.param_groups:

@@ -25,11 +25,21 @@ from kernels.attention import flash_attention_varlen
 from kernels.decode_attention import decode_attention, slot_bias
 from kernels.linear_logprob import head_logits
 from kernels.sampling import sample_tokens
-from lib.common import compute_device, print0
+from lib.common import all_gather, compute_device, print0
 from lib.guard import engine_name, fail, vllm_is_installed
 from lib.lora import changed_share, lora_layers, plain_parameters
 from lib.packing import pack_rollouts
-from lib.plan import free_memory
+from lib.plan import (
+    TORCH_ROWS,
+    VLLM_ROWS,
+    Run,
+    cache_bytes,
+    free_memory,
+    gpu_memory,
+    longest_sequence,
+    plan_of_flags,
+    vllm_cache_bytes,
+)
 from model import hf_config, render_chat, stop_ids
 
 
@@ -225,6 +235,9 @@ class TorchEngine:
             self.model = replica.to_empty(device=device).requires_grad_(False)
             self.sync(model)
 
+    def sleep(self):
+        """Before an update: its caches are gone after each call, and its weights stay."""
+
     @torch.no_grad()
     def sync(self, model):
         """Copy the trained weights into the replica, in place; returns the bytes moved.
@@ -277,7 +290,7 @@ class TorchEngine:
         room = 1 << 30
         if weight.is_cuda:
             room = free_memory(weight.device, 1) // 2
-        rows = max(min(room // row, 1024), 1)
+        rows = max(min(room // row, TORCH_ROWS), 1)
         return 1 << (rows.bit_length() - 1)
 
     @staticmethod
@@ -490,38 +503,24 @@ class Wave:
 
 
 # ---- 4. vLLM -------------------------------------------------------------------------------------
-def gpu_share(model):
-    """The part of a GPU's memory that vLLM may have beside the model: 0.6, or less if little is
-    free.
-
-    vLLM stays awake beside fp32 weights and their two moments (or bf16 weights alone, when
-    nothing is trained). 15% are left for layers in flight and NCCL.
-    """
-    held = 0
-    for p in model.parameters():
-        mine = p.to_local() if hasattr(p, "to_local") else p
-        if mine.is_cuda:
-            bytes_each = 12 if mine.dtype == torch.float32 else mine.element_size()
-            held += mine.numel() * bytes_each
-    if held == 0:
-        return 0.6
-    total = torch.cuda.get_device_properties(0).total_memory
-    return min(0.6, max(0.85 - held / total, 0.1))
-
-
 class VLLMEngine:
-    """vLLM inside the training process, one engine a rank.
+    """vLLM inside the training process, one engine a rank, or one for --tensor_parallel ranks.
 
-    It starts from random weights, so that a tensor which sync() forgot cannot go unnoticed. On
-    GPUs it sleeps while the trainer works (level 1: its weights in host memory, no KV cache).
+    It starts from random weights, so that a tensor which sync() forgot cannot go unnoticed.
+
+    On GPUs a step gives and takes its memory in this order:
+
+        generate    caches back, decode, caches freed: reward models and teachers have their place
+        sleep       before the update: weights freed too, and not copied, as the next are others
+        sync        weights back, written, compared; generate follows
     """
 
-    def __init__(self, model, tokenizer, max_rows=256):
+    def __init__(self, model, tokenizer, max_rows=VLLM_ROWS, room=1 << 30, ranks=1):
+        """room: bytes for the KV caches of this rank. ranks: that share the engine."""
         # In this process, whose parameters it is given.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import EngineArgs, LLMEngine
 
         self.tokenizer = tokenizer
@@ -529,19 +528,15 @@ class VLLMEngine:
         self.syncs = 0
         self.warned = False
         self.on_gpu = compute_device(model).type == "cuda"
+        self.in_memory = {"weights", "kv_cache"}  # what vLLM's memory pools are called
+        self.ranks = ranks
         self.dtype = compute_dtype(model)
         if self.on_gpu:
-            place = {
-                "enable_sleep_mode": True,
-                "gpu_memory_utilization": gpu_share(model),
-                "max_model_len": model.max_positions(),
-            }
+            place = {"enable_sleep_mode": True}
         else:
             check_cpu_attention(model.config.head_dim)
             place = {
                 "enforce_eager": True,
-                # As long as VLLM_CPU_KVCACHE_SPACE (GiB) allows.
-                "max_model_len": -1,
                 # A prompt that is cut in two rewinds its random generator, which CPU ones cannot.
                 "enable_chunked_prefill": False,
             }
@@ -558,23 +553,52 @@ class VLLMEngine:
                 # As head_logits and linear_logprob: logits in bf16 would be another policy's.
                 hf_overrides={"head_dtype": "float32"},
                 max_num_seqs=max_rows,
+                # As long as the caches allow.
+                max_model_len=-1,
+                # Fixed and not measured, so that a run which is resumed cuts the same batches.
+                kv_cache_memory_bytes=room,
+                # With fixed caches vLLM only checks at its start that this share is free.
+                gpu_memory_utilization=0.1,
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
                 distributed_executor_backend=(
                     "external_launcher" if "RANK" in os.environ else "uni"
                 ),
+                tensor_parallel_size=ranks,
                 **place,
             )
             self.llm = LLMEngine.from_engine_args(args)
+        cache = self.llm.vllm_config.cache_config
+        print0(
+            f"vLLM: {room / 1e9:.3g} GB of caches a rank hold "
+            f"{cache.num_gpu_blocks * cache.block_size:,} tokens"
+        )
         self.sync(model)
 
-    def _sleep(self, asleep):
-        if not self.on_gpu or self.llm.is_sleeping() == asleep:
-            return
-        if asleep:
-            self.llm.sleep(1)
-        else:
-            self.llm.wake_up()
+    def sleep(self):
+        """Free the memory of weights and caches; sync() has to come before the next generate."""
+        if self.on_gpu:
+            # Level 2 drops the weights, where level 1 would copy them to host memory and back.
+            self.llm.sleep(2)
+            self.in_memory = set()
+
+    def _wake(self, part):
+        """Bring the memory of the "weights" or of the "kv_cache" back, without contents."""
+        if part not in self.in_memory:
+            self.llm.wake_up([part])
+            self.in_memory.add(part)
+
+    def _free_caches(self):
+        """Free the memory of the caches until the next generate."""
+        if self.on_gpu:
+            self._forget_prefixes()
+            # release_kv_cache_memory() would refuse: the scheduler still holds the ids that ended.
+            self.llm.model_executor.discard(("kv_cache",))
+            self.in_memory.remove("kv_cache")
+
+    def _forget_prefixes(self):
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept old prefixes")
 
     @torch.no_grad()
     def sync(self, model):
@@ -583,7 +607,7 @@ class VLLMEngine:
         They travel layer by layer from their shards. RuntimeError if a tensor of the engine was
         left out, or if it does not score like the trainer afterwards.
         """
-        self._sleep(False)
+        self._wake("weights")
         clock = time.time()
         moved = 0
         sent = {}  # at the first sync, SHA-256 of what every parameter of the engine has to hold
@@ -595,7 +619,7 @@ class VLLMEngine:
                 # A copy, since vLLM may keep a tensor until its whole layer has arrived.
                 whole = p.to(self.dtype, copy=True)
                 if self.syncs == 0:
-                    add_to_checksum(sent, name, whole)
+                    add_to_checksum(sent, name, slice_of(name, whole, self.ranks))
                 yield name, whole
 
         missed = self.llm.collective_rpc(write_weights, args=(tensors(),))[0]
@@ -603,8 +627,7 @@ class VLLMEngine:
             raise RuntimeError(f"weight sync {self.syncs}: vLLM did not write {missed}")
         if self.syncs == 0:
             compare_checksums(sent, self.llm.collective_rpc("compute_weight_checksums")[0])
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept old prefixes")
+        self._forget_prefixes()
         seconds = time.time() - clock
         gap = check_parity(self, model)
         if self.syncs in (1, 2) or self.syncs % 10 == 1:
@@ -619,7 +642,8 @@ class VLLMEngine:
         """As TorchEngine.generate, but under top_p or top_k log-probs are of what these leave.
 
         The log-probs serve as the reported gap alone (GRPO's ratio is between two passes of the
-        trainer), so that is announced and not refused.
+        trainer), so that is announced and not refused. Ranks that share an engine call this
+        together; each gets its own rollouts back.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -631,23 +655,32 @@ class VLLMEngine:
                 f"vLLM: log-probs are of what top_p={top_p}, top_k={top_k} leave, "
                 "so `gap` includes that mass"
             )
-        self._sleep(False)
-        for i, r in enumerate(rollouts):
+        if "weights" not in self.in_memory:
+            raise RuntimeError("vLLM sleeps: sync() has to give it weights before it samples")
+        self._wake("kv_cache")
+        requests = [(r.prompt_ids, r.seed, r.greedy) for r in rollouts]
+        owners = rollouts
+        if self.ranks > 1:
+            everyone, rank = self._of_all_ranks(requests)
+            requests, owners = by_turns(everyone, rollouts, rank)
+        for i, (prompt_ids, seed, greedy) in enumerate(requests):
             params = SamplingParams(
-                temperature=0.0 if r.greedy else temperature,
+                temperature=0.0 if greedy else temperature,
                 top_p=top_p,
                 top_k=top_k,
-                seed=r.seed,
+                seed=seed,
                 max_tokens=max_new_tokens,
                 logprobs=0,
                 stop_token_ids=self.stops,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self.llm.add_request(str(i), {"prompt_token_ids": r.prompt_ids}, params)
+            self.llm.add_request(str(i), {"prompt_token_ids": prompt_ids}, params)
         while self.llm.has_unfinished_requests():
             for request in self.llm.step():
-                r = rollouts[int(request.request_id)]
+                r = owners[int(request.request_id)]
+                if r is None:
+                    continue  # another rank's, which has decoded it, too
                 output = request.outputs[0]
                 r.completion_ids = list(output.token_ids)
                 r.sampler_logprobs = []
@@ -655,7 +688,26 @@ class VLLMEngine:
                     r.sampler_logprobs.append(at[token].logprob)
                 reason = "stop" if r.completion_ids[-1] in self.stops else "length"
                 finish_rollout(r, reason, self.tokenizer, on_finished)
-        self._sleep(True)
+        self._free_caches()
+
+    def _of_all_ranks(self, requests):
+        """(requests of each rank that shares this engine, which of them is this one)."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        return all_gather(requests, group.cpu_group), group.rank_in_group
+
+
+def by_turns(everyone, mine, rank):
+    """(requests, owners): those of all ranks by turns, so that long ones stay first, and for each
+    its rollout if it is this rank's, else None."""
+    requests, owners = [], []
+    for i in range(max(map(len, everyone))):
+        for number, of_rank in enumerate(everyone):
+            if i < len(of_rank):
+                requests.append(of_rank[i])
+                owners.append(mine[i] if number == rank else None)
+    return requests, owners
 
 
 def compute_dtype(model):
@@ -688,6 +740,20 @@ FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+
+
+# vLLM cuts these matrices by columns where ranks share an engine; those in FUSED it cuts by rows.
+CUT_BY_COLUMNS = ("o_proj", "down_proj")
+
+
+def slice_of(name, whole, ranks):
+    """What vLLM keeps of a tensor on this rank, of as many as share an engine."""
+    module = name.split(".")[-2]
+    if ranks == 1 or module not in (*FUSED, *CUT_BY_COLUMNS):
+        return whole
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return whole.chunk(ranks, int(module in CUT_BY_COLUMNS))[get_tp_group().rank_in_group]
 
 
 def add_to_checksum(sent, name, tensor):
@@ -738,11 +804,30 @@ def write_weights(worker, tensors):
     return sorted(wanted - written)
 
 
-def make_engine(name, model, tokenizer):
+def make_engine(name, model, tokenizer, cfg=None):
     """The engine of a run: "torch" is the built-in sampler, "auto" is vLLM if installed beside a
-    GPU."""
+    GPU.
+
+    cfg: flags of an RL run. They say what the trainer keeps on a GPU beside vLLM, and which ranks
+    share an engine. Without them the model is all there is.
+    """
     if engine_name(name) == "torch":
         return TorchEngine(model, tokenizer)
     if not vllm_is_installed():
         fail("--engine=vllm: vLLM is not installed.")
-    return VLLMEngine(model, tokenizer)
+    device = compute_device(model)
+    if device.type == "cpu":
+        return VLLMEngine(model, tokenizer, ranks=getattr(cfg, "tensor_parallel", 1))
+    if cfg is None:
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        room, ranks = vllm_cache_bytes(model.config, gpu_memory(device), held), 1
+    else:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        run = Run(model.config, cfg, world, device, longest_sequence(cfg), False, False, free=0)
+        room, ranks = cache_bytes(run, plan_of_flags(run)), cfg.tensor_parallel
+    if room == 0:
+        fail(
+            "--engine=vllm: the trainer leaves no memory of this GPU for vLLM's caches: take more "
+            "ranks, --shard=offload or --engine=torch."
+        )
+    return VLLMEngine(model, tokenizer, room=room, ranks=ranks)

@@ -99,7 +99,7 @@ def evaluation_costs(config, cfg, free):
     rows = (cfg.limit or PROBLEMS[cfg.tasks]) * how["samples"]
     longest = PROMPT_TOKENS + how["max_new_tokens"]
     weights = plan.memory_plan(config, 1, 1, longest)["rollouts"]["engine weights"]
-    room = max(0.6 * free - weights, plan.GB)
+    room = max(plan.vllm_cache_bytes(config, free, weights), plan.GB)
     seconds, _ = plan.time_plan(config, 1, 0, longest, how["max_new_tokens"], rows, room=room)
     # The evaluation holds the weights as the stage does, and vLLM has its own.
     return 2 * weights / plan.GB, seconds

@@ -153,12 +153,13 @@ def all_reduce(values, op="sum"):
     return dict(zip(values, numbers.tolist()))
 
 
-def all_gather(value):
-    """[value of rank 0, value of rank 1, ...] for any picklable value."""
+def all_gather(value, group=None):
+    """[value of rank 0, value of rank 1, ...] for any picklable value; of a group's ranks only, if
+    one is given."""
     if not dist.is_initialized():
         return [value]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    gathered = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group)
     return gathered
 
 

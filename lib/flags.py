@@ -93,6 +93,8 @@ class RolloutFlags(MachineFlags):
 
     # sampler: torch (built in), vllm, or auto (vllm where it is installed beside a GPU)
     engine: str = "auto"
+    # ranks of a node that share one vLLM (tensor parallelism), each with a slice of every layer
+    tensor_parallel: PositiveInt = 1
     # the run stops when a larger share of a step's rewards are infrastructure failures
     max_infra: Share = 0.02
     sample_every: int = 10  # steps between printed samples; 0: never

@@ -22,8 +22,8 @@ from lib.guard import engine_name, fail
 from model import Checkpointing, Qwen3, Qwen3Config, read_config
 
 GB = 1e9
-# Bytes a second: between two GPUs of a node, between a GPU and host memory, onto a disk.
-LINK, HOST_LINK, DISK = 300e9, 40e9, 1e9
+# Bytes a second: between two GPUs of a node, onto a disk.
+LINK, DISK = 300e9, 1e9
 # Share of a GPU's free memory that an update may fill with what need not be computed again. The
 # rest is for gaps between blocks, NCCL and a plan that errs. vLLM leaves its graphs there, too.
 USABLE, VLLM_ASLEEP = 0.9, 4e9
@@ -159,7 +159,7 @@ def memory_plan(
     elements = activation_elements(config, checkpointing) + gradients_in_layer
     update["activations"] = width * tokens * elements
     update["logits"] = logits_bytes(config, tokens, width, gpu, nll, frozen=lora)
-    # The engine's own copy of the weights. During the update vLLM keeps its copy in host memory.
+    # The engine's own copy of the weights. During the update vLLM has none.
     engine_weights = {"engine weights": width * total} if sharded or lora else {}
     if engine == "torch":
         update.update(engine_weights)
@@ -193,6 +193,98 @@ def logits_bytes(config, tokens, width, gpu, nll, frozen=False):
     return tiles + hidden_gradient + head_gradient
 
 
+# ---- The sampler's caches ------------------------------------------------------------------------
+# Rows that are decoded at once at most, by vLLM and by the built-in sampler.
+VLLM_ROWS, TORCH_ROWS = 256, 1024
+# The most that vLLM gets of a GPU. It frees all of it before an update, so 0.75 is safe where the
+# trainer's state leaves as much.
+VLLM_SHARE = 0.75
+
+
+def vllm_work(card):
+    """Bytes of a GPU of `card` bytes that vLLM takes beside weights and caches: activations of a
+    prefill, recorded graphs, NCCL. An estimate, 4.1 GB of 85 and 2.6 of 25."""
+    return 2e9 + card / 40
+
+
+def unusable(card):
+    """Bytes of a GPU that no tensor gets: contexts of CUDA and NCCL, gaps between tensors."""
+    return 1e9 + card / 40
+
+
+def vllm_cache_bytes(config, card, beside, tensor_parallel=1):
+    """Bytes for vLLM's KV caches on a GPU of `card` bytes, 0 if nothing is left.
+
+    beside: bytes of the trainer that stay there while rollouts are sampled. At a sync its root and
+    two layers are gathered besides. The number depends on no measurement, so that a run which is
+    resumed cuts the same batches.
+    """
+    total, layer = count_parameters(json.dumps(asdict(config)))
+    root = total - layer * config.num_hidden_layers
+    gathered = 2 * (root + 2 * layer)
+    mine = min(VLLM_SHARE * card, card - beside - gathered - unusable(card))
+    return max(int(mine - 2 * total / tensor_parallel - vllm_work(card)), 0)
+
+
+def bytes_beside_sampler(plan):
+    """Bytes that stay on a GPU while rollouts are sampled: weights, moments, a reference policy."""
+    of_sampler = ("engine weights", "KV cache")
+    return sum(n for part, n in plan["rollouts"].items() if part not in of_sampler)
+
+
+def cache_bytes(run, plan):
+    """Bytes of one rank for KV caches."""
+    if not run.gpu:
+        return 1 << 30  # of both samplers
+    beside = bytes_beside_sampler(plan)
+    if run.engine == "vllm":
+        return vllm_cache_bytes(run.config, run.card, beside, run.cfg.tensor_parallel)
+    # The built-in sampler takes half of what is left then (engine.TorchEngine._rows_that_fit).
+    return max((run.free - beside - plan["rollouts"].get("engine weights", 0)) // 2, 0)
+
+
+def rows_at_once(run, room):
+    """(tokens that fit into caches of `room` bytes a rank, sequences of full length that an engine
+    decodes at once, sequences that it has to decode in a step)."""
+    config, cfg = run.config, run.cfg
+    width = 2 if run.gpu else 4
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    # Ranks that share an engine have a share of every token's keys and values each.
+    tokens = int(room * cfg.tensor_parallel // (elements * width))
+    rows = -(-cfg.prompts_per_step * cfg.group_size * cfg.tensor_parallel // run.world)
+    fit = tokens // run.longest
+    if run.engine == "vllm":
+        return tokens, min(fit, VLLM_ROWS, rows), rows
+    # The built-in sampler takes a power of two.
+    fit = 1 << (max(fit, 1).bit_length() - 1)
+    return tokens, min(fit, TORCH_ROWS, rows), rows
+
+
+def print_rows(run, plan):
+    """A line: how many sequences decode at once."""
+    room = cache_bytes(run, plan)
+    tokens, at_once, rows = rows_at_once(run, room)
+    print0(
+        f"rollouts: caches of {room / GB:.3g} GB a rank hold {tokens:,} tokens: {at_once} of "
+        f"{rows} sequences of {run.longest} tokens decode at once, {rows - at_once} wait"
+    )
+
+
+def check_tensor_parallel(run):
+    """End the run if vLLM cannot be shared by as many ranks as --tensor_parallel says."""
+    config, ranks = run.config, run.cfg.tensor_parallel
+    if ranks == 1:
+        return
+    flag = f"--tensor_parallel={ranks}"
+    if run.engine != "vllm":
+        fail(f"{flag}: the built-in sampler has none, it takes --engine=vllm.")
+    if ranks_here(run.world) % ranks:
+        fail(f"{flag}: the {ranks_here(run.world)} ranks of a node are no multiple of it.")
+    heads = config.num_key_value_heads
+    if heads % ranks or config.num_attention_heads % ranks or config.intermediate_size % ranks:
+        fail(f"{flag}: the model's {heads} key heads or its widths are no multiple of it.")
+
+
 # ---- Time ----------------------------------------------------------------------------------------
 def time_plan(
     config,
@@ -206,6 +298,7 @@ def time_plan(
     room=float("inf"),
     checkpointing=None,
     nll=False,
+    tensor_parallel=1,
 ):
     """(seconds of generation, seconds of the update) of a step of sequences of full length.
 
@@ -218,6 +311,7 @@ def time_plan(
                    weights are read again for every few.
     checkpointing: what backward computes again; None: all layers
     nll:           the loss is linear_cross_entropy, which makes its logits once
+    tensor_parallel: ranks that share a copy of the weights for sampling; each reads its slice
     """
     total, layer = count_parameters(json.dumps(asdict(config)))
     layers = config.num_hidden_layers
@@ -246,7 +340,7 @@ def time_plan(
     cache_of_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     caches = rows / world * cache_of_token * (longest - new_tokens / 2)
     waves = max(caches / room, 1)
-    bytes_read = new_tokens * (2 * total * waves + caches)
+    bytes_read = new_tokens * (2 * total / tensor_parallel * waves + caches)
     return bytes_read / bandwidth, update_s
 
 
@@ -327,6 +421,11 @@ class Run:
         return "lora" if self.cfg.lora_rank else self.cfg.optimizer
 
     @property
+    def card(self):
+        """Bytes of the GPU. Without one to ask it is taken for free as a whole (bench/hours.py)."""
+        return gpu_memory(self.device) if torch.cuda.is_available() else self.free
+
+    @property
     def engine(self):
         return "" if self.nll else engine_name(self.cfg.engine)
 
@@ -353,6 +452,8 @@ def check_memory(folder, cfg, world, device, pair=0):
     # All ranks decide alike, by the one that has least.
     free = -all_reduce({"free": -free_memory(device, world)}, "max")["free"]
     run = Run(read_config(folder), cfg, world, device, longest, nll, pair > 0, free)
+    if not nll:
+        check_tensor_parallel(run)
     reduce_once = has_room_for_gradients(run)
     checkpointing = choose_checkpointing(run, reduce_once)
     plan = plan_of_flags(run, checkpointing, reduce_once)
@@ -365,6 +466,8 @@ def check_memory(folder, cfg, world, device, pair=0):
                 f"{subject}{moment}: {needed / GB:.3g} of {free / GB:.3g} GB a rank "
                 f"({listed(parts)})"
             )
+    if not nll:
+        print_rows(run, plan)
     if run.gpu:
         print_bought(run, subject, checkpointing, reduce_once, plan)
         print_host_memory(run, subject, checkpointing)
@@ -496,8 +599,7 @@ def host_plan(run, checkpointing):
         every["inputs of layers"] = checkpointing.layers * 2 ** (tensor - 1).bit_length()
     if run.cfg.shard == "offload":
         every |= {part: size // run.sharing for part, size in shared_out.items()}
-    if run.engine == "vllm":
-        every["vLLM asleep"] = width * total
+    # vLLM keeps nothing there: before an update it drops its weights, as the next are others.
     if not run.nll:
         every["reward model"] = reward_model_bytes(run, width)
     every = {part: size for part, size in every.items() if size > 0}
@@ -506,7 +608,7 @@ def host_plan(run, checkpointing):
 
 def reward_model_bytes(run, width):
     """Bytes of RLHF's own reward model, which rests in host memory; 0 without one."""
-    # Another one is on the GPU, or behind a URL.
+    # Another one rests there, too, with a size that is not known here, or is behind a URL.
     if getattr(run.cfg, "rm", "none"):
         return 0
     folder = run.cfg.rm_init_from or run.cfg.init_from
@@ -545,9 +647,8 @@ def time_of_flags(run, plan, checkpointing):
     engine_weights = plan.get("rollouts", {}).get("engine weights", 0)
     if run.gpu:
         flops, bandwidth, link = 400e12, 2e12, LINK
-        # vLLM gets 60% of the GPU (engine.gpu_share), its weights included. 1 GB at least keeps the
-        # estimate finite.
-        room = max(0.6 * run.free - engine_weights, 1e9)
+        # 1 GB at least keeps the estimate finite.
+        room = 1e9 if run.nll else max(cache_bytes(run, plan), 1e9)
     else:
         flops, bandwidth, link = 2e10, 5e9, 5e9
         room = float("inf")
@@ -563,11 +664,10 @@ def time_of_flags(run, plan, checkpointing):
         room,
         checkpointing,
         run.nll,
+        1 if run.nll else cfg.tensor_parallel,
     )
-    # The weights are gathered, then written; vLLM has come from host memory and goes back there.
+    # The weights are gathered, then written. vLLM has dropped its own.
     sync_s = engine_weights / link + 2 * engine_weights / bandwidth
-    if run.gpu and run.engine == "vllm":
-        sync_s += 2 * engine_weights / HOST_LINK
     # Dynamic sampling of IF-RL: a round of fresh prompts may be as large as the first.
     rounds = 1 + getattr(cfg, "max_refill_rounds", 0)
     seconds = {"rollouts": rounds * generation_s, "update": update_s, "sync": sync_s}

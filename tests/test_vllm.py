@@ -19,7 +19,7 @@ pytest.importorskip(
     "then python -m pytest tests/test_vllm.py",
 )
 
-from conftest import make_tiny, run_python
+from conftest import ROOT, make_tiny, run_python
 from test_engine import ask, outputs, trainer_logprobs
 
 from engine import TorchEngine, make_engine
@@ -103,6 +103,76 @@ def test_in_bf16_both_sides_agree_best_with_logits_in_fp32():
         both, one_sided = rms[sampler, "fp32"]
         print(f"{sampler}: rms gap {both} nats with fp32 on both sides, {one_sided} on one")
         assert both < min(one_sided, *rms[sampler, "bf16"])
+
+
+def test_memory_is_given_and_taken_as_vllm_allows(engine, model, tokenizer, monkeypatch):
+    """The calls of a step on GPUs, made to vLLM's scheduler and executor on CPUs, where the worker
+    keeps its memory. Without weights nothing is sampled; afterwards all is as before."""
+    worker, calls = engine.llm.model_executor.driver_worker.worker, []
+    monkeypatch.setattr(engine, "on_gpu", True)
+    monkeypatch.setattr(worker, "discard", lambda tags: calls.append(f"free {tags[0]}"))
+    monkeypatch.setattr(worker, "sleep", lambda level: calls.append(f"sleep({level})"))
+    monkeypatch.setattr(worker, "wake_up", lambda tags: calls.append(f"wake {tags[0]}"))
+    before = greedy(engine, tokenizer)
+    engine.sleep()
+    assert engine.llm.is_sleeping()
+    with pytest.raises(RuntimeError, match="vLLM sleeps"):
+        greedy(engine, tokenizer)
+    engine.sync(model)
+    after = greedy(engine, tokenizer)
+    assert outputs(before) == outputs(after)
+    assert calls == [
+        "free kv_cache",
+        *("sleep(2)", "wake weights", "wake kv_cache", "free kv_cache"),  # with the gate's tokens
+        *("wake kv_cache", "free kv_cache"),
+    ]
+    engine._wake("kv_cache")
+
+
+TENSOR_PARALLEL = """
+import sys
+sys.path[:0] = ["tests"]
+from types import SimpleNamespace
+from conftest import make_tiny
+import engine as module
+from lib.common import all_gather, finish, init_distributed, print0, shard
+
+class Tokenizer:
+    def token_to_id(self, token):
+        return 1
+    def decode(self, ids, skip_special_tokens):
+        return ""
+
+rank, world, device = init_distributed(0)
+module.render_chat = lambda tokenizer, messages, think: ([5, 6, 7], None)
+model = make_tiny(vocab_size=640, hidden_size=64, head_dim=32, max_position_embeddings=512)
+model = shard(model, device, "full")
+cfg = SimpleNamespace(tensor_parallel=world)
+engine = module.make_engine("vllm", model, Tokenizer(), cfg)
+rollouts = []
+for group in range(4):
+    for n in range(4):
+        rollouts.append(module.Rollout({}, group, list(range(3, 9 + group)), 10 * group + n, n))
+mine = rollouts[rank::world]
+engine.generate(mine, 20, 1.0)
+done = [(r.group, r.sample, r.completion_ids, r.finish_reason) for r in mine]
+print0("completions", sorted(sum(all_gather(done), [])))
+finish()
+"""
+
+
+def test_two_ranks_that_share_an_engine_sample_what_one_does(tmp_path):
+    """Weights in halves, written from FSDP's shards and checked against the trainer's log-probs.
+
+    Each rank asks for every other rollout, and both for all of them.
+    """
+    program = tmp_path / "program.py"
+    program.write_text(TENSOR_PARALLEL)
+    found = []
+    for ranks in (1, 2):
+        _, printed, _ = run_python(program, ranks=ranks, timeout=900, PYTHONPATH=str(ROOT))
+        found.append(next(x for x in printed.splitlines() if x.startswith("completions")))
+    assert found[0] == found[1] and found[0].count("(") == 16
 
 
 def test_ten_updates_reach_every_weight_and_no_cache_survives(engine, model, tokenizer):

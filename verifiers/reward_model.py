@@ -470,7 +470,8 @@ def load_bradley_terry(path, device):
 def load_classifier(path, device):
     """Return score(messages_list, answers) of any other sequence classifier, through transformers.
 
-    Chats are rendered by the classifier's own template and scored one by one.
+    Chats are rendered by the classifier's own template and scored one by one. The weights stay in
+    host memory and visit `device` during a call only.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -478,12 +479,13 @@ def load_classifier(path, device):
     model = AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=1, dtype=torch.bfloat16
     )
-    model.to(device).eval()
+    model.eval()
     added_tokens = tokenizer.added_tokens_decoder.values()
     special_tokens = [token.content for token in added_tokens if token.special]
 
     @torch.no_grad()
     def score(messages_list, answers):
+        model.to(device)
         scores = []
         for messages, answer in zip(messages_list, answers, strict=True):
             # An answer that spells a special token must not open a turn: a dot parts the token.
@@ -494,6 +496,7 @@ def load_classifier(path, device):
                 chat, tokenize=True, return_dict=False, return_tensors="pt"
             )
             scores.append(model(ids.to(device)).logits[0, 0].item())
+        model.to("cpu")  # the rest of a step needs the GPU's memory
         return scores
 
     return score
