@@ -270,6 +270,16 @@ def print_rows(run, plan):
     )
 
 
+def refuse_small_caches(run, plan):
+    """End the run if vLLM's caches do not hold one sequence of full length."""
+    tokens, at_once, _ = rows_at_once(run, cache_bytes(run, plan))
+    if at_once == 0:
+        fail(
+            f"--engine=vllm: beside the trainer its caches hold {tokens:,} tokens, fewer than a "
+            f"sequence of {run.longest}: take more ranks, --tensor_parallel or --shard=offload."
+        )
+
+
 def check_tensor_parallel(run):
     """End the run if vLLM cannot be shared by as many ranks as --tensor_parallel says."""
     config, ranks = run.config, run.cfg.tensor_parallel
@@ -486,6 +496,8 @@ def check_memory(folder, cfg, world, device, pair=0):
                 f"{parts[largest] / GB:.1f} GB: take more ranks{offload}, or fewer {flags} "
                 f"(now {run.tokens} at a time)."
             )
+    if run.engine == "vllm":
+        refuse_small_caches(run, plan)
     return checkpointing, reduce_once
 
 

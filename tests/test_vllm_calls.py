@@ -7,6 +7,7 @@ looks, one too many costs seconds a step.
 
 import sys
 import types
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -267,6 +268,19 @@ def test_an_impossible_sharing_is_refused_before_anything_is_loaded(
     with pytest.raises(SystemExit):
         plan.check_tensor_parallel(run)
     assert f"--tensor_parallel={ranks}: {said}" in capsys.readouterr().err
+
+
+def test_caches_that_hold_no_sequence_are_refused(on_gpu, capsys):
+    """8B and 64K tokens on two GPUs of 85 GB, which leave 61K each: one engine of both has room."""
+    alone = replace(run_of(), world=2, longest=65_536)
+    with pytest.raises(SystemExit):
+        plan.refuse_small_caches(alone, plan.plan_of_flags(alone))
+    said = (
+        "its caches hold 60,784 tokens, fewer than a sequence of 65536: take more ranks, --tensor"
+    )
+    assert said in capsys.readouterr().err
+    shared = replace(run_of(tensor_parallel=2), world=2, longest=65_536)
+    plan.refuse_small_caches(shared, plan.plan_of_flags(shared))
 
 
 def test_how_many_sequences_decode_at_once():
