@@ -93,7 +93,7 @@ def test_log_probs_are_those_of_the_trainer_at_the_sampling_temperature(
 def test_in_bf16_both_sides_agree_best_with_logits_in_fp32():
     """The table of bench/vllm_head.py, in a process of its own: one vLLM a process."""
     rms = {}
-    for row in run_python("bench/vllm_head.py")[1].splitlines():
+    for row in run_python("bench/vllm_head.py", timeout=900)[1].splitlines():
         if row.startswith(("| torch |", "| vllm |")):
             _, sampler, precision, fp32, bf16, _ = row.split("|")
             rms[sampler.strip(), precision.strip()] = [
