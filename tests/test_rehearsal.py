@@ -70,8 +70,10 @@ def files(tmp_path_factory):
 
     write("smoltalk", [conversation(n, n % 2 == 0) for n in range(16)])
     rule = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    rules = [{"prompt": f"Describe the {name}.", **rule} for name in ("sea", "lake")]
-    write("if", rules)
+    rules = [
+        {"prompt": f"Describe the {name}.", **rule} for name in ("sea", "lake", "hill", "wood")
+    ]
+    write("if", rules[:2])
     write("ifeval", [{"key": n, **rule} for n, rule in enumerate(rules)])
     problems = [
         {"question": f"{n} and {n}?", "answer": f"{n} + {n} = <<{n}+{n}={2 * n}>>.\n#### {2 * n}"}
@@ -79,7 +81,7 @@ def files(tmp_path_factory):
     ]
     write("gsm8k_train", problems[:4])
     write("gsm8k", problems[4:])
-    write("math500", [{"problem": "Find $1/2 + 1$.", "answer": "\\frac{3}{2}", "level": 1}] * 2)
+    write("math500", [{"problem": "Find $1/2 + 1$.", "answer": "\\frac{3}{2}", "level": 1}] * 4)
     double = "def double(x):\n    return 2 * x\n"
     tests = ["assert double(2) == 4", "assert double(-3) == -6"]
     mbpp = {"task_id": 1, "text": "Write a function that doubles.", "code": double}
@@ -87,7 +89,7 @@ def files(tmp_path_factory):
     check = "def check(candidate):\n    assert candidate(2) == 4\n"
     head = 'def double(x):\n    """Twice x."""\n'
     human = {"task_id": "x/0", "prompt": head, "entry_point": "double", "test": check}
-    write("humaneval", [human, human])
+    write("humaneval", [human] * 4)
     return folder
 
 
@@ -101,7 +103,7 @@ def rehearse(preset, base, files, out, tasks):
         "TASKS": tasks,
         "EVAL_DATA": str(files),
         "EVAL_FLAGS": "--max_new_tokens=12",
-        "LIMIT": "2",
+        "LIMIT": "4",
         "FLAGS": "--num_steps=2 --micro_batch_tokens=1024",
         "SFT_FLAGS": f"--data={files}/smoltalk.jsonl --samples_per_step=4 --max_seq_len=256",
         "IFRL_FLAGS": f"--data={files}/if.jsonl {rl} --group_size=4",
@@ -166,7 +168,7 @@ def test_0_6b_1gpu_trains_and_measures_every_stage_and_goes_on_where_it_was(base
     measured = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     expected = [(stage, task) for stage in STAGES for task in TASKS]
     assert [(line["stage"], line["task"]) for line in measured] == expected
-    assert all(line["n"] == 2 and line["samples"] == 1 for line in measured)
+    assert all(line["n"] == 4 and line["samples"] == 1 for line in measured)
     assert (out / "report.html").exists()
 
     # The same command again has nothing to do.
