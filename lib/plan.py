@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from kernels.linear_cross_entropy import tokens_of_chunk
 from lib.common import all_reduce, print0
 from lib.guard import engine_name, fail
 from model import Checkpointing, Qwen3, Qwen3Config, read_config
 
 GB = 1e9
-# Bytes a second: between two GPUs of a node, onto a disk.
-LINK, DISK = 300e9, 1e9
+# Bytes a second: between two GPUs of a node, between a GPU and host memory, onto a disk.
+LINK, HOST_LINK, DISK = 300e9, 40e9, 1e9
 # Share of a GPU's free memory that an update may fill with what need not be computed again. The
 # rest is for gaps between blocks, NCCL and a plan that errs. vLLM leaves its graphs there, too.
 USABLE, VLLM_ASLEEP = 0.9, 4e9
@@ -178,13 +179,13 @@ def logits_bytes(config, tokens, width, gpu, nll, frozen=False):
     """Bytes of the logits of a micro-batch and of their gradients.
 
     The kernels make the logits in tiles, in fp32 and in compute precision: linear_cross_entropy
-    (nll) whole rows of 2048 tokens, linear_logprob 8192 columns of all tokens.
+    (nll) whole rows of some tokens, linear_logprob 8192 columns of all tokens.
     """
     V, D = config.vocab_size, config.hidden_size
     if not gpu:
         tiles = 2**21  # on CPUs two fp32 tiles of 1 MB
     elif nll:
-        tiles = V * min(2048, tokens) * (4 + width)
+        tiles = V * tokens_of_chunk(tokens, V, frozen) * (4 + width)
     else:
         tiles = min(V, 8192) * tokens * (4 + width)
     hidden_gradient = 4 * tokens * D
@@ -678,6 +679,10 @@ def time_of_flags(run, plan, checkpointing):
         run.nll,
         1 if run.nll else cfg.tensor_parallel,
     )
+    if run.gpu and checkpointing.offload:
+        # The inputs of layers go to host memory and come back.
+        inputs = 2 * rows * run.longest / run.world * run.config.hidden_size * checkpointing.layers
+        update_s += 2 * inputs / HOST_LINK
     # The weights are gathered, then written. vLLM has dropped its own.
     sync_s = engine_weights / link + 2 * engine_weights / bandwidth
     # Dynamic sampling of IF-RL: a round of fresh prompts may be as large as the first.

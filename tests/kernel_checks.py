@@ -214,11 +214,12 @@ def linear_cross_entropy_fp32(module=linear_cross_entropy):
     errors = []
     for tokens, vocab, chunk, ignored in (
         (5, 37, 2, 1),
+        (7, 37, 3, 1),
         (3, 300, 2048, 0),
         (4, 9, 3, 4),
         (1, 9, 3, 0),
     ):
-        module.TOKEN_CHUNK = chunk
+        module.GPU_TILE = chunk * vocab
         target = torch.randint(vocab, (tokens,))
         target[:ignored] = -100
         inputs = [randn(8, tokens).T, randn(vocab, 16)[:, ::2]]

@@ -478,6 +478,16 @@ def test_the_head_of_a_big_vocabulary_takes_longer_chunks_and_the_same_loss(monk
     assert worst < 1e-12
 
 
+def test_chunks_of_the_head_on_gpus_are_equal_and_as_long_as_memory_allows():
+    """4096 tokens of Qwen3's vocabulary, half of that beside a frozen head, more of a small one."""
+    from kernels.linear_cross_entropy import tokens_of_chunk
+
+    found = [tokens_of_chunk(n, 151936, frozen=False) for n in (0, 1, 4096, 4097, 32768, 33000)]
+    assert found == [1, 1, 4096, 2049, 4096, 3667]
+    assert tokens_of_chunk(32768, 151936, frozen=True) == 2048
+    assert tokens_of_chunk(32768, 8192, frozen=False) == 32768
+
+
 def test_the_factor_of_a_loss_is_not_rounded_to_bf16():
     """SFT multiplies its sum by 8 ranks / 1,234,567 tokens. As a bf16 number that is off by 0.2%,
     and so would be every gradient; products of bf16 numbers are right on average."""
