@@ -616,10 +616,11 @@ def test_what_is_left_of_80_and_141_gb_buys_the_paper_s_presets(preset, size):
             row += (
                 f" | {free / GB:.0f} GB{', offloaded' if cfg.offload_activations else ''}: "
                 f"{chosen.layers} layers again, attention in {chosen.layers - chosen.attention}; "
-                f"{least:.0f} of {most:.0f} s, -{spared[-1]:.0%}"
+                f"{least:.0f} of {most:.0f} s, {-spared[-1]:+.0%}"
             )
         print(row)
-    assert all(-0.05 < share < 0.3 for spared in shares.values() for share in spared)
+    # Offloading costs up to 6% of an update.
+    assert all(-0.06 < share < 0.3 for spared in shares.values() for share in spared)
     assert all(a < b for a, b in zip(*shares.values(), strict=True))
 
 
