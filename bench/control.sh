@@ -9,7 +9,8 @@
 #                    It separates policy gradients from imitation of what the verifier lets through.
 #
 #   bash bench/control.sh      needs a finished `bash run_cascade.sh`; ends with the matrix of the run, in
-#                              which every RL stage stands beside its controls
+#                              which every RL stage stands beside its controls: what each one gains on the
+#                              skill of the stage, and what it costs the others
 #
 # The seconds are those of the clock: the machine has to be as quiet, and NPROC the same, as in the cascade.
 #
@@ -17,7 +18,7 @@
 # are measurements: no stage of the recipe starts from a control.
 
 source "$(dirname "$0")/../run_cascade.sh" toy
-LIMIT=250
+TASKS=all-toy LIMIT=250  # all skills: a control may gain its own and lose the others
 setup
 
 # same_seconds FOLDERS: the number of SFT steps that take the seconds of the RL stage (evaluate.py).
@@ -36,14 +37,6 @@ control() {
 
 before=sft2
 for name in rlhf ifrl mathrl coderl swerl; do
-    # A control is measured on the skill of its stage alone.
-    case $name in
-        rlhf) TASKS=chat ;;
-        ifrl) TASKS=if,if_hard ;;
-        mathrl) TASKS=math,math_hard ;;
-        coderl) TASKS=code,code_hard ;;
-        swerl) TASKS=swe,swe_hard ;;
-    esac
     steps=$(same_seconds "$OUT/$name,$OUT/sft2")
     control ${name}_control "$OUT/data/sft_stage2.jsonl" "$steps"
 

@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 from evals.results import (
+    CONTROLS,
     base_of,
     columns_of,
     cost_of,
@@ -60,8 +61,9 @@ def draw_matrix(folder, own):
         print_scores(cells, stages, columns, decoding, own)
     for decoding in decodings:
         print_own_skills(folder, cells, stages, decoding, own)
-    print_losses(cells, stages, columns, decodings)
     headline = decodings[0]
+    print_other_skills(cells, stages, columns, headline, own)
+    print_losses(cells, stages, columns, decodings)
     title = f"{SCORES_TITLE} ({HOW[headline]})"
     path = os.path.join(folder, "matrix.png")
     plot_matrix(path, cells, stages, columns, own, title, headline)
@@ -122,6 +124,30 @@ def print_own_skills(folder, cells, stages, decoding, own):
         for name, control in controls.items():
             line += f" | {name} {padded_interval(control)}"
         print(line)
+
+
+def print_other_skills(cells, stages, columns, decoding, own):
+    """Print what each stage does to the skills that it does not teach, and what its controls do."""
+    print(
+        f"\nall other skills, {HOW[decoding]}, points above the stage before: mean (the worst one)"
+    )
+    for before, after in itertools.pairwise(stages):
+        others = [column for column in columns if not is_taught(column[0], after, own)]
+        texts = []
+        for ending, name in {"": "", **CONTROLS}.items():
+            changes = {}
+            for task, mode in others:
+                start = cells.get((before, task, mode, decoding))
+                end = cells.get((after + ending, task, mode, decoding))
+                if start and end:
+                    changes[task, mode] = 100 * (end["score"] - start["score"])
+            if changes:
+                worst = min(changes, key=changes.get)
+                mean = sum(changes.values()) / len(changes)
+                text = f"{mean:+.1f} ({' '.join(worst)} {changes[worst]:+.1f})"
+                texts.append(f"{name} {text}".strip())
+        if texts:
+            print(f"{after:8s} " + " | ".join(texts))
 
 
 def print_losses(cells, stages, columns, decodings):

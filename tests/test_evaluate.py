@@ -592,6 +592,19 @@ def test_the_matrix_has_a_row_and_curves_for_an_unknown_stage(tmp_path, capsys):
     assert drawn == {"matrix.png", "stages.png"} | curves
 
 
+def test_what_a_stage_and_its_control_cost_the_other_skills(capsys):
+    scores = {"sft": (50, 40, 30), "mathrl": (90, 42, 25), "mathrl_control": (95, 10, 28)}
+    columns = [("math", "think"), ("code", "think"), ("swe", "think")]
+    cells = {}
+    for stage, points in scores.items():
+        for (task, mode), score in zip(columns, points, strict=True):
+            cells[stage, task, mode, "sampled"] = cell(stage, task, score, 100)
+    plots.print_other_skills(cells, ["sft", "mathrl"], columns, "sampled", {"mathrl": "math"})
+    line = capsys.readouterr().out.splitlines()[-1]
+    # Code +2 and SWE -5; beside it code -30 and SWE -2. Math is the stage's own.
+    assert line == "mathrl   -1.5 (swe think -5.0) | more SFT -16.0 (code think -30.0)"
+
+
 @pytest.mark.parametrize(
     "model, label",
     [
