@@ -26,6 +26,7 @@ from kernels.decode_attention import decode_attention, slot_bias
 from kernels.linear_logprob import head_logits
 from kernels.sampling import sample_tokens
 from lib.common import all_gather, compute_device, print0
+from lib.estimate import vllm_cache_bytes
 from lib.guard import engine_name, fail, vllm_is_installed
 from lib.lora import changed_share, lora_layers, plain_parameters
 from lib.packing import pack_rollouts
@@ -38,7 +39,6 @@ from lib.plan import (
     gpu_memory,
     longest_sequence,
     plan_of_flags,
-    vllm_cache_bytes,
 )
 from model import hf_config, render_chat, stop_ids
 

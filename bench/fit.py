@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lib.estimate import memory_plan
 from lib.flags import PositiveInt, parse_config
-from lib.plan import memory_plan
 from model import QWEN3_SIZES, Qwen3Config
 
 CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "141 GB": 141e9}

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluate import protocol  # noqa: E402
-from lib import plan  # noqa: E402
+from lib import estimate, plan  # noqa: E402
 from lib.flags import PositiveFloat, parse_config  # noqa: E402
 from lib.guard import fail  # noqa: E402
 from model import QWEN3_SIZES, Qwen3Config  # noqa: E402
@@ -98,9 +98,9 @@ def evaluation_costs(config, cfg, free):
     how = protocol(cfg.tasks, cfg)
     rows = (cfg.limit or PROBLEMS[cfg.tasks]) * how["samples"]
     longest = PROMPT_TOKENS + how["max_new_tokens"]
-    weights = plan.memory_plan(config, 1, 1, longest)["rollouts"]["engine weights"]
-    room = max(plan.vllm_cache_bytes(config, free, weights), plan.GB)
-    seconds, _ = plan.time_plan(config, 1, 0, longest, how["max_new_tokens"], rows, room=room)
+    weights = estimate.memory_plan(config, 1, 1, longest)["rollouts"]["engine weights"]
+    room = max(estimate.vllm_cache_bytes(config, free, weights), plan.GB)
+    seconds, _ = estimate.time_plan(config, 1, 0, longest, how["max_new_tokens"], rows, room=room)
     # The evaluation holds the weights as the stage does, and vLLM has its own.
     return 2 * weights / plan.GB, seconds
 

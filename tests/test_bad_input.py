@@ -35,11 +35,11 @@ import importlib, json, os, signal
 import coderl, evaluate, ifrl, mathrl, rlhf, sft, swerl, toy, model
 from evals import report, scaling
 from extras import decontaminate, mopd
-from lib import plan
+from lib import estimate
 from lib.flags import parse_config
 import fsspec, pyarrow.parquet, torch
 # The first call of memory_plan, and of an optimizer, imports for a second.
-plan.memory_plan(model.Qwen3Config(), 1, 1, 1)
+estimate.memory_plan(model.Qwen3Config(), 1, 1, 1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 def run(script, args, env, err):
     os.environ.update(env)

@@ -15,7 +15,7 @@ from bench import bf16, fit
 from bench import lora as lora_table
 from engine import Rollout, TorchEngine, request_seed, whole_parameters
 from kernels.adamw import AdamW, adamw_bf16_, first_element
-from lib import plan
+from lib import estimate
 from lib.checkpoint import gather_weights
 from lib.lora import (
     LoraLinear,
@@ -256,7 +256,7 @@ def test_the_plan_counts_adapters_and_bf16_byte_for_byte():
     adapters = [p for p in model.parameters() if p.requires_grad]
     moments = [t for s in optimizer.state.values() for t in s.values() if t.dim()]
     measured = sum(p.nbytes + p.grad.nbytes for p in adapters) + sum(t.nbytes for t in moments)
-    planned = plan.memory_plan(model.config, 1, 8, 8, gpu=False, method="lora", lora_rank=4)
+    planned = estimate.memory_plan(model.config, 1, 8, 8, gpu=False, method="lora", lora_rank=4)
     assert planned["update"]["adapters"] == measured
     base = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     assert planned["update"]["weights"] == base
@@ -267,7 +267,7 @@ def test_the_plan_counts_adapters_and_bf16_byte_for_byte():
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    planned = plan.memory_plan(model.config, 1, 8, 8, gpu=False, method="adamw_bf16")["update"]
+    planned = estimate.memory_plan(model.config, 1, 8, 8, gpu=False, method="adamw_bf16")["update"]
     assert planned["weights"] == sum(p.nbytes for p in model.parameters())
     assert planned["gradients"] == sum(p.grad.nbytes for p in model.parameters())
     moments = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]

@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 import mathrl
 import rlhf
 from kernels import attention
-from lib import common, plan
+from lib import common, estimate, plan
 from lib.common import compute_device
+from lib.estimate import activation_elements, memory_plan, time_plan
 from lib.packing import shared_prefixes
-from lib.plan import activation_elements, memory_plan, time_plan
 from model import QWEN3_SIZES, Checkpointing, Qwen3Config, hf_config, packed_batch
 
 GB = 1e9
@@ -407,7 +407,7 @@ def test_a_run_that_cannot_fit_ends_with_one_sentence_before_it_loads_anything(
     printed = capsys.readouterr().out
     assert "update: " in printed and "rollouts: " in printed and "of 200 GB a rank" in printed
     step = (Qwen3Config(), 8, 1024 * 26624, 26624, 24576, 1024)
-    room = plan.vllm_cache_bytes(Qwen3Config(), 200e9, beside=12 * 8190735360 // 8)
+    room = estimate.vllm_cache_bytes(Qwen3Config(), 200e9, beside=12 * 8190735360 // 8)
     gen, update = time_plan(*step, room=room, checkpointing=checkpointing)
     # 270 GB of caches go through 127
     assert 1.05 < gen / time_plan(*step)[0] < 1.5
@@ -680,16 +680,17 @@ def test_hybrid_shards_are_a_node_s_and_offloaded_ones_are_not_the_gpu_s(
 def test_vllm_gets_what_weights_and_moments_leave_of_a_gpu(world, share):
     """8B in fp32 over 8, 4 and 2 GPUs of 85 GB: 12.3, 24.6 and 49.1 GB stay; 6.4 are not vLLM's."""
     config = Qwen3Config()
-    caches = plan.vllm_cache_bytes(config, 85e9, 12 * 8190735360 / world)
-    assert (caches + 2 * 8190735360 + plan.vllm_work(85e9)) / 85e9 == pytest.approx(share, abs=0.05)
-    assert plan.vllm_cache_bytes(config, 85e9, 12 * 8190735360) == 0  # one GPU
+    caches = estimate.vllm_cache_bytes(config, 85e9, 12 * 8190735360 / world)
+    of_vllm = caches + 2 * 8190735360 + estimate.vllm_work(85e9)
+    assert of_vllm / 85e9 == pytest.approx(share, abs=0.05)
+    assert estimate.vllm_cache_bytes(config, 85e9, 12 * 8190735360) == 0  # one GPU
 
 
 def test_vllm_has_room_beside_lora_on_a_small_card():
     """4B on 24 GB, as in the table of bench/fit.py: a sequence of 10K tokens has its cache."""
     config = Qwen3Config(**QWEN3_SIZES["4b"])
     memory = memory_plan(config, 1, 10240, 10240, method="lora", lora_rank=32)
-    caches = plan.vllm_cache_bytes(config, 25.3e9, plan.bytes_beside_sampler(memory))
+    caches = estimate.vllm_cache_bytes(config, 25.3e9, estimate.bytes_beside_sampler(memory))
     print(f"{caches / GB:.1f} GB of caches, of which a sequence takes 1.5")
     assert caches > memory["rollouts"]["KV cache"]
 

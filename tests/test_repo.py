@@ -365,6 +365,7 @@ FLOORS = (
     {
         "lib.data",
         "lib.chats",
+        "lib.estimate",
         "lib.packing",
         "lib.plan",
         "lib.prompts",

@@ -5,9 +5,10 @@ A GPU's memory is lent to and fro within a step. One call too few is a crash on 
 looks, one too many costs seconds a step.
 """
 
+import json
 import sys
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,8 @@ import engine as module
 import mathrl
 import rlhf
 from engine import VLLMEngine, by_turns, make_engine, request_seed
-from lib import plan
-from lib.plan import vllm_cache_bytes
+from lib import estimate, plan
+from lib.estimate import vllm_cache_bytes
 from model import QWEN3_SIZES, Qwen3Config
 
 GB = 1e9
@@ -170,7 +171,7 @@ def test_caches_are_those_of_the_plan_whatever_is_free(on_gpu, monkeypatch, caps
         args = make_engine("vllm", make_tiny(), Tokenizer(), flags()).llm.args
         assert args.hf_overrides == {"head_dtype": "float32"} and args.max_model_len == -1
         given.append(args.kv_cache_memory_bytes)
-    assert given[0] == given[1] == pytest.approx(0.75 * 85e9 - plan.vllm_work(85e9), rel=1e-3)
+    assert given[0] == given[1] == pytest.approx(0.75 * 85e9 - estimate.vllm_work(85e9), rel=1e-3)
     assert f"hold {given[0] // 1000 * 16:,} tokens" in capsys.readouterr().out
 
 
@@ -183,7 +184,7 @@ def test_what_the_trainer_keeps_is_not_vllm_s(on_gpu, monkeypatch):
     same = {"max_prompt_tokens": 2048, "max_new_tokens": 24576}
     plain = make_engine("vllm", model, None, flags(rlhf.Config, **same))
     with_reference = make_engine("vllm", model, None, flags(rlhf.Config, **same, kl_coef=1e-3))
-    assert plain == pytest.approx(0.75 * 85e9 - weights - plan.vllm_work(85e9))
+    assert plain == pytest.approx(0.75 * 85e9 - weights - estimate.vllm_work(85e9))
     assert 0 < plain - with_reference < weights
     shared = make_engine("vllm", model, None, flags(tensor_parallel=4))
     assert shared - plain == pytest.approx(weights * 3 / 4)
@@ -197,14 +198,15 @@ def test_what_the_trainer_keeps_is_not_vllm_s(on_gpu, monkeypatch):
 def test_trainer_and_vllm_fit_side_by_side(size):
     """While rollouts are sampled: state, what a sync gathers, vLLM, and what CUDA takes."""
     config = Qwen3Config(**QWEN3_SIZES[size])
-    memory = plan.memory_plan(config, 8, 32768, 26624)
-    beside = plan.bytes_beside_sampler(memory)
+    memory = estimate.memory_plan(config, 8, 32768, 26624)
+    beside = estimate.bytes_beside_sampler(memory)
     weights = memory["rollouts"]["engine weights"]
     caches = vllm_cache_bytes(config, 85e9, beside)
-    total, layer = plan.count_parameters(plan.json.dumps(plan.asdict(config)))
+    total, layer = estimate.count_parameters(json.dumps(asdict(config)))
     gathered = 2 * (total - layer * (config.num_hidden_layers - 2))
-    whole = beside + gathered + weights + caches + plan.vllm_work(85e9) + plan.unusable(85e9)
-    share = (weights + caches + plan.vllm_work(85e9)) / 85e9
+    work = estimate.vllm_work(85e9)
+    whole = beside + gathered + weights + caches + work + estimate.unusable(85e9)
+    share = (weights + caches + work) / 85e9
     print(f"{size}: vLLM has {share:.0%} of 85 GB, {caches / GB:.1f} GB of it caches")
     assert whole <= 85e9 and (share == pytest.approx(0.75) or whole == pytest.approx(85e9))
 
