@@ -144,7 +144,7 @@ def test_a_copied_stage_shows_under_its_own_name(copy, world, taught):
         tasks = ("--tasks=math", f"--data={world}", *label, *results)
         run(copy, "evaluate.py", f"--model={model}", *tasks)
     lines = [json.loads(line) for line in (copy / "out" / "results.jsonl").read_text().splitlines()]
-    assert [r["stage"] for r in lines] == ["sft", "sft", "my_gspo", "my_gspo"]
+    assert [r["stage"] for r in lines] == ["sft"] * 3 + ["my_gspo"] * 3
     _, out, _ = run(copy, "-m", "evals.report", "--run=out")
     rows = [line.split()[0] for line in out.splitlines() if re.match(r"(sft|my_gspo) ", line)]
     assert rows[:2] == ["sft", "my_gspo"]
@@ -161,7 +161,9 @@ def test_a_copied_stage_shows_under_its_own_name(copy, world, taught):
 @pytest.mark.slow
 def test_an_error_in_a_copied_stage_names_rank_and_step(copy, world, taught):
     source = (copy / "mathrl.py").read_text()
-    source = source.replace("    ratio_M =", "    raise ValueError('my idea')\n    ratio_M =", 1)
+    packing = "    batches, num_real = collate("
+    assert packing in source
+    source = source.replace(packing, f"    raise ValueError('my idea')\n{packing}", 1)
     (copy / "my_mistake.py").write_text(source)
     data = (f"--init_from={taught}", f"--data={world}/math_rl.jsonl", "--out_dir=out/my_mistake")
     code, _, err = run(copy, "my_mistake.py", *data, *RL, check=False)

@@ -199,7 +199,7 @@ FLAGS = [
     (
         "evaluate.py",
         {"model": "W/base", "tasks": "math,maths"},
-        "--tasks: maths unknown (has: chat, if, math",
+        "--tasks: maths unknown (has: chat, if, if_hard, math",
     ),
     ("evaluate.py", {"model": "W/base", "modes": "thinking"}, "--modes: thinking unknown"),
     ("evaluate.py", {"model": "nowhere"}, "--model=nowhere: no such folder"),
