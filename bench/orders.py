@@ -759,8 +759,9 @@ def print_claims(kinds):
             print(f"- {kind}: {verdicts[kind] or 'not measured'}")
             for line in evidence:
                 print(f"  - {line}")
-        if verdicts.get("with tensions") == "holds" != verdicts.get("without tensions", "holds"):
-            print(f"- it holds only with the tensions: without, {verdicts['without tensions']}")
+        built_in, without = verdicts.get("with tensions"), verdicts.get("without tensions")
+        if built_in and without and built_in != without:
+            print(f"- {built_in!r} is so only with the tensions: without them {without!r}")
     return {kind: {c: v for c, (v, _) in found.items()} for kind, found in of_kind.items()}
 
 

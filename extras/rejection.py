@@ -114,7 +114,7 @@ def unseen(rows, seen):
     new = []
     for row in rows:
         key = (row["index"], row["thinking"], row["messages"][-1]["content"])
-        if key not in seen and is_readable(row):
+        if key not in seen:
             seen.add(key)
             new.append(row)
     return new
@@ -212,7 +212,8 @@ def main(cfg):
         mine = [(r.group, r.sample, sft_row(r, category)) for r in fit]
         shares = [entry for share in all_gather(mine) for entry in share]
         shares.sort(key=lambda entry: entry[:2])
-        new = unseen([row for _, _, row in shares], seen)
+        readable = [row for _, _, row in shares if is_readable(row)]
+        new = unseen(readable, seen)
         kept += new
         line = {"step": step, "time/gen": seconds, "sampled": len(everyone)}
         steps.append(line | {"passed": len(shares), "rows": new})

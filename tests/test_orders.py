@@ -242,7 +242,13 @@ def test_a_claim_that_needs_the_tensions_says_so(monkeypatch, capsys):
     verdicts = {"tense": "holds", "plain": "does not hold"}
     monkeypatch.setattr(orders, "claims", lambda kind: {"order matters": (verdicts[kind], [])})
     orders.print_claims({"with tensions": "tense", "without tensions": "plain"})
-    assert "it holds only with the tensions: without, does not hold" in capsys.readouterr().out
+    assert (
+        "'holds' is so only with the tensions: without them 'does not hold'"
+        in capsys.readouterr().out
+    )
     verdicts["plain"] = "holds"
     orders.print_claims({"with tensions": "tense", "without tensions": "plain"})
     assert "only with" not in capsys.readouterr().out
+    verdicts |= {"tense": "does not hold"}
+    orders.print_claims({"with tensions": "tense", "without tensions": "plain"})
+    assert "'does not hold' is so only with the tensions" in capsys.readouterr().out

@@ -55,14 +55,18 @@ def test_rlhf_keeps_the_best_of_each_group_by_its_raw_score():
     assert rejection.passed(step, rlhf) == [step[1], step[5]]
 
 
-def test_a_reply_is_kept_once_for_a_prompt_if_sft_can_read_it():
+def test_a_reply_is_kept_once_for_a_prompt():
     seen = set()
     first = [rejection.sft_row(rollout(0, k), "math") for k in range(2)]
     assert rejection.unseen(first, seen) == first[:1]
-    stray = rejection.sft_row(rollout(0, 0, text="a</think>b</think>c"), "if")
-    assert rejection.unseen([stray], seen) == []
     again = [rejection.sft_row(rollout(group, 0), "math") for group in range(2)]
     assert rejection.unseen(again, seen) == again[1:]
+
+
+def test_a_reply_that_sft_refuses_is_not_readable():
+    assert rejection.is_readable(rejection.sft_row(rollout(0, 0), "math"))
+    stray = rejection.sft_row(rollout(0, 0, text="a</think>b</think>c"), "if")
+    assert not rejection.is_readable(stray)
 
 
 @pytest.mark.parametrize("think", [True, False])
