@@ -21,7 +21,6 @@ off, all domains have one learning rate.
 import functools
 import importlib
 import math
-import operator
 import os
 import shlex
 import statistics
@@ -67,6 +66,7 @@ from lib.progress import counted
 from lib.prompts import (
     check_same_rows,
     encode_prompts,
+    interleaved,
     load_history,
     longest_first,
     next_prompts,
@@ -151,22 +151,11 @@ def load_rows(cfg, path=None, limit=0):
 
     They are spread evenly, so that the first eval_rows of them are of all domains.
     """
-    places = []
+    domains = []
     for stage, stage_cfg in domains_of(replace(cfg, data=path or cfg.data)).items():
         loaded = importlib.import_module(stage).load_rows(stage_cfg, limit=limit)
-        places += spread(row | {"domain": stage} for row in loaded)
-    return in_order(places)
-
-
-def spread(items):
-    """[(place, item)]: item k of n stands at (k + 1/2) / n of a whole."""
-    items = list(items)
-    return [((k + 0.5) / len(items), item) for k, item in enumerate(items)]
-
-
-def in_order(places):
-    """The items by their places; equal places keep the order of domains."""
-    return [item for _, item in sorted(places, key=operator.itemgetter(0))]
+        domains.append([row | {"domain": stage} for row in loaded])
+    return interleaved(domains)
 
 
 def select_rows(rows, epoch, history, cfg):
@@ -175,12 +164,12 @@ def select_rows(rows, epoch, history, cfg):
     A domain's prompts come in the order of its own stage, whose epochs have other lengths than
     this one: each epoch here goes on where the domain was.
     """
-    places = []
+    taken = []
     for stage, stage_cfg in domains_of(cfg).items():
         count = stage_cfg.num_steps
         of_domain = [row for row in rows if row["domain"] == stage]
-        places += spread(take_prompts(of_domain, stage, stage_cfg, epoch * count, count))
-    return in_order(places)
+        taken.append(take_prompts(of_domain, stage, stage_cfg, epoch * count, count))
+    return interleaved(taken)
 
 
 def take_prompts(rows, stage, cfg, start, count):

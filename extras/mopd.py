@@ -67,6 +67,7 @@ from lib.progress import counted
 from lib.prompts import (
     check_same_rows,
     encode_prompts,
+    interleaved,
     load_history,
     longest_first,
     next_prompts,
@@ -122,11 +123,12 @@ STAGES = ("rlhf", "ifrl", "mathrl", "coderl", "swerl")
 
 
 def load_rows(cfg, path=None, limit=0):
-    """Rows of all domains of cfg.data (or path), each with the folder of its teacher."""
-    rows = []
-    for domain in (path or cfg.data).split(","):
-        rows += load_domain(domain, cfg, limit)
-    return rows
+    """Rows of all domains of cfg.data (or path), each with the folder of its teacher.
+
+    They are spread evenly, so that the first eval_rows of them are of all domains.
+    """
+    domains = (path or cfg.data).split(",")
+    return interleaved([load_domain(domain, cfg, limit) for domain in domains])
 
 
 def load_domain(domain, cfg, limit):

@@ -5,6 +5,7 @@ Which prompts a step takes is a function of the seed, the step and what a checkp
 """
 
 import json
+import operator
 import os
 import statistics
 import zlib
@@ -56,6 +57,16 @@ def shuffled(items, seed, epoch):
     """The items in a random order, which is another one in every epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(len(items))
     return [items[i] for i in order]
+
+
+def interleaved(lists):
+    """The items of several lists in one list, in which each of them is spread evenly."""
+    places = []
+    for items in lists:
+        # Item k of n stands at (k + 1/2) / n of the whole.
+        places += [((k + 0.5) / len(items), item) for k, item in enumerate(items)]
+    places.sort(key=operator.itemgetter(0))  # stable: equal places keep the order of the lists
+    return [item for _, item in places]
 
 
 def check_same_rows(checksum, state, resume, cfg):

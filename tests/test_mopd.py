@@ -162,6 +162,23 @@ def test_a_bad_domain_is_one_sentence(data, sentence, world, teachers, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_the_head_of_the_rows_is_of_all_domains(world, teachers):
+    """The held-out metric measures the first eval_rows of them."""
+    parts = [
+        f"rlhf:{world}/chat_rl.jsonl:{teachers}/teacher1",
+        f"mathrl:{world}/math_rl.jsonl:{teachers}/teacher2",
+    ]
+    alone = [mopd.load_rows(config(data=part)) for part in parts]
+    both = mopd.load_rows(config(data=",".join(parts)))
+    assert len(both) == sum(map(len, alone))
+    for rows in alone:
+        of_domain = [row for row in both if row["teacher"] == rows[0]["teacher"]]
+        assert of_domain == rows  # in their own order
+        # Each domain has its share of the head, up to one row.
+        head = [row for row in both[:10] if row["teacher"] == rows[0]["teacher"]]
+        assert len(head) == pytest.approx(10 * len(rows) / len(both), abs=1)
+
+
 # ---- Whole runs ----------------------------------------------------------------------------------
 def run_mopd(world, taught, teachers, out, ranks=1, **changes):
     """A run with three domains and two teachers."""

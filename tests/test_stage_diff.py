@@ -104,8 +104,6 @@ EXPECTED = {
         "own": {
             "parse_domains",
             "domains_of",
-            "spread",
-            "in_order",
             "take_prompts",
             "reference_model",
             "add_reference",
