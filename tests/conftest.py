@@ -41,6 +41,13 @@ def pytest_configure(config):
     )
 
 
+@pytest.fixture(autouse=True)
+def nothing_known():
+    """Forget the verdicts of programs, which tests may share: each test runs its own."""
+    if "verifiers.programs" in sys.modules:
+        sys.modules["verifiers.programs"]._known.clear()
+
+
 def run_python(*args, ranks=1, check=True, timeout=300, **environment):
     """Run a Python script of the repository in a process of its own, under torchrun if ranks > 1.
     Returns (exit code, stdout, stderr)."""

@@ -1362,3 +1362,35 @@ def test_what_a_program_still_holds_at_its_end_is_printed(code):
         check=False,
     )
     assert (done.stdout.strip(), done.returncode) == ("6", 0)
+
+
+# ---- What is remembered --------------------------------------------------------------------------
+def test_equal_programs_run_once_on_the_same_tests_and_infra_is_not_remembered(monkeypatch):
+    """The same tests are the same object: rows live as long as a run."""
+    statuses, runs = ["ok", "crash", "infra"], []
+
+    def run_each(code, *_):
+        runs.append(code)
+        yield programs.sandbox.Result(statuses[len(runs) - 1], "", 2, 0.0)
+
+    monkeypatch.setattr(programs.sandbox, "run_each", run_each)
+    tests = {"inputs": ["1"], "outputs": ["2"], "fn_name": "f"}
+    assert coderl.run_tests("a", tests) == ["ok"]
+    known = coderl.run_tests("a", tests)
+    known.append("a caller's own")
+    assert coderl.run_tests("a", tests) == ["ok"] and runs == ["a"]
+    # Another program, other limits or other tests: another run.
+    statuses += ["crash", "wrong"]
+    assert coderl.run_tests("b", tests) == ["crash"]
+    assert coderl.run_tests("a", tests, timeout=1.0) == ["infra"]
+    assert coderl.run_tests("a", tests, timeout=1.0) == ["crash"]
+    assert coderl.run_tests("a", dict(tests)) == ["wrong"]
+    assert runs == ["a", "b", "a", "a", "a"]
+
+
+def test_the_oldest_verdicts_are_forgotten(monkeypatch):
+    monkeypatch.setattr(programs, "MOST_KNOWN", 2)
+    monkeypatch.setattr(programs, "each_verdict", lambda *_: ["ok"])
+    for code in "abc":
+        coderl.run_tests(code, {"inputs": []})
+    assert [key[0] for key in programs._known] == ["b", "c"]

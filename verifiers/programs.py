@@ -23,6 +23,11 @@ from verifiers import sandbox
 
 # A problem's own time limit counts up to here: a wrong field must not hold a slot for an hour.
 LONGEST_SECONDS = 60.0
+# So many programs are remembered with their verdicts.
+MOST_KNOWN = 4096
+# {(program, id of its tests, limits): (tests, verdicts)}. An entry keeps its tests alive, so no
+# other tests can get their id.
+_known = collections.OrderedDict()
 
 # ---- 1. The program in a response ----------------------------------------------------------------
 # A line with a fence: what stands before the fence, the fence, what follows it.
@@ -252,21 +257,37 @@ def run_tests(code, tests, timeout=6.0, memory_mb=4096, stop=False):
 
     tests: in normal form, see normal_form. timeout: CPU seconds of one test [D18].
     stop: run no further test after the first that is not ok.
+
+    In the sandbox a program fares alike in every run, and samples of a problem often have the same
+    program, so it is run once on the same tests (the same object). A failure of the sandbox is
+    not remembered.
     """
+    key = (code, id(tests), timeout, memory_mb, stop)
+    _, verdicts = _known.get(key, (None, None))
+    if verdicts:
+        return list(verdicts)
+    verdicts = list(each_verdict(code, tests, timeout, memory_mb, stop))
+    if "infra" not in verdicts:
+        _known[key] = (tests, tuple(verdicts))
+    if len(_known) > MOST_KNOWN:
+        _known.popitem(last=False)
+    return verdicts
+
+
+def each_verdict(code, tests, timeout, memory_mb, stop):
+    """Run a program on its tests and yield the verdicts, see run_tests."""
     name = tests.get("fn_name")
-    verdicts = []
     sizes = [len(expected.encode("utf-8", "replace")) for expected in tests["outputs"]]
     results = sandbox.run_each(code, sandbox_jobs(tests), timeout, memory_mb, sizes)
     for result, expected in zip(results, tests["outputs"]):
         verdict = result.status
         if verdict == "ok" and not as_expected(result, expected, name):
             verdict = "wrong"
-        verdicts.append(verdict)
+        yield verdict
         if stop and verdict != "ok":
             break
     # Hand back the slot of this program in the sandbox at once.
     results.close()
-    return verdicts
 
 
 def sandbox_jobs(tests):
