@@ -16,6 +16,9 @@ import torch
 
 from kernels.dispatch import tl, triton, use_triton
 
+# Elements that the CPU computes at once.
+PIECE = 1 << 14
+
 
 def hash_torch(index, seed):
     """A well-mixed 32-bit number per element: two rounds of xorshift and multiplication.
@@ -180,9 +183,13 @@ def adamw_bf16_(
     if use_triton(p, g, m, v):
         adamw_triton(p, g, m, v, *options)
         return
-    new_values, random_bits = adamw_ref(p, g, m, v, *options)
-    for old, new, bits in zip((p, m, v), new_values, random_bits):
-        old.copy_(round_torch(new, bits))
+    # In pieces, because the definition holds some 70 bytes an element while it computes.
+    flat = p.view(-1), g.reshape(-1), m.view(-1), v.view(-1)
+    for start in range(0, p.numel(), PIECE):
+        piece = [tensor[start : start + PIECE] for tensor in flat]
+        new_values, random_bits = adamw_ref(*piece, *options[:-2], first + start, grad_scale)
+        for old, new, bits in zip((piece[0], *piece[2:]), new_values, random_bits):
+            old.copy_(round_torch(new, bits))
 
 
 def local_shard(tensor):
