@@ -3,7 +3,7 @@
 # The Nemotron-Cascade recipe (arXiv 2512.13607): two stages of SFT, then RL on chat, instructions, math, code
 # and software engineering. Every stage starts from the weights in which the stage before it ended.
 #
-#   bash run_cascade.sh                  the toy: a tiny model, real verifiers, about 9 minutes on 2 CPU cores
+#   bash run_cascade.sh                  the toy: a tiny model, real verifiers, about 7 minutes on 2 CPU cores
 #   BASE=folder bash run_cascade.sh 8b   a run of the paper (tables T14-T20): 8b, 8b-thinking or 14b-thinking;
 #                                        0.6b trains a smaller model with the numbers of 8b
 #   bash run_cascade.sh 0.6b-1gpu        a first real run on one card of 80 GB, from Qwen3-0.6B-Base and

@@ -604,12 +604,13 @@ def print_lost(worlds):
     """Print which columns of each arm end below SFT in some decoding, by the whole interval."""
     print("\nBelow SFT by the whole interval, any decoding:\n")
     for arm, end in ENDS.items():
-        lost, gain = [], None
+        lost, measured = [], False
         for column, decoding in itertools.product(COLUMNS, DECODINGS):
             gain = compare(worlds, end, BASES["above_sft"], [column], decoding)
+            measured = measured or gain is not None
             if direction(gain) == "down":
                 lost.append(f"{' '.join(column)} {decoding} {percent(gain, '+')}")
-        if gain and arm != "sft":
+        if measured and arm != "sft":
             print(f"- {arm}: {', '.join(lost) or 'none'}")
 
 
