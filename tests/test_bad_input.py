@@ -458,9 +458,10 @@ def test_models_and_tokenizers(wrong, server, world, tmp_path):
         ({"rm": "nowhere"}, "--rm=nowhere: no such folder"),
         ({"rm": "W/base"}, "Qwen3ForCausalLM is no sequence classifier"),
         ({"rm": "T/rm"}, "--rm=T/rm: "),
-        (
+        pytest.param(  # it asks again after pauses
             {"rm": "http://127.0.0.1:9/score", "reward_workers": 24},
             "reward model self test: scores [None",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -131,6 +131,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what, code, sentence",
     [
@@ -249,6 +250,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seconds, code, sentence",
     [
