@@ -3,10 +3,11 @@
     python bench/bf16.py                              weights as a Qwen3 has them at first
     python bench/bf16.py --model=out/toy/sft2/final   those of a checkpoint
 
-A bf16 number has 8 bits, so an update below 1/256 of a weight is lost if the result is rounded to
-the nearest number. --optimizer=adamw_bf16 rounds stochastically (kernels/adamw.py): few weights
-move in a step, each by a whole bf16 step, and on average by what AdamW meant. Both are measured
-here for one step, after some steps with random gradients have filled the moments.
+bf16 keeps 8 significant bits: rounded to the nearest number, an update below 1/512 of a weight is
+always lost, one above 1/256 never. --optimizer=adamw_bf16 rounds stochastically
+(kernels/adamw.py): few weights move in a step, each by a whole bf16 step, and on average by what
+AdamW meant. Both are measured here for one step, after some steps with random gradients have filled
+the moments.
 
 "arrives" is the part of the exact update that the weights made: sum(made * exact) / sum(exact^2).
 """

@@ -57,6 +57,7 @@ from lib.flags import (
     TopP,
     field_names,
     parse_config,
+    underscores,
 )
 from lib.guard import check_step, fail
 from lib.logs import Logger, console_line, show_sample, summarize
@@ -126,7 +127,7 @@ def parse_domains(text):
                 f"--data: {part.strip()!r} does not begin with a stage that is not there yet "
                 f"({', '.join(STAGES)}), e.g. mathrl --data=math.jsonl --num_steps=50."
             )
-        given = {word.lstrip("-").partition("=")[0] for word in words}
+        given = {underscores(word).lstrip("-").partition("=")[0] for word in words}
         shared = given & field_names(Config) - OF_A_DOMAIN
         if shared:
             fail(f"--data: {stage} cannot have its own --{min(shared)}: give it to the whole run.")
@@ -181,6 +182,8 @@ def take_prompts(rows, stage, cfg, start, count):
     # The stage counts the rows of its domain alone.
     numbered = [row | {"index": number} for number, row in enumerate(rows)]
     per_epoch = len(select(numbered, 0, {}, cfg))
+    if not per_epoch:
+        fail(f"--data: {stage} has no prompt of at most {cfg.max_prompt_tokens} tokens.")
     taken = []
     while len(taken) < count:
         epoch, position = divmod(start + len(taken), per_epoch)
@@ -228,7 +231,9 @@ def add_reference(rollouts, cfg):
     for r in rollouts:
         if getattr(domains[r.row["domain"]], "kl_coef", 0) > 0:
             reference = reference_model(cfg.init_from, cfg.rope_factor)
-            r.teacher_logprobs = ask_teacher(reference, r, cfg.temperature)
+            logprobs = ask_teacher(reference, r, cfg.temperature)
+            # Exactly 0 says that a token has no reference (grpo_loss).
+            r.teacher_logprobs = [min(logprob, -1e-9) for logprob in logprobs]
 
 
 def monitor(rollouts):
@@ -293,10 +298,10 @@ def rollout(engine, rows, indices, step, state, cfg, reward_hook, rank, world):
     for number in range(max(1, *rounds.values())):
         # A domain that replaces flat groups samples as many fresh prompts as it wants groups, so
         # that one round is mostly enough. They may repeat a prompt of this step.
-        for stage, missing in wanted.items():
-            if number < rounds[stage] and len(kept[stage]) < missing:
+        for stage, count in wanted.items():
+            if number < rounds[stage] and len(kept[stage]) < count:
                 fresh = fresh_prompts(rows, stage, step, cfg)
-                prompts += fresh[number * missing :][:missing]
+                prompts += fresh[number * count :][:count]
         rollouts = []
         for group, index in enumerate(prompts[num_drawn:], num_drawn):
             prompt_ids = rows[index]["prompt_ids"]

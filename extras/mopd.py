@@ -13,7 +13,8 @@ completions how likely it finds it. One step of main():
     optimizer.step()                                     one AdamW update
     engine.sync(model)                                   the sampler gets the new weights
 
-In expectation the gradient is that of the reverse KL, KL(student || teacher). There is no verifier
+In expectation the gradient is that of the reverse KL of each next token, KL(student || teacher),
+given the tokens before it; that a token also changes what follows is left out. There is no verifier
 and no reward model. The reward is for the log only: minus the KL to the teacher in nats a token. In
 a good run it climbs towards 0. Below the waterline two functions are not as in mathrl.py.
 
@@ -90,9 +91,8 @@ class Config(RolloutFlags):  # engine, memory, checkpoints, time limits: lib/fla
     eval_data: str = ""  # the same with held-out sets; "": no held-out metric
     seed: int = 0  # of sampling and of the order of prompts
 
-    prompts_per_step: PositiveInt = (
-        128  # prompts (groups) per step, over all ranks; Cascade 2 table 8
-    )
+    # prompts (groups) per step, over all ranks; Cascade 2 table 8
+    prompts_per_step: PositiveInt = 128
     group_size: PositiveInt = 4  # completions per prompt; Cascade 2 table 8
     num_steps: PositiveInt = 50  # Cascade 2 section 4.4: 40 to 50
     max_prompt_tokens: PositiveInt = 4096  # longer prompts are dropped at load

@@ -66,6 +66,9 @@ def stage_of(cfg):
         fail(f"--like={cfg.like}: {script}.py has no verifier. Nothing was sampled.", note="")
     known = {field.name for field in dataclasses.fields(module.Config)}
     flags = {name: value for name, value in run["config"].items() if name in known}
+    # Groups that replace flat ones are of use to an update only, and rollout does not return them.
+    if "max_refill_rounds" in known:
+        flags["max_refill_rounds"] = 0
     return module, module.Config(**flags)
 
 

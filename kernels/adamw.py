@@ -6,10 +6,11 @@
 
 8B parameters take 65 GB (weights, gradients, two moments) instead of 131 GB in fp32.
 
-bf16 has 8 bits of precision, so an update below 1/256 of a weight rounds to nothing and training
-stops in silence. Stochastic rounding adds a random number below one bf16 step before it cuts: the
-value is right on average and small updates arrive. All arithmetic is fp32. The random bits are a
-hash of (seed, element), so a step repeats bit for bit, on the CPU as on the GPU.
+bf16 keeps 8 significant bits: rounded to the nearest number, an update below 1/512 of a weight is
+always lost, one above 1/256 never. So training can stop in silence. Stochastic rounding adds a
+random number below one bf16 step before it cuts: the value is right on average and small updates
+arrive. All arithmetic is fp32. The random bits are a hash of (seed, element), so a step repeats bit
+for bit, on the CPU as on the GPU.
 """
 
 import torch
@@ -34,7 +35,7 @@ def hash_torch(index, seed):
 
 
 def round_torch(x, random16):
-    """fp32 -> bf16, rounded up with the probability of the part that is cut off.
+    """fp32 -> bf16, rounded away from 0 with the probability of the part that is cut off.
 
     A bf16 number is the high half of an fp32 number: add 16 random bits, then drop the low 16.
     """

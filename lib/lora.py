@@ -129,7 +129,7 @@ def base_policy():
 def changed_share(model):
     """Share of the adapted weights that differ from the base once they are merged and rounded.
 
-    A bf16 number has 8 bits: an update below 1/256 of a weight can vanish. All ranks call this.
+    bf16 keeps 8 significant bits: an update below 1/512 of a weight vanishes. All ranks call this.
     """
     changed = total = 0
     for _, part in lora_layers(model):

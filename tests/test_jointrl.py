@@ -84,6 +84,14 @@ def test_every_batch_has_all_domains_and_each_its_stage_s_prompts_in_their_order
         assert ours == [alone[number]["index"] for number in wanted[: len(ours)]]
 
 
+def test_a_domain_whose_prompts_are_all_too_long_is_one_sentence(joint, capsys):
+    cfg, rows = joint
+    rows = [row for row in rows if row["domain"] != "swerl"]
+    with pytest.raises(SystemExit):
+        jointrl.select_rows(rows, 0, {}, cfg)
+    assert "swerl has no prompt of at most 256 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "data, sentence",
     [
@@ -91,6 +99,7 @@ def test_every_batch_has_all_domains_and_each_its_stage_s_prompts_in_their_order
         ("sft --data=x", "does not begin with a stage"),
         ("mathrl --data=x; mathrl --data=y", "does not begin with a stage that is not there yet"),
         ("mathrl --data=x --lr=1e-6", "mathrl cannot have its own --lr"),
+        ("mathrl --data=x --max-new-tokens=9", "mathrl cannot have its own --max_new_tokens"),
         ("mathrl --data=x --learning=1", "unrecognized arguments"),
         ("rlhf --data=x --sequence_level=true", "has no place in a loss over tokens"),
     ],

@@ -55,6 +55,15 @@ def test_rlhf_keeps_the_best_of_each_group_by_its_raw_score():
     assert rejection.passed(step, rlhf) == [step[1], step[5]]
 
 
+def test_if_rl_samples_no_group_that_would_replace_a_flat_one(tmp_path):
+    config = {"max_refill_rounds": 1, "num_steps": 3}
+    (tmp_path / "final").mkdir()
+    run = {"command": ["ifrl.py"], "config": config}
+    write_jsonl(tmp_path / "final/run.json", [run])
+    module, cfg = rejection.stage_of(rejection.Config(like=str(tmp_path)))
+    assert module is ifrl and (cfg.max_refill_rounds, cfg.num_steps) == (0, 3)
+
+
 def test_a_reply_is_kept_once_for_a_prompt():
     seen = set()
     first = [rejection.sft_row(rollout(0, k), "math") for k in range(2)]
