@@ -38,6 +38,9 @@ class Config:
 def changes(folder, flag, decoding):
     """({stage: {name: points}}, points lost by the end) of a run folder; names as in NAMES."""
     cells, stages = read_results(folder, flag)
+    own = own_skills()
+    # Others, as MOPD or an ablation, teach no skill of the cascade.
+    stages = [stage for stage in stages if stage == "sft" or stage in own]
     columns = columns_of(cells, stages)
     scores = {}  # (stage, task, mode) -> points
     for stage, (task, mode) in itertools.product(stages, columns):
@@ -46,7 +49,6 @@ def changes(folder, flag, decoding):
             fail(f"{folder}: no score of {task} ({mode}, {decoding}) after {stage}.", note="")
         scores[stage, task, mode] = 100 * cell["score"]
 
-    own = own_skills()
     found = {}
     for before, after in itertools.pairwise(stages):
         # IF-RL samples without thinking.

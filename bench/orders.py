@@ -26,10 +26,15 @@ checkpoint, in the arm paper; the others take this one, so that all have the sam
 Each arm runs on every seed, in the toy's world with its tensions and in the one without
 (toy.py --tensions=false). The scores are held-out, of each arm's end, of the SFT checkpoint and of
 the specialists. An interval is 95% of a bootstrap of two levels: seeds are drawn with replacement,
-and in each of them problems. Differences are taken problem by problem, since all arms of a seed
-answer the same ones. Seconds are those of sampling, verifying and updating, times the ranks. The
-results go to bench/toy/orders.json and orders.png; runs and logs are under --out. Ctrl-C or SIGTERM
-stop it with what it has started; after a SIGKILL the stage under way runs on by itself.
+and in each of them problems. Over three seeds it is about their range, which holds the truth in
+three of four cases, not in 19 of 20, where seeds differ more than problems do; so a verdict asks
+besides that all seeds agree in sign. Differences are taken problem by problem, since all arms of a
+seed answer the same ones. Seconds are wall seconds of sampling, verifying and updating, times the
+ranks; slices start from the SFT checkpoint, whatever the stage would start from. Joint RL draws
+twice its prompts of IF-RL at once for dynamic sampling, IF-RL itself 1.7 times where a quarter of
+its groups are flat: a twentieth of all its samples. The results go to bench/toy/orders.json and
+orders.png; runs and logs are under --out. Ctrl-C or SIGTERM stop it with what it has started; after
+a SIGKILL the stage under way runs on by itself.
 """
 
 import contextlib
@@ -55,7 +60,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evals.results import DECODINGS, kept_lines, problem_scores  # noqa: E402
-from lib.flags import PositiveInt, parse_config  # noqa: E402
+from lib.flags import PositiveInt, boolean, parse_config  # noqa: E402
 from lib.guard import fail  # noqa: E402
 
 STAGES = ("rlhf", "ifrl", "mathrl", "coderl", "swerl")
@@ -496,7 +501,8 @@ def compare(worlds, end, base_of, columns, decoding):
         of_seeds.append([a - b for a, b in zip(own, other, strict=True)])
     if not of_seeds:
         return None
-    return {"seeds": len(of_seeds), "of": two_level(np.swapaxes(of_seeds, 0, 1))}
+    means = [float(np.mean(of_columns)) for of_columns in of_seeds]
+    return {"seeds": len(of_seeds), "of": two_level(np.swapaxes(of_seeds, 0, 1)), "means": means}
 
 
 def percent(comparison, sign=""):
@@ -588,7 +594,7 @@ def print_table(title, worlds, rows, base_of=None):
 
     rows: {name: (arm folder, label)}. base_of: what to take off, as in compare.
     """
-    print(f"\n**{title}**, percent [95% interval]\n")
+    print(f"\n**{title}**, percent [bootstrap over seeds and problems]\n")
     print("| | " + " | ".join(" ".join(column) for column in COLUMNS) + " | all | seeds |")
     print("|---" * (len(COLUMNS) + 3) + "|")
     groups = [*([column] for column in COLUMNS), COLUMNS]
@@ -617,7 +623,9 @@ def print_lost(worlds):
 def print_costs(worlds):
     """Print tokens and seconds of each arm, means over seeds or rounds, with the range of these."""
     rounds = [seconds for world in worlds for seconds in clocked(world)]
-    print("\n| | sampled tokens, M | trained tokens, M | core seconds by the clock | as logged |")
+    print(
+        "\n| | sampled tokens, M | trained tokens, M | seconds x ranks, by the clock | as logged |"
+    )
     print("|---|---|---|---|---|")
     for arm in COSTLY:
         found = [cost for cost in (costs(world, arm) for world in worlds) if cost]
@@ -645,37 +653,38 @@ def difference(comparison):
 
 
 def direction(comparison):
-    """Where an interval lies: "up", "down" or "level" (it holds 0); "" without a comparison."""
+    """Where an interval and each seed's mean lie: "up", "down", or else "level"; "" for None."""
     if comparison is None:
         return ""
     _, low, high = comparison["of"]
-    return "up" if low > 0 else "down" if high < 0 else "level"
+    if low > 0 and min(comparison["means"]) > 0:
+        return "up"
+    if high < 0 and max(comparison["means"]) < 0:
+        return "down"
+    return "level"
 
 
-def falls(worlds, taught_before):
-    """(falls, cells) of the paper's order: scores that a stage took beyond the overlap of the two
-    intervals, in any decoding, and how many scores there are. taught_before: count only what an
-    earlier RL stage taught."""
-    fell, num_cells = [], 0
-    for world in worlds:
-        lines = {}
-        for line in kept_lines(glob.escape(str(world.folder / "paper")) + "/results.jsonl"):
-            lines[line["stage"], line["task"], line["mode"], line["decoding"]] = line
-        for number, (before, after) in enumerate(itertools.pairwise(("sft", *STAGES))):
-            taught = {TEACHES[stage] for stage in STAGES[:number]}
-            for column, decoding in itertools.product(COLUMNS, DECODINGS):
-                high = lines.get((before, *column, decoding))
-                low = lines.get((after, *column, decoding))
-                if not high or not low:
-                    continue
-                if taught_before and column[0].removesuffix("_hard") not in taught:
-                    continue
-                num_cells += 1
-                if low["high"] < high["low"]:
-                    lost = 100 * (high["score"] - low["score"])
-                    name = f"{column[0]} {column[1]} ({decoding}) -{lost:.1f} by {after}"
-                    fell.append(f"seed {world.seed}: {name}")
-    return fell, num_cells
+def falls(worlds):
+    """(falls, cells) of the paper's order, over the skills that an earlier RL stage had taught.
+
+    A cell is a stage, a column and a decoding; it fell if it is "down" (direction) after the stage
+    against before it. falls: {(stage, skill): [texts]}, the skills that lost in some cell. cells:
+    {(stage, skill): number of cells}.
+    """
+    fell, cells = {}, {}
+    for number, (before, after) in enumerate(itertools.pairwise(("sft", *STAGES))):
+        taught = {TEACHES[stage] for stage in STAGES[:number]}
+        for column, decoding in itertools.product(COLUMNS, DECODINGS):
+            pair = after, column[0].removesuffix("_hard")
+            ends = [("paper", stage) for stage in (after, before)]
+            change = compare(worlds, ends[0], {column: ends[1]}, [column], decoding)
+            if pair[1] not in taught or change is None:
+                continue
+            cells[pair] = cells.get(pair, 0) + 1
+            if direction(change) == "down":
+                text = f"{' '.join(column)} {decoding} {percent(change, '+')}"
+                fell.setdefault(pair, []).append(text)
+    return fell, cells
 
 
 def claims(worlds):
@@ -704,18 +713,19 @@ def claims(worlds):
             verdict = "does not hold"
     found["RLHF first lifts reasoning"] = verdict, evidence
 
-    # Later stages rarely degrade earlier ones: at most one cell in ten.
-    fell, num_cells = falls(worlds, taught_before=True)
-    of_all, num_all = falls(worlds, taught_before=False)
+    # Later stages rarely degrade earlier ones: at most one pair in ten of a stage and a skill that
+    # was taught before. The paper says "rarely"; the number is ours.
+    fell, cells = falls(worlds)
     verdict = ""
-    if num_cells:
-        verdict = "holds" if len(fell) <= num_cells / 10 else "does not hold"
+    if cells:
+        verdict = "holds" if len(fell) <= len(cells) / 10 else "does not hold"
+    num_fell = sum(len(texts) for texts in fell.values())
     evidence = [
-        f"{len(fell)} of {num_cells} cells that an earlier stage had taught fell beyond the "
-        f"intervals' overlap; of all cells {len(of_all)} of {num_all}"
+        f"of {len(cells)} pairs of a stage and a skill taught before, {len(fell)} fell in some "
+        f"decoding; of {sum(cells.values())} cells, {num_fell}"
     ]
-    evidence += fell
-    found["later stages rarely degrade earlier ones (at most one cell in ten)"] = verdict, evidence
+    evidence += [f"{stage} on {skill}: {', '.join(t)}" for (stage, skill), t in fell.items()]
+    found["later stages rarely degrade earlier ones (at most one pair in ten)"] = verdict, evidence
 
     # Domain-wise is cheaper than joint.
     evidence, ratios, tokens = [], [], []
@@ -870,7 +880,14 @@ def main(cfg):
         fail(f"--arms: {', '.join(unknown)} unknown (has: {', '.join(ARMS)}).", note="")
     worlds = []
     for tensions, seed in itertools.product(cfg.tensions.split(","), cfg.seeds.split(",")):
-        worlds.append(World(int(seed), tensions == "true", cfg))
+        try:
+            worlds.append(World(int(seed), boolean(tensions), cfg))
+        except ValueError:
+            fail(
+                f"--seeds={cfg.seeds} --tensions={cfg.tensions}: expected whole numbers, and true "
+                "or false, joined by commas.",
+                note="",
+            )
     for world in worlds:
         if cfg.reuse:
             link_finished(world)

@@ -238,6 +238,42 @@ def test_the_interval_has_the_width_of_both_levels():
     assert high - low == pytest.approx(exact, rel=0.05)
 
 
+def test_a_verdict_asks_that_all_seeds_agree():
+    of = {"of": (0.1, 0.05, 0.2), "means": [0.1, 0.2, 0.05]}
+    assert orders.direction(of) == "up"
+    assert orders.direction(of | {"means": [0.2, 0.2, -0.01]}) == "level"
+    assert orders.direction(of | {"of": (0.1, -0.01, 0.2)}) == "level"
+    assert orders.direction({"of": (-0.1, -0.2, -0.05), "means": [-0.1, -0.1]}) == "down"
+    assert orders.direction(None) == ""
+
+
+def test_falls_are_those_of_skills_that_a_stage_before_had_taught(monkeypatch):
+    """IF-RL takes all of chat on both seeds, Math RL some of IF on one of them."""
+    scores = {("sft", "chat"): 0.5, ("rlhf", "chat"): 0.9, ("ifrl", "chat"): 0.2}
+
+    def scores_of(world, end, column, decoding):
+        (_, stage), skill = end, column[0].removesuffix("_hard")
+        score = scores.get((stage, skill), 0.2 if skill == "chat" else 0.5)
+        if stage == "mathrl" and skill == "if" and world == "first":
+            score = 0.1
+        return np.full(50, score)
+
+    monkeypatch.setattr(orders, "scores_of", scores_of)
+    fell, cells = orders.falls(["first", "second"])
+    # IF-RL after one stage, Math RL after two, Code RL after three, SWE RL after four.
+    assert len(cells) == 1 + 2 + 3 + 4
+    assert cells["ifrl", "chat"] == 2 * 3 and cells["swerl", "math"] == 2 * 3
+    assert list(fell) == [("ifrl", "chat")] and len(fell["ifrl", "chat"]) == 6
+    assert fell["ifrl", "chat"][0] == "chat think paper -70.0 [-70.0, -70.0]"
+
+
+@pytest.mark.parametrize("flag", ["--tensions=yes", "--seeds=", "--seeds=0,x"])
+def test_bad_worlds_are_one_sentence(flag, capsys):
+    with pytest.raises(SystemExit):
+        orders.main(parse_config(orders.Config, [flag]))
+    assert "expected whole numbers, and true or false" in capsys.readouterr().err
+
+
 def test_a_claim_that_needs_the_tensions_says_so(monkeypatch, capsys):
     verdicts = {"tense": "holds", "plain": "does not hold"}
     monkeypatch.setattr(orders, "claims", lambda kind: {"order matters": (verdicts[kind], [])})
