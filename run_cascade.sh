@@ -412,7 +412,8 @@ one_card() {
     fi
 
     # SFT: chat in both modes, which teaches the form of a thought and of an answer. 62K conversations, of
-    # which those of the first two sets think; 960 steps see each of them about once.
+    # which those of the first two sets think; 960 steps see each of them about once,
+    # the 320 of 4B a third of them.
     local chat=HuggingFaceTB/smoltalk2:SFT
     local data=$chat@smoltalk_systemchats_Qwen3_32B_think
     data+=,$chat@smoltalk_everyday_convs_reasoning_Qwen3_32B_think
@@ -475,7 +476,7 @@ cards() {
 }
 
 # -----------------------------------------------------------------------------
-# Main. bench/control.sh and bench/mopd.sh source this file for its functions and stop here.
+# Main. control.sh, lora.sh, mopd.sh and passk.sh of bench/ source this file for its functions and stop here.
 
 if [ "${BASH_SOURCE[0]}" != "$0" ]; then return 0; fi
 
