@@ -682,18 +682,24 @@ def print_table(results):
 # ---- 4. Chat -------------------------------------------------------------------------------------
 def stream(engine, tokenizer, r, room, temperature, top_p):
     """Sample one reply, and print it while it grows."""
-    sampling = threading.Thread(
-        target=engine.generate, args=([r], room, temperature, top_p), daemon=True
-    )
-    sampling.start()
-    shown = 0
-    while shown < len(r.text) or sampling.is_alive():
+    # Not the thread's own join: on Python 3.11 Ctrl-C in it ends the wait for good.
+    ended = threading.Event()
+
+    def sample():
         try:
-            sampling.join(0.03)
+            engine.generate([r], room, temperature, top_p)
+        finally:
+            ended.set()
+
+    threading.Thread(target=sample, daemon=True).start()
+    shown = 0
+    while shown < len(r.text) or not ended.is_set():
+        try:
+            ended.wait(0.03)
         except KeyboardInterrupt:
             # The sampler lets a rollout go that has a finish reason. What was said stays said.
             r.finish_reason = "interrupt"
-            sampling.join()
+            ended.wait()
             r.text = tokenizer.decode(r.completion_ids, skip_special_tokens=False)
         # r.text is set when the reply has ended. Until then half a character, which decodes to
         # U+FFFD, waits for its other half.
