@@ -115,29 +115,39 @@ def file_trouble(kind, error, trace):
 
 
 # ---- Where a process is --------------------------------------------------------------------------
-def repository_frames(walk):
-    """List the frames that belong to this repository or to the script that runs.
-
-    walk: pairs (frame, line number), as traceback.walk_tb and traceback.walk_stack yield them.
-    """
+def repository_frames(frames):
+    """List the frames that belong to this repository or to the script that runs, in their order."""
     # The running script counts wherever it stands: a user's copy of a stage (an ablation like
     # my_idea.py) may lie outside the repository, and its errors name rank, step and phase, too.
     script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))
-    frames = []
-    for frame, _ in walk:
+    ours = []
+    for frame in frames:
         path = os.path.abspath(frame.f_code.co_filename)
         # A virtual environment may lie inside the repository, but its packages are not ours.
         in_repository = path.startswith(ROOT + os.sep) and "site-packages" not in path
         if in_repository or path == script:
-            frames.append(frame)
-    return frames
+            ours.append(frame)
+    return ours
 
 
 def main_thread_frames():
     """The repository's frames on the stack of the main thread, outermost first."""
-    innermost = sys._current_frames()[threading.main_thread().ident]
-    # walk_stack goes from the innermost frame outwards.
-    return repository_frames(traceback.walk_stack(innermost))[::-1]
+    while True:
+        try:
+            return repository_frames(main_thread_stack())[::-1]
+        except AttributeError:
+            # The main thread runs on while its stack is read. Python 3.11 can then hand out an
+            # object that has taken the place of a frame. It is rare: look again.
+            time.sleep(0.01)
+
+
+def main_thread_stack():
+    """All frames on the stack of the main thread, innermost first, read as fast as can be."""
+    stack, frame = [], sys._current_frames()[threading.main_thread().ident]
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    return stack
 
 
 def describe_position(frames):
@@ -199,7 +209,7 @@ def uncaught(kind, error, trace):
     sys.__stderr__ passes it by.
     """
     exception_is_reported.set()
-    frames = repository_frames(traceback.walk_tb(trace))
+    frames = repository_frames(frame for frame, _ in traceback.walk_tb(trace))
     # A full disk needs no traceback, whether a log, a sample or a checkpoint was being written.
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         end_process(frames, f"the disk is full ({first_line(error)})", 2)

@@ -276,6 +276,16 @@ def test_an_update_may_not_take_as_long_as_rollouts(seconds, code, sentence, tmp
     assert limits == [20, 360, 2160], "short limits of tests hold for all phases"
 
 
+def test_a_stack_that_changes_while_it_is_read_is_read_again(monkeypatch):
+    """Python 3.11 can hand out an object that is no frame; the watch must not end of it."""
+    frame, main = sys._getframe(), threading.main_thread().ident
+    stacks = [{main: SimpleNamespace(f_back=object())}, {main: frame}]
+    with monkeypatch.context() as patch:
+        patch.setattr(guard.sys, "_current_frames", lambda: stacks.pop(0))
+        frames = guard.main_thread_frames()
+    assert not stacks and frames[-1] is frame
+
+
 def test_check_step_stops_what_is_broken_and_nothing_else(capsys):
     cfg = SimpleNamespace(lr=1.0, max_infra=0.1, engine="torch", top_p=1.0, top_k=0)
     good, state = {"grad_norm": 1.0, "loss": 0.5, "gap": 1e-5, "status/infra": 0.05}, {"skipped": 0}
