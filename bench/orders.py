@@ -809,8 +809,8 @@ def plot(kinds, path):
         legend.plot([], [], "o-", color=colours[kind], label=f"{kind}, {len(worlds)} seeds")
     legend.legend(loc="center", fontsize=9, title="held-out score at the end of each arm, %")
     figure.suptitle(
-        "The cascade against its alternatives: temperature 0.6, top-p 0.95; bars: 95% over seeds "
-        "and problems; dotted: SFT",
+        "The cascade against its alternatives: temperature 0.6, top-p 0.95; bars: bootstrap over "
+        "seeds and problems; dotted: SFT",
         fontsize=10,
     )
     figure.tight_layout()
