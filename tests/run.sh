@@ -2,7 +2,7 @@
 #
 # Set up, then run the tests.
 #
-#   bash tests/run.sh           what CI runs: about 12 minutes on 2 cores
+#   bash tests/run.sh           what CI runs: about 18 minutes on 2 cores
 #   bash tests/run.sh fast      without the tests that run whole stages: under 4 minutes
 #   bash tests/run.sh all       with the exhaustive ones (20,000 random inputs a verifier): 20 minutes more
 #   bash tests/run.sh fast -k chat -s       further arguments go to pytest

@@ -949,7 +949,12 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(world, monkeypatch, capsys):
     monkeypatch.setattr(engine, "generate", interrupted)
     monkeypatch.setattr(engine, "_decode", decode_slowly)
     monkeypatch.setattr("builtins.input", no_input)
-    evaluate.chat(model, engine, tokenizer, evaluate.Config(max_new_tokens=900))
+    # A shell may have started the tests in the background, where Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        evaluate.chat(model, engine, tokenizer, evaluate.Config(max_new_tokens=900))
+    finally:
+        signal.signal(signal.SIGINT, before)
     (reply,) = replies
     assert "[stopped]" in capsys.readouterr().out
     assert 0 < len(reply.completion_ids) < 900
