@@ -687,10 +687,28 @@ def falls(worlds):
     return fell, cells
 
 
+def order_matters(worlds):
+    """(verdict, lines of evidence): whether the same stages in another order end elsewhere.
+
+    It is no sentence of the paper, and the number, a point over all skills, is ours.
+    """
+    verdict, evidence = "", []
+    for arm in ("backward", "rlhf_last"):
+        end = compare(worlds, ENDS[arm], BASES["above_paper"], COLUMNS, DECODINGS[0])
+        evidence.append(f"{arm} ends above the paper's order by {difference(end)}")
+        if end and direction(end) != "level" and abs(end["of"][0]) > 0.01:
+            verdict = "holds"
+        elif end:
+            verdict = verdict or "does not hold"
+    return verdict, evidence
+
+
 def claims(worlds):
-    """{sentence of the paper: (verdict, lines of evidence)} for worlds of one kind."""
+    """{sentence: (verdict, lines of evidence)} for worlds of one kind: ours, then the paper's."""
     found = {}
     decoding = DECODINGS[0]
+
+    found["the order of the stages matters (by over a point, all skills)"] = order_matters(worlds)
 
     # RLHF first lifts reasoning.
     last = dict.fromkeys(COLUMNS, ENDS["rlhf_last"])
@@ -761,7 +779,7 @@ def claims(worlds):
 def print_claims(kinds):
     """Print each claim with its evidence. kinds: {name of a kind of world: its worlds}."""
     of_kind = {kind: claims(worlds) for kind, worlds in kinds.items()}
-    print("\n**Three sentences of the paper, at this size**")
+    print("\n**Our question and three sentences of the paper, at this size**")
     for claim in next(iter(of_kind.values())):
         print(f"\n{claim}")
         verdicts = {}
